@@ -1,0 +1,52 @@
+"""Networks: ``F(x_t, t, r, condition) → velocity``, and the registry that names them.
+
+A network is an ``nn.Module`` class with
+
+- a nested frozen pydantic ``Config`` with a literal field ``kind``, every field documented and bounded,
+- a constructor ``(config, spec)``, where ``Spec`` carries what the data decide: latent shape and condition,
+- ``forward(x_bchw, t_b, r_b, condition)`` with t in [−1, 1] (negative = fake branch) and |r| ≤ |t|.
+
+To add one, write its file and one line in ``NETWORKS``.
+"""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from twinrl.backends.branches import tells_branches_apart
+from twinrl.backends.dit import DiT
+from twinrl.backends.embedding import NetworkConfig, Spec
+from twinrl.backends.mlp import MLP
+from twinrl.backends.unet import UNet
+from twinrl.data.source import Source
+from twinrl.draws import generator
+
+__all__ = ["NETWORKS", "NetworkConfig", "Spec", "build_network", "network_key", "spec_of", "tells_branches_apart"]
+
+NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "unet": UNet}
+
+
+def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module:
+    """The network that ``config`` describes, sized for ``source``, with initial weights that depend on ``seed`` alone.
+
+    Arguments:
+        config: an instance of ``NETWORKS[kind].Config``.
+        source: gives latent shape and condition.
+        seed: key of the initial weights; the global random state is left untouched.
+    """
+    kind: str = config.kind  # type: ignore[attr-defined]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, "network weights").initial_seed())
+        return NETWORKS[kind](config, spec_of(source))
+
+
+def spec_of(source: Source) -> Spec:
+    """What ``source`` decides about a network's shape."""
+    return Spec.of(source.latent_shape, source.null_condition(1), len(source.classes))
+
+
+def network_key(config: NetworkConfig) -> str:
+    """A short name of an architecture, kind and settings: the key under which its teacher is cached."""
+    digest = hashlib.sha256(config.model_dump_json().encode()).hexdigest()
+    return f"{config.kind}-{digest[:12]}"  # type: ignore[attr-defined]

@@ -1,0 +1,241 @@
+"""Strict configuration: YAML with ``extends``, dotted overrides, one-line errors, a canonical hash.
+
+Components own their settings: every registered class has a nested ``Config`` (a :class:`Settings`) whose
+``kind`` is its name in the registry. :func:`component` turns a registry into a field type, so the schema is
+assembled from the registries and a dotted path (``my_package.MyTerm``) works wherever a name does.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from twinrl.errors import InputError
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: frozen, typed, and an unknown key names the nearest valid one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys_only(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            for key in value:
+                if key not in cls.model_fields:
+                    raise PydanticCustomError(
+                        "unknown_key", "{hint}", {"key": str(key), "hint": nearest(str(key), cls.model_fields)}
+                    )
+        return value
+
+
+def nearest(key: str, valid: Mapping[str, Any]) -> str:
+    """The closest valid key in words, or the list of all of them."""
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
+
+
+# --- components -----------------------------------------------------------------------------------------
+
+
+def resolve(registry: Mapping[str, type], kind: str, what: str) -> type:
+    """The class registered under ``kind``, or the one that the dotted path ``kind`` names.
+
+    Raises:
+        InputError: the name is unknown, or the path does not lead to a class with a ``Config``.
+    """
+    if kind in registry:
+        return registry[kind]
+    if "." not in kind:
+        raise InputError(f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path")
+    module, _, name = kind.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path") from error
+    if not hasattr(found, "Config"):
+        raise InputError(f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings")
+    return found
+
+
+def build(registry: Mapping[str, type], config: Any, what: str, *args: Any) -> Any:
+    """The component that ``config`` (with its ``kind``) describes, constructed as ``cls(config, *args)``."""
+    return resolve(registry, config.kind, what)(config, *args)
+
+
+def component(registry: Mapping[str, type], what: str) -> Any:
+    """A field type for settings of any class in ``registry``; a bare string is short for ``{kind: string}``."""
+
+    def validate(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value
+        if isinstance(value, str):
+            value = {"kind": value}
+        if not isinstance(value, Mapping) or "kind" not in value:
+            raise PydanticCustomError("component", f"expected a {what}: a name or a mapping with `kind`")
+        try:
+            return resolve(registry, str(value["kind"]), what).Config.model_validate(value)  # type: ignore[attr-defined]
+        except InputError as error:
+            raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
+        except ValidationError as error:
+            raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
+
+    return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
+
+
+# --- loading --------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats (``5e-4`` is a number) and no duplicate keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        repeated = {str(k) for k in keys if keys.count(k) > 1}
+        if repeated:
+            raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(repeated)} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping. Raises InputError with file, line and reason where it is not one."""
+    try:
+        value = yaml.load(path.read_text(), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except FileNotFoundError as error:
+        raise InputError(f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read", got=error) from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML", got=error) from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is not a mapping", got=type(value).__name__, expected="key: value lines")
+    return value
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with twinrl."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def locate(name: str, relative_to: Path | None = None) -> Path:
+    """The file of a preset name or a path; paths are relative to the extending file, then to the working folder."""
+    if (PRESETS / f"{name}.yaml").is_file():
+        return PRESETS / f"{name}.yaml"
+    if relative_to and (relative_to / name).is_file():
+        return relative_to / name
+    if not name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+        close = difflib.get_close_matches(name, presets(), n=1)
+        fix = f"did you mean {close[0]}?" if close else f"presets: {', '.join(presets())}"
+        raise InputError(f"no preset or file {name!r}", fix=fix)
+    return Path(name)
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, mappings merged key by key; ``null`` removes a key, another ``kind`` replaces all."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if value is None and isinstance(old, Mapping):
+            del result[key]
+        elif isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = merge(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def load_mapping(name: str, relative_to: Path | None = None, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The raw mapping of a preset or file with everything that it ``extends``."""
+    path = locate(name, relative_to).resolve()
+    if path in _seen:
+        raise InputError("configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path)))
+    value = read_yaml(path)
+    parent = value.pop("extends", None)
+    if parent is None:
+        return value
+    return merge(load_mapping(str(parent), path.parent, (*_seen, path)), value)
+
+
+def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """``key.path=value`` assignments laid over a raw mapping; values are read as YAML."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise InputError(f"override {assignment!r} is not an assignment", expected="key.path=value")
+        try:
+            leaf = yaml.load(text, _Loader)  # noqa: S506
+        except yaml.YAMLError as error:
+            raise InputError(f"override {assignment!r} has a malformed value", got=error) from error
+        for key in reversed(path.split(".")):
+            leaf = {key: leaf}
+        value = merge(value, leaf)
+    return value
+
+
+def validate(schema: type[BaseModel], value: Mapping[str, Any]) -> Any:
+    """``value`` as ``schema``. Raises InputError in one line: the key, what was got, what is expected."""
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise InputError(_one_line(error.errors())) from error
+
+
+def _one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
+    first = errors[0]
+    location = prefix + tuple(first["loc"])
+    if first["type"] == "nested":
+        return _one_line(first["ctx"]["errors"], location)
+    if first["type"] == "unknown_key":
+        return f"unknown key {'.'.join(map(str, (*location, first['ctx']['key'])))}; {first['msg']}"
+    where = ".".join(map(str, location))
+    message = first["msg"].removeprefix("Value error, ")
+    got = first["input"]
+    shown = "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {got!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"
+
+
+# --- identity -------------------------------------------------------------------------------------------
+
+
+def canonical_hash(config: BaseModel, exclude: set[str]) -> str:
+    """First 8 hex digits of the SHA-256 over the sorted JSON of ``config`` without the keys of ``exclude``."""
+    content = json.dumps(config.model_dump(mode="json", exclude=exclude), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ between two nested mappings."""
+    different = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            different += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            different.append(f"{prefix}{key}")
+    return different

@@ -1,0 +1,16 @@
+"""Fixed-protocol validation: distances, the protocol, the final table, pictures."""
+
+from twinrl.evaluation.distances import frechet_distance, kernel_distance
+from twinrl.evaluation.prdc import prdc
+from twinrl.evaluation.protocol import EvaluationConfig, Protocol
+from twinrl.evaluation.table import FinalTable, final_table
+
+__all__ = [
+    "EvaluationConfig",
+    "FinalTable",
+    "Protocol",
+    "final_table",
+    "frechet_distance",
+    "kernel_distance",
+    "prdc",
+]

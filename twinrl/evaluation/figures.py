@@ -1,0 +1,180 @@
+"""Figures of a run: training curves, and where the sampled times lie.
+
+Each function returns a matplotlib ``Figure`` that is not registered with pyplot (nothing to close, no backend
+chosen for the caller); :func:`save` writes it. matplotlib and pandas are imported on use.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+Series: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
+Frame: TypeAlias = "DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]"
+"""Log rows: a pandas frame, columns by name, or the rows of log.jsonl, with a ``step`` column.
+
+Numeric NaN is a gap (nothing logged); the run log's string "nan" is a value that was not finite."""
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+WINDOWS = 100  # a curve's running median spans 1/WINDOWS of its points
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write ``figure`` (format by suffix, PNG at 130 dpi) and return its path."""
+    figure.savefig(path, dpi=130, facecolor="white")
+    return path
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple["Figure", np.ndarray]:
+    """A figure with a (rows, columns) array of quiet axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+# --- times ----------------------------------------------------------------------------------------------
+
+
+def time_scatter(t: Series, r: Series, *, title: str = "Sampled times") -> "Figure":
+    """Scatter of source time t against target time r, coloured by the sign of t. Experimental.
+
+    Arguments:
+        t: (N,) source times in [−1, 1], negative on the fake ("twin") trajectory. r: (N,) target times.
+    """
+    source, target = np.asarray(t, dtype=float), np.asarray(r, dtype=float)
+    figure, axes = _figure(1, 1, (5.6, 5.2))
+    axis = axes[0, 0]
+    lowest = -1.05 if (source < 0).any() else -0.05
+    axis.plot([lowest, 1.05], [lowest, 1.05], color="0.75", linewidth=1, zorder=1)
+    axis.annotate("r = t: instantaneous", (0.42, 0.42), (0, 6), textcoords="offset points", rotation=45,
+                  rotation_mode="anchor", ha="center", color="0.45", fontsize=8)  # fmt: skip
+    for keep, colour, what in (
+        (source >= 0, COLOURS[0], "real, t ≥ 0"),
+        (source < 0, COLOURS[1], "fake, t < 0"),
+    ):
+        label = f"{what} ({keep.sum():,} rows)"
+        axis.scatter(
+            source[keep], target[keep], s=9, color=colour, alpha=0.5, linewidths=0, label=label, zorder=2
+        )
+    axis.set(xlabel="source time t  (|t| = 1 is noise)", ylabel="target time r", aspect="equal",
+             xlim=(lowest, 1.05), ylim=(lowest, 1.05), title=f"{title} (experimental)")  # fmt: skip
+    axis.legend(loc="upper left", frameon=False, fontsize=9)
+    return figure
+
+
+# --- curves ---------------------------------------------------------------------------------------------
+
+
+def _numeric(rows: Frame) -> "DataFrame":
+    """Numeric columns indexed by ``step``; a logged "nan" becomes infinite, so that it differs from a gap."""
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    if "step" not in frame.columns:
+        raise ValueError(f"no column 'step' among {', '.join(map(str, frame.columns))}")
+    return frame.replace("nan", "inf").apply(pd.to_numeric, errors="coerce").set_index("step")
+
+
+def training_curves(
+    rows: Frame, *, floor: Mapping[str, float] | None = None, title: str | None = None
+) -> "Figure":
+    """Losses, gradient norm, sample quality, accuracy and diversity against training steps.
+
+    Panels without data are left out. Non-finite values are marked at the panel's lower edge.
+
+    Arguments:
+        rows: log rows; which columns are drawn follows :mod:`twinrl.tracking.names`.
+        floor: real-against-real values by plain name (``Protocol.floor``), drawn as dotted lines.
+        title: above the panels.
+    """
+    import math
+
+    frame, floor = _numeric(rows), floor or {}
+    panels = [panel for panel in _panels(frame, floor) if panel[1]]
+    if not panels:
+        raise ValueError("no training metric to draw in these rows")
+    columns = 2 if len(panels) > 1 else 1
+    lines = math.ceil(len(panels) / columns)
+    figure, axes = _figure(lines, columns, (5.6 * columns, 3.1 * lines + 0.3))
+    for axis, (heading, curves, floors, log_scale) in zip(axes.flat, panels, strict=False):
+        _panel(axis, heading, {label: frame[name] for label, name in curves.items()}, floors, log_scale)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _panels(
+    frame: "DataFrame", floor: Mapping[str, float]
+) -> list[tuple[str, dict[str, str], dict[str, float], bool]]:
+    """(heading, label → column, label → floor, logarithmic) of every panel, absent columns dropped."""
+
+    def curves(**labelled: str) -> dict[str, str]:
+        return {label.replace("_", " "): name for label, name in labelled.items() if name in frame.columns}
+
+    def by_nfe(quantity: str) -> dict[str, str]:
+        found = {f"{nfe} NFE": names.val(quantity, nfe) for nfe in range(1, 65)}
+        return {label: name for label, name in found.items() if name in frame.columns}
+
+    def floors(quantity: str) -> dict[str, float]:
+        return {"real images (floor)": floor[quantity]} if quantity in floor else {}
+
+    losses = {name.removeprefix("loss/"): name for name in frame.columns if str(name).startswith("loss/")}
+    norms = curves(before_clipping=names.GRAD_TOTAL_RAW, after_clipping=names.GRAD_TOTAL_CLIPPED)
+    return [
+        ("Loss", losses, {}, True),
+        ("Gradient norm", norms, {}, True),
+        ("Kernel distance to real images ↓", by_nfe("kid"), {}, False),
+        ("Fréchet distance to real images ↓", by_nfe("fd"), floors("fd"), True),
+        ("Judge accuracy ↑", by_nfe("accuracy"), {}, False),
+        ("Recall (diversity) ↑", by_nfe("recall"), floors("recall"), False),
+        ("Velocity error on held-out images ↓", curves(val=names.VAL_VELOCITY_MSE), {}, False),
+    ]
+
+
+def _panel(
+    axis: "Axes", heading: str, curves: Mapping[str, "Any"], floors: Mapping[str, float], log_scale: bool
+) -> None:
+    """One panel: every curve in its colour, dense ones as faint points under their running median."""
+    for colour, (label, series) in zip(COLOURS * 9, curves.items(), strict=False):
+        _curve(axis, label, series, colour)
+    for label, value in floors.items():
+        axis.axhline(value, color="0.35", linestyle=":", linewidth=1.4, label=label)
+    if log_scale and any((series > 0).any() for series in curves.values()):
+        axis.set_yscale("log")
+    axis.set_title(heading, loc="left", fontsize=11)
+    axis.set_xlabel("training step", fontsize=9)
+    if len(curves) + len(floors) > 1:
+        axis.legend(frameon=False, fontsize=8, ncols=2 if len(curves) > 4 else 1)
+
+
+def _curve(axis: "Axes", label: str, series: "Any", colour: str) -> None:
+    """A logged series; values that are not finite become marks at the lower edge."""
+    bad = np.isinf(series)
+    good = series[np.isfinite(series)]
+    window = max(1, len(good) // WINDOWS)
+    if window > 1:
+        axis.plot(good.index, good, ".", color=colour, alpha=0.18, markersize=2.5, markeredgewidth=0)
+        good = good.rolling(window, center=True, min_periods=1).median()
+    marker = "o" if len(good) <= 40 else None
+    axis.plot(good.index, good, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3.5)
+    if bad.any():
+        steps = series.index[bad]
+        axis.plot(steps, np.zeros(len(steps)), "x", color=colour, transform=axis.get_xaxis_transform(),
+                  clip_on=False, label=f"{label}: not finite")  # fmt: skip

@@ -1,0 +1,314 @@
+"""The fixed validation protocol: the same images, prompts, noise and times at every step, run and preset.
+
+What is judged depends on the protocol's own seed and on the source, never on the run: two numbers under one
+protocol differ because the networks differ. No number involves the training objective or a training reward.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinrl import conditions, draws, transport
+from twinrl.conditions import Condition
+from twinrl.config import Settings
+from twinrl.data.source import Source, Split
+from twinrl.evaluation.distances import frechet_distance, kernel_distance
+from twinrl.evaluation.isolation import undisturbed
+from twinrl.evaluation.prdc import prdc
+from twinrl.sampling import Network, SamplerConfig, few_step, nfe, sample
+from twinrl.tracking import names
+
+HeldOut: TypeAlias = Literal["validation", "test"]
+VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class EvaluationConfig(Settings):
+    """What is evaluated, on how much, and how often."""
+
+    every: int = Field(500, ge=0, description="training steps between evaluations; 0: only at the end")
+    n: int = Field(500, ge=20, description="samples judged; at most the smaller held-out split")
+    nfe: tuple[int, ...] = Field(
+        (1, 2, 4), min_length=1, description="network evaluations per sample, one row each"
+    )
+    teacher_steps: int = Field(50, ge=1, description="Euler steps of the teacher in the final table")
+    seed: int = Field(20_240_607, description="of noise, prompts and rows; independent of the run's seed")
+    neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
+    velocity_rows: int = Field(
+        200, ge=1, description="images in val/velocity_mse, each at every time of its grid"
+    )
+    grid_samples: int = Field(8, ge=1, description="samples per class in the sample grids")
+    batch: int = Field(250, ge=1, description="rows per forward; bounds memory")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the judge and the scorers say about n images, in order.
+
+    A non-finite image is judged as a grey one and its numbers are then set to ``nan``.
+
+    Attributes:
+        features: (n, D) judge features.
+        correct: (n,) 1 where the judge sees the intended class, else 0.
+        scores: scorer → (n,).
+        finite: (n,) whether the image was finite.
+    """
+
+    features: Tensor
+    correct: Tensor
+    scores: Mapping[str, Tensor]
+    finite: Tensor
+
+
+def balanced_rows(labels: Tensor, n: int, seed: int, purpose: str) -> Tensor:
+    """(n,) rows with classes as equal in number as they can be, sorted so that classes alternate.
+
+    Arguments:
+        labels: (N,) class labels, N ≥ n. seed, purpose: key of the choice within each class.
+    """
+    order = torch.randperm(len(labels), generator=draws.generator(seed, purpose))
+    shuffled = labels[order]
+    turn = torch.empty_like(shuffled)
+    for label in shuffled.unique():
+        turn[shuffled == label] = torch.arange(int((shuffled == label).sum()))
+    by_turn_then_label = (turn * (int(labels.max()) + 1) + shuffled).argsort(stable=True)
+    return order[by_turn_then_label[:n]]
+
+
+def _take(split: Split, rows: Tensor) -> Split:
+    """The chosen rows of a split, on the CPU."""
+    return Split(split.pixels.cpu()[rows], split.labels.cpu()[rows])
+
+
+class Protocol:
+    """Everything that stays fixed between evaluations, computed once.
+
+    The reference images come from one held-out split. As many other held-out images, from the rest of that
+    split and from the other one, give the real-against-real floor. Samples are made for the labels of the
+    reference images, so their class mix is the same and as balanced as the split allows.
+
+    Arguments:
+        source: data, codec, judge and scorers, already on ``device``.
+        config: sizes, seed and NFE.
+        split: "validation" during training, "test" for the final table.
+        device: where the networks are.
+
+    Attributes:
+        n: images in every set: ``config.n``, less where the split or half of all held-out images is.
+            All distances, the floor included, are at this n, since they depend on it.
+        labels: (n,) of reference images and samples alike.
+        prompts: n prompts in words, from the training templates. condition: theirs.
+        reference: what the judge says about the reference images. other: about the other real images.
+        floor: distances and PRDC of ``other`` against ``reference``: what a perfect generator would get.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: EvaluationConfig,
+        split: HeldOut = "validation",
+        device: torch.device | str = "cpu",
+    ):
+        self.source, self.config, self.split, self.device = source, config, split, torch.device(device)
+        held_out = len(source.validation) + len(source.test)
+        self.n = min(config.n, len(getattr(source, split)), held_out // 2)
+        self.rows, self._reference_images, self._other_images = self._choose_images()
+        self.labels = self._reference_images.labels
+        self.prompts = source.prompts(self.labels, config.seed, 0)
+        with undisturbed(seed=config.seed, device=self.device):
+            self.condition = source.condition(self.prompts)
+            self._velocity_batch = self._velocity_inputs()
+        self.reference, self.other = self.judge_real(lambda pixels: pixels)
+        self.floor = self.distances(self.other)
+
+    def _choose_images(self) -> tuple[Tensor, Split, Split]:
+        """Rows of the n reference images in their split, these images, and n others that are held out."""
+        own: Split = getattr(self.source, self.split)
+        second: Split = self.source.test if self.split == "validation" else self.source.validation
+        rows = balanced_rows(own.labels, self.n, self.config.seed, f"evaluation {self.split}")
+        rest = torch.ones(len(own), dtype=torch.bool).index_fill(0, rows, False).nonzero()[:, 0]
+        pool = torch.cat([own.labels[rest], second.labels]).cpu()
+        chosen = balanced_rows(pool, self.n, self.config.seed, f"evaluation floor {self.split}")
+        from_own, from_second = rest[chosen[chosen < len(rest)]], chosen[chosen >= len(rest)] - len(rest)
+        parts = _take(own, from_own), _take(second, from_second)
+        other = Split(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts]))
+        return rows, _take(own, rows), other
+
+    def judge_real(self, through: Callable[[Tensor], Tensor]) -> tuple[Judged, Judged]:
+        """The reference images and the other real images, judged after ``through`` (pixels → pixels)."""
+        reference, other = self._reference_images, self._other_images
+        other_prompts = self.source.prompts(other.labels, self.config.seed, 1)
+        return (
+            self.judge(self._chunked(through, reference.pixels)),
+            self.judge(self._chunked(through, other.pixels), other.labels, other_prompts),
+        )
+
+    def round_trip(self) -> tuple[Judged, Judged]:
+        """:meth:`judge_real` after encoding and decoding: the best that a generator of latents can do."""
+        return self.judge_real(lambda pixels: self.source.decode(self.source.encode(pixels)))
+
+    def _chunked(self, function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
+        with undisturbed(seed=self.config.seed, device=self.device):
+            return torch.cat([function(pixels[c].to(self.device)) for c in self._chunks(len(pixels))])
+
+    # --- samples ----------------------------------------------------------------------------------------
+
+    def samples(
+        self, network: Network, sampler: SamplerConfig, draw: int = 0, guidance: float = 0.0
+    ) -> Tensor:
+        """(n, C, H, W) decoded pixels, one for each prompt, from the fixed noise number ``draw``."""
+        noise = self.noise(self.n, f"evaluation noise {draw}")
+        return self._decoded(network, sampler, noise, self.condition, draw * self.n, guidance)
+
+    def noise(self, n: int, purpose: str) -> Tensor:
+        """(n, C, H, W) start noise of the protocol for ``purpose``."""
+        return draws.normal((n, *self.source.latent_shape), self.config.seed, purpose).to(self.device)
+
+    def _decoded(
+        self,
+        network: Network,
+        sampler: SamplerConfig,
+        noise: Tensor,
+        condition: Condition,
+        key: int,
+        guidance: float,
+    ) -> Tensor:
+        """Samples from ``noise``, in chunks whose keyed step noise differs from chunk to chunk."""
+        parts = []
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            for chunk in self._chunks(len(noise)):
+                rows = conditions.rows(condition, chunk)
+                null = self.source.null_condition(conditions.size(rows)) if guidance else None
+                seed = self.config.seed + key + chunk.start
+                z = sample(network, noise[chunk], rows, sampler, seed=seed, guidance=guidance, null=null)
+                parts.append(self.source.decode(z))
+        return torch.cat(parts)
+
+    def _chunks(self, n: int) -> list[slice]:
+        size = self.config.batch
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def grid(self, network: Network, sampler: SamplerConfig) -> Tensor:
+        """(classes, grid_samples, C, H, W) pixels: a row for each class, the same noise in a column."""
+        classes, columns = len(self.source.classes), self.config.grid_samples
+        noise = self.noise(columns, "evaluation grid").repeat(classes, 1, 1, 1)
+        condition = self.source.condition([p for p in self.grid_prompts() for _ in range(columns)])
+        pixels = self._decoded(network, sampler, noise, condition, 0, 0.0)
+        return pixels.unflatten(0, (classes, columns))
+
+    def grid_prompts(self) -> list[str]:
+        """One prompt per class, in class order: the labels of the grid's rows."""
+        return self.source.prompts(torch.arange(len(self.source.classes)), self.config.seed, 2)
+
+    # --- judgements -------------------------------------------------------------------------------------
+
+    def judge(
+        self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None
+    ) -> Judged:
+        """Features, class verdicts and scores of n images in [−1, 1] (clamped).
+
+        Labels and prompts are those of the protocol's samples unless given.
+        """
+        labels, prompts = (
+            self.labels if labels is None else labels,
+            self.prompts if prompts is None else prompts,
+        )
+        with undisturbed(seed=self.config.seed, device=self.device):
+            parts = [self._judge_chunk(pixels[c], labels[c], prompts[c]) for c in self._chunks(len(pixels))]
+        return Judged(
+            torch.cat([p.features for p in parts]),
+            torch.cat([p.correct for p in parts]),
+            {name: torch.cat([p.scores[name] for p in parts]) for name in self.source.scorers},
+            torch.cat([p.finite for p in parts]),
+        )
+
+    def _judge_chunk(self, pixels: Tensor, labels: Tensor, prompts: Sequence[str]) -> Judged:
+        finite = pixels.isfinite().flatten(1).all(1).cpu()
+        shown = torch.where(pixels.isfinite(), pixels, 0).clamp(-1, 1).to(self.device)
+        judge, scorers = self.source.judge, self.source.scorers
+
+        def valid(values: Tensor) -> Tensor:
+            values = values.detach().to("cpu", torch.float64)
+            return torch.where(transport.like(finite, values), values, torch.nan)
+
+        correct = judge.logits(shown).argmax(1).cpu() == labels.cpu()
+        scores = {name: valid(scorer(shown, prompts)) for name, scorer in scorers.items()}
+        return Judged(valid(judge.features(shown)), valid(correct), scores, finite)
+
+    def distances(self, judged: Judged) -> dict[str, float]:
+        """fd, kid, precision, recall, density and coverage against the reference images."""
+        real, fake = self.reference.features, judged.features
+        return {
+            "kid": kernel_distance(real, fake),
+            "fd": frechet_distance(real, fake),
+            **prdc(real, fake, self.config.neighbours),
+        }
+
+    def summary(self, judged: Judged) -> dict[str, float]:
+        """:meth:`distances`, accuracy and the share of non-finite images, by plain names."""
+        return {
+            **self.distances(judged),
+            "accuracy": judged.correct.mean().item(),
+            "nonfinite_frac": (~judged.finite).double().mean().item(),
+        }
+
+    # --- metrics ----------------------------------------------------------------------------------------
+
+    def quality(self, network: Network, sampler: SamplerConfig) -> dict[str, float]:
+        """All metrics of the samples that ``network`` makes with ``sampler``, named by its NFE.
+
+        Non-finite samples make the metrics that they enter ``nan``; ``val/nonfinite_frac`` says how many.
+
+        Arguments:
+            network: called as ``network(x, t, r, condition)``; returns to its own modes afterwards.
+            sampler: e.g. ``few_step(1)``.
+        """
+        judged, evaluations = self.judge(self.samples(network, sampler)), nfe(sampler)
+        metrics = {
+            names.val(quantity, evaluations): value for quantity, value in self.summary(judged).items()
+        }
+        for label, name in enumerate(self.source.classes):
+            correct = judged.correct[self.labels == label]
+            metrics[names.accuracy(name, evaluations)] = correct.mean().item()
+        for name, score in judged.scores.items():
+            metrics[names.score(name, evaluations, name in self.source.held_out)] = score.mean().item()
+        return metrics
+
+    def evaluate(self, network: Network) -> dict[str, float]:
+        """One evaluation in training: :meth:`quality` at every NFE, ``val/quality`` and ``val/velocity_mse``.
+
+        ``val/quality`` is the kernel distance at the first NFE of the configuration, 1 by default.
+        """
+        metrics: dict[str, float] = {}
+        for evaluations in self.config.nfe:
+            metrics |= self.quality(network, few_step(evaluations))
+        quality = metrics[names.val("kid", self.config.nfe[0])]
+        return {names.VAL_QUALITY: quality, names.VAL_VELOCITY_MSE: self.velocity_mse(network), **metrics}
+
+    def _velocity_inputs(self) -> tuple[Tensor, Tensor, Tensor, Condition]:
+        """x, z, t and condition: reference images at every time of the grid, with noise of their own."""
+        rows = self.rows[: self.config.velocity_rows]
+        latents = self.source.latents(self.split)
+        x = latents[rows.to(latents.device)].to(self.device)
+        t = torch.tensor(VELOCITY_TIMES, device=self.device)
+        each = conditions.rows(self.condition, slice(0, len(rows)))
+        condition = conditions.concatenate([each] * len(t))
+        z = self.noise(len(rows) * len(t), "evaluation velocity")
+        return x.repeat(len(t), 1, 1, 1), z, t.repeat_interleave(len(rows)), condition
+
+    def velocity_mse(self, network: Network) -> float:
+        """``mean ‖F(x_t, t, t) − (z − x)‖²`` per element, on fixed images, noise and times.
+
+        A student whose target contains guidance learns another velocity: compare within a preset only.
+        """
+        x, z, t, condition = self._velocity_batch
+        total = 0.0
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            for chunk in self._chunks(len(x)):
+                x_t = transport.interpolate(x[chunk], z[chunk], t[chunk])
+                F = network(x_t, t[chunk], t[chunk], conditions.rows(condition, chunk))
+                total += (F - transport.velocity(x[chunk], z[chunk])).double().square().sum().item()
+        return total / x.numel()

@@ -1,0 +1,223 @@
+"""The final table: a student at several NFE beside its teacher, decoded real images and the floor."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twinrl import draws
+from twinrl.evaluation.distances import frechet_distance
+from twinrl.evaluation.protocol import Judged, Protocol
+from twinrl.sampling import Network, SamplerConfig, euler, few_step, nfe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REPEATED_NOISE = "95% t interval of the mean over repeated start noise, network and real images fixed"
+RESPLIT = "middle 95% over random re-splits of the same real images into reference and others"
+WILSON = "95% Wilson interval"
+RESPLITS = 50
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval; bounds are ``nan`` where there is none. ``method`` says what varied."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    method: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what made the images, network evaluations per image (0: real), its metrics."""
+
+    name: str
+    nfe: int
+    metrics: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class FinalTable:
+    """The rows with what they share.
+
+    Attributes:
+        rows: student rows, teacher, real images through the codec, real images as they are (the floor).
+        n: images in every set. split: where the reference images come from. repeats: draws of start noise.
+    """
+
+    rows: Sequence[Row]
+    n: int
+    split: str
+    repeats: int
+
+    @property
+    def floor(self) -> float:
+        """Fréchet distance of real images against real images at n."""
+        return self.rows[-1].metrics["fd"].value
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain mappings and lists; non-finite numbers as the strings "nan", "inf", "-inf"."""
+        return _plain(asdict(self) | {"floor": self.floor})
+
+    def write(self, path: Path) -> None:
+        """The table as JSON, keys as in :meth:`as_dict`."""
+        path.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+
+    def rich(self) -> "Table":
+        """The table for the terminal; intervals in brackets."""
+        from rich.table import Table
+
+        table = Table(
+            title=f"Samples against {self.n} real images ({self.split} split)", caption=self._caption()
+        )
+        table.add_column("")
+        for heading in (
+            "NFE",
+            "Fréchet distance",
+            "− floor",
+            "KID ×10³",
+            "precision",
+            "recall",
+            "judge accuracy",
+        ):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
+        return table
+
+    def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
+        fd, kid, accuracy = metrics["fd"], metrics["kid"].value, metrics["accuracy"]
+        plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
+        return [_show(fd, 3), f"{fd.value - self.floor:.3f}", f"{1000 * kid:.2f}", *plain, _show(accuracy, 3)]
+
+    def _caption(self) -> str:
+        repeats = f"{self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise, no intervals"
+        return (
+            f"Samples: mean over {repeats}, [95% interval of that mean]. Real images: other held-out ones "
+            "against the reference, [range over re-splits]; accuracy on the reference images, [Wilson]."
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(estimate: Estimate, digits: int) -> str:
+    value = f"{estimate.value:.{digits}f}"
+    if math.isnan(estimate.low):
+        return value
+    return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+
+
+# --- intervals ------------------------------------------------------------------------------------------
+
+
+def mean_interval(values: Sequence[float]) -> Estimate:
+    """Mean with Student's 95% interval over repeats of start noise (no interval for one repeat)."""
+    from scipy.stats import t
+
+    x = torch.tensor(values, dtype=torch.float64)
+    mean = x.mean().item()
+    if len(x) < 2:
+        return Estimate(mean)
+    half = float(t.ppf(0.975, len(x) - 1)) * x.std().item() / math.sqrt(len(x))
+    return Estimate(mean, mean - half, mean + half, REPEATED_NOISE)
+
+
+def proportion_interval(hits: Tensor) -> Estimate:
+    """Share of ones in ``hits`` (N,) with Wilson's 95% interval."""
+    from scipy.stats import binomtest
+
+    share = hits.mean().item()
+    if math.isnan(share):
+        return Estimate(share)
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return Estimate(share, float(interval.low), float(interval.high), WILSON)
+
+
+def resplit_interval(value: float, reference: Tensor, other: Tensor, seed: int) -> Estimate:
+    """``value`` with the spread of the Fréchet distance over random halves of the same 2n images.
+
+    Arguments:
+        reference: (2n, D) features that reference images are drawn from.
+        other: (2n, D) features of the same images as judged (equal to ``reference`` for the floor).
+
+    Source: the bootstrap would repeat images and so lower the effective n, which biases the distance.
+    """
+    distances = []
+    for split in range(RESPLITS):
+        order = torch.randperm(len(reference), generator=draws.generator(seed, "evaluation re-split", split))
+        a, b = order.chunk(2)
+        distances.append(frechet_distance(reference[a], other[b]))
+    low, high = (
+        torch.tensor(distances, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    )
+    return Estimate(value, low, high, RESPLIT)
+
+
+# --- rows -----------------------------------------------------------------------------------------------
+
+
+def sample_row(name: str, nfe: int, protocol: Protocol, draw: Callable[[int], Tensor], repeats: int) -> Row:
+    """A row for samples; ``draw(i)`` gives the n images of start noise number i."""
+    summaries = [protocol.summary(protocol.judge(draw(i))) for i in range(repeats)]
+    return Row(name, nfe, {key: mean_interval([s[key] for s in summaries]) for key in summaries[0]})
+
+
+def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -> Row:
+    """A row for real images: ``other`` judged against the protocol's reference, accuracy on ``reference``."""
+    metrics = {key: Estimate(value) for key, value in protocol.summary(other).items()}
+    originals = torch.cat([protocol.reference.features, protocol.other.features])
+    judged = torch.cat([reference.features, other.features])
+    metrics["fd"] = resplit_interval(metrics["fd"].value, originals, judged, protocol.config.seed)
+    metrics["accuracy"] = proportion_interval(reference.correct)
+    return Row(name, 0, metrics)
+
+
+def real_rows(protocol: Protocol) -> list[Row]:
+    """Real images through the codec (the best that a generator of latents can do) and as they are (floor)."""
+    reference, other = protocol.round_trip()
+    return [
+        _real_row("real, through the codec", protocol, reference, other),
+        _real_row("real (floor)", protocol, protocol.reference, protocol.other),
+    ]
+
+
+def final_table(
+    protocol: Protocol,
+    network: Network,
+    teacher: Network | None = None,
+    *,
+    repeats: int = 5,
+    teacher_guidance: float = 0.0,
+) -> FinalTable:
+    """Judge a student at every NFE of the protocol, its teacher, and real images.
+
+    Arguments:
+        protocol: usually of the test split.
+        network: the student. teacher: sampled with ``teacher_steps`` Euler steps; no such row if None.
+        repeats: independent draws of start noise behind each sample row, the same for all rows.
+        teacher_guidance: classifier-free guidance of the teacher's samples.
+    """
+
+    def row(name: str, net: Network, sampler: SamplerConfig, guidance: float = 0.0) -> Row:
+        def draw(i: int) -> Tensor:
+            return protocol.samples(net, sampler, i, guidance)
+
+        return sample_row(name, nfe(sampler, guidance), protocol, draw, repeats)
+
+    rows = [row("student", network, few_step(evaluations)) for evaluations in protocol.config.nfe]
+    if teacher is not None:
+        rows.append(row("teacher, Euler", teacher, euler(protocol.config.teacher_steps), teacher_guidance))
+    return FinalTable((*rows, *real_rows(protocol)), protocol.n, protocol.split, repeats)

@@ -1,0 +1,127 @@
+"""Flow-matching pretraining: the teacher from which TwinFlow students start."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from twinrl.conditions import Condition
+from twinrl.draws import normal, shuffled_rows, uniform
+from twinrl.transport import interpolate, velocity
+
+ConditionOf = Callable[[Tensor, int], Condition]
+"""(labels (B,), step) → condition of B rows, captions drawn anew at every step."""
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """How a teacher is pretrained: AdamW at a constant rate after a warm-up, the averaged weights the result.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: rows per step.
+        lr: learning rate, decaying by a cosine over the last ``decay`` of the steps.
+        decay: fraction of the steps.
+        dropout: share of rows whose condition is replaced by ∅, for guidance.
+        ema: decay of the average of the weights.
+        seed: key of every random number.
+    """
+
+    steps: int = 2000
+    batch: int = 256
+    lr: float = 1e-3
+    decay: float = 0.5
+    dropout: float = 0.1
+    ema: float = 0.995
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class FlowData:
+    """What a teacher learns from.
+
+    Attributes:
+        latents: (N, C, H, W) normalised.
+        labels: (N,).
+        condition: captions and their condition for a batch of labels.
+        empty: one row of the empty condition ∅.
+    """
+
+    latents: Tensor
+    labels: Tensor
+    condition: ConditionOf
+    empty: Condition
+
+
+def pretrain(
+    network: nn.Module, data: FlowData, recipe: Pretraining, tick: Callable[[], None]
+) -> Mapping[str, Tensor]:
+    """Train ``network`` (in place) to predict ``z − x`` at (x_t, t, t) and return its averaged state dict.
+
+    Arguments:
+        network: ``F(x_t, t, r, condition)``.
+        data: latents and conditions.
+        recipe: steps and rates.
+        tick: called after every step.
+
+    Raises:
+        FloatingPointError: the last loss is not finite.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
+    average = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
+    )
+    for step in range(recipe.steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss = flow_matching_loss(network, data, recipe, step)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        average.update_parameters(network)
+        tick()
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the flow-matching loss is {float(loss)} after {recipe.steps} steps")
+    return {name: value.detach().clone() for name, value in average.module.state_dict().items()}
+
+
+def flow_matching_loss(network: nn.Module, data: FlowData, recipe: Pretraining, step: int) -> Tensor:
+    """Mean of ``‖F(x_t, t, t, c) − (z − x)‖²`` over a keyed batch, t ~ U(0, 1), c = ∅ for some rows."""
+    rows = shuffled_rows(len(data.labels), recipe.batch, recipe.seed, step)
+    x = data.latents[rows]
+    t = uniform((recipe.batch,), recipe.seed, "pretraining time", step)
+    z = normal(tuple(x.shape), recipe.seed, "pretraining noise", step)
+    dropped = uniform((recipe.batch,), recipe.seed, "pretraining dropout", step) < recipe.dropout
+    condition = _drop(data.condition(data.labels[rows], step), data.empty, dropped)
+    return (network(interpolate(x, z, t), t, t, condition) - velocity(x, z)).square().mean()
+
+
+def _drop(condition: Condition, empty: Condition, dropped: Tensor) -> Condition:
+    """The condition with the rows ``dropped`` (B,) replaced by ∅."""
+    return {
+        name: torch.where(dropped.view(-1, *([1] * (value.dim() - 1))), empty[name], value)
+        for name, value in condition.items()
+    }
+
+
+def _rate(step: int, recipe: Pretraining) -> float:
+    """Warm-up over 100 steps, constant, then a linear decay to a twentieth over the last part."""
+    remaining = (recipe.steps - step) / (recipe.decay * recipe.steps)
+    return min(1.0, (step + 1) / 100, max(0.05, remaining))
+
+
+@torch.no_grad()
+def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) -> Tensor:
+    """Samples by ``steps`` Euler steps of ``dx/dt = F(x, t, t, c)`` from noise ``z`` at t = 1 to t = 0.
+
+    *When to use*: to measure a teacher; students and guidance are sampled by ``twinrl.sampling``.
+    """
+    x, times = z, torch.linspace(1, 0, steps + 1)
+    for t, following in zip(times[:-1], times[1:], strict=True):
+        t_b = t.expand(len(x)).to(x.device)
+        x = x - (t - following) * network(x, t_b, t_b, condition)
+    return x
+
+
+__all__: Sequence[str] = ["FlowData", "Pretraining", "euler", "flow_matching_loss", "pretrain"]

@@ -1,0 +1,157 @@
+"""Optimizers, learning-rate policies and early stopping, chosen in configuration."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from twinrl.config import Settings
+
+
+class OptimizerConfig(Settings):
+    """Settings that every optimizer has."""
+
+    lr: float = Field(3e-4, gt=0, description="learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the first and second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled in adamw)")
+    clip: float | None = Field(None, gt=0, description="global gradient-norm clip; null = none")
+
+
+class Optimizer:
+    """An optimizer by name; ``build`` makes it for the trainable parameters."""
+
+    make: ClassVar[Callable[..., torch.optim.Optimizer]]
+    Config: ClassVar[type[OptimizerConfig]]
+
+    @classmethod
+    def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer over those of ``parameters`` that require gradients."""
+        trainable = [p for p in parameters if p.requires_grad]
+        return cls.make(
+            trainable, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        )
+
+
+class Adam(Optimizer):
+    """Adam (arXiv:1412.6980)."""
+
+    make = torch.optim.Adam
+
+    class Config(OptimizerConfig):
+        kind: Literal["adam"] = "adam"
+
+
+class AdamW(Optimizer):
+    """AdamW (arXiv:1711.05101), the default."""
+
+    make = torch.optim.AdamW
+
+    class Config(OptimizerConfig):
+        kind: Literal["adamw"] = "adamw"
+
+
+class RAdam(Optimizer):
+    """RAdam (arXiv:1908.03265): rectified warm-up of the adaptive rate."""
+
+    make = torch.optim.RAdam
+
+    class Config(OptimizerConfig):
+        kind: Literal["radam"] = "radam"
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "radam": RAdam}
+
+
+# --- learning-rate policies -------------------------------------------------------------------------------
+
+
+class Constant:
+    """The configured learning rate, after an optional linear warm-up."""
+
+    class Config(Settings):
+        kind: Literal["constant"] = "constant"
+        warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def factor(self, step: int) -> float:
+        """Factor of the learning rate at ``step`` (0-based)."""
+        return min(1.0, (step + 1) / (self.config.warmup + 1))
+
+    def observe(self, quality: float) -> None:
+        """A validation took place; the constant policy does not care."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+
+
+class Plateau(Constant):
+    """Cuts the rate by ``factor`` when validation quality has not improved for ``patience`` validations."""
+
+    class Config(Settings):
+        kind: Literal["plateau"] = "plateau"
+        warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+        cut: float = Field(0.5, gt=0, lt=1, description="factor of each cut")
+        patience: int = Field(3, ge=1, description="validations without improvement before a cut")
+        threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
+        minimum: float = Field(0.0, ge=0, le=1, description="smallest factor")
+
+    config: Any
+
+    def __init__(self, config: Config):  # type: ignore[override]
+        self.config, self.best, self.bad, self.scale = config, math.inf, 0, 1.0
+
+    def factor(self, step: int) -> float:
+        return self.scale * super().factor(step)
+
+    def observe(self, quality: float) -> None:
+        if quality < self.best * (1 - self.config.threshold):
+            self.best, self.bad = quality, 0
+            return
+        self.bad += 1
+        if self.bad >= self.config.patience:
+            self.scale, self.bad = max(self.scale * self.config.cut, self.config.minimum), 0
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "bad": self.bad, "scale": self.scale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.best, self.bad, self.scale = float(state["best"]), int(state["bad"]), float(state["scale"])
+
+
+LR_POLICIES: dict[str, type] = {"constant": Constant, "plateau": Plateau}
+
+
+class EarlyStop:
+    """Says when validation quality has not improved for a number of validations."""
+
+    class Config(Settings):
+        patience: int | None = Field(None, ge=1, description="validations without improvement; null = never stop")
+        threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
+
+    def __init__(self, config: Config):
+        self.config, self.best, self.bad = config, math.inf, 0
+
+    def observe(self, quality: float) -> bool:
+        """True when training should stop."""
+        if quality < self.best * (1 - self.config.threshold):
+            self.best, self.bad = quality, 0
+        else:
+            self.bad += 1
+        return self.config.patience is not None and self.bad >= self.config.patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.best, self.bad = float(state["best"]), int(state["bad"])

@@ -1,0 +1,179 @@
+"""The whole configuration of a run, assembled from the components' own settings."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from twinrl import config as configuration
+from twinrl.backends import NETWORKS
+from twinrl.branches import BRANCHES, TimeLaw, allocate
+from twinrl.config import Settings, component
+from twinrl.data import SOURCES
+from twinrl.errors import InputError
+from twinrl.evaluation import EvaluationConfig
+from twinrl.guidance import GuidanceConfig
+from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.teacher import TeacherConfig
+from twinrl.terms import TERMS
+from twinrl.terms.term import check_branches
+
+Network = component(NETWORKS, "network")
+Term = component(TERMS, "term")
+Optimizer = component(OPTIMIZERS, "optimizer")
+LearningRate = component(LR_POLICIES, "learning-rate policy")
+
+
+class TrainConfig(Settings):
+    """Length, batch and numbers of training."""
+
+    steps: int = Field(2000, ge=1, description="optimizer steps")
+    batch: int = Field(128, ge=1, description="rows of the global batch, all branches together")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows per forward pass; smaller batches are accumulated; null = all at once"
+    )
+    precision: Literal["float32", "bf16", "float64"] = Field(
+        "float32", description="bf16 = autocast; times, predictions and residuals stay in float32"
+    )
+    init: str = Field(
+        "teacher", description="start: teacher (the source's pretrained flow model), random, or a run directory"
+    )
+
+
+class ModelConfig(Settings):
+    """The network and how it is called."""
+
+    network: Network = Field(default="mlp", validate_default=True, description="architecture by kind")  # type: ignore[valid-type]
+    target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
+
+
+class DataConfig(Settings):
+    """Where samples come from."""
+
+    source: Literal[tuple(SOURCES)] = Field("digits", description="digits (embedded lab) or mnist")  # type: ignore[valid-type]
+    root: Path | None = Field(None, description="folder of the data, where the source needs one")
+    images: bool = Field(
+        True, description="false: image-free training on the student's own one-step samples of the prompts"
+    )
+
+
+class StabilityConfig(Settings):
+    """What happens when numbers stop being finite."""
+
+    policy: Literal["record", "stop"] = Field(
+        "stop", description="a non-finite loss or gradient is always recorded; stop ends the run with exit code 1"
+    )
+
+
+class CheckpointConfig(Settings):
+    """When the run's state is saved."""
+
+    every: int = Field(500, ge=1, description="steps between checkpoints")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class RunSection(Settings):
+    """Where the run directory goes."""
+
+    dir: Path = Field(Path("runs"), description="parent of the run directories")
+
+
+class TrackingConfig(Settings):
+    """The MLflow view of the run's log."""
+
+    mlflow: bool = Field(True, description="publish the log to MLflow at checkpoints and at the end")
+    uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir")
+    experiment: str = Field("twinrl", description="MLflow experiment")
+
+
+class MachineConfig(Settings):
+    """The device and its threads."""
+
+    device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, …")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null = torch's default")
+
+
+class RunConfig(Settings):
+    """Everything that defines a run. ``twinrl doctor --schema`` prints all keys with their meaning."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory")
+    seed: int = Field(0, ge=0, description="decides initial weights, data order, times and noise")
+    train: TrainConfig = TrainConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    branches: dict[str, float] = Field({"any": 1.0}, description=f"share of each branch: {', '.join(BRANCHES)}")
+    time: TimeLaw = TimeLaw()
+    guidance: GuidanceConfig = GuidanceConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")  # type: ignore[valid-type]
+    optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")  # type: ignore[valid-type]
+    lr_policy: LearningRate = Field(  # type: ignore[valid-type]
+        default="constant", validate_default=True, description="learning-rate policy by kind"
+    )
+    early_stop: EarlyStop.Config = EarlyStop.Config()
+    stability: StabilityConfig = StabilityConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    machine: MachineConfig = MachineConfig()
+    run: RunSection = RunSection()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _term_kind_defaults_to_its_name(cls, value: dict) -> dict:
+        """``terms: {base: {…}}`` is short for ``{base: {kind: base, …}}``; the optimizer's kind for adamw."""
+        value = dict(value)
+        if isinstance(value.get("terms"), dict):
+            value["terms"] = {n: _with_kind(t, n) for n, t in value["terms"].items() if t is not None}
+        defaults = {"optim": "adamw", "lr_policy": "constant"}
+        return value | {key: _with_kind(value[key], kind) for key, kind in defaults.items() if key in value}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        unknown = [name for name in self.branches if name not in BRANCHES]
+        if unknown:
+            raise ValueError(f"branches.{unknown[0]} is unknown; {configuration.nearest(unknown[0], BRANCHES)}")
+        if not any(self.branches.values()) or min(self.branches.values()) < 0:
+            raise ValueError(f"branches need shares ≥ 0 with a positive sum, got {self.branches}")
+        if not self.terms:
+            raise ValueError("terms is empty; expected at least one loss term, see the presets")
+        for name, term in self.terms.items():
+            try:
+                check_branches(term, self.branches)  # type: ignore[arg-type]
+            except ValueError as error:
+                raise ValueError(f"terms.{name}.branches: {error}") from error
+        try:
+            allocate(self.branches, self.train.batch)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @property
+    def hash(self) -> str:
+        """8 hex digits over what changes a run's numbers; seed, name and bookkeeping are left out."""
+        return configuration.canonical_hash(self, NOT_NUMERIC)
+
+    @property
+    def directory(self) -> Path:
+        """``<run.dir>/<name>-<hash>-s<seed>``."""
+        return self.run.dir / f"{self.name}-{self.hash}-s{self.seed}"
+
+
+NOT_NUMERIC = {"name", "seed", "run", "tracking", "checkpoint", "machine"}
+
+
+def _with_kind(value: object, kind: str) -> object:
+    return {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
+
+
+def load(name: str, overrides: list[str] | None = None) -> RunConfig:
+    """The run configuration of a preset or YAML file, with ``key.path=value`` overrides.
+
+    Raises:
+        InputError: one line naming the key, what was got and what is expected.
+    """
+    mapping = configuration.override(configuration.load_mapping(name), overrides or [])
+    mapping.setdefault("name", Path(name).stem)
+    return configuration.validate(RunConfig, mapping)
+
+

@@ -1,0 +1,121 @@
+"""Teachers: the networks that build targets, and the random state under which they are evaluated.
+
+Two roles: the *recursion*'s F̄ and the *guidance*'s F̄ (classifier-free guidance). Each is an EMA of the
+student (default), a frozen copy of its initial weights, or the live student itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from twinrl.config import Settings
+
+TeacherKind = Literal["ema", "live", "frozen"]
+
+
+class TeacherConfig(Settings):
+    """Which network builds the targets."""
+
+    kind: TeacherKind = Field("ema", description="the recursion's teacher: ema, live (the student) or frozen (its start)")
+    decay: float = Field(0.99, ge=0, le=1, description="EMA decay; reached through a ramp, the first update copies")
+    guidance: TeacherKind | None = Field(None, description="the guidance's teacher; null = the recursion's")
+    allow_live: bool = Field(False, description="waiver: a live teacher has collapsed runs, say that you want one")
+
+    @model_validator(mode="after")
+    def _live_needs_waiver(self) -> "TeacherConfig":
+        if "live" in (self.kind, self.guidance) and not self.allow_live:
+            raise ValueError(
+                "a live-student teacher is known to collapse training; fix: teacher.kind=ema, "
+                "or waive this with teacher.allow_live=true"
+            )
+        return self
+
+
+class Teacher:
+    """Holds the copies that the configured roles need and keeps the EMA.
+
+    Arguments:
+        student: the network being trained; copies start from its present weights.
+        config: which roles need which copy.
+    """
+
+    def __init__(self, student: nn.Module, config: TeacherConfig):
+        self.config = config
+        self.student = student
+        self.decay = 0.0  # ramped up by every update
+        roles = {config.kind, config.guidance or config.kind}
+        self.ema = _copy(student) if "ema" in roles else None
+        self.frozen = _copy(student) if "frozen" in roles else None
+
+    @property
+    def recursion(self) -> nn.Module:
+        """The network F̄ of the recursion."""
+        return self._network(self.config.kind)
+
+    @property
+    def guidance(self) -> nn.Module:
+        """The network F̄ of classifier-free guidance."""
+        return self._network(self.config.guidance or self.config.kind)
+
+    @property
+    def best(self) -> nn.Module:
+        """The network to judge and to export: the EMA where there is one, else the student."""
+        return self.ema if self.ema is not None else self.student
+
+    def _network(self, kind: TeacherKind) -> nn.Module:
+        network = {"ema": self.ema, "live": self.student, "frozen": self.frozen}[kind]
+        assert network is not None
+        return network
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One EMA update towards the student: parameters only; then the ramp ``d ← d + (1−d)(decay−d)/2`` from 0."""
+        if self.ema is None:
+            return
+        averages, values = list(self.ema.parameters()), [p.detach() for p in self.student.parameters()]
+        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
+
+
+def _copy(student: nn.Module) -> nn.Module:
+    return deepcopy(student).requires_grad_(False)
+
+
+# --- random state ---------------------------------------------------------------------------------------
+
+
+class RandomState:
+    """The state of the CPU's and every GPU's default generator (dropout draws from these)."""
+
+    def __init__(self, cpu: Tensor, cuda: list[Tensor]):
+        self.cpu, self.cuda = cpu, cuda
+
+    @classmethod
+    def capture(cls) -> "RandomState":
+        """The present state of every device in use."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        return cls(torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set every device's generator to this state."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Run a block from this state and leave the generators as they were before it.
+
+        Teacher and guidance passes run so: they see the dropout masks of the student's pass on the same rows.
+        """
+        before = RandomState.capture()
+        self.restore()
+        try:
+            yield
+        finally:
+            before.restore()

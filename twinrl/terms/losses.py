@@ -1,0 +1,74 @@
+"""Per-sample losses and the time weight."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from twinrl.config import Settings
+
+
+def mean_square(F: Tensor, target: Tensor) -> Tensor:
+    """(B,) mean over all elements of a sample of ``(F − target)²``."""
+    return (F - target).square().flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class L2:
+    """Mean square error per sample.
+
+    *When to use*: where the size of the residual must stay visible in the loss and its gradient.
+    """
+
+    class Config(Settings):
+        kind: Literal["l2"] = "l2"
+
+    config: Config
+
+    def __call__(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B, C, H, W) prediction and target → (B,) losses."""
+        return mean_square(F, target)
+
+
+@dataclass(frozen=True)
+class Barron:
+    """The adaptive robust loss (Barron, arXiv:1701.03077) in TwinFlow's form, with a stop-gradient weight.
+
+    ``m·sg[(m/(c² + 1e-8)/|α−2| + 1)^((α−2)/2)]/c`` with ``m`` the mean square of a sample. At α = 1 and
+    RMS ≫ c it is about the RMS, with a gradient norm of about 2/√D per sample whatever the residual: the loss
+    no longer shows how large the residual is.
+
+    *When to use*: as the public large-scale code does, against outliers. Log the residuals beside it.
+    """
+
+    class Config(Settings):
+        kind: Literal["barron"] = "barron"
+        alpha: float = Field(1.0, lt=2, description="shape α < 2; 1 is the Charbonnier-like case")
+        c: float = Field(1e-3, gt=0, description="scale below which the loss is quadratic, in units of velocity")
+        max_ratio: float | None = Field(
+            None, gt=0, description="upper limit of m/c² inside the weight; beyond it the loss is plain MSE again"
+        )
+
+    config: Config
+    epsilon: ClassVar[float] = 1e-8
+
+    def __call__(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B, C, H, W) prediction and target → (B,) losses."""
+        alpha, c = self.config.alpha, self.config.c
+        m = mean_square(F, target)
+        ratio = m.detach() / (c * c + self.epsilon)
+        if self.config.max_ratio is not None:
+            ratio = ratio.clamp(max=self.config.max_ratio)
+        weight = (ratio / abs(alpha - 2) + 1) ** ((alpha - 2) / 2) / c
+        return m * weight
+
+
+LOSSES: dict[str, type] = {"l2": L2, "barron": Barron}
+
+
+def time_weight(t: Tensor, r: Tensor) -> Tensor:
+    """``tan((1 − (|t| − |r|))·π/2.5) + 1`` for times (B,): 4.08 at r = t, 1 at (1, 0); 1 on fake rows (t < 0)."""
+    weight = ((1 - (t.abs() - r.abs())) * math.pi / 2.5).tan() + 1
+    return weight.where(t >= 0, 1.0)

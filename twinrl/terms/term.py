@@ -1,0 +1,145 @@
+"""What a loss term is: it declares where the network is evaluated, gives a target, and turns both into losses.
+
+A term is one small class in one file. It never calls the student for its prediction: it returns a
+:class:`Query`, and terms with equal queries share one forward pass. Its target may call teachers through the
+:class:`Context`, always without gradient. Terms hold no state, no optimizer and no hidden randomness.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinrl.branches import BRANCHES, Rows
+from twinrl.conditions import Condition
+from twinrl.config import Settings, component
+from twinrl.terms.losses import LOSSES, time_weight
+
+LossConfig = component(LOSSES, "loss")
+
+
+@dataclass(frozen=True)
+class Query:
+    """Where the student is to be evaluated.
+
+    Attributes:
+        point: name of the evaluation point. Within a batch, equal (point, row) promise equal inputs, so the
+            forward pass is shared.
+        x: (B, C, H, W) network input.
+        t: (B,) signed source time in [−1, 1], negative = fake branch.
+        r: (B,) signed target time, |r| ≤ |t|.
+        c: condition, B rows.
+        clean: (B, C, H, W) data end of the path on which ``x`` lies, where it is not the rows' ``x``.
+    """
+
+    point: str
+    x: Tensor
+    t: Tensor
+    r: Tensor
+    c: Condition
+    clean: Tensor | None = None
+
+
+def own(rows: Rows) -> Query:
+    """The rows' own point: ``(x_t, t, r)``."""
+    return Query("own", rows.x_t, rows.t, rows.r, rows.c)
+
+
+def instant(rows: Rows) -> Query:
+    """The instantaneous velocity on the path: ``(x_t, t, t)``."""
+    return Query("instant", rows.x_t, rows.t, rows.t, rows.c)
+
+
+def one_step(rows: Rows) -> Query:
+    """One jump from pure noise: ``(z, 1, 0)``; on rows that are there already (e2e) it *is* their own point."""
+    if bool((rows.t == 1).all() and (rows.r == 0).all()):
+        return own(rows)
+    return Query("one_step", rows.z, torch.ones_like(rows.t), torch.zeros_like(rows.r), rows.c)
+
+
+class Context(Protocol):
+    """What a term may ask for beside its own rows. Every method but ``prediction`` is without gradient."""
+
+    def prediction(self, query: Query, rows: Rows) -> Tensor:
+        """The student at ``query``, differentiable and shared with all terms that ask for the same point."""
+        ...
+
+    def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
+        """The student without gradient."""
+        ...
+
+    def teacher(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
+        """The recursion's teacher F̄."""
+        ...
+
+    def target_velocity(self, rows: Rows) -> Tensor:
+        """The guidance-enhanced target velocity v* of the rows, computed once for all terms."""
+        ...
+
+
+class Target(NamedTuple):
+    """A term's target and what is worth logging about it.
+
+    Attributes:
+        value: (B, C, H, W), without gradient.
+        aux: metric name → (B,) values per row, whose mean over the rows of the batch is logged.
+    """
+
+    value: Tensor
+    aux: Mapping[str, Tensor] = {}
+
+
+class TermConfig(Settings):
+    """Settings that every term has."""
+
+    branches: tuple[str, ...] = Field(("any",), min_length=1, description="branches whose rows the term sees")
+    weight: float = Field(1.0, ge=0, description="factor of the term in the total loss")
+    loss: LossConfig = Field(default="l2", validate_default=True, description="per-sample loss: l2 or barron")  # type: ignore[valid-type]
+    time_weight: bool = Field(False, description="weight rows by tan((1 − (|t| − |r|))·π/2.5) + 1")
+    mean_over: Literal["rows", "batch"] = Field(
+        "rows", description="divide the sum by the term's own rows, or by the rows of the whole batch"
+    )
+
+
+@dataclass(frozen=True)
+class Term(ABC):
+    """A loss term. Subclasses give ``Config``, :meth:`query` and :meth:`target`; :meth:`loss` rarely changes."""
+
+    config: Any
+    Config: ClassVar[type[TermConfig]] = TermConfig
+    negative_time: ClassVar[bool] = False  # whether the network is evaluated at t < 0
+    row_loss: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row_loss", LOSSES[self.config.loss.kind](self.config.loss))
+
+    @abstractmethod
+    def query(self, rows: Rows, ctx: Context) -> Query:
+        """Where the student is evaluated for these rows."""
+
+    @abstractmethod
+    def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
+        """The regression target, given the prediction ``F`` (B, C, H, W) already detached."""
+
+    def loss(self, rows: Rows, query: Query, F: Tensor, target: Tensor) -> Tensor:
+        """(B,) losses per row; differentiable in ``F``."""
+        per_row = self.row_loss(F, target)
+        return per_row * time_weight(query.t, query.r) if self.config.time_weight else per_row
+
+    def normaliser(self, counts: Mapping[str, int], global_batch: int) -> int:
+        """What the sum of the row losses is divided by, given the rows of each branch in the *global* batch."""
+        if self.config.mean_over == "batch":
+            return global_batch
+        return sum(counts[name] for name in self.config.branches)
+
+
+def check_branches(config: TermConfig, mix: Mapping[str, float]) -> None:
+    """Raises ValueError where a term wants rows of a branch that the mix does not have."""
+    missing = [name for name in config.branches if not mix.get(name)]
+    if missing:
+        known = [name for name in BRANCHES if mix.get(name)]
+        raise ValueError(f"branch {missing[0]} has no rows in the mix; the mix has {', '.join(known)}")

@@ -1,0 +1,179 @@
+"""The MLflow run of a run directory: found or made, described, and given points and files."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twinrl.tracking import store
+from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.thinning import Point
+
+KEY_TAG = "twinrl.key"
+POINTS_PER_REQUEST = 1000
+PARAMS_PER_REQUEST = 100
+PARAM_NAME_CHARACTERS = 250
+PARAM_VALUE_CHARACTERS = 6000
+FILES = ("config.yaml", "env.json", "samples/*.png", "figures/*.png")
+NOTE = (
+    "Curves are thinned to at most 500 points each, and every spike is kept. `nonfinite/<name>` counts the "
+    "values that were nan or infinite. The time axis counts training time. The exact numbers are in `log.jsonl` and "
+    "`metrics.parquet` of the run directory `{run}`."
+)
+
+
+class MlflowRun:
+    """The one active MLflow run that carries the key of ``state``; every method may be repeated harmlessly.
+
+    Arguments:
+        run_dir: the run directory, whose name becomes the run's.
+        uri: the MLflow store.
+        state: bookkeeping; told which run this is.
+
+    Raises:
+        one of :func:`twinrl.tracking.store.failures`, here and in every method.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, state: State):
+        self._dir = run_dir
+        self._client = store.connect(uri)
+        self._sent: dict[Path, int] = {}
+        self._images: set[str] | None = None
+        experiment = store.experiment_id(self._client, state.experiment, uri)
+        self._delete(state.superseded)
+        run = self._find(experiment, state.key)
+        fresh = run is None
+        run = run or self._create(experiment, state)
+        self.id: str = run.info.run_id
+        self._start: int = run.info.start_time
+        state.attach(self.id, fresh)
+        self._describe(run, state)
+
+    def _find(self, experiment: str, key: str) -> Any:
+        found = self._client.search_runs([experiment], filter_string=f"tags.`{KEY_TAG}` = '{key}'")
+        return found[0] if found else None
+
+    def _create(self, experiment: str, state: State) -> Any:
+        """A new run that starts when the run directory did."""
+        born = next((self._dir / name for name in FILES[:2] if (self._dir / name).exists()), self._dir)
+        return self._client.create_run(
+            experiment,
+            run_name=self._dir.resolve().name,
+            tags={KEY_TAG: state.key},
+            start_time=int(born.stat().st_mtime * 1000),
+        )
+
+    def _delete(self, run_id: str | None) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            if run_id and self._client.get_run(run_id).info.lifecycle_stage == "active":
+                self._client.delete_run(run_id)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+    def _describe(self, run: Any, state: State) -> None:
+        """Add the parameters and tags that the run does not have yet, and mark it as running."""
+        from mlflow.entities import Param, RunTag
+
+        config = read_config(self._dir)
+        params = [
+            Param(name, value) for name, value in flatten(config).items() if name not in run.data.params
+        ]
+        for batch in _batches(params, PARAMS_PER_REQUEST):
+            self._client.log_batch(self.id, params=batch)
+        tags = _tags(self._dir, config) | state.tags
+        self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+        if run.info.status != "RUNNING":
+            self._client.update_run(self.id, status="RUNNING")
+
+    def log_points(self, points: Sequence[Point]) -> None:
+        """Send points; those already there are not stored again, because their timestamps do not change."""
+        from mlflow.entities import Metric
+
+        for batch in _batches(points, POINTS_PER_REQUEST):
+            metrics = [Metric(p.name, p.value, self._time(p.seconds), p.iteration) for p in batch]
+            self._client.log_batch(self.id, metrics=metrics)
+
+    def _time(self, seconds: float) -> int:
+        """Milliseconds since the epoch, ``seconds`` of training after the run's start."""
+        return self._start + round(1000 * seconds)
+
+    def log_files(self) -> None:
+        """Send the configuration, sample grids and figures that are new or changed since the last call."""
+        for path in (path for pattern in FILES for path in sorted(self._dir.glob(pattern))):
+            modified = path.stat().st_mtime_ns
+            if self._sent.get(path) != modified:
+                folder = path.parent.relative_to(self._dir).as_posix()
+                self._client.log_artifact(self.id, str(path), None if folder == "." else folder)
+                self._log_step_image(path)
+                self._sent[path] = modified
+
+    def _log_step_image(self, path: Path) -> None:
+        """Show an image whose name ends in a step also in the charts' step slider, once."""
+        match = re.fullmatch(r"(?P<name>.*?)[-_]?(?:step)?[-_]?(?P<step>\d+)", path.stem)
+        if not match or path.suffix != ".png":
+            return
+        if self._images is None:
+            self._images = {Path(file.path).name for file in self._client.list_artifacts(self.id, "images")}
+        key, step = f"{path.parent.name} {match['name']}".strip(), int(match["step"])
+        shown = re.compile(rf"{re.escape(key)}.step.{step}.timestamp.{self._start + step}\D")
+        if not any(shown.match(name) for name in self._images):
+            from PIL import Image
+
+            with Image.open(path) as image:
+                self._client.log_image(self.id, image, key=key, step=step, timestamp=self._start + step)
+
+    def finish(self, status: str, seconds: float) -> None:
+        """Set the final ``status`` (FINISHED, FAILED or KILLED); the run's duration is its training time."""
+        self._client.set_terminated(self.id, status=status, end_time=self._time(seconds))
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """The resolved configuration of a run; empty where there is none."""
+    path = run_dir / "config.yaml"
+    config = yaml.safe_load(path.read_text()) if path.exists() else None
+    return config if isinstance(config, dict) else {}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, str]:
+    """A nested configuration as MLflow parameters: dotted names, values as text, both cut to the limits."""
+    if isinstance(config, dict) and config:
+        parts = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
+        return {name: value for part in parts for name, value in part.items()}
+    if not prefix:
+        return {}
+    name = re.sub(r"[^\w\-. :/]", "_", prefix, flags=re.ASCII)[:PARAM_NAME_CHARACTERS]
+    value = config if isinstance(config, str) else json.dumps(config, default=str)
+    return {name: value[:PARAM_VALUE_CHARACTERS]}
+
+
+def _tags(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
+    """What the run directory says about itself; the caller's tags go before these."""
+    name = run_dir.resolve().name
+    tags = {"mlflow.source.name": "twinrl", "mlflow.note.content": NOTE.format(run=name)}
+    tags |= {key: str(config[key]) for key in ("name", "seed") if key in config}
+    if hashed := re.search(r"-([0-9a-f]{8})-s\d+$", name):
+        tags["config_hash"] = hashed[1]
+    if revision := _revision(run_dir):
+        tags["mlflow.source.git.commit"] = revision
+    return tags
+
+
+def _revision(run_dir: Path) -> str | None:
+    """The git revision noted in ``env.json``."""
+    try:
+        git = json.loads((run_dir / "env.json").read_bytes()).get("git")
+    except (FileNotFoundError, ValueError):
+        return None
+    return git.get("revision") if isinstance(git, dict) else None
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+    """``items`` in order, in lists of at most ``size``."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])

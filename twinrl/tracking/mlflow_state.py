@@ -1,0 +1,127 @@
+"""``mlflow.json``: which MLflow run shows a run directory, and how far the log is published there."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from twinrl.errors import InputError
+
+STATE_NAME = "mlflow.json"
+FINGERPRINT_BYTES = 4096
+
+
+@dataclass
+class State:
+    """The bookkeeping of one run directory, written to disk by every method that changes it.
+
+    Attributes:
+        folder: the run directory.
+        experiment: name of the MLflow experiment.
+        tags: the caller's tags, kept so that a rebuild has them too.
+        total: planned iterations, which fix the widths of the thinning; 0 if not known yet.
+        key: tag of the MLflow run by which it is found again if a crash lost its id.
+        asked_for: URI of the store that a caller asked for; None for the default.
+        store: URI of the store that the fields below speak of.
+        run_id: the MLflow run; None before it is made.
+        superseded: an MLflow run to be deleted, which this one replaces.
+        published: bytes of the log that are certainly in MLflow.
+        claimed: bytes of the log that may be in MLflow.
+        claim: fingerprint of the log's last rows before ``claimed``.
+    """
+
+    folder: Path
+    experiment: str = "twinrl"
+    tags: dict[str, str] = field(default_factory=dict)
+    total: int = 0
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    asked_for: str | None = None
+    store: str | None = None
+    run_id: str | None = None
+    superseded: str | None = None
+    published: int = 0
+    claimed: int = 0
+    claim: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> "State":
+        """The state of a run directory; a fresh one, not yet written, if there is none.
+
+        Raises:
+            InputError: ``mlflow.json`` is not one that this module wrote.
+        """
+        path = folder / STATE_NAME
+        try:
+            return cls(folder, **json.loads(path.read_bytes()))
+        except FileNotFoundError:
+            return cls(folder)
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{path} is corrupted", got=error, fix="delete it and rebuild the view"
+            ) from error
+
+    def save(self) -> None:
+        """Write the state in one move."""
+        content = asdict(self)
+        del content["folder"]
+        unfinished = self.folder / f"{STATE_NAME}.tmp"
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(unfinished, self.folder / STATE_NAME)
+
+    def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
+        """Set where to publish and what to call it; another store or experiment means another MLflow run.
+
+        ``total`` counts only while nothing is published, because the widths of the thinning must not change.
+        """
+        experiment = experiment or self.experiment
+        if (self.store, self.experiment) != (store, experiment):
+            self.start_over(store == self.store)
+        self.store, self.experiment = store, experiment
+        self.tags |= tags
+        self.total = self.total if self.published and self.total else total
+        self.save()
+
+    def start_over(self, replaces: bool = True) -> None:
+        """Ask for a new, empty MLflow run; if it ``replaces`` the present one, that will be deleted."""
+        self.superseded = self.run_id if replaces else None
+        self.key, self.run_id = uuid.uuid4().hex, None
+        self.published = self.claimed = 0
+        self.save()
+
+    def attach(self, run_id: str, fresh: bool) -> None:
+        """Publish to ``run_id`` from now on; a ``fresh`` run holds nothing yet."""
+        self.run_id = run_id
+        if fresh:
+            self.published = self.claimed = 0
+        self.save()
+
+    def fits(self, log: Path) -> bool:
+        """Whether the log still begins with what may have been published."""
+        return self.claimed == 0 or fingerprint(log, self.claimed) == self.claim
+
+    def announce(self, log: Path, offset: int) -> None:
+        """Note, before sending them, that the rows up to ``offset`` may be in MLflow."""
+        if offset > self.claimed:
+            self.claimed, self.claim = offset, fingerprint(log, offset)
+            self.save()
+
+    def advance(self, offset: int) -> None:
+        """Note that the rows up to ``offset`` are in MLflow."""
+        if offset > self.published:
+            self.published = offset
+            self.save()
+
+
+def fingerprint(log: Path, offset: int) -> str:
+    """Hash of the last few kilobytes before ``offset``; empty if the log is missing or shorter than that."""
+    try:
+        with log.open("rb") as file:
+            start = file.seek(max(0, offset - FINGERPRINT_BYTES))
+            content = file.read(offset - start)
+    except FileNotFoundError:
+        return ""
+    complete = start + len(content) == offset
+    return hashlib.blake2b(content, digest_size=16).hexdigest() if complete else ""

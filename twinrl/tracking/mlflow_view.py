@@ -1,0 +1,266 @@
+"""MLflow as a view of a run directory: published from the log, safe to repeat, and never in training's way.
+
+Nothing is logged to MLflow directly. The view reads rows that a checkpoint has made durable and publishes
+their thinned curves (:mod:`twinrl.tracking.thinning`), so a resumed run has neither gap nor repeat, and the
+view can be thrown away and built again from the run directory alone::
+
+    python -m twinrl.tracking.mlflow_view runs/<run>
+
+*Why repeating is safe.* The points depend on the log alone, and so do their timestamps (the run's start plus
+the training seconds in the rows); MLflow stores equal points once. ``mlflow.json`` in the run directory says
+how far the log is published. A crash before it is written only means that some points are sent again. Before
+anything is sent it takes a fingerprint of the log, so a log that was cut back and continued differently is
+noticed, and the MLflow run replaced.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twinrl.errors import InputError
+from twinrl.tracking import runlog, store
+from twinrl.tracking.mlflow_run import MlflowRun, read_config
+from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.thinning import Thinner
+
+REBUILD_COMMAND = "python -m twinrl.tracking.mlflow_view {run_dir}"
+FINAL = ("FINISHED", "FAILED", "KILLED")
+logger = logging.getLogger(__name__)
+
+
+class Publisher:
+    """The connection of a run directory to its MLflow run; raises whatever the store raises.
+
+    *When to use*: through :class:`MLflowView` while training, :func:`publish` and :func:`rebuild` after.
+    """
+
+    def __init__(self, run_dir: Path, uri: str, state: State):
+        self._log = run_dir / runlog.LOG_NAME
+        self._state = state
+        if not state.fits(self._log):
+            state.start_over()
+        self._run = MlflowRun(run_dir, uri, state)
+        self._thinner = Thinner(state.total)
+        for row in runlog.rows(self._log, stop=state.published):
+            self._thinner.feed(row)
+
+    @property
+    def run_id(self) -> str:
+        """Id of the MLflow run."""
+        return self._run.id
+
+    def advance(self, offset: int) -> None:
+        """Publish the rows that end at or before byte ``offset`` of the log, and new files."""
+        self._state.announce(self._log, offset)
+        points = []
+        for row in runlog.rows(self._log, start=self._state.published, stop=offset):
+            points += self._thinner.feed(row)
+        self._run.log_points(points)
+        self._run.log_files()
+        self._state.advance(offset)
+
+    def finish(self, status: str) -> None:
+        """Publish what the open bucket holds, unless the run is to go on (KILLED), and end the MLflow run."""
+        if status != "KILLED":
+            self._run.log_points(self._thinner.flush())
+        self._run.finish(status, self._thinner.seconds)
+
+
+class MLflowView:
+    """The view as the trainer uses it: no method raises, whatever MLflow does.
+
+    If MLflow is away, one warning names the command that builds the view later. The view tries again at
+    later checkpoints, ever more rarely, and catches up by itself once MLflow is back.
+
+    Arguments:
+        run_dir: the run directory, with ``log.jsonl`` and ``config.yaml``.
+        uri: the MLflow store; default: ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` beside the run directory.
+        experiment: name of the MLflow experiment; default: as before, at first ``twinrl``.
+        tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for a rebuild.
+        total: planned iterations; default: ``train.steps`` of the configuration.
+
+    *When to use*: on rank 0, with :meth:`publish_through` right after each checkpoint is on disk.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        uri: str | None = None,
+        *,
+        experiment: str | None = None,
+        tags: Mapping[str, object] | None = None,
+        total: int | None = None,
+    ):
+        self._dir = Path(run_dir)
+        self._aim = (uri, experiment, dict(tags or {}), total)
+        self._publisher: Publisher | None = None
+        self._failures_in_a_row = 0
+        self._calls_to_skip = 0
+        self._warned = False
+
+    @property
+    def run_id(self) -> str | None:
+        """Id of the MLflow run; None until something was published."""
+        return self._publisher.run_id if self._publisher else None
+
+    def publish_through(self, offset: int) -> bool:
+        """Publish the rows up to byte ``offset`` of ``RunLog.sync``; False if MLflow does not have them."""
+        if self._calls_to_skip:
+            self._calls_to_skip -= 1
+            return False
+        return self._guarded(offset, None)
+
+    def close(self, status: str = "FINISHED", offset: int | None = None) -> bool:
+        """Publish the rest and end the MLflow run; False if MLflow does not have it.
+
+        Arguments:
+            status: FINISHED, FAILED, or KILLED for a run to be resumed, whose last stretch stays open.
+            offset: the durable length of the log; default: all of it.
+
+        Raises:
+            ValueError: another ``status``; a bug of the caller.
+        """
+        if status not in FINAL:
+            raise ValueError(f"status must be one of {FINAL}, got {status!r}")
+        return self._guarded(offset, status)
+
+    def _guarded(self, offset: int | None, status: str | None) -> bool:
+        """Publish, and end the run if there is a ``status``; a failure becomes the warning."""
+        failures: tuple[type[Exception], ...] = (ImportError, OSError, InputError)
+        try:
+            failures += store.failures()
+            with store.impatient():
+                self._publisher = self._publisher or _open(self._dir, *self._aim)
+                self._publisher.advance(_length(self._dir) if offset is None else offset)
+                if status:
+                    self._publisher.finish(status)
+        except failures as error:
+            self._note_failure(error)
+            return False
+        self._failures_in_a_row = 0
+        return True
+
+    def _note_failure(self, error: Exception) -> None:
+        """Warn the first time, drop the connection, and pause for twice as many calls as the last time."""
+        self._publisher = None
+        self._calls_to_skip = 2**self._failures_in_a_row - 1
+        self._failures_in_a_row += 1
+        if not self._warned:
+            command = REBUILD_COMMAND.format(run_dir=self._dir)
+            logger.warning(
+                "MLflow is away (%s); training goes on. Build the view later: %s", brief(error), command
+            )
+            self._warned = True
+
+
+def publish(
+    run_dir: str | os.PathLike[str],
+    tracking_uri: str | None = None,
+    experiment: str | None = None,
+    tags: Mapping[str, object] | None = None,
+    final: bool = False,
+) -> str:
+    """Bring the MLflow run of ``run_dir`` up to date with its log, however often; returns the MLflow run id.
+
+    Arguments:
+        run_dir, tracking_uri, experiment, tags: as for :class:`MLflowView`.
+        final: the run will not go on: publish the very last values too and mark it as finished.
+
+    Raises:
+        InputError: there is no log, or MLflow cannot be reached.
+    """
+    return _publish(Path(run_dir), tracking_uri, experiment, tags or {}, "FINISHED" if final else None)
+
+
+def rebuild(run_dir: str | os.PathLike[str], tracking_uri: str | None = None) -> str:
+    """Replace the MLflow run of ``run_dir`` by a new one made from the run directory; returns its id.
+
+    Experiment, tags and store are those of the run's last publication. The old run is marked as deleted.
+
+    Raises:
+        InputError: there is no log, or MLflow cannot be reached.
+    """
+    folder = Path(run_dir)
+    rows = _rows(folder)
+    state = State.load(folder)
+    state.total = planned(folder)
+    state.start_over()
+    done = bool(rows) and rows[-1]["iteration"] + 1 >= state.total
+    return _publish(folder, tracking_uri, None, {}, "FINISHED" if done else "KILLED")
+
+
+def _publish(
+    folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], status: str | None
+) -> str:
+    """Publish the whole log; what the store raises becomes an InputError."""
+    length = _length(folder)
+    try:
+        with store.impatient():
+            publisher = _open(folder, uri, experiment, tags, None)
+            publisher.advance(length)
+            if status:
+                publisher.finish(status)
+    except store.failures() as error:
+        raise InputError(
+            "MLflow cannot be reached", got=brief(error), fix="start its server or name another store"
+        ) from error
+    return publisher.run_id
+
+
+def _open(
+    folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], total: int | None
+) -> Publisher:
+    """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
+    state = State.load(folder)
+    state.asked_for = uri or state.asked_for
+    where = store.resolve(state.asked_for, folder.resolve().parent)
+    state.aim(where, experiment, {name: str(tag) for name, tag in tags.items()}, total or planned(folder))
+    return Publisher(folder, where, state)
+
+
+def planned(folder: Path) -> int:
+    """The run's planned iterations: ``train.steps`` of its configuration, else the rows it has."""
+    train = read_config(folder).get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return steps if isinstance(steps, int) else max(1, len(_rows(folder)))
+
+
+def brief(error: Exception) -> str:
+    """The first line of an error's message, shortened; its type where there is no message."""
+    lines = str(error).strip().splitlines()
+    return f"{lines[0]:.160}" if lines else type(error).__name__
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m twinrl.tracking.mlflow_view RUN_DIR [STORE_URI]``: rebuild the view of one run."""
+    try:
+        if len(arguments) not in (1, 2):
+            raise InputError("which run?", expected="RUN_DIR [STORE_URI]")
+        print(f"MLflow run {rebuild(*arguments)}")
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    return runlog.read(folder / runlog.LOG_NAME)
+
+
+def _length(folder: Path) -> int:
+    """Bytes in a run's log.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        return (folder / runlog.LOG_NAME).stat().st_size
+    except OSError as error:
+        raise InputError(f"{folder} has no {runlog.LOG_NAME}", fix="name a run directory") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,47 @@
+"""Every metric name that twinrl writes, in one place. Imports nothing, so analysis can use it anywhere."""
+
+LOSS_TOTAL = "loss/total"
+GRAD_TOTAL_RAW = "grad/total/norm_raw"
+GRAD_TOTAL_CLIPPED = "grad/total/norm_clipped"
+CLAMP_RCGM = "clamp/rcgm_frac"
+CLAMP_DELTA_V = "clamp/delta_v_frac"
+DELTA_V_RMS = "delta_v/rms"
+LR = "opt/lr"
+VAL_QUALITY = "val/quality"
+VAL_VELOCITY_MSE = "val/velocity_mse"
+STEP_SECONDS = "perf/step_seconds"
+
+
+def loss(term: str) -> str:
+    """Unweighted loss of a term, as it enters the total up to its weight."""
+    return f"loss/{term}"
+
+
+def grad(term: str, quantity: str) -> str:
+    """Per-term gradient telemetry; ``quantity`` is norm_raw, norm_clipped, clip_coef or share."""
+    return f"grad/{term}/{quantity}"
+
+
+def val(quantity: str, nfe: int | None = None) -> str:
+    """Validation metrics; ``nfe`` names the number of network evaluations of the samples judged."""
+    return f"val/{quantity}" if nfe is None else f"val/{quantity}_{nfe}nfe"
+
+
+def event(kind: str) -> str:
+    """1 at the step of an event of ``kind``, e.g. nonfinite."""
+    return f"event/{kind}"
+
+
+def accuracy(label: str, nfe: int) -> str:
+    """Share of the samples of class ``label`` that the judge recognises as that class."""
+    return f"val/accuracy/{label}_{nfe}nfe"
+
+
+def score(scorer: str, nfe: int, held_out: bool) -> str:
+    """Mean score of the samples under a preference or reward model; held-out ones were never trained on."""
+    return f"val/{'held_out_score' if held_out else 'score'}/{scorer}_{nfe}nfe"
+
+
+def floor(quantity: str) -> str:
+    """Real against real images at the protocol's n: what a perfect generator would get."""
+    return f"val/floor/{quantity}"

@@ -1,0 +1,127 @@
+"""Where MLflow keeps its data, and how to reach it quietly, lazily and without waiting for long.
+
+The default store of a run is ``mlflow.db`` (sqlite) beside the run directories, with artifacts in
+``mlartifacts`` next to it. An explicit URI goes before the environment's ``MLFLOW_TRACKING_URI``, and that
+before the default. mlflow is imported here and nowhere else, on first use (1.3 s).
+"""
+
+import logging
+import os
+import socket
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+DATABASE_NAME = "mlflow.db"
+ARTIFACTS_NAME = "mlartifacts"
+PATIENCE_SECONDS = 5
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def resolve(uri: str | None, runs_dir: Path) -> str:
+    """The store to use: ``uri``, else ``MLFLOW_TRACKING_URI``, else sqlite in ``runs_dir``."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(runs_dir)
+
+
+def default_uri(runs_dir: Path) -> str:
+    """The sqlite store that belongs to a folder of runs."""
+    return f"sqlite:///{runs_dir.resolve() / DATABASE_NAME}"
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of a sqlite URI, None for every other store."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What a store that is away, locked or broken raises; imports mlflow."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError)
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """Inside, HTTP stores get 5 s and no second try, unless the user set these, and loggers keep quiet."""
+    added = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
+    loggers = [logging.getLogger(name) for name in CHATTY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    os.environ.update(added)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def connect(uri: str) -> Any:
+    """An ``MlflowClient`` for ``uri``, once a database store answers; a missing sqlite store is made.
+
+    MLflow's own start-up would retry for more than a minute on a database that is away. A fresh sqlite store
+    takes some 6 s to make.
+
+    Raises:
+        one of :func:`failures`: the store is away, locked, not writable or of another MLflow version.
+    """
+    _probe(uri)
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow
+
+    with impatient():
+        return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def _probe(uri: str) -> None:
+    """Raise OSError or sqlite3.Error within seconds if a database store is out of reach or locked."""
+    if database := sqlite_path(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(database, timeout=PATIENCE_SECONDS, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        return
+    parts = urlsplit(uri)
+    port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
+    if port and parts.hostname:
+        socket.create_connection((parts.hostname, parts.port or port), timeout=PATIENCE_SECONDS).close()
+
+
+def experiment_id(client: Any, name: str, uri: str) -> str:
+    """The id of experiment ``name``, made or restored if need be; several processes may ask at once."""
+    from mlflow.exceptions import MlflowException
+
+    if (found := client.get_experiment_by_name(name)) is None:
+        try:
+            return client.create_experiment(name, artifact_location=_artifact_location(name, uri))
+        except MlflowException:
+            if (found := client.get_experiment_by_name(name)) is None:
+                raise
+    if found.lifecycle_stage == "deleted":
+        client.restore_experiment(found.experiment_id)
+    return found.experiment_id
+
+
+def _artifact_location(experiment: str, uri: str) -> str | None:
+    """A folder beside a sqlite store; every other store decides for itself."""
+    database = sqlite_path(uri)
+    return (database.resolve().parent / ARTIFACTS_NAME / experiment).as_uri() if database else None
+
+
+def prepare(uri: str) -> None:
+    """Make or migrate the store ahead of time, e.g. before several trials start at once.
+
+    Raises:
+        one of :func:`failures`.
+    """
+    with impatient():
+        connect(uri).search_experiments(max_results=1)
