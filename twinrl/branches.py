@@ -125,7 +125,9 @@ class Batch:
     def chunks(self, size: int) -> list["Batch"]:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
         n = len(self.rows)
-        return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
+        return (
+            [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
+        )
 
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}

@@ -42,7 +42,9 @@ class Settings(BaseModel):
             for key in value:
                 if key not in cls.model_fields:
                     raise PydanticCustomError(
-                        "unknown_key", "{hint}", {"key": str(key), "hint": nearest(str(key), cls.model_fields)}
+                        "unknown_key",
+                        "{hint}",
+                        {"key": str(key), "hint": nearest(str(key), cls.model_fields)},
                     )
         return value
 
@@ -65,14 +67,20 @@ def resolve(registry: Mapping[str, type], kind: str, what: str) -> type:
     if kind in registry:
         return registry[kind]
     if "." not in kind:
-        raise InputError(f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path")
+        raise InputError(
+            f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path"
+        )
     module, _, name = kind.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path") from error
+        raise InputError(
+            f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path"
+        ) from error
     if not hasattr(found, "Config"):
-        raise InputError(f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings")
+        raise InputError(
+            f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings"
+        )
     return found
 
 
@@ -96,7 +104,9 @@ def component(registry: Mapping[str, type], what: str) -> Any:
         except InputError as error:
             raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
         except ValidationError as error:
-            raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
+            raise PydanticCustomError(
+                "nested", "{message}", {"errors": error.errors(), "message": ""}
+            ) from error
 
     return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
 
@@ -111,7 +121,9 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         repeated = {str(k) for k in keys if keys.count(k) > 1}
         if repeated:
-            raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(repeated)} twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {', '.join(repeated)} twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -125,9 +137,11 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping. Raises InputError with file, line and reason where it is not one."""
     try:
-        value = yaml.load(path.read_text(), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
-        raise InputError(f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})") from error
+        raise InputError(
+            f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read", got=error) from error
     except yaml.YAMLError as error:
@@ -156,13 +170,17 @@ def locate(name: str, relative_to: Path | None = None) -> Path:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, mappings merged key by key; ``null`` removes a key, another ``kind`` replaces all."""
+    """``over`` laid over ``base``, key by key; ``null`` removes a mapping, another ``kind`` replaces it whole."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
         if value is None and isinstance(old, Mapping):
             del result[key]
-        elif isinstance(value, Mapping) and isinstance(old, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+        elif (
+            isinstance(value, Mapping)
+            and isinstance(old, Mapping)
+            and value.get("kind", old.get("kind")) == old.get("kind")
+        ):
             result[key] = merge(old, value)
         else:
             result[key] = value
@@ -173,7 +191,9 @@ def load_mapping(name: str, relative_to: Path | None = None, _seen: tuple[Path, 
     """The raw mapping of a preset or file with everything that it ``extends``."""
     path = locate(name, relative_to).resolve()
     if path in _seen:
-        raise InputError("configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path)))
+        raise InputError(
+            "configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path))
+        )
     value = read_yaml(path)
     parent = value.pop("extends", None)
     if parent is None:
@@ -188,7 +208,7 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not equals or not path:
             raise InputError(f"override {assignment!r} is not an assignment", expected="key.path=value")
         try:
-            leaf = yaml.load(text, _Loader)  # noqa: S506
+            leaf = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise InputError(f"override {assignment!r} has a malformed value", got=error) from error
         for key in reversed(path.split(".")):
@@ -215,7 +235,11 @@ def _one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     where = ".".join(map(str, location))
     message = first["msg"].removeprefix("Value error, ")
     got = first["input"]
-    shown = "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {got!r}"
+    shown = (
+        ""
+        if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component")
+        else f", got {got!r}"
+    )
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"
 

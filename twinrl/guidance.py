@@ -31,7 +31,8 @@ class GuidanceConfig(Settings):
         "data", description="start from the data velocity z − x, or from the teacher's F̄(∅) (image-free)"
     )
     null: Literal["empty", "permuted"] = Field(
-        "empty", description="∅: the empty condition, or the batch's conditions in random order (MNIST tutorial)"
+        "empty",
+        description="∅: the empty condition, or the batch's conditions in random order (MNIST tutorial)",
     )
 
     @model_validator(mode="after")

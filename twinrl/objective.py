@@ -28,18 +28,15 @@ class Objective:
         teacher: student and teachers.
         guidance: the target velocity's guidance.
         autocast: dtype of mixed precision, or None. Times, predictions and residuals stay in the data's dtype.
-        target_time: False hides r from the networks (they receive 0), as SimpleTuner does.
     """
 
     terms: Mapping[str, Term]
     teacher: Teacher
     guidance: GuidanceConfig
     autocast: torch.dtype | None = None
-    target_time: bool = True
 
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
-        r = r if self.target_time else torch.zeros_like(r)
         if self.autocast is None:
             return network(x, t, r, c)
         with torch.autocast(x.device.type, self.autocast):

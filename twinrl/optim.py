@@ -27,7 +27,9 @@ class Optimizer:
     Config: ClassVar[type[OptimizerConfig]]
 
     @classmethod
-    def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    def build(
+        cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
+    ) -> torch.optim.Optimizer:
         """The torch optimizer over those of ``parameters`` that require gradients."""
         trainable = [p for p in parameters if p.requires_grad]
         return cls.make(
@@ -134,7 +136,9 @@ class EarlyStop:
     """Says when validation quality has not improved for a number of validations."""
 
     class Config(Settings):
-        patience: int | None = Field(None, ge=1, description="validations without improvement; null = never stop")
+        patience: int | None = Field(
+            None, ge=1, description="validations without improvement; null = never stop"
+        )
         threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
 
     def __init__(self, config: Config):

@@ -36,7 +36,8 @@ class TrainConfig(Settings):
         "float32", description="bf16 = autocast; times, predictions and residuals stay in float32"
     )
     init: str = Field(
-        "teacher", description="start: teacher (the source's pretrained flow model), random, or a run directory"
+        "teacher",
+        description="start: teacher (the source's pretrained flow model), random, or a run directory",
     )
 
 
@@ -61,7 +62,8 @@ class StabilityConfig(Settings):
     """What happens when numbers stop being finite."""
 
     policy: Literal["record", "stop"] = Field(
-        "stop", description="a non-finite loss or gradient is always recorded; stop ends the run with exit code 1"
+        "stop",
+        description="a non-finite loss or gradient is always recorded; stop ends the run with exit code 1",
     )
 
 
@@ -82,7 +84,9 @@ class TrackingConfig(Settings):
     """The MLflow view of the run's log."""
 
     mlflow: bool = Field(True, description="publish the log to MLflow at checkpoints and at the end")
-    uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir")
+    uri: str | None = Field(
+        None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir"
+    )
     experiment: str = Field("twinrl", description="MLflow experiment")
 
 
@@ -96,12 +100,16 @@ class MachineConfig(Settings):
 class RunConfig(Settings):
     """Everything that defines a run. ``twinrl doctor --schema`` prints all keys with their meaning."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory")
+    name: str = Field(
+        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory"
+    )
     seed: int = Field(0, ge=0, description="decides initial weights, data order, times and noise")
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    branches: dict[str, float] = Field({"any": 1.0}, description=f"share of each branch: {', '.join(BRANCHES)}")
+    branches: dict[str, float] = Field(
+        {"any": 1.0}, description=f"share of each branch: {', '.join(BRANCHES)}"
+    )
     time: TimeLaw = TimeLaw()
     guidance: GuidanceConfig = GuidanceConfig()
     teacher: TeacherConfig = TeacherConfig()
@@ -132,7 +140,9 @@ class RunConfig(Settings):
     def _consistent(self) -> "RunConfig":
         unknown = [name for name in self.branches if name not in BRANCHES]
         if unknown:
-            raise ValueError(f"branches.{unknown[0]} is unknown; {configuration.nearest(unknown[0], BRANCHES)}")
+            raise ValueError(
+                f"branches.{unknown[0]} is unknown; {configuration.nearest(unknown[0], BRANCHES)}"
+            )
         if not any(self.branches.values()) or min(self.branches.values()) < 0:
             raise ValueError(f"branches need shares ≥ 0 with a positive sum, got {self.branches}")
         if not self.terms:
@@ -175,5 +185,3 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     mapping = configuration.override(configuration.load_mapping(name), overrides or [])
     mapping.setdefault("name", Path(name).stem)
     return configuration.validate(RunConfig, mapping)
-
-

@@ -1,55 +1,27 @@
-"""A synthetic run directory, and an MLflow store that is made once for all tests."""
+"""An MLflow store that is made once, and for the browser tests a server and a headless Chromium."""
 
-import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
-from twinrl.tracking import store
-from twinrl.tracking.runlog import RunLog
+from tests.tracking.synthetic import make_run
+from twinrl.tracking import mlflow_run, store, thinning, ui
+from twinrl.tracking.mlflow_view import publish
 
-SPIKE_AT = 1234
-TERMS = ("base", "adversarial", "rectify")
-
-
-def make_row(iteration: int) -> dict[str, object]:
-    """One row of a plausible run: falling losses, a one-step spike, a few non-finite values, sparse validation."""
-    rng = np.random.default_rng(iteration)
-    decay = 0.8 + 2 * math.exp(-iteration / 400)
-    row: dict[str, object] = {"iteration": iteration, "step": iteration, "perf/step_seconds": 0.05}
-    for k, term in enumerate(TERMS):
-        row[f"loss/{term}"] = decay / (k + 1) + 0.05 * rng.standard_normal()
-        row[f"grad/{term}/norm_raw"] = 3 * decay + 0.3 * rng.standard_normal()
-        row[f"grad/{term}/share"] = 1 / 3 + 0.02 * rng.standard_normal()
-    row["loss/total"] = sum(float(row[f"loss/{term}"]) for term in TERMS)  # type: ignore[arg-type]
-    row["grad/total/norm_raw"] = 1e3 if iteration == SPIKE_AT else 5 + rng.standard_normal()
-    row["delta_v/rms"] = math.nan if iteration in (700, 701, 1500) else 0.3 + 0.01 * rng.standard_normal()
-    row["opt/lr"] = 1e-4 * min(1.0, (iteration + 1) / 100)
-    if iteration % 100 == 99:
-        row["val/quality"] = 0.2 * decay
-        row["val/velocity_mse"] = 0.5 * decay
-    return row
-
-
-def make_run(folder: Path, rows: int = 2000, seed: int = 0, name: str = "twinflow") -> Path:
-    """A run directory with ``rows`` rows, a configuration and two sample grids."""
-    run = folder / f"{name}-0a1b2c3d-s{seed}"
-    (run / "samples").mkdir(parents=True)
-    config = {"name": name, "seed": seed, "train": {"steps": rows, "batch": 64}, "optim": {"lr": 1e-4}}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with RunLog(run / "log.jsonl") as log:
-        for iteration in range(rows):
-            log.append(make_row(iteration))
-    for step in (500, 1000):
-        pixels = np.random.default_rng(step).integers(0, 255, (8, 32, 10, 32, 1), dtype=np.uint8)
-        grid = np.broadcast_to(pixels, (8, 32, 10, 32, 3)).reshape(256, 320, 3)
-        Image.fromarray(grid).save(run / f"samples/1nfe_{step:06d}.png")
-    return run
+CHROMIUM_OPTIONS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1600,6000",  # charts are drawn when they come into view
+)
 
 
 @pytest.fixture(scope="session")
@@ -60,11 +32,48 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return database
 
 
-@pytest.fixture()
+@pytest.fixture
 def runs(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs with an empty default store in it."""
+    """A folder for runs with an empty default store in it; curves get few points, to be quick."""
+    monkeypatch.setattr(thinning, "REGULAR_BUCKETS", 25)
+    monkeypatch.setattr(mlflow_run, "POINTS_PER_REQUEST", 200)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "runs"
     folder.mkdir()
     shutil.copy(empty_store, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> dict[str, Any]:
+    """Two published runs and one without a single row, in one store."""
+    folder = tmp_path_factory.mktemp("shown") / "runs"
+    folder.mkdir()
+    shutil.copy(empty_store, folder)
+    uri = store.default_uri(folder)
+    directories = [make_run(folder, seed=seed) for seed in (0, 1)] + [make_run(folder, rows=0, name="empty")]
+    ids = [publish(run, uri, final=True) for run in directories]
+    return {"uri": uri, "runs": ids[:2], "empty": ids[2], "directories": directories}
+
+
+@pytest.fixture(scope="session")
+def server(published: dict[str, Any]) -> Iterator[ui.Server]:
+    """A real MLflow server on loopback over the published runs."""
+    with ui.Server(published["uri"], port=0) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium; tests that need it are skipped where it is not installed."""
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium and chromedriver on this machine")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for option in (*CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(option)
+    window = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield window
+    window.quit()

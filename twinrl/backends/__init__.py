@@ -3,7 +3,8 @@
 A network is an ``nn.Module`` class with
 
 - a nested frozen pydantic ``Config`` with a literal field ``kind``, every field documented and bounded,
-- a constructor ``(config, spec)``, where ``Spec`` carries what the data decide: latent shape and condition,
+- a constructor ``(config, spec)``, where ``Spec`` carries what the data decide: latent shape and condition;
+  it keeps both as attributes ``config`` and ``spec``,
 - ``forward(x_bchw, t_b, r_b, condition)`` with t in [−1, 1] (negative = fake branch) and |r| ≤ |t|.
 
 To add one, write its file and one line in ``NETWORKS``.
@@ -22,7 +23,17 @@ from twinrl.backends.unet import UNet
 from twinrl.data.source import Source
 from twinrl.draws import generator
 
-__all__ = ["NETWORKS", "NetworkConfig", "Spec", "build_network", "network_key", "spec_of", "tells_branches_apart"]
+__all__ = [
+    "MLP",
+    "NETWORKS",
+    "DiT",
+    "NetworkConfig",
+    "Spec",
+    "build_network",
+    "network_key",
+    "spec_of",
+    "tells_branches_apart",
+]
 
 NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "unet": UNet}
 

@@ -43,6 +43,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: Config, spec: Spec):
         super().__init__()
+        self.config, self.spec = config, spec
         channels, height, width = spec.latent_shape
         if height % config.patch or width % config.patch:
             raise ValueError(f"patch {config.patch} does not divide latents of {height}×{width}")

@@ -10,17 +10,15 @@ import math
 from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from twinrl.conditions import Condition
+from twinrl.config import Settings
 from twinrl.transport import like
 
 
-class NetworkConfig(BaseModel):
+class NetworkConfig(Settings):
     """Base of the networks' configurations: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)

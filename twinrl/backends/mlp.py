@@ -30,6 +30,7 @@ class MLP(nn.Module):
 
     def __init__(self, config: Config, spec: Spec):
         super().__init__()
+        self.config, self.spec = config, spec
         size = spec.latent_shape[0] * spec.latent_shape[1] * spec.latent_shape[2]
         self.conditioning = Conditioning(spec, config.condition_width)
         self.enter = nn.Linear(size, config.width)

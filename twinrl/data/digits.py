@@ -62,7 +62,7 @@ class Warp:
     elastic: float = 0.012
 
 
-def load_digit_splits(warp: Warp = Warp()) -> dict[str, Split]:  # noqa: B008  (frozen)
+def load_digit_splits(warp: Warp = Warp()) -> dict[str, Split]:
     """The fixed splits ``train``, ``validation`` and ``test``, stratified by class.
 
     Validation has 30 and test 50 images of each class. Train holds the other 997 images first, then
@@ -110,9 +110,7 @@ def _stratified(labels: Tensor) -> dict[str, Tensor]:
     for label in range(len(CLASSES)):
         members = (labels == label).nonzero()[:, 0]
         order = members[torch.randperm(len(members), generator=generator(_SEED, "split", label))]
-        test, validation, train = order.tensor_split(
-            (TEST_PER_CLASS, TEST_PER_CLASS + VALIDATION_PER_CLASS)
-        )
+        test, validation, train = order.tensor_split((TEST_PER_CLASS, TEST_PER_CLASS + VALIDATION_PER_CLASS))
         for name, part in (("train", train), ("validation", validation), ("test", test)):
             parts[name].append(part)
     return {name: torch.cat(part).sort().values for name, part in parts.items()}

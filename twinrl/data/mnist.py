@@ -1,330 +1,222 @@
 """MNIST (LeCun, Cortes, Burges): 28×28 digits, ten classes, the flow in pixel space.
 
-The files are the four idx files in torchvision's layout, ``ROOT/MNIST/raw/t10k-images-idx3-ubyte[.gz]`` and
-so on, plain or gzip. All 70,000 digits are used where they are there, the 10,000 of t10k where only those are,
-and a download fills an empty folder. The network is told a class label; captions are words about that label,
-so that ``--prompt "a handwritten three"`` and preference models of text both work.
+All 70,000 digits are used where they are there, the 10,000 of t10k where only those are, and a download fills
+an empty folder. The network is told a class label. Captions are words about that label, so that
+``--prompt "a handwritten three"`` and reward models that read text both work.
 """
 
-import gzip
-import hashlib
-import http.client
-import logging
-import os
+import contextlib
 import re
-import tempfile
-import urllib.request
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy, pad
 
 from twinrl import draws
 from twinrl.conditions import Condition
+from twinrl.data.digits import CLASSES, TEMPLATES, all_captions, captions
+from twinrl.data.mnist_files import read_splits
 from twinrl.data.source import Judge, Scorer, Split, cache_dir
 from twinrl.errors import InputError
+from twinrl.lab.pretrain import FlowData, Pretraining, fresh, pretrain
+from twinrl.lab.progress import stages
+from twinrl.lab.storage import content_hash, load_tensors, publish, save_tensors
+from twinrl.lab.training import Recipe, fit
 
-logger = logging.getLogger(__name__)
-
-CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NULL_LABEL = len(CLASSES)
-"""Index of the empty condition ∅; networks for MNIST embed ``len(CLASSES) + 1`` labels."""
+"""The label of the empty condition ∅."""
 
-TEMPLATES = ("a handwritten {}", "the digit {}", "a white {} on black", "the number {}, written by hand")
-HELD_OUT_TEMPLATES = ("a pen stroke forming {}", "someone wrote {}")
-
-MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/")
-MD5 = {
-    "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-    "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
-    "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
-    "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-"""md5 of the gzip files, as torchvision checks them."""
-
-
-# --- files ------------------------------------------------------------------------------------------------
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """The array in an idx file of unsigned bytes, plain or gzip (told apart by content, not by suffix).
-
-    The format: two zero bytes, the type (8 = unsigned byte), the number of dimensions, each dimension as a
-    big-endian 32-bit integer, then the values.
-
-    Raises:
-        InputError: the file is unreadable, of another format, or not as long as its header says.
-    """
-    try:
-        payload = _unpacked(path.read_bytes())
-    except (OSError, zlib.error) as error:
-        raise InputError(f"cannot read {path}", got=error, fix="delete it, or replace it by the original") from error
-    if payload[:3] != b"\0\0\x08":
-        raise InputError(f"{path} is no idx file", got=f"first bytes {payload[:4]!r}", expected=r"b'\x00\x00\x08…'")
-    header = 4 + 4 * payload[3]
-    shape = np.frombuffer(payload[4:header], dtype=">u4")
-    expected = header + int(np.prod(shape, dtype=np.int64))
-    if len(payload) < header or len(payload) != expected:
-        fault = "is truncated" if len(payload) < expected else "has bytes after its end"
-        size = f"{len(payload)} bytes (unpacked)"
-        raise InputError(f"{path} {fault}", got=size, expected=max(expected, header), fix="delete it and fetch it again")
-    return np.frombuffer(payload, dtype=np.uint8, offset=header).reshape(shape)
-
-
-def _unpacked(payload: bytes) -> bytes:
-    """``payload`` itself, or what is left of it behind gzip (a cut file gives its beginning, no exception)."""
-    if payload[:2] != b"\x1f\x8b":
-        return payload
-    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS).decompress(payload)
-
-
-def _folders(root: Path) -> tuple[Path, Path]:
-    """Where files are looked for: torchvision's layout first, then the folder itself."""
-    return root / "MNIST" / "raw", root
-
-
-def _find(root: Path, name: str) -> Path | None:
-    """The plain or gzip file called ``name`` under ``root``, if it is there."""
-    candidates = (folder / (name + suffix) for folder in _folders(root) for suffix in ("", ".gz"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def download(name: str, folder: Path) -> Path:
-    """Fetch one idx file (gzip) into ``folder`` from the first mirror whose copy has the known md5.
-
-    Raises:
-        InputError: no mirror could be reached or none had the right file, or ``folder`` cannot be written.
-    """
-    failures = []
-    for mirror in MIRRORS:
-        try:
-            with urllib.request.urlopen(f"{mirror}{name}.gz", timeout=20) as reply:
-                payload = reply.read()
-        except (OSError, http.client.HTTPException) as error:
-            failures.append(f"{mirror}: {error}")
-            continue
-        if (digest := hashlib.md5(payload, usedforsecurity=False).hexdigest()) == MD5[name]:
-            return _store(payload, folder / f"{name}.gz")
-        failures.append(f"{mirror}: md5 {digest} in place of {MD5[name]}")
-    raise InputError(
-        f"MNIST file {name}[.gz] is missing and could not be downloaded",
-        got=", ".join(failures),
-        expected=f"it in {folder} or {folder.parents[1]}",
-        fix="copy the idx files there, point data.root at a folder that has them, or go online once",
-    )
-
-
-def _store(payload: bytes, path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, lambda part: part.write_bytes(payload))
-    except OSError as error:
-        raise InputError(f"cannot write {path}", got=error, fix="point data.root at a writable folder") from error
-    logger.info("downloaded %s (%d bytes)", path, len(payload))
-    return path
-
-
-def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """``write`` fills a file beside ``path`` that then takes its name: readers never see half a file."""
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        write(Path(part))
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
-
-
-def _read_pair(root: Path, part: str) -> Split:
-    """The digits of ``part`` ("train" or "t10k") with their labels, downloaded where a file is missing."""
-    names = f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"
-    images_path, labels_path = (_find(root, name) or download(name, _folders(root)[0]) for name in names)
-    images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.shape[1:] != (28, 28):
-        raise InputError(f"{images_path} holds no MNIST digits", got=f"shape {images.shape}", expected="(N, 28, 28)")
-    if labels.shape != images.shape[:1]:
-        got = f"{labels.shape[0]} labels, shape {labels.shape}"
-        raise InputError(f"{labels_path} does not belong to {images_path}", got=got, expected=f"{len(images)} labels")
-    if labels.max(initial=0) >= len(CLASSES):
-        raise InputError(f"{labels_path} holds no digit labels", got=f"label {labels.max()}", expected="0 to 9")
-    pixels = torch.from_numpy(images.astype(np.float32)).div_(127.5).sub_(1).unsqueeze(1)
-    return Split(pixels, torch.from_numpy(labels.astype(np.int64)))
-
-
-# --- splits -----------------------------------------------------------------------------------------------
-
-
-def read_splits(root: Path) -> tuple[Split, Split, Split]:
-    """Train, validation and test digits from the idx files under ``root``; the same rows every time.
-
-    Full set: 55,000 / 5,000 of the training file and the 10,000 of t10k. Only the t10k files there:
-    8,000 / 1,000 / 1,000 of them. Both cuts are stratified by label. Nothing there: downloaded.
-    """
-    if not _find(root, "t10k-images-idx3-ubyte") or any(_find(root, n) for n in MD5 if n.startswith("train")):
-        train, validation = _cut(_read_pair(root, "train"), 12, 1)
-        return train, validation, _read_pair(root, "t10k")
-    logger.warning("MNIST under %s: only the 10,000 t10k digits, cut into 8,000 / 1,000 / 1,000", root)
-    train, validation, test = _cut(_read_pair(root, "t10k"), 10, 2)
-    return train, validation, test
-
-
-def _cut(digits: Split, parts: int, held_out: int) -> list[Split]:
-    """All but ``held_out`` of ``parts`` equal, stratified parts, then each held-out part."""
-    shuffled = torch.randperm(len(digits), generator=draws.generator(0, "mnist split"))
-    dealt = torch.empty(len(digits), dtype=torch.int64)
-    dealt[shuffled[digits.labels[shuffled].argsort(stable=True)]] = torch.arange(len(digits)) % parts
-    chosen = [dealt >= held_out, *(dealt == part for part in range(held_out))]
-    return [Split(digits.pixels[rows], digits.labels[rows]) for rows in chosen]
-
-
-# --- captions ---------------------------------------------------------------------------------------------
+JUDGE_RECIPE = Recipe(steps=700, batch=128, lr=4e-3, seed=0)
+TEACHER_RECIPE = Pretraining(steps=2000, batch=128)
 
 
 def parse_label(prompt: str) -> int:
-    """The label that a caption speaks of: a number word or a digit; the empty caption is ∅ (index 10).
+    """The label that a caption speaks of: the one number word or digit in it.
 
     Raises:
         InputError: the caption names no digit, or several.
     """
-    if not prompt.strip():
-        return NULL_LABEL
     words = re.findall(r"[a-z]+|[0-9]+", prompt.lower())
     labels = {label for label, word in enumerate(CLASSES) if word in words or str(label) in words}
     if len(labels) == 1:
         return labels.pop()
     raise InputError(
         f"MNIST does not understand the prompt {prompt!r}",
-        got=f"{len(labels)} digits in it",
+        got=f"{len(labels) or 'no'} digits named in it",
         expected=f"exactly one of {', '.join(CLASSES)} (or 0 to 9), as in '{TEMPLATES[0].format('three')}'",
     )
 
 
-# --- judge ------------------------------------------------------------------------------------------------
-
-
-class DigitJudge(nn.Module):
-    """A small convolutional classifier, frozen, whose 64 features define the quality metrics."""
-
-    steps = 700
-    batch = 128
+class MNISTJudge(nn.Module):
+    """A small convolutional classifier; its 64 features before the last nonlinearity define the quality."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten()),
-            *(nn.Linear(32 * 7 * 7, 64), nn.ReLU()),
+        self.trunk = nn.Sequential(
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.SiLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU()),
+            *(nn.Flatten(), nn.Dropout(0.2), nn.Linear(32 * 7 * 7, 64)),
         )
-        self.head = nn.Linear(64, len(CLASSES))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 1, 28, 28) pixels in [−1, 1] → (B, 10) logits."""
-        return self.head(self.body(pixels))
+        self.head = nn.Sequential(nn.SiLU(), nn.Dropout(0.2), nn.Linear(64, len(CLASSES)))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 1, 28, 28) pixels in [−1, 1] → (B, 64) features, non-negative."""
-        return torch.cat([self.body(chunk) for chunk in pixels.split(1000)])
+        """(B, 1, 28, 28) pixels in [−1, 1] → (B, 64) features, computed in chunks to bound the memory."""
+        return torch.cat([self.trunk(chunk) for chunk in pixels.split(1000)])
 
     def logits(self, pixels: Tensor) -> Tensor:
         """(B, 1, 28, 28) pixels in [−1, 1] → (B, 10) class logits."""
         return self.head(self.features(pixels))
 
-    @torch.no_grad()
-    def accuracy(self, digits: Split) -> float:
-        """Share of ``digits`` classified rightly."""
-        return (self.logits(digits.pixels).argmax(1) == digits.labels).double().mean().item()
 
-    def freeze(self) -> "DigitJudge":
-        """No gradients to the weights, running statistics fixed; gradients to the pixels still flow."""
-        return self.eval().requires_grad_(False)
+def train_judge(digits: Split, recipe: Recipe) -> MNISTJudge:
+    """A judge trained on ``digits`` with label smoothing, pixel noise and shifts of up to 2 pixels.
 
-
-def train_judge(digits: Split) -> DigitJudge:
-    """A judge trained on ``digits`` from a fixed start (Adam, one cycle, shifts of up to 2 pixels).
-
-    One thread is used, so that the weights do not depend on how many there are.
+    These keep its features from separating training images from new ones. One thread is used, so that the
+    weights do not depend on how many there are; the global random state is left as it was.
     """
+
+    def loss(step: int) -> Tensor:
+        rows = recipe.rows(len(digits), step)
+        pixels = _augmented(digits.pixels[rows], recipe.seed, step)
+        return cross_entropy(judge.logits(pixels), digits.labels[rows], label_smoothing=0.1)
+
+    with (
+        _one_thread(),
+        torch.random.fork_rng(devices=[]),
+        stages("MNIST", recipe.steps) as stage,
+    ):
+        torch.manual_seed(recipe.seed)
+        judge = MNISTJudge()
+        fit(judge.parameters(), loss, recipe, stage("judge", 1))
+    return judge
+
+
+def _augmented(pixels: Tensor, seed: int, step: int) -> Tensor:
+    """The batch with noise, moved by up to 2 pixels each way (another shift for each quarter of it)."""
+    padded = pad(pixels, (2, 2, 2, 2), value=-1.0)  # −1 is the background
+    corners = torch.randint(5, (4, 2), generator=draws.generator(seed, "judge shift", step)).tolist()
+    quarters = zip(padded.chunk(4), corners, strict=False)  # a batch under 4 rows has fewer chunks
+    shifted = torch.cat([part[:, :, top : top + 28, left : left + 28] for part, (top, left) in quarters])
+    return shifted + 0.1 * draws.normal(tuple(pixels.shape), seed, "judge noise", step)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            judge = DigitJudge()
-        optimizer = torch.optim.Adam(judge.parameters(), lr=4e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=judge.steps)
-        for step in _progress(judge.steps, "training the MNIST judge"):
-            rows = draws.shuffled_rows(len(digits), judge.batch, seed=0, step=step, purpose="mnist judge")
-            loss = functional.cross_entropy(judge(_shifted(digits.pixels[rows], step)), digits.labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        yield
     finally:
         torch.set_num_threads(threads)
-    return judge.freeze()
 
 
-def _shifted(pixels: Tensor, step: int) -> Tensor:
-    """The batch moved by up to 2 pixels each way, background (−1) filling in; one shift for each half batch."""
-    padded = functional.pad(pixels, (2, 2, 2, 2), value=-1.0)
-    offsets = torch.randint(5, (4, 2), generator=draws.generator(0, "mnist judge shift", step)).tolist()
-    parts = zip(padded.chunk(4), offsets, strict=False)
-    return torch.cat([part[:, :, top : top + 28, left : left + 28] for part, (top, left) in parts])
+def cached_judge(train: Split, recipe: Recipe) -> MNISTJudge:
+    """The judge of these training digits, frozen; trained if it is not in the cache."""
+    with torch.device("meta"):
+        judge = MNISTJudge()
+    key = content_hash({"train": {"pixels": train.pixels, "labels": train.labels}}, f"{recipe} {judge}")
+    path = cache_dir() / f"mnist-judge-{key[:16]}.safetensors"
+    publish(path, lambda file: save_tensors(file, train_judge(train, recipe).state_dict()))
+    judge.load_state_dict(load_tensors(path, path), assign=True)
+    return judge.eval().requires_grad_(False)
 
 
-def _progress(steps: int, what: str) -> Iterator[int]:
-    from rich.console import Console
-    from rich.progress import track
+class LabelLogProbability:
+    """The log-probability that a judge gives the digit named in the prompt, as a preference model."""
 
-    yield from track(range(steps), what, console=Console(stderr=True), transient=True)
+    def __init__(self, judge: Judge):
+        self.judge = judge
 
-
-def _cached_judge(train: Split, train_hash: str) -> DigitJudge:
-    """The judge of these training digits from the cache, else trained and put there; the first writer wins."""
-    path = cache_dir() / f"mnist-judge-{train_hash[:16]}.pt"
-    if not path.exists():
-        judge = train_judge(train)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            _write_atomically(path, lambda part: torch.save(judge.state_dict(), part))
-    judge = DigitJudge()
-    judge.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return judge.freeze()
-
-
-# --- the source -------------------------------------------------------------------------------------------
+    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B, 1, 28, 28) pixels in [−1, 1] and B prompts → (B,) scores ≤ 0."""
+        labels = torch.tensor([parse_label(prompt) for prompt in prompts], device=pixels.device)
+        return self.judge.logits(pixels).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 class MNISTSource:
-    """MNIST as a :class:`twinrl.data.source.Source`: pixel space, class labels, one held-out scorer.
+    """MNIST as a ``twinrl.data.source.Source``: pixel space, class labels, one held-out scorer.
+
+    The scorer ``judge_logprob`` is the log-probability that the judge gives the digit of the prompt.
 
     Arguments:
-        train, validation, test: digits, pixels (N, 1, 28, 28) in [−1, 1].
+        root: folder with the idx files (default: ``mnist`` in the cache folder); filled by download if there
+            are none. The judge is trained the first time (half a minute) and cached.
 
-    *When to use*: the public tutorial's experiment (``data.source=mnist``). Build it with :meth:`load`.
-    The judge is trained when first asked for (half a minute) and cached.
+    Raises:
+        InputError: files are missing and cannot be downloaded, damaged, or not MNIST's.
+
+    *When to use*: the public tutorial's experiment (``data.source=mnist``).
     """
 
-    name: str = "mnist"
-    latent_shape: tuple[int, int, int] = (1, 28, 28)
-    classes: tuple[str, ...] = CLASSES
-    held_out: frozenset[str] = frozenset({"judge_logprob"})
+    def __init__(self, root: Path | None = None):
+        self.name = "mnist"
+        self.latent_shape: tuple[int, int, int] = (1, 28, 28)
+        self.classes: tuple[str, ...] = CLASSES
+        self.train, self.validation, self.test = read_splits(root.expanduser() if root else cache_dir() / "mnist")
+        judge = cached_judge(self.train, JUDGE_RECIPE)
+        self.judge: Judge = judge
+        self.scorers: Mapping[str, Scorer] = {"judge_logprob": LabelLogProbability(judge)}
+        self.held_out = frozenset(self.scorers)
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        digits = {name: {"pixels": split.pixels, "labels": split.labels} for name, split in splits.items()}
+        self.content_hash = content_hash(digits | {"judge": judge.state_dict()}, all_captions())
+        self._latents = {name: split.pixels for name, split in splits.items()}
+        self._judge = judge
+        self._device = "cpu"
 
-    def __init__(self, train: Split, validation: Split, test: Split):
-        self.train, self.validation, self.test = train, validation, test
-        self.device = torch.device("cpu")
+    def latents(self, split: str) -> Tensor:
+        """(N, 1, 28, 28): the pixels of ``train``, ``validation`` or ``test``, on the source's device."""
+        return self._latents[split]
 
-    @classmethod
-    def load(cls, root: str | Path | None = None) -> "MNISTSource":
-        """The digits under ``root`` (default: ``mnist`` in the cache folder), downloaded if there are none.
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The identity: the flow lives on pixels (B, 1, 28, 28) in [−1, 1]."""
+        return pixels
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The identity; not clamped."""
+        return latents
+
+    def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
+        """One caption for each label in 0…9, as in the digits lab."""
+        return captions(labels, seed, step, held_out)
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """``{"label": (B,)}`` of the digits that the prompts name; the empty prompt is ∅.
 
         Raises:
-            InputError: files are missing and cannot be downloaded, damaged, or not MNIST's.
+            InputError: a prompt names no digit, or several.
         """
-        return cls(*read_splits(Path(root).expanduser() if root else cache_dir() / "mnist"))
+        labels = [parse_label(prompt) if prompt.strip() else NULL_LABEL for prompt in prompts]
+        return {"label": torch.tensor(labels, dtype=torch.int64, device=self._device)}
+
+    def null_condition(self, n: int) -> Condition:
+        """``{"label": (n,)}``, all of them 10."""
+        return {"label": torch.full((n,), NULL_LABEL, device=self._device)}
+
+    def teacher_weights(self, network: nn.Module, key: str) -> Mapping[str, Tensor]:
+        """State dict of a flow-matching teacher of ``network``'s architecture, on the source's device.
+
+        Pretrained on first use (minutes for a narrow UNet; the tutorial trains from scratch) and cached under the
+        content hash, the recipe and ``key``. ``network`` itself is left as it is.
+        """
+        recipe = content_hash({}, f"{TEACHER_RECIPE} {self.content_hash}")
+        path = cache_dir() / "teachers" / f"mnist-{recipe[:12]}" / f"{key}.safetensors"
+        publish(path, lambda file: save_tensors(file, self._pretrain(network, key)))
+        return {name: value.to(self._device) for name, value in load_tensors(path, path).items()}
+
+    def _pretrain(self, network: nn.Module, key: str) -> Mapping[str, Tensor]:
+        labels = self.train.labels.to(self._device)
+        data = FlowData(self.latents("train"), labels, lambda rows, step: {"label": rows}, self.null_condition(1))
+        teacher = fresh(network, TEACHER_RECIPE.seed).to(self._device)
+        with stages(f"pretraining {key}", TEACHER_RECIPE.steps) as stage:
+            return pretrain(teacher, data, TEACHER_RECIPE, stage("teacher", 1))
+
+    def to(self, device: str) -> "MNISTSource":
+        """Judge, latents and conditions on ``device``, in place; the splits' pixels stay where they are."""
+        self._device = device
+        self._judge.to(device)
+        self._latents = {split: value.to(device) for split, value in self._latents.items()}
+        return self

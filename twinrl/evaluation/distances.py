@@ -25,7 +25,7 @@ def as_matrix(features: Features, minimum: int = 2) -> Tensor:
     return matrix
 
 
-def same_width(a: Tensor, b: Tensor) -> bool:
+def both_finite(a: Tensor, b: Tensor) -> bool:
     """Whether both sets are finite; raises where their widths D differ."""
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"feature widths differ: {a.shape[1]} and {b.shape[1]}")
@@ -54,7 +54,7 @@ def frechet_distance(a: Features, b: Features) -> float:
     Source: Heusel et al. 2017 (arXiv:1706.08500), equation 6.
     """
     x, y = as_matrix(a), as_matrix(b)
-    if not same_width(x, y):
+    if not both_finite(x, y):
         return float("nan")
     (mean_x, root_x), (mean_y, root_y) = _mean_and_root(x), _mean_and_root(y)
     cross = torch.linalg.svdvals(root_x @ root_y.T).sum()
@@ -63,28 +63,45 @@ def frechet_distance(a: Features, b: Features) -> float:
 
 def _polynomial_kernel(x: Tensor, y: Tensor) -> Tensor:
     """``k(x, y) = (x·y/D + 1)³``."""
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    base = x @ y.T / x.shape[1] + 1
+    return base * base * base  # several times faster than ** 3
 
 
-def _mean_off_diagonal(gram: Tensor) -> Tensor:
-    n = len(gram)
-    return (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
+def _mean_within(gram: Tensor, strata: Tensor | None) -> Tensor:
+    """Unbiased mean kernel of a set with itself: (N, N) → ().
+
+    A point's product with itself is replaced by its mean product with the others of its stratum. Without
+    strata that is the mean over all pairs of different points.
+    """
+    same = torch.ones_like(gram) if strata is None else (strata[:, None] == strata[None]).to(gram)
+    others = same - torch.eye(len(gram), dtype=gram.dtype)
+    if (others.sum(1) == 0).any():
+        raise ValueError("every stratum needs at least two points")
+    stand_in = (gram * others).sum(1) / others.sum(1)
+    return (gram.sum() - gram.diagonal().sum() + stand_in.sum()) / gram.numel()
 
 
-def kernel_distance(a: Features, b: Features) -> float:
+def kernel_distance(a: Features, b: Features, strata_a: Tensor | None = None, strata_b: Tensor | None = None) -> float:
     """KID: the *unbiased* MMD² estimate with the cubic polynomial kernel, over the full sets (no subsets).
 
     Arguments:
         a: (N, D) features. b: (M, D) features.
+        strata_a: (N,) integers, where ``a`` was drawn with fixed numbers of points per class: pairs within a
+            class are then rarer than in free draws, which would shift the estimate by about −1/N times how
+            much more alike points of one class are. strata_b: (M,), likewise.
 
     Returns:
         An estimate whose mean does not depend on N and M; for equal distributions its mean is 0, so single
         values may be slightly negative.
 
+    Raises:
+        ValueError: a stratum has a single point, so nothing is known about pairs within it.
+
     Source: Bińkowski et al. 2018 (arXiv:1801.01401), section 4; estimator: Gretton et al. 2012, equation 3.
     """
     x, y = as_matrix(a), as_matrix(b)
-    if not same_width(x, y):
+    if not both_finite(x, y):
         return float("nan")
-    within = _mean_off_diagonal(_polynomial_kernel(x, x)) + _mean_off_diagonal(_polynomial_kernel(y, y))
-    return float(within - 2 * _polynomial_kernel(x, y).mean())
+    within_x = _mean_within(_polynomial_kernel(x, x), strata_a)
+    within_y = _mean_within(_polynomial_kernel(y, y), strata_b)
+    return float(within_x + within_y - 2 * _polynomial_kernel(x, y).mean())

@@ -16,9 +16,9 @@ from twinrl.tracking import names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
-Series: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
+Times: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 Frame: TypeAlias = "DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]"
 """Log rows: a pandas frame, columns by name, or the rows of log.jsonl, with a ``step`` column.
 
@@ -50,7 +50,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple["Figure
 # --- times ----------------------------------------------------------------------------------------------
 
 
-def time_scatter(t: Series, r: Series, *, title: str = "Sampled times") -> "Figure":
+def time_scatter(t: Times, r: Times, *, title: str = "Sampled times") -> "Figure":
     """Scatter of source time t against target time r, coloured by the sign of t. Experimental.
 
     Arguments:
@@ -68,9 +68,10 @@ def time_scatter(t: Series, r: Series, *, title: str = "Sampled times") -> "Figu
         (source < 0, COLOURS[1], "fake, t < 0"),
     ):
         label = f"{what} ({keep.sum():,} rows)"
-        axis.scatter(
-            source[keep], target[keep], s=9, color=colour, alpha=0.5, linewidths=0, label=label, zorder=2
-        )
+        axis.scatter(source[keep], target[keep], s=9, color=colour, alpha=0.5, linewidths=0, label=label, zorder=2)
+    if one_step := int(((source == 1) & (target == 0)).sum()):
+        axis.annotate(f"{one_step:,} rows at (1, 0)", (1, 0), (-4, -14), textcoords="offset points", ha="right",
+                      color="0.45", fontsize=8)  # fmt: skip
     axis.set(xlabel="source time t  (|t| = 1 is noise)", ylabel="target time r", aspect="equal",
              xlim=(lowest, 1.05), ylim=(lowest, 1.05), title=f"{title} (experimental)")  # fmt: skip
     axis.legend(loc="upper left", frameon=False, fontsize=9)
@@ -90,9 +91,7 @@ def _numeric(rows: Frame) -> "DataFrame":
     return frame.replace("nan", "inf").apply(pd.to_numeric, errors="coerce").set_index("step")
 
 
-def training_curves(
-    rows: Frame, *, floor: Mapping[str, float] | None = None, title: str | None = None
-) -> "Figure":
+def training_curves(rows: Frame, *, floor: Mapping[str, float] | None = None, title: str | None = None) -> "Figure":
     """Losses, gradient norm, sample quality, accuracy and diversity against training steps.
 
     Panels without data are left out. Non-finite values are marked at the panel's lower edge.
@@ -110,7 +109,7 @@ def training_curves(
         raise ValueError("no training metric to draw in these rows")
     columns = 2 if len(panels) > 1 else 1
     lines = math.ceil(len(panels) / columns)
-    figure, axes = _figure(lines, columns, (5.6 * columns, 3.1 * lines + 0.3))
+    figure, axes = _figure(lines, columns, (6.4 * columns, 2.9 * lines + 0.3))
     for axis, (heading, curves, floors, log_scale) in zip(axes.flat, panels, strict=False):
         _panel(axis, heading, {label: frame[name] for label, name in curves.items()}, floors, log_scale)
     for axis in list(axes.flat)[len(panels) :]:
@@ -120,9 +119,7 @@ def training_curves(
     return figure
 
 
-def _panels(
-    frame: "DataFrame", floor: Mapping[str, float]
-) -> list[tuple[str, dict[str, str], dict[str, float], bool]]:
+def _panels(frame: "DataFrame", floor: Mapping[str, float]) -> list[tuple[str, dict[str, str], dict[str, float], bool]]:
     """(heading, label → column, label → floor, logarithmic) of every panel, absent columns dropped."""
 
     def curves(**labelled: str) -> dict[str, str]:
@@ -143,38 +140,50 @@ def _panels(
         ("Kernel distance to real images ↓", by_nfe("kid"), {}, False),
         ("Fréchet distance to real images ↓", by_nfe("fd"), floors("fd"), True),
         ("Judge accuracy ↑", by_nfe("accuracy"), {}, False),
+        ("Precision (fidelity) ↑", by_nfe("precision"), floors("precision"), False),
         ("Recall (diversity) ↑", by_nfe("recall"), floors("recall"), False),
-        ("Velocity error on held-out images ↓", curves(val=names.VAL_VELOCITY_MSE), {}, False),
+        ("Velocity error on held-out images ↓", curves(velocity_error=names.VAL_VELOCITY_MSE), {}, False),
     ]
 
 
 def _panel(
-    axis: "Axes", heading: str, curves: Mapping[str, "Any"], floors: Mapping[str, float], log_scale: bool
+    axis: "Axes", heading: str, curves: Mapping[str, "Series"], floors: Mapping[str, float], log_scale: bool
 ) -> None:
-    """One panel: every curve in its colour, dense ones as faint points under their running median."""
-    for colour, (label, series) in zip(COLOURS * 9, curves.items(), strict=False):
+    """One panel: every curve in its colour, floors dotted, the legend beside it so that it hides nothing."""
+    for colour, (label, series) in zip(COLOURS * len(curves), curves.items(), strict=False):
         _curve(axis, label, series, colour)
     for label, value in floors.items():
         axis.axhline(value, color="0.35", linestyle=":", linewidth=1.4, label=label)
+    if any(np.isinf(series).any() for series in curves.values()):
+        axis.plot([], [], "x", color="0.35", label="not finite")
     if log_scale and any((series > 0).any() for series in curves.values()):
-        axis.set_yscale("log")
+        _logarithmic(axis)
     axis.set_title(heading, loc="left", fontsize=11)
     axis.set_xlabel("training step", fontsize=9)
-    if len(curves) + len(floors) > 1:
-        axis.legend(frameon=False, fontsize=8, ncols=2 if len(curves) > 4 else 1)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.02))
 
 
-def _curve(axis: "Axes", label: str, series: "Any", colour: str) -> None:
-    """A logged series; values that are not finite become marks at the lower edge."""
-    bad = np.isinf(series)
-    good = series[np.isfinite(series)]
-    window = max(1, len(good) // WINDOWS)
+def _curve(axis: "Axes", label: str, series: "Series", colour: str) -> None:
+    """A logged series: dense ones as their running median over the faint raw line, which keeps every spike."""
+    finite = series[np.isfinite(series)]
+    window = max(1, len(finite) // WINDOWS)
     if window > 1:
-        axis.plot(good.index, good, ".", color=colour, alpha=0.18, markersize=2.5, markeredgewidth=0)
-        good = good.rolling(window, center=True, min_periods=1).median()
-    marker = "o" if len(good) <= 40 else None
-    axis.plot(good.index, good, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3.5)
-    if bad.any():
-        steps = series.index[bad]
-        axis.plot(steps, np.zeros(len(steps)), "x", color=colour, transform=axis.get_xaxis_transform(),
-                  clip_on=False, label=f"{label}: not finite")  # fmt: skip
+        axis.plot(finite.index, finite, color=colour, alpha=0.3, linewidth=0.5)
+        finite = finite.rolling(window, center=True, min_periods=1).median()
+    marker = "o" if len(finite) <= 40 else None
+    axis.plot(finite.index, finite, color=colour, linewidth=1.6, label=label, marker=marker, markersize=3.5)
+    steps = series.index[np.isinf(series)]
+    if len(steps):
+        edge = axis.get_xaxis_transform()
+        axis.plot(steps, np.zeros(len(steps)), "x", color=colour, transform=edge, clip_on=False)
+
+
+def _logarithmic(axis: "Axes") -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5, or at powers of ten over a wide range."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1000 else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -1,5 +1,6 @@
 """Sample grids for people: labelled rows, fixed noise in the columns, small images enlarged without blur."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,10 +11,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from PIL.ImageFont import FreeTypeFont, ImageFont
+    from PIL.ImageFont import FreeTypeFont
 
 INK, FAINT, PAPER, BROKEN = (32, 33, 36), (110, 114, 120), (255, 255, 255), (230, 0, 126)
-GAP, MARGIN, TEXT, TITLE = 4, 16, 15, 19
+GAP, MARGIN, TEXT, TITLE = 4, 16, 14, 17
 TARGET = 72  # least side of an image on the page, in page pixels
 
 
@@ -68,16 +69,12 @@ def sample_grid(
         A PIL image; ``.save(path)`` writes it.
     """
     if images.dim() != 5 or len(images) != len(row_labels):
-        raise ValueError(
-            f"expected images (R, K, C, H, W) and R labels, got {tuple(images.shape)}, {len(row_labels)}"
-        )
+        raise ValueError(f"expected images (R, K, C, H, W) and R labels, got {tuple(images.shape)}, {len(row_labels)}")
     rows, columns, _, height, width = images.shape
     scale = scale or max(1, -(-TARGET // width))
-    left = MARGIN + max(_text_width(label) for label in row_labels) + MARGIN // 2
+    left = MARGIN + (max(map(_text_width, row_labels)) + MARGIN // 2 if any(row_labels) else 0)
     top = MARGIN + (TITLE + MARGIN if title else 0) + (TEXT + GAP + 2 if column_labels else 0)
-    layout = _Layout(
-        rows, columns, (width * scale, height * scale), left, top, TEXT + MARGIN // 2 if note else 0
-    )
+    layout = _Layout(rows, columns, (width * scale, height * scale), left, top, TEXT + MARGIN // 2 if note else 0)
     page = _paste(as_uint8(images), layout, min_width=MARGIN * 2 + _text_width(title or "", TITLE))
     _annotate(page, layout, row_labels, column_labels or (), title, note)
     return page
@@ -114,15 +111,18 @@ def _annotate(
         draw.text((x - MARGIN // 2, y + layout.cell[1] / 2), label, INK, _font(TEXT), anchor="rm")
     for column, label in enumerate(columns):
         x, y = layout.corner(0, column)
-        draw.text((x + layout.cell[0] / 2, y - GAP), label, FAINT, _font(TEXT - 2), anchor="mb")
+        draw.text((x + layout.cell[0] / 2, y - GAP - 2), label, FAINT, _font(TEXT - 2), anchor="ms")
     if note:
         draw.text((MARGIN, page.height - MARGIN // 2), note, FAINT, _font(TEXT - 2), anchor="lb")
 
 
-def _font(size: int) -> "FreeTypeFont | ImageFont":
+@functools.cache
+def _font(size: int) -> "FreeTypeFont":
+    """DejaVu Sans, which comes with matplotlib and knows more characters than Pillow's own font."""
+    from matplotlib import get_data_path
     from PIL import ImageFont
 
-    return ImageFont.load_default(size)
+    return ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _text_width(text: str, size: int = TEXT) -> int:
@@ -143,9 +143,7 @@ def training_grid(
         steps: training step of each snapshot. column_labels: what each of the K columns was asked for.
     """
     labels = [f"step {step:,}" for step in steps]
-    return sample_grid(
-        torch.stack(list(snapshots)), labels, column_labels, title=title or "Same noise over training"
-    )
+    return sample_grid(torch.stack(list(snapshots)), labels, column_labels, title=title or "Same noise over training")
 
 
 def diversity_grid(images: Tensor, prompt: str, *, nfe: int = 1, columns: int = 10) -> "Image":

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from twinrl.evaluation.distances import Features, as_matrix, same_width
+from twinrl.evaluation.distances import Features, as_matrix, both_finite
 
 NAMES = ("precision", "recall", "density", "coverage")
 
@@ -43,7 +43,7 @@ def prdc(real: Features, fake: Features, k: int = 5) -> dict[str, float]:
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     x, y = as_matrix(real, k + 1), as_matrix(fake, k + 1)
-    if not same_width(x, y):
+    if not both_finite(x, y):
         return dict.fromkeys(NAMES, float("nan"))
     between, real_radii = _pairwise(x, y), _radii(x, k)[:, None]  # (N, M), (N, 1)
     in_real_ball, in_fake_ball = between <= real_radii, between <= _radii(y, k)[None]

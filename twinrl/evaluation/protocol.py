@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from twinrl import conditions, draws, transport
@@ -30,16 +30,12 @@ class EvaluationConfig(Settings):
     """What is evaluated, on how much, and how often."""
 
     every: int = Field(500, ge=0, description="training steps between evaluations; 0: only at the end")
-    n: int = Field(500, ge=20, description="samples judged; at most the smaller held-out split")
-    nfe: tuple[int, ...] = Field(
-        (1, 2, 4), min_length=1, description="network evaluations per sample, one row each"
-    )
+    n: int = Field(500, ge=20, description="samples judged; at most the split and half of all held-out images")
+    nfe: tuple[PositiveInt, ...] = Field((1, 2, 4), min_length=1, description="network evaluations per sample")
     teacher_steps: int = Field(50, ge=1, description="Euler steps of the teacher in the final table")
     seed: int = Field(20_240_607, description="of noise, prompts and rows; independent of the run's seed")
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
-    velocity_rows: int = Field(
-        200, ge=1, description="images in val/velocity_mse, each at every time of its grid"
-    )
+    velocity_rows: int = Field(200, ge=1, description="images in val/velocity_mse, each at five times")
     grid_samples: int = Field(8, ge=1, description="samples per class in the sample grids")
     batch: int = Field(250, ge=1, description="rows per forward; bounds memory")
 
@@ -51,16 +47,29 @@ class Judged:
     A non-finite image is judged as a grey one and its numbers are then set to ``nan``.
 
     Attributes:
+        labels: (n,) intended classes.
         features: (n, D) judge features.
         correct: (n,) 1 where the judge sees the intended class, else 0.
         scores: scorer → (n,).
         finite: (n,) whether the image was finite.
     """
 
+    labels: Tensor
     features: Tensor
     correct: Tensor
     scores: Mapping[str, Tensor]
     finite: Tensor
+
+    @staticmethod
+    def joined(parts: Sequence["Judged"]) -> "Judged":
+        """The images of all parts, one part after the other."""
+        return Judged(
+            torch.cat([p.labels for p in parts]),
+            torch.cat([p.features for p in parts]),
+            torch.cat([p.correct for p in parts]),
+            {name: torch.cat([p.scores[name] for p in parts]) for name in parts[0].scores},
+            torch.cat([p.finite for p in parts]),
+        )
 
 
 def balanced_rows(labels: Tensor, n: int, seed: int, purpose: str) -> Tensor:
@@ -76,6 +85,11 @@ def balanced_rows(labels: Tensor, n: int, seed: int, purpose: str) -> Tensor:
         turn[shuffled == label] = torch.arange(int((shuffled == label).sum()))
     by_turn_then_label = (turn * (int(labels.max()) + 1) + shuffled).argsort(stable=True)
     return order[by_turn_then_label[:n]]
+
+
+def _strata(labels: Tensor) -> Tensor | None:
+    """The labels as strata of the kernel distance; None where a class has a single image."""
+    return labels if int(labels.bincount()[labels].min()) > 1 else None
 
 
 def _take(split: Split, rows: Tensor) -> Split:
@@ -156,9 +170,7 @@ class Protocol:
 
     # --- samples ----------------------------------------------------------------------------------------
 
-    def samples(
-        self, network: Network, sampler: SamplerConfig, draw: int = 0, guidance: float = 0.0
-    ) -> Tensor:
+    def samples(self, network: Network, sampler: SamplerConfig, draw: int = 0, guidance: float = 0.0) -> Tensor:
         """(n, C, H, W) decoded pixels, one for each prompt, from the fixed noise number ``draw``."""
         noise = self.noise(self.n, f"evaluation noise {draw}")
         return self._decoded(network, sampler, noise, self.condition, draw * self.n, guidance)
@@ -192,12 +204,13 @@ class Protocol:
         return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def grid(self, network: Network, sampler: SamplerConfig) -> Tensor:
-        """(classes, grid_samples, C, H, W) pixels: a row for each class, the same noise in a column."""
-        classes, columns = len(self.source.classes), self.config.grid_samples
-        noise = self.noise(columns, "evaluation grid").repeat(classes, 1, 1, 1)
-        condition = self.source.condition([p for p in self.grid_prompts() for _ in range(columns)])
-        pixels = self._decoded(network, sampler, noise, condition, 0, 0.0)
-        return pixels.unflatten(0, (classes, columns))
+        """(classes, grid_samples, C, H, W) pixels: a row for each class, the same noise in a column.
+
+        Every row repeats the start noise and the noise injected on the way, so a column differs by prompt alone.
+        """
+        noise = self.noise(self.config.grid_samples, "evaluation grid")
+        conditions_by_row = [self.source.condition([prompt] * len(noise)) for prompt in self.grid_prompts()]
+        return torch.stack([self._decoded(network, sampler, noise, c, 0, 0.0) for c in conditions_by_row])
 
     def grid_prompts(self) -> list[str]:
         """One prompt per class, in class order: the labels of the grid's rows."""
@@ -205,25 +218,16 @@ class Protocol:
 
     # --- judgements -------------------------------------------------------------------------------------
 
-    def judge(
-        self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None
-    ) -> Judged:
+    def judge(self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None) -> Judged:
         """Features, class verdicts and scores of n images in [−1, 1] (clamped).
 
         Labels and prompts are those of the protocol's samples unless given.
         """
-        labels, prompts = (
-            self.labels if labels is None else labels,
-            self.prompts if prompts is None else prompts,
-        )
+        labels = self.labels if labels is None else labels
+        prompts = self.prompts if prompts is None else prompts
         with undisturbed(seed=self.config.seed, device=self.device):
             parts = [self._judge_chunk(pixels[c], labels[c], prompts[c]) for c in self._chunks(len(pixels))]
-        return Judged(
-            torch.cat([p.features for p in parts]),
-            torch.cat([p.correct for p in parts]),
-            {name: torch.cat([p.scores[name] for p in parts]) for name in self.source.scorers},
-            torch.cat([p.finite for p in parts]),
-        )
+        return Judged.joined(parts)
 
     def _judge_chunk(self, pixels: Tensor, labels: Tensor, prompts: Sequence[str]) -> Judged:
         finite = pixels.isfinite().flatten(1).all(1).cpu()
@@ -236,13 +240,14 @@ class Protocol:
 
         correct = judge.logits(shown).argmax(1).cpu() == labels.cpu()
         scores = {name: valid(scorer(shown, prompts)) for name, scorer in scorers.items()}
-        return Judged(valid(judge.features(shown)), valid(correct), scores, finite)
+        return Judged(labels.cpu(), valid(judge.features(shown)), valid(correct), scores, finite)
 
     def distances(self, judged: Judged) -> dict[str, float]:
         """fd, kid, precision, recall, density and coverage against the reference images."""
         real, fake = self.reference.features, judged.features
+        strata = [_strata(self.reference.labels), _strata(judged.labels)]
         return {
-            "kid": kernel_distance(real, fake),
+            "kid": kernel_distance(real, fake, *strata),
             "fd": frechet_distance(real, fake),
             **prdc(real, fake, self.config.neighbours),
         }
@@ -267,9 +272,7 @@ class Protocol:
             sampler: e.g. ``few_step(1)``.
         """
         judged, evaluations = self.judge(self.samples(network, sampler)), nfe(sampler)
-        metrics = {
-            names.val(quantity, evaluations): value for quantity, value in self.summary(judged).items()
-        }
+        metrics = {names.val(quantity, evaluations): value for quantity, value in self.summary(judged).items()}
         for label, name in enumerate(self.source.classes):
             correct = judged.correct[self.labels == label]
             metrics[names.accuracy(name, evaluations)] = correct.mean().item()
@@ -277,15 +280,21 @@ class Protocol:
             metrics[names.score(name, evaluations, name in self.source.held_out)] = score.mean().item()
         return metrics
 
-    def evaluate(self, network: Network) -> dict[str, float]:
-        """One evaluation in training: :meth:`quality` at every NFE, ``val/quality`` and ``val/velocity_mse``.
+    def evaluate(self, network: Network, samplers: Sequence[SamplerConfig] | None = None) -> dict[str, float]:
+        """One evaluation in training: :meth:`quality` of every sampler, ``val/quality``, ``val/velocity_mse``.
 
-        ``val/quality`` is the kernel distance at the first NFE of the configuration, 1 by default.
+        ``val/quality`` is the kernel distance under the first sampler: one jump at 1 NFE by default.
+
+        Arguments:
+            network: the student.
+            samplers: ``few_step`` at every NFE of the configuration if None; ``[euler(n)]`` suits a network that
+                knows no target time.
         """
+        samplers = samplers or [few_step(evaluations) for evaluations in self.config.nfe]
         metrics: dict[str, float] = {}
-        for evaluations in self.config.nfe:
-            metrics |= self.quality(network, few_step(evaluations))
-        quality = metrics[names.val("kid", self.config.nfe[0])]
+        for sampler in samplers:
+            metrics |= self.quality(network, sampler)
+        quality = metrics[names.val("kid", nfe(samplers[0]))]
         return {names.VAL_QUALITY: quality, names.VAL_VELOCITY_MSE: self.velocity_mse(network), **metrics}
 
     def _velocity_inputs(self) -> tuple[Tensor, Tensor, Tensor, Condition]:

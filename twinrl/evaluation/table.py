@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from twinrl import draws
 from twinrl.evaluation.distances import frechet_distance
-from twinrl.evaluation.protocol import Judged, Protocol
+from twinrl.evaluation.protocol import Judged, Protocol, balanced_rows
 from twinrl.sampling import Network, SamplerConfig, euler, few_step, nfe
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 REPEATED_NOISE = "95% t interval of the mean over repeated start noise, network and real images fixed"
 RESPLIT = "middle 95% over random re-splits of the same real images into reference and others"
-WILSON = "95% Wilson interval"
+WILSON = "95% Wilson interval over images (and draws of noise)"
 RESPLITS = 50
 
 
@@ -74,9 +73,7 @@ class FinalTable:
         """The table for the terminal; intervals in brackets."""
         from rich.table import Table
 
-        table = Table(
-            title=f"Samples against {self.n} real images ({self.split} split)", caption=self._caption()
-        )
+        table = Table(title=f"Samples against {self.n} real images ({self.split} split)", caption=self._caption())
         table.add_column("")
         for heading in (
             "NFE",
@@ -98,10 +95,10 @@ class FinalTable:
         return [_show(fd, 3), f"{fd.value - self.floor:.3f}", f"{1000 * kid:.2f}", *plain, _show(accuracy, 3)]
 
     def _caption(self) -> str:
-        repeats = f"{self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise, no intervals"
+        repeats = f"mean over {self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise"
         return (
-            f"Samples: mean over {repeats}, [95% interval of that mean]. Real images: other held-out ones "
-            "against the reference, [range over re-splits]; accuracy on the reference images, [Wilson]."
+            f"Samples: {repeats} (95% interval of that mean). Real images: other held-out images against the "
+            "reference images (range over re-splits). Accuracy: Wilson's 95% interval."
         )
 
 
@@ -146,23 +143,23 @@ def proportion_interval(hits: Tensor) -> Estimate:
     return Estimate(share, float(interval.low), float(interval.high), WILSON)
 
 
-def resplit_interval(value: float, reference: Tensor, other: Tensor, seed: int) -> Estimate:
+def resplit_interval(value: float, reference: Judged, other: Judged, seed: int) -> Estimate:
     """``value`` with the spread of the Fréchet distance over random halves of the same 2n images.
 
-    Arguments:
-        reference: (2n, D) features that reference images are drawn from.
-        other: (2n, D) features of the same images as judged (equal to ``reference`` for the floor).
+    The halves have equal class mixes, as the protocol's sets have. A bootstrap would repeat images, which
+    lowers the effective n and so biases the distance.
 
-    Source: the bootstrap would repeat images and so lower the effective n, which biases the distance.
+    Arguments:
+        reference: 2n images that the reference half is drawn from.
+        other: the same images as judged, in the same order (equal to ``reference`` for the floor).
     """
     distances = []
     for split in range(RESPLITS):
-        order = torch.randperm(len(reference), generator=draws.generator(seed, "evaluation re-split", split))
+        order = balanced_rows(reference.labels, len(reference.labels), seed, f"evaluation re-split {split}")
         a, b = order.chunk(2)
-        distances.append(frechet_distance(reference[a], other[b]))
-    low, high = (
-        torch.tensor(distances, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    )
+        distances.append(frechet_distance(reference.features[a], other.features[b]))
+    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.tensor(distances, dtype=torch.float64).quantile(bounds).tolist()
     return Estimate(value, low, high, RESPLIT)
 
 
@@ -171,16 +168,19 @@ def resplit_interval(value: float, reference: Tensor, other: Tensor, seed: int) 
 
 def sample_row(name: str, nfe: int, protocol: Protocol, draw: Callable[[int], Tensor], repeats: int) -> Row:
     """A row for samples; ``draw(i)`` gives the n images of start noise number i."""
-    summaries = [protocol.summary(protocol.judge(draw(i))) for i in range(repeats)]
-    return Row(name, nfe, {key: mean_interval([s[key] for s in summaries]) for key in summaries[0]})
+    judged = [protocol.judge(draw(i)) for i in range(repeats)]
+    summaries = [protocol.summary(images) for images in judged]
+    metrics = {key: mean_interval([s[key] for s in summaries]) for key in summaries[0]}
+    metrics["accuracy"] = proportion_interval(Judged.joined(judged).correct)
+    return Row(name, nfe, metrics)
 
 
 def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -> Row:
     """A row for real images: ``other`` judged against the protocol's reference, accuracy on ``reference``."""
     metrics = {key: Estimate(value) for key, value in protocol.summary(other).items()}
-    originals = torch.cat([protocol.reference.features, protocol.other.features])
-    judged = torch.cat([reference.features, other.features])
-    metrics["fd"] = resplit_interval(metrics["fd"].value, originals, judged, protocol.config.seed)
+    originals = Judged.joined([protocol.reference, protocol.other])
+    shown = Judged.joined([reference, other])
+    metrics["fd"] = resplit_interval(metrics["fd"].value, originals, shown, protocol.config.seed)
     metrics["accuracy"] = proportion_interval(reference.correct)
     return Row(name, 0, metrics)
 

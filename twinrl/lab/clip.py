@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, normalize, one_hot, softplus
+from torch.nn.functional import cross_entropy, log_softmax, one_hot, softplus
 
 from twinrl.compat import ensure_torchvision
 from twinrl.data.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, all_captions, captions

@@ -111,6 +111,18 @@ def _rate(step: int, recipe: Pretraining) -> float:
     return min(1.0, (step + 1) / 100, max(0.05, remaining))
 
 
+def fresh(network: nn.Module, seed: int) -> nn.Module:
+    """A new network of the same architecture, its initial weights decided by ``seed`` alone.
+
+    Arguments:
+        network: keeps its constructor's arguments as ``config`` and ``spec``.
+        seed: of the weights; the global random state is left untouched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return type(network)(network.config, network.spec)
+
+
 @torch.no_grad()
 def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) -> Tensor:
     """Samples by ``steps`` Euler steps of ``dx/dt = F(x, t, t, c)`` from noise ``z`` at t = 1 to t = 0.
@@ -124,4 +136,4 @@ def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) 
     return x
 
 
-__all__: Sequence[str] = ["FlowData", "Pretraining", "euler", "flow_matching_loss", "pretrain"]
+__all__: Sequence[str] = ["FlowData", "Pretraining", "euler", "flow_matching_loss", "fresh", "pretrain"]

@@ -14,7 +14,7 @@ from twinrl.draws import normal
 from twinrl.lab.training import Recipe, fit
 
 LATENT_SHAPE = (4, 8, 8)
-_CHANNELS = (16, 32, 32)
+_CHANNELS = (8, 16, 32)
 _KL_WEIGHT = 2e-4
 _CHUNK = 256  # rows encoded or decoded at once
 

@@ -120,9 +120,9 @@ def _velocity(
 ) -> Tensor:
     """``F(c) + g·(F(c) − F(∅))`` in the state's dtype, at the evaluation's times."""
     x = state.x.to(dtype)
-    like = {"dtype": torch.promote_types(dtype, torch.float32), "device": x.device}
-    t = torch.full((len(x),), evaluation.time, **like)
-    r = torch.full((len(x),), evaluation.target_time, **like)
+    times = torch.promote_types(dtype, torch.float32)
+    t = torch.full((len(x),), evaluation.time, dtype=times, device=x.device)
+    r = torch.full((len(x),), evaluation.target_time, dtype=times, device=x.device)
     F = _called(network, x, t, r, condition).to(state.x)
     if guidance and null is not None:
         F = F + guidance * (F - _called(network, x, t, r, null).to(state.x))
@@ -132,9 +132,7 @@ def _velocity(
 def _called(network: Network, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
     F = network(x, t, r, condition)
     if F.shape != x.shape:
-        raise InputError(
-            "the network's velocity has the wrong shape", got=tuple(F.shape), expected=tuple(x.shape)
-        )
+        raise InputError("the network's velocity has the wrong shape", got=tuple(F.shape), expected=tuple(x.shape))
     return F
 
 

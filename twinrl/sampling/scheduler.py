@@ -27,7 +27,7 @@ from twinrl.sampling.settings import (
     simpletuner_gap_end,
     time_grid,
 )
-from twinrl.sampling.update import State, high_precision, initial_state, plan, update
+from twinrl.sampling.update import Evaluation, State, high_precision, initial_state, plan, update
 from twinrl.transport import interpolate
 
 PRESETS = {"few": few_step, "any": any_step, "mul": multi_step}
@@ -40,7 +40,7 @@ class TwinFlowSchedulerOutput(SchedulerOutput):
     pred_original_sample: Tensor | None = None
 
 
-class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
+class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the mixins disagree themselves
     """UCGM-S sampling (arXiv:2505.07447) in diffusers pipelines; equal to ``twinrl.sampling.sample``.
 
     Settings left at None come from the style's public settings for the number of steps: ``few_step``,
@@ -88,10 +88,12 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         _check_basics(prediction_type, shift, style)
         self.order = order
         self.num_inference_steps: int | None = None
+        self._plan: tuple[Evaluation, ...] = ()
         self.sampler_config(2)  # wrong settings fail here rather than in the pipeline
         ramp = torch.linspace(1, 1 / num_train_timesteps, num_train_timesteps, dtype=torch.float64)
         self.sigmas = self._shifted(ramp, shift).float()
         self.timesteps = self.sigmas * num_train_timesteps
+        self.target_timesteps = torch.zeros(0)
         self._forget()
 
     @classmethod
@@ -104,11 +106,11 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         chosen = self.config
         names = ("stochastic_ratio", "kumaraswamy", "gap_start", "gap_end")
         given = {name: chosen[name] for name in names if chosen[name] is not None}
-        if chosen.simpletuner_gap_end and chosen.gap_end == 0:
+        if chosen["simpletuner_gap_end"] and chosen["gap_end"] == 0:
             given["gap_end"] = simpletuner_gap_end(num_inference_steps)
-        settings = {"order": chosen.order, "extrapolation": chosen.extrapolation, **given}
+        settings = {"order": chosen["order"], "extrapolation": chosen["extrapolation"], **given}
         try:
-            return SamplerConfig(**PRESETS[chosen.style](num_inference_steps).model_dump() | settings)
+            return SamplerConfig(**PRESETS[chosen["style"]](num_inference_steps).model_dump() | settings)
         except ValidationError as error:
             raise _one_line(error) from None
 
@@ -139,9 +141,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         own = self._own_times(sigmas, timesteps)
         steps = self._count(num_inference_steps, own)
         config = self.sampler_config(steps)
-        grid = (
-            time_grid(config) if own is None or _is_default_ramp(own) else torch.cat([own, own.new_zeros(1)])
-        )
+        grid = time_grid(config) if own is None or _is_default_ramp(own) else torch.cat([own, own.new_zeros(1)])
         self._plan = plan(config, self._shifted(grid, self._shift_factor(mu)))
         self.num_inference_steps = steps
         self._lay_out(device)
@@ -154,10 +154,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         if sigmas is not None:
             return torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         if timesteps is not None:
-            return (
-                torch.as_tensor(timesteps, dtype=torch.float64, device="cpu")
-                / self.config.num_train_timesteps
-            )
+            return torch.as_tensor(timesteps, dtype=torch.float64, device="cpu") / self.config["num_train_timesteps"]
         return None
 
     def _count(self, given: int | None, own: Tensor | None) -> int:
@@ -167,14 +164,12 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
                 raise InputError("set_timesteps needs a number of steps", got=given, expected="at least 1")
             return given
         if given is not None and given != len(own):
-            raise InputError(
-                "sigmas or timesteps of another length", got=len(own), expected=f"{given} of them"
-            )
+            raise InputError("sigmas or timesteps of another length", got=len(own), expected=f"{given} of them")
         return len(own)
 
     def _shift_factor(self, mu: float | None) -> float:
-        if not self.config.use_dynamic_shifting:
-            return self.config.shift
+        if not self.config["use_dynamic_shifting"]:
+            return self.config["shift"]
         if mu is None:
             raise InputError("use_dynamic_shifting needs mu", fix="pass mu or set use_dynamic_shifting=False")
         return math.exp(mu)
@@ -186,7 +181,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def _lay_out(self, device: str | torch.device | None) -> None:
         """The plan as the tensors that pipelines and networks read."""
-        scale = self.config.num_train_timesteps
+        scale = self.config["num_train_timesteps"]
         times = torch.tensor([e.time for e in self._plan], dtype=torch.float64)
         targets = torch.tensor([e.target_time for e in self._plan], dtype=torch.float64)
         self.sigmas = torch.cat([times, times.new_zeros(1)]).float()
@@ -242,7 +237,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """``x_t = t·noise + (1−t)·sample`` at ``timestep`` (B,) or (1,), to start from an image."""
-        t = (timestep.reshape(-1) / self.config.num_train_timesteps).to(sample)
+        t = (timestep.reshape(-1) / self.config["num_train_timesteps"]).to(sample)
         return interpolate(sample, noise, t)
 
     def step(
@@ -282,11 +277,9 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
         predicted = None if state.predicted is None else state.predicted.x_hat.to(model_output.dtype)
         return TwinFlowSchedulerOutput(prev_sample=previous, pred_original_sample=predicted)
 
-    def _evaluation(self, index: int) -> Any:
-        if self.num_inference_steps is None or not 0 <= index < len(self._plan):
-            raise InputError(
-                "no such step in this schedule", got=index, fix="call set_timesteps before each sample"
-            )
+    def _evaluation(self, index: int) -> Evaluation:
+        if not 0 <= index < len(self._plan):
+            raise InputError("no such step in this schedule", got=index, fix="call set_timesteps before each sample")
         return self._plan[index]
 
     def _current_index(self, timestep: float | Tensor) -> int:
@@ -304,17 +297,15 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):
             return initial_state(sample)
         if torch.equal(self._state.x.to(sample.dtype), sample):
             return self._state
-        return State(
-            high_precision(sample), self._state.predicted, self._state.origin, self._state.used_z_hat
-        )
+        return State(high_precision(sample), self._state.predicted, self._state.origin, self._state.used_z_hat)
 
-    def _draw(self, step: int, sample: Tensor, generator: Any) -> Tensor:
-        if generator is None and self.config.seed is not None:
-            return keyed_noise(sample.shape, self.config.seed, step).to(sample.device)
+    def _draw(self, step: int, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        if generator is None and self.config["seed"] is not None:
+            return keyed_noise(sample.shape, self.config["seed"], step).to(sample.device)
         return randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=torch.float32)
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        return self.config["num_train_timesteps"]
 
 
 def _check_basics(prediction_type: str, shift: float, style: str) -> None:

@@ -33,9 +33,7 @@ class SamplerConfig(Settings):
         default="few",
         description="Target time r of an evaluation: few: 0 (a jump to data); any: the next time; mul: t.",
     )
-    order: Literal[1, 2] = Field(
-        default=1, description="1: plain steps; 2: Heun-like correction, all but the last."
-    )
+    order: Literal[1, 2] = Field(default=1, description="1: plain steps; 2: Heun-like correction, all but the last.")
     stochastic_ratio: Annotated[float, Field(ge=0, le=1)] | Literal["sde"] = Field(
         default=1.0,
         description="Share ρ of fresh noise in each step, 0 … 1; 'sde': chosen per step from the times.",
@@ -46,10 +44,8 @@ class SamplerConfig(Settings):
         le=1,
         description="κ: predictions go on by κ times their last change, from the third step.",
     )
-    kumaraswamy: tuple[
-        Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]
-    ] = Field(
-        default=(1.0, 1.0, 1.0), description="(a, b, c) > 0 of the warp u ← (1 − (1 − u^a)^b)^c of the grid."
+    kumaraswamy: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
+        Field(default=(1.0, 1.0, 1.0), description="(a, b, c) > 0 of the warp u ← (1 − (1 − u^a)^b)^c of the grid.")
     )
     gap_start: float = Field(
         default=0.001, ge=0, lt=1, description="The first time is 1 − gap_start (before the warp)."

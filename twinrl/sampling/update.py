@@ -102,9 +102,7 @@ def plan(config: SamplerConfig, times: Sequence[float] | Tensor | None = None) -
         evaluations.append(predicting)
         if predicting.is_corrected:
             r = target_time(config.style, stop, grid[step + 2])
-            evaluations.append(
-                replace(predicting, time=stop, target_time=r, corrects=True, is_corrected=False)
-            )
+            evaluations.append(replace(predicting, time=stop, target_time=r, corrects=True, is_corrected=False))
     return tuple(evaluations)
 
 
@@ -176,9 +174,7 @@ def _extrapolate(predicted: Prediction, previous: Prediction | None, kappa: floa
     """``x̂ + κ(x̂ − x̂_prev)`` and the same of ẑ; the previous values are not extrapolated ones."""
     if kappa == 0 or previous is None:
         return predicted
-    return Prediction(
-        *(now + kappa * (now - before) for now, before in zip(predicted, previous, strict=True))
-    )
+    return Prediction(*(now + kappa * (now - before) for now, before in zip(predicted, previous, strict=True)))
 
 
 def _renoise(evaluation: Evaluation, z_hat: Tensor, noise: Tensor | None) -> Tensor:
@@ -186,9 +182,7 @@ def _renoise(evaluation: Evaluation, z_hat: Tensor, noise: Tensor | None) -> Ten
     if not evaluation.needs_noise:
         return z_hat
     if noise is None:
-        raise ValueError(
-            f"step {evaluation.step} injects noise (ratio {evaluation.stochastic_ratio:g}), got none"
-        )
+        raise ValueError(f"step {evaluation.step} injects noise (ratio {evaluation.stochastic_ratio:g}), got none")
     rho = evaluation.stochastic_ratio
     return math.sqrt(1 - rho) * z_hat + math.sqrt(rho) * noise.to(z_hat)
 

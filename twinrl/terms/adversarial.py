@@ -29,12 +29,15 @@ class Adversarial(Term):
     class Config(TermConfig):
         kind: Literal["adversarial"] = "adversarial"
         sample: Literal["fresh", "shared"] = Field(
-            "fresh", description="one-step sample from fresh noise (an extra forward), or from the rows' own noise"
+            "fresh",
+            description="one-step sample from fresh noise (an extra forward), or from the rows' own noise",
         )
         path_noise: Literal["rows", "sample"] = Field(
             "rows", description="z': the rows' noise, or the noise that made the sample"
         )
-        time: Literal["rows", "uniform"] = Field("rows", description="the rows' t, or a uniform one of its own")
+        time: Literal["rows", "uniform"] = Field(
+            "rows", description="the rows' t, or a uniform one of its own"
+        )
         time_range: tuple[float, float] = Field((0.01, 0.99), description="limits of a uniform time")
 
     def _noise(self, rows: Rows) -> Tensor:

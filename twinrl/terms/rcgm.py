@@ -11,6 +11,7 @@ On a straight flow whose velocity the teacher knows, R = 0. The clamped fraction
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from twinrl.branches import Rows
 from twinrl.conditions import Condition
-from twinrl.terms.term import Context, Query, Target, Term, TermConfig, own, one_step
+from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step, own
 from twinrl.tracking import names
 from twinrl.transport import like
 
@@ -29,14 +30,22 @@ Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 def recursion(x: Tensor, times: list[Tensor], c: Condition, teacher: Network) -> Tensor:
     """``S = Σ F̄_i·(t_i − t_{i+1})`` along the teacher's own jumps through ``times`` (each (B,)), from ``x``."""
     total = torch.zeros_like(x)
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         jump = like(t - t_next, x) * teacher(x, t, t_next, c)
         x, total = x - jump, total + jump
     return total
 
 
 def residual(
-    F: Tensor, x_t: Tensor, t: Tensor, r: Tensor, c: Condition, v_star: Tensor, teacher: Network, order: int, delta: float
+    F: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    r: Tensor,
+    c: Condition,
+    v_star: Tensor,
+    teacher: Network,
+    order: int,
+    delta: float,
 ) -> Tensor:
     """The RCGM residual R (B, C, H, W); see the module's formula.
 

@@ -42,5 +42,3 @@ class SimpleTunerBase(Term):
         N, t, r = self.config.order, query.t, query.r
         lowest = torch.maximum(r, t - self.config.delta)
         return [t, *(t + (lowest - t) * (i / N) for i in range(1, N)), r]
-
-

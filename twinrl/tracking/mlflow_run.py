@@ -19,9 +19,9 @@ PARAM_NAME_CHARACTERS = 250
 PARAM_VALUE_CHARACTERS = 6000
 FILES = ("config.yaml", "env.json", "samples/*.png", "figures/*.png")
 NOTE = (
-    "Curves are thinned to at most 500 points each, and every spike is kept. `nonfinite/<name>` counts the "
-    "values that were nan or infinite. The time axis counts training time. The exact numbers are in `log.jsonl` and "
-    "`metrics.parquet` of the run directory `{run}`."
+    "Curves are thinned to few points each, and every spike is kept. `nonfinite/<name>` counts the "
+    "values that were nan or infinite. The time axis counts training time. The exact numbers are in "
+    "`log.jsonl` and `metrics.parquet` of the run directory `{run}`."
 )
 
 
@@ -81,9 +81,7 @@ class MlflowRun:
         from mlflow.entities import Param, RunTag
 
         config = read_config(self._dir)
-        params = [
-            Param(name, value) for name, value in flatten(config).items() if name not in run.data.params
-        ]
+        params = [Param(name, value) for name, value in flatten(config).items() if name not in run.data.params]
         for batch in _batches(params, PARAMS_PER_REQUEST):
             self._client.log_batch(self.id, params=batch)
         tags = _tags(self._dir, config) | state.tags
@@ -120,8 +118,8 @@ class MlflowRun:
             return
         if self._images is None:
             self._images = {Path(file.path).name for file in self._client.list_artifacts(self.id, "images")}
-        key, step = f"{path.parent.name} {match['name']}".strip(), int(match["step"])
-        shown = re.compile(rf"{re.escape(key)}.step.{step}.timestamp.{self._start + step}\D")
+        key, step = f"{path.parent.name}/{match['name'] or 'grid'}", int(match["step"])
+        shown = re.compile(rf"{re.escape(path.parent.name)}.{re.escape(key.split('/')[1])}.step.{step}\D")
         if not any(shown.match(name) for name in self._images):
             from PIL import Image
 

@@ -59,9 +59,7 @@ class State:
         except FileNotFoundError:
             return cls(folder)
         except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{path} is corrupted", got=error, fix="delete it and rebuild the view"
-            ) from error
+            raise InputError(f"{path} is corrupted", got=error, fix="delete it and rebuild the view") from error
 
     def save(self) -> None:
         """Write the state in one move."""
@@ -93,7 +91,7 @@ class State:
 
     def attach(self, run_id: str, fresh: bool) -> None:
         """Publish to ``run_id`` from now on; a ``fresh`` run holds nothing yet."""
-        self.run_id = run_id
+        self.run_id, self.superseded = run_id, None
         if fresh:
             self.published = self.claimed = 0
         self.save()

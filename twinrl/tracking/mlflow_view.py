@@ -150,9 +150,7 @@ class MLflowView:
         self._failures_in_a_row += 1
         if not self._warned:
             command = REBUILD_COMMAND.format(run_dir=self._dir)
-            logger.warning(
-                "MLflow is away (%s); training goes on. Build the view later: %s", brief(error), command
-            )
+            logger.warning("MLflow is away (%s); training goes on. Build the view later: %s", brief(error), command)
             self._warned = True
 
 
@@ -225,7 +223,7 @@ def planned(folder: Path) -> int:
     """The run's planned iterations: ``train.steps`` of its configuration, else the rows it has."""
     train = read_config(folder).get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
-    return steps if isinstance(steps, int) else max(1, len(_rows(folder)))
+    return steps if isinstance(steps, int) and steps > 0 else max(1, len(_rows(folder)))
 
 
 def brief(error: Exception) -> str:

@@ -100,8 +100,8 @@ class RunLog:
         """
         self._file.flush()
         length = os.fstat(self._file.fileno()).st_size
-        at_line_end = offset == 0 or os.pread(self._file.fileno(), 1, offset - 1) == b"\n"
-        if not 0 <= offset <= length or not at_line_end:
+        inside = 0 < offset <= length
+        if offset != 0 and not (inside and os.pread(self._file.fileno(), 1, offset - 1) == b"\n"):
             raise InputError(
                 f"{self.path} does not belong to this checkpoint",
                 got=f"{length} bytes, no row ending at byte {offset}",

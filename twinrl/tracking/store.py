@@ -20,6 +20,7 @@ ARTIFACTS_NAME = "mlartifacts"
 PATIENCE_SECONDS = 5
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the pages for training runs
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
@@ -102,7 +103,7 @@ def experiment_id(client: Any, name: str, uri: str) -> str:
 
     if (found := client.get_experiment_by_name(name)) is None:
         try:
-            return client.create_experiment(name, artifact_location=_artifact_location(name, uri))
+            return client.create_experiment(name, _artifact_location(name, uri), tags=EXPERIMENT_TAGS)
         except MlflowException:
             if (found := client.get_experiment_by_name(name)) is None:
                 raise

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from twinrl.tracking.names import STEP_SECONDS
 
-MOST_POINTS = 500
-REGULAR_BUCKETS = 200
-EXTRA_BUCKETS = 45
-EXTRA_GROWTH = 1.25
+MOST_POINTS = 320  # what MLflow's charts ask for; of a longer series they drop points blindly, spikes included
+REGULAR_BUCKETS = 140
+EXTRA_BUCKETS = 18
+EXTRA_GROWTH = 1.5
 UNTIMED_SECONDS = 1e-3
 COUNTERS = ("iteration", "step")
 
@@ -30,12 +30,12 @@ class Point(NamedTuple):
 
 
 class Thinner:
-    """Turns the rows of a log, fed in order, into at most 500 points a series.
+    """Turns the rows of a log, fed in order, into at most 320 points a series.
 
     Arguments:
         total: planned number of iterations; positive. Runs that go on for longer (a roll-back repeats steps
-            under new iterations) continue in buckets that widen by a quarter each, which lasts for some
-            four hundred times ``total``.
+            under new iterations) continue in buckets that widen by half each, which lasts for some twenty
+            times ``total``.
 
     A value that is not finite is not a point: ``nonfinite/<name>`` carries, once a bucket, how many there
     have been so far. Columns that are no numbers are left out.

@@ -1,0 +1,41 @@
+# The two commands: `make demo` and `make test`. Everything installs itself into .venv.
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+DEMO ?= runs/demo
+
+.PHONY: demo test check install lint types imports fast clean
+
+demo: install  ## train a one-step generator of handwritten digits and judge it: about five minutes on two cores
+	$(BIN)/twinrl train twinflow name=demo run.dir=$(DEMO) --fresh
+
+test: install  ## every test, documentation and notebook checks included
+	$(BIN)/python -m pytest
+
+check: install lint types imports fast  ## the developer's quick loop
+
+install: $(STAMP)
+
+# torch first: an unpinned one would take several GB of CUDA packages on machines without a GPU.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types:
+	$(BIN)/mypy
+
+imports:
+	$(BIN)/lint-imports
+
+fast:
+	$(BIN)/python -m pytest -m "not slow and not browser" -x
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

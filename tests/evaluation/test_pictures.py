@@ -1,0 +1,123 @@
+"""Grids and figures: sizes, colours and what is said; how they look was judged by eye."""
+
+import numpy as np
+import pytest
+import torch
+
+from twinrl.evaluation.figures import save, time_scatter, training_curves
+from twinrl.evaluation.grids import BROKEN, GAP, as_uint8, diversity_grid, sample_grid, training_grid
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for axis in figure.axes for text in (axis.title, axis._left_title)]
+
+
+class TestAsUint8:
+    def test_range_and_clamping(self):
+        levels = as_uint8(torch.tensor([-3.0, -1, 0, 1, 3]).view(5, 1, 1, 1).expand(5, 3, 1, 1))
+        assert levels[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+    def test_one_channel_becomes_grey(self):
+        assert as_uint8(torch.zeros(2, 1, 4, 5)).shape == (2, 4, 5, 3)
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_non_finite_pixels_are_seen(self, bad: float):
+        pixels = torch.zeros(3, 2, 2)
+        pixels[1, 0, 0] = bad
+        levels = as_uint8(pixels)
+        assert tuple(levels[0, 0]) == BROKEN
+        assert (levels[1:] == 128).all()
+
+
+class TestGrids:
+    def test_pixels_arrive_enlarged_and_unblurred(self):
+        images = torch.rand(2, 3, 3, 8, 8) * 2 - 1
+        page = np.asarray(sample_grid(images, ["first", "second"], ["a", "b", "c"], title="t", note="n", scale=4))
+        expected = as_uint8(images)[1, 2].repeat(4, 0).repeat(4, 1)
+        found = [
+            (y, x)
+            for y in range(page.shape[0] - 32)
+            for x in range(page.shape[1] - 32)
+            if np.array_equal(page[y : y + 32, x : x + 32], expected)
+        ]
+        assert len(found) == 1
+
+    def test_small_images_are_made_large_enough_to_see(self):
+        narrow, wide = (sample_grid(torch.zeros(1, k, 3, 32, 32), [""]) for k in (1, 2))
+        assert wide.width - narrow.width == 96 + GAP
+        assert sample_grid(torch.zeros(1, 1, 3, 256, 256), [""]).width < 300
+
+    def test_long_labels_fit(self):
+        short, long = (sample_grid(torch.zeros(1, 1, 3, 8, 8), [label]) for label in ("a", "a" * 40))
+        assert long.width > short.width + 200
+
+    def test_wrong_shapes_are_refused(self):
+        with pytest.raises(ValueError, match="R labels"):
+            sample_grid(torch.zeros(2, 3, 3, 8, 8), ["one"])
+
+    def test_over_training(self):
+        two, three = (training_grid([torch.zeros(4, 3, 8, 8)] * n, range(n)) for n in (2, 3))
+        assert three.height > two.height
+        assert three.width == two.width
+
+    def test_diversity_keeps_whole_rows(self):
+        fits, cut = (diversity_grid(torch.rand(n, 3, 8, 8), "a seven", columns=5) for n in (10, 14))
+        assert fits.size == cut.size
+
+
+class TestTimeScatter:
+    def test_signs_are_told_apart_and_marked_experimental(self):
+        t = torch.tensor([0.5, 1.0, -0.3, -0.9, 1.0])
+        figure = time_scatter(t, torch.tensor([0.2, 0.0, -0.3, -0.9, 0.0]))
+        labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        assert labels == ["real, t ≥ 0 (3 rows)", "fake, t < 0 (2 rows)"]
+        assert any("experimental" in text for text in texts(figure))
+        assert any("2 rows at (1, 0)" in text.get_text() for text in figure.axes[0].texts)
+
+
+class TestTrainingCurves:
+    rows = (
+        {"step": 1, "loss/base": 1.0, "loss/total": 2.0},
+        {"step": 2, "loss/base": "nan", "loss/total": "inf", "val/fd_1nfe": 0.5},
+        {"step": 3, "loss/base": 0.5, "loss/total": 1.0},
+    )
+
+    def test_panels_follow_the_data(self):
+        figure = training_curves(self.rows, floor={"fd": 0.1})
+        assert [text for text in texts(figure) if text] == ["Loss", "Fréchet distance to real images ↓"]
+        labels = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+        assert labels == ["1 NFE", "real images (floor)"]
+
+    def test_non_finite_values_are_marked_where_they_were(self):
+        axis = training_curves(self.rows).axes[0]
+        marks = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
+        assert [line.get_xdata().tolist() for line in marks] == [[2], [2]]
+        assert "not finite" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+    def test_gaps_are_not_marked(self):
+        axis = training_curves(self.rows).axes[1]
+        assert not [line for line in axis.lines if line.get_marker() == "x"]
+
+    def test_a_spike_stays_visible(self):
+        norms = np.ones(1000)
+        norms[500] = 1000
+        axis = training_curves({"step": np.arange(1000), "grad/total/norm_raw": norms}).axes[0]
+        assert max(line.get_ydata().max() for line in axis.lines) == 1000
+
+    def test_frames_and_mappings(self):
+        import pandas as pd
+
+        columns = {"step": [1, 2], "val/velocity_mse": [0.5, 0.4]}
+        assert texts(training_curves(columns)) == texts(training_curves(pd.DataFrame(columns)))
+
+    def test_nothing_to_draw(self):
+        with pytest.raises(ValueError, match="no training metric"):
+            training_curves({"step": [1, 2]})
+        with pytest.raises(ValueError, match="no column 'step'"):
+            training_curves({"loss/base": [1, 2]})
+
+    def test_saved_as_a_picture(self, tmp_path):
+        from PIL import Image
+
+        with Image.open(save(training_curves(self.rows), tmp_path / "curves.png")) as picture:
+            assert picture.width > 1000

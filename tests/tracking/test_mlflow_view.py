@@ -1,0 +1,359 @@
+"""The MLflow view equals the thinned log, exactly once, whatever happened on the way."""
+
+import logging
+import os
+import shutil
+import socket
+import sqlite3
+import time
+from collections import defaultdict
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from mlflow.entities import ViewType
+from mlflow.exceptions import MlflowException
+
+from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
+from twinrl.errors import InputError
+from twinrl.tracking import mlflow_view, runlog, store
+from twinrl.tracking.mlflow_run import MlflowRun, flatten
+from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.mlflow_view import MLflowView, publish, rebuild
+from twinrl.tracking.runlog import RunLog
+from twinrl.tracking.thinning import Thinner
+
+Curves = dict[str, list[tuple[int, float]]]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+def client(run: Path) -> mlflow.MlflowClient:
+    return mlflow.MlflowClient(store.default_uri(run.parent))
+
+
+def active_runs(run: Path) -> list[Any]:
+    found = client(run).search_experiments()
+    return client(run).search_runs([e.experiment_id for e in found], run_view_type=ViewType.ACTIVE_ONLY)
+
+
+def curves_in_mlflow(run: Path) -> Curves:
+    """Every stored point of the only active run; duplicates would show."""
+    (shown,) = active_runs(run)
+    history = {name: client(run).get_metric_history(shown.info.run_id, name) for name in shown.data.metrics}
+    return {name: sorted((p.step, p.value) for p in points) for name, points in history.items()}
+
+
+def curves_in_log(run: Path, total: int, final: bool = True) -> Curves:
+    """What the view should show."""
+    thinner = Thinner(total)
+    points = [point for row in runlog.read(run / "log.jsonl") for point in thinner.feed(row)]
+    curves = defaultdict(list)
+    for point in points + (thinner.flush() if final else []):
+        curves[point.name].append((point.iteration, point.value))
+    return {name: sorted(points) for name, points in curves.items()}
+
+
+def append(run: Path, start: int, stop: int, shift: float = 0.0) -> int:
+    """Rows start…stop−1, their losses moved by ``shift``; returns the log's length."""
+    with RunLog(run / "log.jsonl") as log:
+        for iteration in range(start, stop):
+            row = make_row(iteration)
+            log.append(row | {"loss/total": float(row["loss/total"]) + shift})  # type: ignore[arg-type]
+        return log.sync()
+
+
+def break_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: BaseException, calls: int = 1) -> None:
+    """Let call number ``calls`` of a method raise after doing its work, then behave again."""
+    original, count = getattr(owner, name), 0
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        result = original(*args, **kwargs)
+        if count == calls:
+            raise error
+        return result
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+def test_publishing_at_checkpoints_equals_publishing_at_once_and_repeating_adds_nothing(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    view = MLflowView(run, total=2000)
+    for start in range(0, 2000, 400):
+        assert view.publish_through(append(run, start, start + 400))
+    assert view.close()
+    expected = curves_in_log(run, total=2000)
+    assert curves_in_mlflow(run) == expected
+    assert (SPIKE_AT, 1000.0) in expected["grad/total/norm_raw"]
+    assert expected["nonfinite/delta_v/rms"][-1] == (1500, 3.0)
+    for _ in range(2):
+        publish(run, final=True)
+    assert curves_in_mlflow(run) == expected
+
+
+def test_only_durable_rows_are_published(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    durable = append(run, 0, 50)
+    append(run, 50, 80)
+    MLflowView(run, total=100).publish_through(durable)
+    assert max(step for step, _ in curves_in_mlflow(run)["loss/total"]) in range(40, 50)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        pytest.param(mlflow.MlflowClient, "create_run", 1, id="before the run's id was kept"),
+        pytest.param(mlflow.MlflowClient, "log_batch", 4, id="between two batches of points"),
+        pytest.param(mlflow.MlflowClient, "log_artifact", 1, id="between two files"),
+        pytest.param(MlflowRun, "log_files", 2, id="before the bookkeeping"),
+    ],
+)
+def test_no_duplicates_after_a_kill(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int
+) -> None:
+    run = make_run(runs, rows=600)
+    lengths = [append(run, 600, 800), append(run, 800, 1000)]
+
+    def publish_twice() -> None:
+        view = MLflowView(run, total=1000)
+        for length in lengths:
+            assert view.publish_through(length)
+
+    with monkeypatch.context() as patch:
+        break_once(patch, owner, name, Killed(), calls)
+        with pytest.raises(Killed):
+            publish_twice()
+    publish_twice()
+    assert MLflowView(run, total=1000).close()
+    assert curves_in_mlflow(run) == curves_in_log(run, total=1000)
+
+
+def test_resuming_from_the_checkpoint_continues_the_same_mlflow_run(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    checkpoint = append(run, 0, 500)
+    first = MLflowView(run, total=1000)
+    first.publish_through(checkpoint)
+    append(run, 500, 640)
+    with RunLog(run / "log.jsonl") as log:
+        log.trim(checkpoint)
+    append(run, 500, 1000)
+    second = MLflowView(run, total=1000)
+    assert second.close()
+    assert second.run_id == first.run_id
+    assert curves_in_mlflow(run) == curves_in_log(run, total=1000)
+
+
+def test_a_log_that_was_rewritten_replaces_the_mlflow_run(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    checkpoint = append(run, 0, 500)
+    append(run, 500, 1000)
+    first = publish(run)
+    with RunLog(run / "log.jsonl") as log:
+        log.trim(checkpoint)
+    append(run, 500, 1000, shift=0.25)
+    assert publish(run, final=True) != first
+    assert curves_in_mlflow(run) == curves_in_log(run, total=1000)
+
+
+def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    append(run, 0, 503)
+    view = MLflowView(run, total=1000)
+    assert view.close("KILLED")
+    assert active_runs(run)[0].info.status == "KILLED"
+    append(run, 503, 1000)
+    assert MLflowView(run, total=1000).publish_through(runlog_length(run))
+    assert active_runs(run)[0].info.status == "RUNNING"
+    assert MLflowView(run, total=1000).close("FINISHED")
+    assert active_runs(run)[0].info.status == "FINISHED"
+    assert curves_in_mlflow(run) == curves_in_log(run, total=1000)
+
+
+def runlog_length(run: Path) -> int:
+    return (run / "log.jsonl").stat().st_size
+
+
+def test_run_is_described(runs: Path) -> None:
+    run = make_run(runs, rows=100, seed=3)
+    publish(run, experiment="study-a", tags={"study": "a", "arm": "corrected"}, final=True)
+    (shown,) = active_runs(run)
+    assert shown.info.run_name == run.name
+    assert shown.data.params == flatten(yaml.safe_load((run / "config.yaml").read_text()))
+    expected = {"study": "a", "arm": "corrected", "name": "twinflow", "seed": "3", "config_hash": "0a1b2c3d"}
+    assert expected.items() <= shown.data.tags.items()
+    assert client(run).get_experiment(shown.info.experiment_id).name == "study-a"
+    artifacts = {file.path for file in client(run).list_artifacts(shown.info.run_id, "samples")}
+    assert artifacts == {"samples/1nfe_000500.png", "samples/1nfe_001000.png"}
+    steps = {Path(f.path).name.split("+timestamp")[0] for f in client(run).list_artifacts(shown.info.run_id, "images")}
+    assert steps == {"samples~1nfe+step+500", "samples~1nfe+step+1000"}
+    copy = client(run).download_artifacts(shown.info.run_id, "samples/1nfe_000500.png")
+    assert Path(copy).read_bytes() == (run / "samples/1nfe_000500.png").read_bytes()
+
+
+def test_step_images_are_shown_once_after_publishing_again(runs: Path) -> None:
+    run = make_run(runs, rows=10)
+    for _ in range(2):
+        publish(run)
+    (shown,) = active_runs(run)
+    assert len(client(run).list_artifacts(shown.info.run_id, "images")) == 4  # two steps, full and preview
+
+
+def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> None:
+    run = make_run(runs)
+    first = publish(run, experiment="study-a", tags={"arm": "x"}, final=True)
+    before, (old,) = curves_in_mlflow(run), active_runs(run)
+    second = rebuild(run)
+    (new,) = active_runs(run)
+    assert new.info.run_id == second != first
+    assert curves_in_mlflow(run) == before
+    assert new.info.experiment_id == old.info.experiment_id
+    assert new.data.params == old.data.params
+    assert new.data.tags["arm"] == "x"
+    assert (new.info.start_time, new.info.end_time) == (old.info.start_time, old.info.end_time)
+
+
+@pytest.mark.parametrize("loss", ["store", "bookkeeping"])
+def test_rebuild_after_losing_the_store_or_the_bookkeeping(runs: Path, empty_store: Path, loss: str) -> None:
+    run = make_run(runs, rows=300)
+    publish(run, final=True)
+    if loss == "store":
+        shutil.copy(empty_store, runs)
+    else:
+        (run / "mlflow.json").unlink()
+        client(run).delete_run(active_runs(run)[0].info.run_id)
+    assert mlflow_view.main([str(run)]) == 0
+    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
+
+
+def test_a_store_that_lost_the_run_gets_all_of_it_again(runs: Path, empty_store: Path) -> None:
+    run = make_run(runs, rows=300)
+    publish(run)
+    shutil.copy(empty_store, runs)
+    publish(run, final=True)
+    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
+
+
+def test_moving_to_another_store_publishes_all_of_it_there(runs: Path, tmp_path: Path, empty_store: Path) -> None:
+    run = make_run(runs, rows=300)
+    publish(run)
+    other = tmp_path / "elsewhere"
+    other.mkdir()
+    shutil.copy(empty_store, other)
+    publish(run, tracking_uri=store.default_uri(other), final=True)
+    moved = mlflow.MlflowClient(store.default_uri(other))
+    (shown,) = moved.search_runs([moved.get_experiment_by_name("twinrl").experiment_id])
+    assert len(moved.get_metric_history(shown.info.run_id, "opt/lr")) == len(curves_in_log(run, 300)["opt/lr"])
+    assert rebuild(run) != shown.info.run_id
+    assert len(moved.search_runs([shown.info.experiment_id])) == 1
+
+
+def test_environment_variable_names_the_store(
+    runs: Path, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(empty_store, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.default_uri(tmp_path))
+    run = make_run(runs, rows=10)
+    publish(run)
+    assert not active_runs(run)
+    assert State.load(run).store == store.default_uri(tmp_path)
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql+psycopg2"])
+def test_unreachable_server_costs_one_warning_and_no_time(
+    runs: Path, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    run = make_run(runs, rows=10)
+    view = MLflowView(run, uri=f"{scheme}://127.0.0.1:{closed_port()}/db")
+    store.failures()  # the import of mlflow is not what is timed
+    started = time.monotonic()
+    with caplog.at_level(logging.INFO):
+        assert [view.publish_through(runlog_length(run)) for _ in range(5)] == [False] * 5
+        assert view.close() is False
+    assert time.monotonic() - started < 5
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"python -m twinrl.tracking.mlflow_view {run}" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_locked_database_costs_one_warning_and_is_caught_up(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
+    run = make_run(runs, rows=0)
+    view = MLflowView(run, total=300)
+    with closing(sqlite3.connect(runs / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert not view.publish_through(append(run, 0, 100))
+        assert not view.publish_through(append(run, 100, 200))
+    assert len(caplog.records) == 1
+    append(run, 200, 300)
+    assert view.close()
+    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
+
+
+def test_store_failing_half_way_is_caught_up_without_duplicates(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run(runs, rows=600)
+    view = MLflowView(run, total=600)
+    break_once(monkeypatch, mlflow.MlflowClient, "log_batch", MlflowException("server went away"), calls=4)
+    assert not view.publish_through(runlog_length(run))
+    assert "server went away" in caplog.text
+    assert view.publish_through(runlog_length(run))
+    assert view.close()
+    assert curves_in_mlflow(run) == curves_in_log(run, total=600)
+
+
+def test_broken_database_and_unwritable_place_do_not_raise(runs: Path, tmp_path: Path) -> None:
+    run = make_run(runs, rows=10)
+    (tmp_path / "broken.db").write_text("this is no database, and long enough to be taken for one" * 100)
+    (tmp_path / "file").touch()
+    for place in ("broken.db", "file/mlflow.db"):
+        assert not MLflowView(run, uri=f"sqlite:///{tmp_path / place}").close()
+
+
+def test_commands_say_what_is_wrong(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"has no log\.jsonl"):
+        publish(runs / "absent")
+    run = make_run(runs, rows=10)
+    with pytest.raises(InputError, match="MLflow cannot be reached"):
+        publish(run, tracking_uri=f"http://127.0.0.1:{closed_port()}")
+    assert mlflow_view.main([str(runs / "absent")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(ValueError, match="status"):
+        MLflowView(run).close("DONE")
+
+
+def test_nothing_global_stays_changed(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = {name: logging.getLogger(name).level for name in store.CHATTY_LOGGERS}
+    publish(make_run(runs, rows=10))
+    assert {name: logging.getLogger(name).level for name in store.CHATTY_LOGGERS} == levels
+    with store.impatient():
+        assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert not set(store.IMPATIENT) & set(os.environ)
+
+
+def test_flattened_configuration_fits_mlflow() -> None:
+    config = {"a": {"b": 1, "c": [1, {"d": None}]}, "e": {}, "f": "text", "g": True, "key (odd)": "x" * 7000}
+    flat = flatten(config)
+    assert flat["a.b"] == "1"
+    assert flat["a.c"] == '[1, {"d": null}]'
+    assert flat["e"] == "{}"
+    assert flat["f"] == "text"
+    assert flat["g"] == "true"
+    assert len(flat["key _odd_"]) == 6000
+    assert flatten({}) == {}

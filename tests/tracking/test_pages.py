@@ -1,0 +1,159 @@
+"""The MLflow pages of a published run, opened in a real browser against a real server."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests.tracking.synthetic import SPIKE_AT, TERMS, make_run
+from twinrl.errors import InputError
+from twinrl.tracking import ui
+from twinrl.tracking.mlflow_view import publish
+
+WAIT_SECONDS = 60
+EMPTY_WAIT_SECONDS = 5
+CURVES = """return [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data
+    .filter(trace => plot.querySelector('.js-line'))
+    .map(trace => [trace.name, [...trace.x], [...trace.y]]))"""
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
+    """The first truthy value of ``condition``; its last value if there is none in time."""
+    from selenium.common.exceptions import TimeoutException, WebDriverException
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    try:
+        waiting = WebDriverWait(None, seconds, ignored_exceptions=[WebDriverException])
+        return waiting.until(lambda _: condition())
+    except TimeoutException:
+        return condition()
+
+
+def drawn(browser: Any) -> dict[str, tuple[list[float], list[float]]]:
+    """Every curve that has a line on the page: its name, steps and values."""
+    return {name: (steps, values) for name, steps, values in browser.execute_script(CURVES)}
+
+
+def page_text(browser: Any) -> str:
+    return browser.execute_script("return document.body.innerText")
+
+
+def experiment_of(published: dict[str, Any]) -> str:
+    return mlflow.MlflowClient(published["uri"]).get_run(published["runs"][0]).info.experiment_id
+
+
+def keep_screenshot(browser: Any, name: str) -> None:
+    """Save what the browser shows where TWINRL_SCREENSHOTS says, if it says so."""
+    if folder := os.environ.get("TWINRL_SCREENSHOTS"):
+        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+
+
+@pytest.mark.browser
+def test_run_page_draws_every_curve_with_its_spike(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
+    run_id, run_dir = published["runs"][0], published["directories"][0]
+    browser.get(ui.run_url(server.url, experiment_of(published), run_id))
+    history = mlflow.MlflowClient(published["uri"])
+    metrics = history.get_run(run_id).data.metrics
+    expected = {f"{run_dir.name} ({name})" for name in metrics}
+    wait_for(lambda: expected <= set(drawn(browser)))
+    curves = drawn(browser)
+    keep_screenshot(browser, "run-curves")
+    assert expected == set(curves)
+    for name in ("loss/total", "grad/total/norm_raw", "val/quality"):
+        steps, values = curves[f"{run_dir.name} ({name})"]
+        stored = sorted((p.step, p.value) for p in history.get_metric_history(run_id, name))
+        assert list(zip(steps, values, strict=True)) == stored
+    steps, values = curves[f"{run_dir.name} (grad/total/norm_raw)"]
+    assert values[steps.index(SPIKE_AT)] == 1000
+
+
+@pytest.mark.browser
+def test_run_page_groups_metrics_by_prefix_and_lists_them(
+    browser: Any, server: ui.Server, published: dict[str, Any]
+) -> None:
+    browser.get(ui.run_url(server.url, experiment_of(published), published["runs"][0]))
+    sections = ["loss (4)", "val (2)", "samples (1)", *(f"grad/{term} (2)" for term in TERMS)]
+    wait_for(lambda: all(section in page_text(browser) for section in sections))
+    text = page_text(browser)
+    assert [section for section in sections if section not in text] == []
+    browser.get(ui.run_url(server.url, experiment_of(published), published["runs"][0], tab=""))
+    wait_for(lambda: "config_hash" in page_text(browser) and "loss/rectify" in page_text(browser))
+    keep_screenshot(browser, "run-overview")
+    for word in ("loss/rectify", "nonfinite/delta_v/rms", "config_hash", "0a1b2c3d", "optim.lr", "Finished"):
+        assert word in page_text(browser)
+
+
+@pytest.mark.browser
+def test_a_run_without_metrics_shows_no_curve(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
+    browser.get(ui.run_url(server.url, experiment_of(published), published["empty"]))
+    wait_for(lambda: "empty-0a1b2c3d-s0" in page_text(browser))
+    assert not wait_for(lambda: drawn(browser), EMPTY_WAIT_SECONDS)
+    keep_screenshot(browser, "run-empty")
+
+
+@pytest.mark.browser
+def test_sample_grid_is_shown(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
+    page = ui.run_url(server.url, experiment_of(published), published["runs"][0], "artifacts/samples/1nfe_001000.png")
+    browser.get(page)
+    widths = "return [...document.images].map(image => [image.naturalWidth, image.naturalHeight])"
+    wait_for(lambda: [320, 256] in browser.execute_script(widths))
+    keep_screenshot(browser, "sample-grid")
+    assert [320, 256] in browser.execute_script(widths)
+
+
+@pytest.mark.browser
+def test_compare_page_overlays_runs(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
+    metrics = ["grad/total/norm_raw", "loss/total"]
+    browser.get(ui.compare_url(server.url, experiment_of(published), published["runs"], metrics, log_scale=True))
+    expected = {f"{run.name} ({name})" for run in published["directories"][:2] for name in metrics}
+    wait_for(lambda: expected <= set(drawn(browser)))
+    keep_screenshot(browser, "compare")
+    curves = drawn(browser)
+    assert expected == set(curves)
+    assert all(max(steps) == 1999 for steps, _ in curves.values())
+
+
+def test_publishing_over_http_is_as_good_and_keeps_files_beside_the_store(
+    server: ui.Server, published: dict[str, Any], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, rows=300, name="remote")
+    for _ in range(2):
+        run_id = publish(run, server.url, experiment="remote", final=True)
+    remote = mlflow.MlflowClient(server.url)
+    history = remote.get_metric_history(run_id, "opt/lr")
+    assert len(history) == len({(p.step, p.value) for p in history}) > 100
+    assert remote.get_run(run_id).info.status == "FINISHED"
+    kept = Path(published["uri"].removeprefix("sqlite:///")).parent / "mlartifacts"
+    copies = list(kept.rglob(f"{run_id}/artifacts/samples/1nfe_000500.png"))
+    assert [copy.read_bytes() for copy in copies] == [(run / "samples/1nfe_000500.png").read_bytes()]
+    assert len(remote.list_artifacts(run_id, "images")) == 4
+
+
+def test_missing_store_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no MLflow store .*mlflow\.db; fix: train a run first"):
+        ui.Server(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+
+
+def test_server_that_cannot_start_repeats_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 1000)
+    with pytest.raises(InputError, match=r"did not start; got .*database"):
+        ui.Server(f"sqlite:///{tmp_path}/mlflow.db", port=0)
+
+
+def test_taken_port_is_replaced() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert ui.available_port(port) not in (port, 0)
+    assert ui.available_port(port) == port
+
+
+def test_serving_a_server_only_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ui.serve("http://example.org:5000") == 0
+    assert "http://example.org:5000" in capsys.readouterr().out

@@ -1,0 +1,168 @@
+"""Checkpoints: everything that a run needs to go on, in safetensors and one JSON file, published atomically.
+
+A checkpoint is a folder ``step-00000500/`` with one ``<part>.safetensors`` for each part (student, ema, …,
+optimizer) and ``state.json``. It is written beside its final place and renamed, so a kill during a save never
+leaves a half one under its name. No pickle anywhere.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from twinrl.errors import InputError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: part → name → tensor.
+        state: plain JSON values: step, log offsets, policies' state, configuration.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+def folder_of(step: int) -> str:
+    """Name of the checkpoint of ``step``."""
+    return f"step-{step:08d}"
+
+
+def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint under ``directory`` and remove all but the ``keep`` newest.
+
+    Raises:
+        OSError: the disk is full or read-only; older checkpoints are untouched.
+    """
+    final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.{os.getpid()}"
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for part, tensors in checkpoint.tensors.items():
+            save_file(
+                {name: t.detach().contiguous() for name, t in tensors.items()},
+                unfinished / f"{part}.safetensors",
+            )
+        (unfinished / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+        _sync(unfinished)
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for old in available(directory)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def _sync(folder: Path) -> None:
+    """Put every file of a folder on disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def available(directory: Path) -> list[Path]:
+    """The published checkpoints under ``directory``, oldest first."""
+    return sorted(directory.glob("step-*")) if directory.is_dir() else []
+
+
+def newest(directory: Path) -> Path | None:
+    """The newest checkpoint, or None."""
+    found = available(directory)
+    return found[-1] if found else None
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in folder ``path``.
+
+    Raises:
+        InputError: a file is missing, truncated or not of a checkpoint; names it and the remedy.
+    """
+    state = load_state(path)
+    tensors = {file.stem: _load_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    missing = sorted(set(state["parts"]) - set(tensors))
+    if missing:
+        raise _corrupted(path, f"{missing[0]}.safetensors is missing")
+    return Checkpoint(tensors, state)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON part of the checkpoint in folder ``path``; errors as for :func:`load`."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise _corrupted(path / "state.json", error) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _corrupted(
+            path / "state.json", f"format {state.get('format') if isinstance(state, dict) else state!r:.40}"
+        )
+    return state
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _corrupted(path, error) from error
+
+
+def _corrupted(path: Path, reason: object) -> InputError:
+    return InputError(
+        f"{path} is corrupted or not a twinrl checkpoint",
+        got=reason,
+        fix="delete the checkpoint's folder to resume from the one before it",
+    )
+
+
+# --- modules and optimizers -------------------------------------------------------------------------------
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights strictly. Raises InputError naming the keys or shapes that differ, and where they came from."""
+    own = module.state_dict()
+    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if missing or foreign or shapes:
+        described = [
+            f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
+            for what, keys in (("missing", missing), ("foreign", foreign), ("of another shape", shapes))
+            if keys
+        ]
+        raise InputError(
+            f"the weights of {origin} belong to another network",
+            got=f"keys {'; '.join(described)}",
+            fix="use the model.network settings that they were trained with",
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``"<parameter index>.<name>"`` → tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of :func:`optimizer_tensors`; learning rates stay as configured."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

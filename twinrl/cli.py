@@ -1,0 +1,139 @@
+"""The command line. Parsing only: what the commands do is in ``twinrl.commands``, imported when needed.
+
+Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input was wrong (one line on stderr).
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinrl.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train few-step generators with TwinFlow, loss term by loss term, and find out what makes them diverge.\n\n"
+    "Start with:  twinrl train twinflow",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...", help="overrides, e.g. train.steps=2000 optim.lr=5e-4 seed=1"
+    ),
+]
+Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/twinflow-1a2b3c4d-s0")]
+Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="a preset (`twinrl doctor` lists them) or a YAML file")],
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="start over: delete this run's directory first")
+    ] = False,
+) -> None:
+    """Train a new run.
+
+    It goes to runs/<name>-<hash>-s<seed>/ and ends in a table, sample grids and curves. Ctrl-C writes a
+    checkpoint first; `twinrl resume` goes on from there, bit for bit.
+    """
+    from twinrl import schema
+
+    settings = schema.load(config, overrides or [])
+    from twinrl.commands.train import train as command
+
+    raise typer.Exit(command(settings, fresh, _console()))
+
+
+@app.command()
+def resume(run: Run) -> None:
+    """Continue an unfinished run from its newest checkpoint."""
+    from twinrl.commands.train import resume as command
+
+    raise typer.Exit(command(run, _console()))
+
+
+@app.command()
+def sample(
+    run: Run,
+    nfe: Annotated[int, typer.Option(min=1, help="network evaluations per sample")] = 1,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to draw; may be repeated; default: every class")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="samples per prompt, each from its own noise")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
+    out: Annotated[Path, typer.Option(help="picture to write")] = Path("samples.png"),
+    step: Step = None,
+) -> None:
+    """Draw samples of a run into a picture."""
+    from twinrl.commands.inspect import sample as command
+
+    raise typer.Exit(command(run, prompt or [], nfe, n, seed, out, step, _console()))
+
+
+@app.command()
+def evaluate(run: Run, step: Step = None) -> None:
+    """Judge a run on the test split: NFE 1, 2, 4, its 50-step teacher, real images, the floor."""
+    from twinrl.commands.inspect import evaluate as command
+
+    raise typer.Exit(command(run, step, _console()))
+
+
+@app.command()
+def publish(
+    run: Run,
+    uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")
+    ] = None,
+) -> None:
+    """Rebuild a run's MLflow view from its log, e.g. after MLflow was away."""
+    from twinrl.tracking.mlflow_view import rebuild
+
+    _console().print(f"published as MLflow run {rebuild(run, uri)}")
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Argument(help="the folder of run directories")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="a free one is taken if this is in use")] = 5000,
+    uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS")
+    ] = None,
+) -> None:
+    """Open the MLflow pages of a folder of runs on this machine."""
+    from twinrl.tracking import store
+    from twinrl.tracking.ui import serve
+
+    serve(store.resolve(uri, runs), port)
+
+
+@app.command()
+def doctor(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="print every configuration key with its meaning")
+    ] = False,
+) -> None:
+    """Check this machine: versions, devices, caches, presets."""
+    from twinrl.commands.doctor import doctor as command
+
+    raise typer.Exit(command(schema, _console()))
+
+
+def _console():  # type: ignore[no-untyped-def]  # the return type would import rich.console at start
+    from rich.console import Console
+
+    return Console(soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"twinrl: {error}", file=sys.stderr)
+        sys.exit(2)

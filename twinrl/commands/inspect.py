@@ -1,0 +1,70 @@
+"""``twinrl sample`` and ``twinrl evaluate``: look at what a run has learnt."""
+
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from twinrl import assembly, checkpoints, draws
+from twinrl.commands.train import judge
+from twinrl.data.source import Source
+from twinrl.evaluation.grids import diversity_grid, sample_grid
+from twinrl.runs import RunDirectory
+from twinrl.sampling import few_step
+from twinrl.sampling import sample as draw
+from twinrl.schema import RunConfig
+
+
+def load(path: Path, step: int | None = None) -> tuple[RunConfig, RunDirectory, Source, nn.Module]:
+    """A run's configuration, directory, source and judged network (the EMA where there is one), in eval mode.
+
+    Raises:
+        InputError: no run, no checkpoint (of that step), or a corrupted one.
+    """
+    run = RunDirectory(path)
+    settings = run.settings()
+    folder = run.newest_checkpoint() if step is None else run.checkpoints / checkpoints.folder_of(step)
+    tensors = checkpoints.load(folder).tensors
+    device = assembly.device_of(settings)
+    source = assembly.load_source(settings, device)
+    network = assembly.new_network(settings, source)
+    weights = tensors.get("ema", tensors["student"])
+    checkpoints.load_module(network, {name: t.float() for name, t in weights.items()}, str(folder))
+    return settings, run, source, network.to(device).eval()
+
+
+def sample(
+    path: Path, prompts: list[str], nfe: int, n: int, seed: int, out: Path, step: int | None, console: Console
+) -> int:
+    """Write a picture of ``n`` samples for each prompt; one prompt alone becomes a diversity grid."""
+    _, _, source, network = load(path, step)
+    device = next(network.parameters()).device
+    noise = draws.normal((n, *source.latent_shape), seed, "sample").to(device)
+    rows = []
+    for prompt in prompts or [
+        f"{name}" for name in source.prompts(torch.arange(len(source.classes)), seed, 0)
+    ]:
+        z = draw(network, noise, source.condition([prompt] * n), few_step(nfe), seed=seed)
+        rows.append((prompt, source.decode(z).detach()))
+    if len(rows) == 1:
+        picture = diversity_grid(rows[0][1], rows[0][0], nfe=nfe)
+    else:
+        picture = sample_grid(
+            torch.stack([r for _, r in rows]), [p for p, _ in rows], title=f"{path.name}, {nfe} NFE"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    console.print(f"samples: {out}")
+    return 0
+
+
+def evaluate(path: Path, step: int | None, console: Console) -> int:
+    """Print the final table of a run (or of one of its checkpoints) and write it to ``evaluation.json``."""
+    settings, run, source, network = load(path, step)
+    table, grid = judge(settings, source, network, run, console)
+    (run.path / "evaluation.json").write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    console.print(table.rich())
+    console.print(f"samples: {grid}")
+    return 0

@@ -1,0 +1,78 @@
+"""What a person sees of a running run: progress bar, validation lines, events, and the MLflow view."""
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from twinrl.stability.events import Event
+from twinrl.tracking import names
+from twinrl.tracking.mlflow_view import MLflowView
+
+SHOWN = {names.VAL_QUALITY: "quality", names.val("fd", 1): "fd", names.val("accuracy", 1): "accuracy"}
+
+
+class ConsoleObserver:
+    """A progress bar with the running loss, one line for each validation and each event.
+
+    Arguments:
+        console: where to write.
+        steps: of the whole run. done: steps that an earlier session made.
+    """
+
+    def __init__(self, console: Console, steps: int, done: int):
+        self.console, self.average = console, math.nan
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console,
+        )  # fmt: skip
+        self.task = self.progress.add_task("training", total=steps, completed=done, loss="")
+
+    def __enter__(self) -> "ConsoleObserver":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+    def after_step(self, row: Mapping[str, Any]) -> None:
+        loss = row[names.LOSS_TOTAL]
+        self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
+        self.progress.update(self.task, completed=row["step"], loss=f"loss {self.average:.4f}")
+        if names.VAL_QUALITY in row:
+            shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in SHOWN.items() if name in row)
+            self.progress.console.print(f"step {row['step']:>6}  at 1 NFE: {shown}")
+
+    def after_checkpoint(self, offset: int) -> None:
+        """Nothing to show."""
+
+    def after_event(self, event: Event) -> None:
+        self.progress.console.print(f"[bold red]event[/] {event.kind}: {event.message}")
+
+
+class MLflowObserver:
+    """Publishes the log to MLflow whenever a checkpoint has made it durable."""
+
+    def __init__(self, view: MLflowView):
+        self.view = view
+
+    def after_step(self, row: Mapping[str, Any]) -> None:
+        """Steps are published at checkpoints."""
+
+    def after_checkpoint(self, offset: int) -> None:
+        self.view.publish_through(offset)
+
+    def after_event(self, event: Event) -> None:
+        """Events are in the log's rows."""

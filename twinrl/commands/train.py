@@ -1,0 +1,133 @@
+"""``twinrl train`` and ``twinrl resume``."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from twinrl import assembly
+from twinrl.commands import pictures
+from twinrl.commands.progress import ConsoleObserver, MLflowObserver
+from twinrl.data.source import Source
+from twinrl.evaluation import FinalTable, Protocol, final_table
+from twinrl.runs import RunDirectory
+from twinrl.schema import RunConfig
+from twinrl.tracking import runlog
+from twinrl.tracking.mlflow_view import MLflowView
+from twinrl.trainer import Outcome, Trainer
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def train(settings: RunConfig, fresh: bool, console: Console) -> int:
+    """Start a new run and train it to its end; the exit code."""
+    run = RunDirectory(settings.directory)
+    run.start(settings, fresh)
+    console.print(f"run directory [bold]{run.path}[/]")
+    return _continue(settings, run, console)
+
+
+def resume(path: Path, console: Console) -> int:
+    """Continue an unfinished run from its newest checkpoint; the exit code."""
+    run = RunDirectory(path)
+    settings = run.settings()
+    if (result := run.result) is not None:
+        console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
+        return 0
+    return _continue(settings, run, console)
+
+
+def _continue(settings: RunConfig, run: RunDirectory, console: Console) -> int:
+    if settings.machine.threads:
+        torch.set_num_threads(settings.machine.threads)
+    device = assembly.device_of(settings)
+    source = assembly.load_source(settings, device)
+    validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device), run)
+    trainer = Trainer(settings, run, source, device, validator)
+    trainer.resume()
+    view = _view(settings, run)
+    outcome = _train(trainer, view, console)
+    return _conclude(trainer, outcome, view, console)
+
+
+def _view(settings: RunConfig, run: RunDirectory) -> MLflowView | None:
+    if not settings.tracking.mlflow:
+        return None
+    tags = {"config_hash": settings.hash, "seed": settings.seed, "preset": settings.name}
+    return MLflowView(run.path, settings.tracking.uri, experiment=settings.tracking.experiment, tags=tags)
+
+
+def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outcome:
+    """The loop under a progress bar; Ctrl-C and SIGTERM end it at the next step, with a checkpoint."""
+    if trainer.step:
+        console.print(f"resuming at step {trainer.step}")
+    with (
+        ConsoleObserver(console, trainer.settings.train.steps, trainer.step) as shown,
+        _interruptible(trainer),
+    ):
+        trainer.observers.append(shown)
+        if view is not None:
+            trainer.observers.append(MLflowObserver(view))
+        return trainer.train()
+
+
+@contextmanager
+def _interruptible(trainer: Trainer) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the trainer to stop after the present step; a second one stops at once."""
+
+    def ask(signum: int, frame: Any) -> None:
+        trainer.interrupted = True
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, console: Console) -> int:
+    """Evaluate, draw, write the result and close the view; the exit code."""
+    run = trainer.run
+    if outcome.status == "interrupted":
+        if view is not None:
+            view.close("KILLED")
+        console.print(
+            f"interrupted at step {outcome.step}, checkpoint written; continue with: twinrl resume {run.path}"
+        )
+        return INTERRUPTED
+    result: dict[str, Any] = {"status": outcome.status, "step": outcome.step, "message": outcome.message}
+    if outcome.status != "diverged":
+        table, grid = judge(trainer.settings, trainer.source, trainer.objective.teacher.best, run, console)
+        result["table"] = table.as_dict()
+        console.print(table.rich())
+        console.print(f"samples: {grid}")
+    runlog.write_parquet(run.path)
+    run.finish(result)
+    if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
+        console.print(f"curves and grids: twinrl ui {run.path.parent}")
+    if outcome.status == "diverged":
+        console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
+        return FAILED
+    return 0
+
+
+def judge(
+    settings: RunConfig, source: Source, network: torch.nn.Module, run: RunDirectory, console: Console
+) -> tuple[FinalTable, Path]:
+    """The final table on the test split, and the pictures of the run."""
+    device = next(network.parameters()).device
+    with console.status("judging samples of the student and its teacher on the test split"):
+        protocol = Protocol(source, settings.evaluation, "test", device)
+        network = network.float()
+        from_teacher = settings.train.init == "teacher"
+        teacher = assembly.pretrained_teacher(settings, source, device) if from_teacher else None
+        table = final_table(protocol, network, teacher)
+        grid = pictures.save_final(protocol, network, run, settings.evaluation)
+    return table, grid

@@ -1,0 +1,88 @@
+"""Files of built artefacts: content hashes, atomic publication under a lock, errors that name the file."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twinrl.errors import InputError
+
+
+def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> str:
+    """SHA-256 of named groups of tensors (names, dtypes, shapes, bytes) and of a JSON-able ``texts``.
+
+    A function of the content alone: the order of names, the device and the memory layout do not matter.
+    """
+    digest = hashlib.sha256(json.dumps(texts, sort_keys=True).encode())
+    for group in sorted(tensors):
+        for name in sorted(tensors[group]):
+            value = tensors[group][name].detach().cpu().contiguous()
+            digest.update(f"{group}/{name}/{value.dtype}/{tuple(value.shape)}".encode())
+            digest.update(
+                value.view(torch.uint8).numpy() if value.dim() else value[None].view(torch.uint8).numpy()
+            )
+    return digest.hexdigest()
+
+
+def publish(path: Path, write: Callable[[Path], None]) -> None:
+    """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; others see all or nothing.
+
+    Processes that want the same path wait for the first one. What a killed process leaves behind is a temporary
+    folder beside ``path``; its lock dies with it.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / f".{path.name}.lock"):
+        if path.exists():
+            return
+        workshop = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
+        try:
+            write(workshop / path.name)
+            (workshop / path.name).rename(path)
+        finally:
+            shutil.rmtree(workshop)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path, delete: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Arguments:
+        path: the file.
+        delete: what the error message advises to delete.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise damaged(path, delete, str(error)) from error
+
+
+def load_json(path: Path, delete: Path) -> dict[str, object]:
+    """Read a JSON object; errors as ``load_tensors``."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
+        raise damaged(path, delete, str(error)) from error
+
+
+def damaged(path: Path, delete: Path, why: str) -> InputError:
+    """The error for a cached file that cannot be used."""
+    return InputError(
+        f"the cached file {path} is damaged: {why}", fix=f"delete {delete}; it is built again on next use"
+    )

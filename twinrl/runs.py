@@ -1,0 +1,117 @@
+"""Run directories: ``runs/<name>-<hash8>-s<seed>/`` and what is in them.
+
+config.yaml      the resolved configuration        env.json     versions, revision, threads
+log.jsonl        one exact row a step              events.jsonl what went wrong, and when
+checkpoints/     states to resume from             samples/     grids over training
+metrics.parquet  the log as a table                result.json  written last: how the run ended
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twinrl import checkpoints, config, schema
+from twinrl.errors import InputError
+from twinrl.tracking import environment, runlog
+
+CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Arguments:
+        path: the directory; need not exist yet.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.log = path / runlog.LOG_NAME
+        self.events = path / EVENTS
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return (self.path / CONFIG).is_file()
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended, or None while it is unfinished."""
+        path = self.path / RESULT
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def start(self, settings: schema.RunConfig, fresh: bool) -> None:
+        """Make the directory of a new run.
+
+        Raises:
+            InputError: a run exists here already (finished, or to be resumed), or the folder can't be written.
+        """
+        if fresh and self.exists:
+            shutil.rmtree(self.path)
+        if self.exists:
+            self._refuse_existing()
+        try:
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            (self.path / CONFIG).write_text(dump(settings))
+            (self.path / ENVIRONMENT).write_text(json.dumps(environment.describe(), indent=1))
+        except OSError as error:
+            raise InputError(
+                f"the run directory {self.path} cannot be written",
+                got=error.strerror,
+                fix="set run.dir to a writable folder",
+            ) from error
+
+    def _refuse_existing(self) -> None:
+        if (result := self.result) is not None:
+            raise InputError(
+                f"this run exists and has {result['status']} after {result['step']} steps: {self.path}",
+                fix="--fresh starts it over, another seed or name makes a new one",
+            )
+        raise InputError(
+            f"this run was begun and not finished: {self.path}",
+            fix=f"`twinrl resume {self.path}` goes on, --fresh starts over",
+        )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``, the mark of a finished run."""
+        unfinished = self.path / f".{RESULT}"
+        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(self.path / RESULT)
+
+    def settings(self) -> schema.RunConfig:
+        """The run's configuration. Raises InputError where the directory holds no run."""
+        if not self.exists:
+            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {CONFIG}")
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / CONFIG))
+
+    def newest_checkpoint(self) -> Path:
+        """The newest checkpoint. Raises InputError where there is none yet."""
+        found = checkpoints.newest(self.checkpoints)
+        if found is None:
+            raise InputError(
+                f"{self.path} has no checkpoint yet", fix="wait for checkpoint.every steps, or resume the run"
+            )
+        return found
+
+
+def dump(settings: schema.RunConfig) -> str:
+    """The configuration as YAML that loads to the same configuration."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_unchanged(settings: schema.RunConfig, state: dict[str, Any]) -> None:
+    """Raises InputError naming the keys in which ``settings`` differ from those a checkpoint was made with."""
+    now = settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC - {"seed"})
+    changed = config.differing_keys(state["config"], now)
+    if changed:
+        raise InputError(
+            "the run's configuration has changed since its checkpoint",
+            got=f"other values of {', '.join(changed)}",
+            fix="restore them in config.yaml, or start a new run with train.init=<this run>",
+        )

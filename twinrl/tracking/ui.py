@@ -1,0 +1,177 @@
+"""The MLflow pages of a store on this machine: the server behind ``twinrl ui``, and addresses to open.
+
+The server listens on loopback unless told otherwise, and takes some 10 s to start and half a gigabyte;
+MLflow's job runner, which would need four times that, is switched off.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from types import FrameType
+from urllib.parse import quote
+
+from twinrl.errors import InputError
+from twinrl.tracking import store
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 120
+STOP_SECONDS = 10
+TRAINING_PAGES = "workflowType=machine_learning"  # MLflow opens its pages for chat applications otherwise
+SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+class Server:
+    """A running MLflow server over ``store_uri``; leaving its ``with`` block ends it.
+
+    Arguments:
+        store_uri: the store to show.
+        port: wanted port; if it is in use, a free one is taken instead.
+        host: address to listen on.
+
+    Attributes:
+        url: address of the pages.
+
+    Raises:
+        InputError: the store is a sqlite file that does not exist, or the server does not come up.
+    """
+
+    def __init__(self, store_uri: str, port: int = 5000, host: str = LOOPBACK):
+        database = store.sqlite_path(store_uri)
+        if database and not database.exists():
+            raise InputError(
+                f"there is no MLflow store {database}",
+                fix="train a run first, name its store, or rebuild the view of a run directory",
+            )
+        port = available_port(port, host)
+        self.url = f"http://{host}:{port}"
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the server writes to it until it ends)
+        self._process = subprocess.Popen(
+            _command(store_uri, host, port),
+            env=os.environ | SETTINGS,
+            stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+        self._wait_until_up()
+
+    def _wait_until_up(self) -> None:
+        """Return once the server answers; end it and raise InputError with its last words otherwise."""
+        deadline = time.monotonic() + START_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
+                return
+            except OSError:
+                time.sleep(0.2)
+        self._stderr.seek(0)
+        last_words = self._stderr.read().decode(errors="replace").strip().splitlines()
+        self.stop()
+        raise InputError("the MLflow server did not start", got=last_words[-1] if last_words else "no answer")
+
+    def wait(self) -> int:
+        """Wait until the server ends by itself; its exit status."""
+        return self._process.wait()
+
+    def stop(self) -> None:
+        """End the server and its workers; harmless if it has ended."""
+        for request in (signal.SIGTERM, signal.SIGKILL):
+            if self._process.poll() is None:
+                os.killpg(self._process.pid, request)
+                try:
+                    self._process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    continue
+        self._stderr.close()
+
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _command(store_uri: str, host: str, port: int) -> list[str]:
+    """The command line of the server; experiments made through it keep their artifacts beside the database."""
+    options = {"--backend-store-uri": store_uri, "--host": host, "--port": str(port), "--workers": "1"}
+    if database := store.sqlite_path(store_uri):
+        options["--artifacts-destination"] = str(database.resolve().parent / store.ARTIFACTS_NAME)
+    return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+
+
+def available_port(wanted: int, host: str = LOOPBACK) -> int:
+    """``wanted`` if nothing listens there, else a free port."""
+    for port in (wanted, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                if port == 0:
+                    raise InputError(f"cannot listen on {host}", got=error.strerror) from error
+                continue
+            return probe.getsockname()[1]
+    raise AssertionError("a free port was found or an error raised")
+
+
+def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
+    """Show ``store_uri`` until Ctrl-C: start the server, print its address and wait; returns the exit code.
+
+    For a store that is a server already, only its address is printed.
+
+    Raises:
+        InputError: as for :class:`Server`.
+    """
+    if store_uri.startswith(("http://", "https://")):
+        print(f"MLflow: {store_uri}")
+        return 0
+    print(f"starting MLflow over {store_uri} …", flush=True)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Server(store_uri, port, host) as server:
+            print(f"MLflow: {server.url}/#/experiments?{TRAINING_PAGES}   (Ctrl-C ends it)", flush=True)
+            return 1 if server.wait() else 0
+    except KeyboardInterrupt:
+        return 0
+
+
+def _interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """A polite kill ends the server like Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def compare_url(
+    base: str,
+    experiment_id: str,
+    run_ids: Sequence[str],
+    metrics: Sequence[str] = ("loss/total",),
+    log_scale: bool = False,
+) -> str:
+    """Address of the page that overlays ``metrics`` of several runs as curves.
+
+    Arguments:
+        base: address of the server, e.g. ``Server.url``.
+        experiment_id, run_ids: MLflow's ids.
+        metrics: one name or more.
+        log_scale: logarithmic vertical axis.
+    """
+    query = {
+        "runs": list(run_ids),
+        "metric": metrics[0],
+        "experiments": [experiment_id],
+        "plot_metric_keys": list(metrics),
+    }
+    encoded = "&".join(f"{name}={quote(json.dumps(value), safe='')}" for name, value in query.items())
+    axes = f"x_axis=step&y_axis_scale={'log' if log_scale else 'linear'}"
+    return f"{base.rstrip('/')}/#/metric?{encoded}&{axes}&{TRAINING_PAGES}"
+
+
+def run_url(base: str, experiment_id: str, run_id: str, tab: str = "model-metrics") -> str:
+    """Address of one run's page; ``tab`` is model-metrics (curves) or artifacts (grids, files)."""
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}/{tab}?{TRAINING_PAGES}"
