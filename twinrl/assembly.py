@@ -8,7 +8,7 @@ from torch import nn
 from twinrl import checkpoints, draws
 from twinrl.backends import build_network, network_key, tells_branches_apart
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config import build
+from twinrl.config import build, resolve
 from twinrl.data import SOURCES
 from twinrl.data.source import Source
 from twinrl.errors import InputError
@@ -48,22 +48,34 @@ def load_source(settings: RunConfig, device: torch.device) -> Source:
 
 
 def new_network(settings: RunConfig, source: Source) -> nn.Module:
-    """The configured network with keyed initial weights, and the target time hidden if so configured."""
-    network = build_network(settings.model.network, source, settings.seed)
+    """The configured network with keyed initial weights, and the target time hidden if so configured.
+
+    Raises:
+        InputError: the network's sizes do not fit the source's latents.
+    """
+    try:
+        network = build_network(settings.model.network, source, settings.seed)
+    except ValueError as error:
+        raise InputError(
+            "model.network does not fit the data",
+            got=f"{error} ({source.name} has latents {'×'.join(map(str, source.latent_shape))})",
+            fix="change the sizes under model.network",
+        ) from error
     return network if settings.model.target_time else WithoutTargetTime(network)
 
 
-def student_of(settings: RunConfig, source: Source, device: torch.device) -> nn.Module:
-    """The student at the start of training: network, start weights, dtype, device.
+def student_of(settings: RunConfig, source: Source, device: torch.device, start_weights: bool = True) -> nn.Module:
+    """The student at the start of training: network, start weights (unless a checkpoint brings them), dtype, device.
 
     Raises:
         InputError: a term uses negative time and the network cannot tell it from positive time; start weights
             of another network.
     """
     network = new_network(settings, source)
-    if any(TERMS[t.kind].negative_time for t in settings.terms.values() if t.kind in TERMS):
+    if any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values()):  # type: ignore[attr-defined]
         check_branches_apart(network, source, settings.model.network.kind)
-    start(network, settings, source)
+    if start_weights:
+        start(network, settings, source)
     return network.to(device=device, dtype=DTYPES[settings.train.precision]).train()
 
 
@@ -77,7 +89,11 @@ def check_branches_apart(network: nn.Module, source: Source, kind: str) -> None:
 
 
 def start(network: nn.Module, settings: RunConfig, source: Source) -> None:
-    """Load the start weights that ``train.init`` names."""
+    """Load the start weights that ``train.init`` names.
+
+    Raises:
+        InputError: it names nothing, a run without a checkpoint, or weights of another network.
+    """
     origin = settings.train.init
     if origin == "random":
         return
@@ -86,9 +102,11 @@ def start(network: nn.Module, settings: RunConfig, source: Source) -> None:
         weights = source.teacher_weights(inner, network_key(settings.model.network))
         checkpoints.load_module(inner, weights, "the pretrained teacher")
         return
-    checkpoint = RunDirectory(Path(origin)).newest_checkpoint()
-    tensors = checkpoints.load(checkpoint).tensors
-    checkpoints.load_module(network, tensors.get("ema", tensors["student"]), str(checkpoint))
+    run = RunDirectory(Path(origin))
+    if not run.exists:
+        raise InputError(f"train.init is {origin!r}", expected="teacher, random, or the directory of a run")
+    checkpoint = run.newest_checkpoint()
+    checkpoints.load_module(network, checkpoints.load(checkpoint).judged, str(checkpoint))
 
 
 def pretrained_teacher(settings: RunConfig, source: Source, device: torch.device) -> nn.Module:

@@ -12,6 +12,7 @@ TwinFlow trains several kinds of row in one batch (METHOD: formulations). A *mix
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Protocol
 
 import torch
@@ -125,9 +126,7 @@ class Batch:
     def chunks(self, size: int) -> list["Batch"]:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
         n = len(self.rows)
-        return (
-            [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
-        )
+        return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
 
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
@@ -174,8 +173,8 @@ def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
     Raises:
         InputError: a branch with a positive share would be left without rows.
     """
-    total = sum(mix.values())
-    quotas = {name: batch * share / total for name, share in mix.items()}
+    shares = {name: Fraction(str(share)) for name, share in mix.items()}  # rounding would decide ties
+    quotas = {name: batch * share / sum(shares.values()) for name, share in shares.items()}
     rows = {name: int(quota) for name, quota in quotas.items()}
     by_remainder = sorted(mix, key=lambda name: rows[name] - quotas[name])
     for name in by_remainder[: batch - sum(rows.values())]:
@@ -190,12 +189,11 @@ def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
     return rows
 
 
-def divide(
-    mix: Mapping[str, float], law: TimeLaw, x: Tensor, c: Condition, null: Condition, drawn: Draws
-) -> Batch:
+def divide(mix: Mapping[str, float], law: TimeLaw, x: Tensor, c: Condition, null: Condition, drawn: Draws) -> Batch:
     """The global batch of data ``x`` (B, C, H, W) divided into the branches of ``mix``, with its times and noise."""
     counts = allocate(mix, len(x))
-    t_drawn = law.source_time(drawn.uniform("t")).to(x.device)
+    precision = torch.promote_types(x.dtype, torch.float32)  # times of half-precision data stay in float32
+    t_drawn = law.source_time(drawn.uniform("t")).to(x.device, precision)
     t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
     for name, count in counts.items():
         at = torch.arange(start, start + count)

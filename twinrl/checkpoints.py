@@ -7,6 +7,7 @@ leaves a half one under its name. No pickle anywhere.
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 from twinrl.errors import InputError
 
 FORMAT = 1
+STATE_KEYS = {
+    "step", "iteration", "log_offset", "events_offset", "teacher_decay", "lr_policy", "early_stop", "content_hash",
+    "config", "parts",
+}  # fmt: skip
+"""What ``state.json`` of this format holds beside the format."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,21 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]]
     state: Mapping[str, Any]
 
+    def part(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a part. Raises InputError where the checkpoint has none."""
+        if name not in self.tensors:
+            raise InputError(
+                f"the checkpoint of step {self.state['step']} has no part {name}",
+                got=f"parts {', '.join(sorted(self.tensors))}",
+                fix="use the configuration that it was made with",
+            )
+        return self.tensors[name]
+
+    @property
+    def judged(self) -> Mapping[str, Tensor]:
+        """The weights to judge and to start from: the EMA where there is one, else the student."""
+        return self.tensors["ema"] if "ema" in self.tensors else self.part("student")
+
 
 def folder_of(step: int) -> str:
     """Name of the checkpoint of ``step``."""
@@ -47,7 +68,10 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         OSError: the disk is full or read-only; older checkpoints are untouched.
     """
-    final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.{os.getpid()}"
+    final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.new"
+    replaced = directory / f".{folder_of(step)}.old"
+    for leftover in directory.glob(".step-*"):  # of a process that was killed while saving
+        shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
         for part, tensors in checkpoint.tensors.items():
@@ -58,10 +82,16 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         (unfinished / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
         _sync(unfinished)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         unfinished.rename(final)
+        _sync_folder(directory)
+    except BaseException:
+        if replaced.exists() and not final.exists():
+            replaced.rename(final)
+        raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     for old in available(directory)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -72,11 +102,23 @@ def _sync(folder: Path) -> None:
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's list of names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def available(directory: Path) -> list[Path]:
     """The published checkpoints under ``directory``, oldest first."""
-    return sorted(directory.glob("step-*")) if directory.is_dir() else []
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
 
 
 def newest(directory: Path) -> Path | None:
@@ -105,10 +147,12 @@ def load_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
         raise _corrupted(path / "state.json", error) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise _corrupted(
-            path / "state.json", f"format {state.get('format') if isinstance(state, dict) else state!r:.40}"
-        )
+    if not isinstance(state, dict):
+        raise _corrupted(path / "state.json", f"{state!r:.40}")
+    if state.get("format") != FORMAT:
+        raise _corrupted(path / "state.json", f"format {state.get('format')}")
+    if absent := sorted(STATE_KEYS - set(state)):
+        raise _corrupted(path / "state.json", f"no {', '.join(absent)}")
     return state
 
 
@@ -153,16 +197,26 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as ``"<parameter index>.<name>"`` → tensor."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
+        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of :func:`optimizer_tensors`; learning rates stay as configured."""
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """The inverse of :func:`optimizer_tensors`; learning rates stay as configured.
+
+    Raises:
+        InputError: the state belongs to other parameters; names the first key and where it came from.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        index, name = key.split(".", 1)
+        index, _, name = key.partition(".")
+        known = index.isdecimal() and int(index) < len(parameters)
+        if not known or (value.ndim and value.shape != parameters[int(index)].shape):
+            raise InputError(
+                f"the optimizer's state in {origin} belongs to another network",
+                got=f"key {key} of shape {tuple(value.shape)}",
+                fix="use the model.network settings that it was made with",
+            )
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

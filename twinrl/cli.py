@@ -21,9 +21,7 @@ app = typer.Typer(
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY.PATH=VALUE]...", help="overrides, e.g. train.steps=2000 optim.lr=5e-4 seed=1"
-    ),
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="overrides, e.g. train.steps=2000 optim.lr=5e-4 seed=1"),
 ]
 Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/twinflow-1a2b3c4d-s0")]
 Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
@@ -33,9 +31,7 @@ Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead 
 def train(
     config: Annotated[str, typer.Argument(help="a preset (`twinrl doctor` lists them) or a YAML file")],
     overrides: Overrides = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="start over: delete this run's directory first")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete this run's directory first")] = False,
 ) -> None:
     """Train a new run.
 
@@ -85,11 +81,21 @@ def evaluate(run: Run, step: Step = None) -> None:
 
 
 @app.command()
+def bench(
+    run: Run,
+    rounds: Annotated[int, typer.Option(min=1, help="timed calls of each kind")] = 20,
+    step: Step = None,
+) -> None:
+    """Time a run's sampling: latency at batch 1 and throughput at batch 10, per NFE."""
+    from twinrl.commands.bench import bench as command
+
+    raise typer.Exit(command(run, rounds, step, _console()))
+
+
+@app.command()
 def publish(
     run: Run,
-    uri: Annotated[
-        str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")
-    ] = None,
+    uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")] = None,
 ) -> None:
     """Rebuild a run's MLflow view from its log, e.g. after MLflow was away."""
     from twinrl.tracking.mlflow_view import rebuild
@@ -101,9 +107,7 @@ def publish(
 def ui(
     runs: Annotated[Path, typer.Argument(help="the folder of run directories")] = Path("runs"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="a free one is taken if this is in use")] = 5000,
-    uri: Annotated[
-        str | None, typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS")
-    ] = None,
+    uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS")] = None,
 ) -> None:
     """Open the MLflow pages of a folder of runs on this machine."""
     from twinrl.tracking import store
@@ -114,9 +118,7 @@ def ui(
 
 @app.command()
 def doctor(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="print every configuration key with its meaning")
-    ] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="print every configuration key with its meaning")] = False,
 ) -> None:
     """Check this machine: versions, devices, caches, presets."""
     from twinrl.commands.doctor import doctor as command
@@ -124,7 +126,7 @@ def doctor(
     raise typer.Exit(command(schema, _console()))
 
 
-def _console():  # type: ignore[no-untyped-def]  # the return type would import rich.console at start
+def _console():  # no return type: it would import rich.console at start
     from rich.console import Console
 
     return Console(soft_wrap=True)

@@ -38,9 +38,7 @@ def ensure_torchvision() -> None:
         _purge_partial_modules()
         _define_schemas()
         importlib.import_module("torchvision")
-        _log.info(
-            "torchvision has no native operators for this torch build: schemas defined, nms unavailable"
-        )
+        _log.info("torchvision has no native operators for this torch build: schemas defined, nms unavailable")
 
 
 def _purge_partial_modules() -> None:

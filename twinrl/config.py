@@ -28,6 +28,8 @@ from pydantic_core import PydanticCustomError
 from twinrl.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
+IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant"}
+"""Kinds of components that name none. A loss term's is its own name."""
 
 
 class Settings(BaseModel):
@@ -67,20 +69,16 @@ def resolve(registry: Mapping[str, type], kind: str, what: str) -> type:
     if kind in registry:
         return registry[kind]
     if "." not in kind:
-        raise InputError(
-            f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path"
-        )
+        raise InputError(f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path")
     module, _, name = kind.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise InputError(
-            f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path"
-        ) from error
+        raise InputError(f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path") from error
     if not hasattr(found, "Config"):
-        raise InputError(
-            f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings"
-        )
+        raise InputError(f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings")
+    if "kind" not in found.Config.model_fields:
+        raise InputError(f"{what} {kind!r} has a Config without `kind`", fix="declare `kind: str` in it")
     return found
 
 
@@ -98,15 +96,13 @@ def component(registry: Mapping[str, type], what: str) -> Any:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise PydanticCustomError("component", f"expected a {what}: a name or a mapping with `kind`")
+            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({what})")
         try:
             return resolve(registry, str(value["kind"]), what).Config.model_validate(value)  # type: ignore[attr-defined]
         except InputError as error:
             raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
         except ValidationError as error:
-            raise PydanticCustomError(
-                "nested", "{message}", {"errors": error.errors(), "message": ""}
-            ) from error
+            raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
 
     return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
 
@@ -121,9 +117,7 @@ class _Loader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         repeated = {str(k) for k in keys if keys.count(k) > 1}
         if repeated:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {', '.join(repeated)} twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(repeated)} twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -139,9 +133,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError as error:
-        raise InputError(
-            f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})"
-        ) from error
+        raise InputError(f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read", got=error) from error
     except yaml.YAMLError as error:
@@ -170,30 +162,35 @@ def locate(name: str, relative_to: Path | None = None) -> Path:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, key by key; ``null`` removes a mapping, another ``kind`` replaces it whole."""
+    """``over`` laid over ``base``, key by key; ``null`` removes a mapping, another ``kind`` replaces it whole.
+
+    A mapping without ``kind`` has the one of ``IMPLIED_KINDS``, else its own key; a name laid under a mapping is
+    short for ``{kind: name}``.
+    """
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping):
+            old = {"kind": old}
         if value is None and isinstance(old, Mapping):
             del result[key]
-        elif (
-            isinstance(value, Mapping)
-            and isinstance(old, Mapping)
-            and value.get("kind", old.get("kind")) == old.get("kind")
-        ):
+        elif isinstance(value, Mapping) and isinstance(old, Mapping) and _same_kind(key, old, value):
             result[key] = merge(old, value)
         else:
             result[key] = value
     return result
 
 
+def _same_kind(key: str, old: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    kind = old.get("kind", IMPLIED_KINDS.get(key, key))
+    return value.get("kind", kind) == kind
+
+
 def load_mapping(name: str, relative_to: Path | None = None, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The raw mapping of a preset or file with everything that it ``extends``."""
     path = locate(name, relative_to).resolve()
     if path in _seen:
-        raise InputError(
-            "configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path))
-        )
+        raise InputError("configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path)))
     value = read_yaml(path)
     parent = value.pop("extends", None)
     if parent is None:
@@ -236,9 +233,7 @@ def _one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first["input"]
     shown = (
-        ""
-        if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component")
-        else f", got {got!r}"
+        "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {got!r}"
     )
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"

@@ -20,17 +20,17 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
         step: training step, epoch or any other counter.
     """
     key = hashlib.blake2b(f"{seed}/{purpose}/{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key, "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(key, "big") >> 1)
 
 
 def uniform(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> Tensor:
     """U[0, 1) in float32, on the CPU."""
-    return torch.rand(shape, generator=generator(seed, purpose, step))
+    return torch.rand(shape, generator=generator(seed, purpose, step), device="cpu", dtype=torch.float32)
 
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> Tensor:
     """N(0, 1) in float32, on the CPU."""
-    return torch.randn(shape, generator=generator(seed, purpose, step))
+    return torch.randn(shape, generator=generator(seed, purpose, step), device="cpu", dtype=torch.float32)
 
 
 def beta(uniforms: Tensor, alpha: float, beta: float) -> Tensor:
@@ -59,6 +59,6 @@ def shuffled_rows(n: int, batch: int, seed: int, step: int, purpose: str = "data
     """
     start, stop = step * batch, (step + 1) * batch
     epochs = range(start // n, (stop - 1) // n + 1)
-    order = torch.cat([torch.randperm(n, generator=generator(seed, purpose, e)) for e in epochs])
+    order = torch.cat([torch.randperm(n, generator=generator(seed, purpose, e), device="cpu") for e in epochs])
     offset = start - epochs.start * n
     return order[offset : offset + batch]

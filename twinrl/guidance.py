@@ -23,16 +23,16 @@ Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 class GuidanceConfig(Settings):
     """How classifier-free guidance enters the target velocity."""
 
-    strength: float = Field(0.5, ge=0, description="w; 0 leaves the path's velocity")
+    strength: float = Field(0.5, ge=0, allow_inf_nan=False, description="w; 0 leaves the path's velocity")
     range: tuple[float, float] | None = Field(
         (0.0, 1.0), description="rows with lo < t < hi (strictly) are enhanced; null = all rows"
     )
     form: Literal["data", "teacher"] = Field(
         "data", description="start from the data velocity z − x, or from the teacher's F̄(∅) (image-free)"
     )
-    null: Literal["empty", "permuted"] = Field(
-        "empty",
-        description="∅: the empty condition, or the batch's conditions in random order (MNIST tutorial)",
+    empty: Literal["source", "permuted"] = Field(
+        "source",
+        description="∅: the source's empty condition, or the batch's conditions in random order (MNIST tutorial)",
     )
 
     @model_validator(mode="after")

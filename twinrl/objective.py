@@ -80,7 +80,8 @@ class Pass:
     """One micro-batch: collects queries, evaluates them in as few forwards as possible, then the losses.
 
     It is the :class:`twinrl.terms.Context` of its terms. The random state is captured before the first student
-    pass and replayed in every pass without gradient.
+    pass; every pass starts from it, so that predictions and targets see the same dropout. Passes without gradient
+    leave no trace in the generators, those with gradient move them on for the next micro-batch.
     """
 
     objective: Objective
@@ -92,14 +93,18 @@ class Pass:
 
     def losses(self) -> dict[str, TermLoss]:
         """Every term's loss; terms without rows in this micro-batch are left out."""
-        queries = {}
+        queries = self.queries()
+        self._evaluate([(query, rows) for rows, query in queries.values()])
+        return {name: self._loss(self.objective.terms[name], *asked) for name, asked in queries.items()}
+
+    def queries(self) -> dict[str, tuple[Rows, Query]]:
+        """Where each term wants the student evaluated, and for which rows; terms without rows are left out."""
+        asked = {}
         for name, term in self.objective.terms.items():
-            present = tuple(b for b in term.config.branches if b in self.batch.branch)
-            rows = self.batch.on(present)
+            rows = self.batch.on(term.config.branches)
             if len(rows):
-                queries[name] = (term, rows, term.query(rows, self))
-        self._evaluate([(query, rows) for _, rows, query in queries.values()])
-        return {name: self._loss(*parts) for name, parts in queries.items()}
+                asked[name] = (rows, term.query(rows, self))
+        return asked
 
     def _loss(self, term: Term, rows: Rows, query: Query) -> TermLoss:
         F = self.prediction(query, rows)
@@ -151,6 +156,7 @@ class Pass:
 
     def _forward(self, group: list[tuple[Query, Rows]]) -> None:
         queries = [query for query, _ in group]
+        self.random_state.restore()
         F = self.objective.call(
             self.objective.teacher.student,
             torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]), torch.cat([q.r for q in queries]),

@@ -2,19 +2,21 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field
 
 from twinrl.config import Settings
 
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(Settings):
     """Settings that every optimizer has."""
 
     lr: float = Field(3e-4, gt=0, description="learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the first and second moment")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled in adamw)")
     clip: float | None = Field(None, gt=0, description="global gradient-norm clip; null = none")
@@ -27,14 +29,10 @@ class Optimizer:
     Config: ClassVar[type[OptimizerConfig]]
 
     @classmethod
-    def build(
-        cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
-    ) -> torch.optim.Optimizer:
+    def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over those of ``parameters`` that require gradients."""
         trainable = [p for p in parameters if p.requires_grad]
-        return cls.make(
-            trainable, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
-        )
+        return cls.make(trainable, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
 class Adam(Optimizer):
@@ -68,6 +66,11 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "radam":
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------
+
+
+def _improves(quality: float, best: float, threshold: float) -> bool:
+    """Whether ``quality`` is below ``best`` by more than a share of its size; kernel distances may be negative."""
+    return quality < (best if math.isinf(best) else best - threshold * abs(best))
 
 
 class Constant:
@@ -108,14 +111,14 @@ class Plateau(Constant):
 
     config: Any
 
-    def __init__(self, config: Config):  # type: ignore[override]
+    def __init__(self, config: Config):
         self.config, self.best, self.bad, self.scale = config, math.inf, 0, 1.0
 
     def factor(self, step: int) -> float:
         return self.scale * super().factor(step)
 
     def observe(self, quality: float) -> None:
-        if quality < self.best * (1 - self.config.threshold):
+        if _improves(quality, self.best, self.config.threshold):
             self.best, self.bad = quality, 0
             return
         self.bad += 1
@@ -136,9 +139,7 @@ class EarlyStop:
     """Says when validation quality has not improved for a number of validations."""
 
     class Config(Settings):
-        patience: int | None = Field(
-            None, ge=1, description="validations without improvement; null = never stop"
-        )
+        patience: int | None = Field(None, ge=1, description="validations without improvement; null = never stop")
         threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
 
     def __init__(self, config: Config):
@@ -146,7 +147,7 @@ class EarlyStop:
 
     def observe(self, quality: float) -> bool:
         """True when training should stop."""
-        if quality < self.best * (1 - self.config.threshold):
+        if _improves(quality, self.best, self.config.threshold):
             self.best, self.bad = quality, 0
         else:
             self.bad += 1

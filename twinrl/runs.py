@@ -6,8 +6,11 @@ checkpoints/     states to resume from             samples/     grids over train
 metrics.parquet  the log as a table                result.json  written last: how the run ended
 """
 
+import fcntl
 import json
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,21 @@ import yaml
 
 from twinrl import checkpoints, config, schema
 from twinrl.errors import InputError
-from twinrl.tracking import environment, runlog
+from twinrl.tracking import environment, mlflow_state, runlog
 
 CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
+
+
+class EventLog(runlog.RunLog):
+    """``events.jsonl``: as the run log, but values may be lists of scalars (the rows of an event)."""
+
+    def append(self, row: Mapping[str, object]) -> None:
+        line = json.dumps({name: _encode(value) for name, value in row.items()}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+
+
+def _encode(value: object) -> object:
+    return [runlog.encode(item) for item in value] if isinstance(value, list) else runlog.encode(value)
 
 
 class RunDirectory:
@@ -46,16 +61,17 @@ class RunDirectory:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def start(self, settings: schema.RunConfig, fresh: bool) -> None:
-        """Make the directory of a new run.
+        """Make the directory of a new run; ``fresh`` deletes an older one first.
 
         Raises:
-            InputError: a run exists here already (finished, or to be resumed), or the folder can't be written.
+            InputError: a run exists here already (finished, to be resumed, or being trained with ``fresh``), or the
+                folder can't be written.
         """
-        if fresh and self.exists:
-            shutil.rmtree(self.path)
-        if self.exists:
-            self._refuse_existing()
+        if not fresh:
+            self.refuse_existing()
         try:
+            if self.exists:
+                self._clear()
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             (self.path / CONFIG).write_text(dump(settings))
@@ -67,7 +83,42 @@ class RunDirectory:
                 fix="set run.dir to a writable folder",
             ) from error
 
-    def _refuse_existing(self) -> None:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For the process that trains the run: a second one would cut the log back under its feet.
+
+        The lock dies with its process.
+
+        Raises:
+            InputError: another process holds it.
+        """
+        with (self.path / CONFIG).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"another process is training this run: {self.path}", fix="wait for it to end, or stop it"
+                ) from error
+            yield
+
+    def _clear(self) -> None:
+        """Delete everything but the name of the MLflow run, which the new run's view is to replace."""
+        view = self.path / mlflow_state.STATE_NAME
+        published = view.read_bytes() if view.is_file() else None
+        with self.locked():
+            self.discard()
+        if published is not None:
+            self.path.mkdir()
+            view.write_bytes(published)
+
+    def discard(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.path)
+
+    def refuse_existing(self) -> None:
+        """Raises InputError where a run exists: finished, or to be resumed."""
+        if not self.exists:
+            return
         if (result := self.result) is not None:
             raise InputError(
                 f"this run exists and has {result['status']} after {result['step']} steps: {self.path}",
@@ -105,8 +156,8 @@ def dump(settings: schema.RunConfig) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def check_unchanged(settings: schema.RunConfig, state: dict[str, Any]) -> None:
-    """Raises InputError naming the keys in which ``settings`` differ from those a checkpoint was made with."""
+def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mapping[str, Any]) -> None:
+    """Raises InputError naming the keys in which ``settings`` differ from a checkpoint's, or that the data do."""
     now = settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC - {"seed"})
     changed = config.differing_keys(state["config"], now)
     if changed:
@@ -114,4 +165,11 @@ def check_unchanged(settings: schema.RunConfig, state: dict[str, Any]) -> None:
             "the run's configuration has changed since its checkpoint",
             got=f"other values of {', '.join(changed)}",
             fix="restore them in config.yaml, or start a new run with train.init=<this run>",
+        )
+    if state["content_hash"] != content_hash:
+        raise InputError(
+            f"the data of {settings.data.source} have changed since the run's checkpoint",
+            got=f"content {content_hash:.12}",
+            expected=f"content {state['content_hash']:.12}",
+            fix="restore data.root and the cache, or start a new run with train.init=<this run>",
         )

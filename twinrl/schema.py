@@ -1,9 +1,10 @@
 """The whole configuration of a run, assembled from the components' own settings."""
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from twinrl import config as configuration
 from twinrl.backends import NETWORKS
@@ -18,10 +19,18 @@ from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
 from twinrl.terms.term import check_branches
 
-Network = component(NETWORKS, "network")
-Term = component(TERMS, "term")
-Optimizer = component(OPTIMIZERS, "optimizer")
-LearningRate = component(LR_POLICIES, "learning-rate policy")
+if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
+    Network: TypeAlias = Any
+    Term: TypeAlias = Any
+    Optimizer: TypeAlias = Any
+    LearningRate: TypeAlias = Any
+    SourceName: TypeAlias = str
+else:
+    Network = component(NETWORKS, "network")
+    Term = component(TERMS, "term")
+    Optimizer = component(OPTIMIZERS, "optimizer")
+    LearningRate = component(LR_POLICIES, "learning-rate policy")
+    SourceName = Literal[tuple(SOURCES)]
 
 
 class TrainConfig(Settings):
@@ -44,14 +53,14 @@ class TrainConfig(Settings):
 class ModelConfig(Settings):
     """The network and how it is called."""
 
-    network: Network = Field(default="mlp", validate_default=True, description="architecture by kind")  # type: ignore[valid-type]
+    network: Network = Field(default="mlp", validate_default=True, description="architecture by kind")
     target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
 
 
 class DataConfig(Settings):
     """Where samples come from."""
 
-    source: Literal[tuple(SOURCES)] = Field("digits", description="digits (embedded lab) or mnist")  # type: ignore[valid-type]
+    source: SourceName = Field("digits", description="digits (embedded lab) or mnist")
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
     images: bool = Field(
         True, description="false: image-free training on the student's own one-step samples of the prompts"
@@ -84,9 +93,7 @@ class TrackingConfig(Settings):
     """The MLflow view of the run's log."""
 
     mlflow: bool = Field(True, description="publish the log to MLflow at checkpoints and at the end")
-    uri: str | None = Field(
-        None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir"
-    )
+    uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir")
     experiment: str = Field("twinrl", description="MLflow experiment")
 
 
@@ -100,22 +107,18 @@ class MachineConfig(Settings):
 class RunConfig(Settings):
     """Everything that defines a run. ``twinrl doctor --schema`` prints all keys with their meaning."""
 
-    name: str = Field(
-        "run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory"
-    )
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory")
     seed: int = Field(0, ge=0, description="decides initial weights, data order, times and noise")
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    branches: dict[str, float] = Field(
-        {"any": 1.0}, description=f"share of each branch: {', '.join(BRANCHES)}"
-    )
+    branches: dict[str, float] = Field({"any": 1.0}, description=f"share of each branch: {', '.join(BRANCHES)}")
     time: TimeLaw = TimeLaw()
     guidance: GuidanceConfig = GuidanceConfig()
     teacher: TeacherConfig = TeacherConfig()
-    terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")  # type: ignore[valid-type]
-    optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")  # type: ignore[valid-type]
-    lr_policy: LearningRate = Field(  # type: ignore[valid-type]
+    terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")
+    optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")
+    lr_policy: LearningRate = Field(
         default="constant", validate_default=True, description="learning-rate policy by kind"
     )
     early_stop: EarlyStop.Config = EarlyStop.Config()
@@ -133,23 +136,27 @@ class RunConfig(Settings):
         value = dict(value)
         if isinstance(value.get("terms"), dict):
             value["terms"] = {n: _with_kind(t, n) for n, t in value["terms"].items() if t is not None}
-        defaults = {"optim": "adamw", "lr_policy": "constant"}
-        return value | {key: _with_kind(value[key], kind) for key, kind in defaults.items() if key in value}
+        implied = configuration.IMPLIED_KINDS
+        return value | {key: _with_kind(value[key], kind) for key, kind in implied.items() if key in value}
+
+    @field_validator("branches")
+    @classmethod
+    def _in_fixed_order(cls, value: dict[str, float]) -> dict[str, float]:
+        """Branches divide the batch in this order, so the order in which they are written changes no number."""
+        return {name: value[name] for name in BRANCHES if name in value} | value
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         unknown = [name for name in self.branches if name not in BRANCHES]
         if unknown:
-            raise ValueError(
-                f"branches.{unknown[0]} is unknown; {configuration.nearest(unknown[0], BRANCHES)}"
-            )
-        if not any(self.branches.values()) or min(self.branches.values()) < 0:
-            raise ValueError(f"branches need shares ≥ 0 with a positive sum, got {self.branches}")
+            raise ValueError(f"branches.{unknown[0]} is unknown; {configuration.nearest(unknown[0], BRANCHES)}")
+        if not all(0 <= share < math.inf for share in self.branches.values()) or not any(self.branches.values()):
+            raise ValueError(f"branches need finite shares ≥ 0 with a positive sum, got {self.branches}")
         if not self.terms:
             raise ValueError("terms is empty; expected at least one loss term, see the presets")
         for name, term in self.terms.items():
             try:
-                check_branches(term, self.branches)  # type: ignore[arg-type]
+                check_branches(term, self.branches)
             except ValueError as error:
                 raise ValueError(f"terms.{name}.branches: {error}") from error
         try:

@@ -83,7 +83,8 @@ class Teacher:
         """One EMA update towards the student: parameters only; then the ramp ``d ← d + (1−d)(decay−d)/2`` from 0."""
         if self.ema is None:
             return
-        averages, values = list(self.ema.parameters()), [p.detach() for p in self.student.parameters()]
+        averages = [p.detach() for p in self.ema.parameters()]
+        values = [p.detach() for p in self.student.parameters()]
         torch._foreach_lerp_(averages, values, 1 - self.decay)
         self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from twinrl import assembly, checkpoints, draws, schema
 from twinrl.branches import Batch, BatchDraws, divide
 from twinrl.conditions import Condition
-from twinrl.config import build
+from twinrl.config import build, resolve
 from twinrl.data.source import Source
+from twinrl.memory import keep_freed_memory
 from twinrl.objective import Objective, TermLoss
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
-from twinrl.runs import RunDirectory, check_unchanged
+from twinrl.runs import EventLog, RunDirectory, check_unchanged
 from twinrl.schema import RunConfig
 from twinrl.stability.events import NONFINITE, Event, nonfinite
 from twinrl.tracking import names
@@ -77,16 +78,21 @@ class Trainer:
     step: int = 0
     iteration: int = 0
     interrupted: bool = False
+    saved: int | None = None  # iteration of the newest checkpoint
 
     def __post_init__(self) -> None:
         settings = self.settings
-        student = assembly.student_of(settings, self.source, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
+        student = assembly.student_of(settings, self.source, self.device, start_weights=not begun)
         self.objective: Objective = assembly.objective_of(settings, student)
-        self.optimizer = OPTIMIZERS[settings.optim.kind].build(settings.optim, student.parameters())
+        optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
+        self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())  # type: ignore[attr-defined]
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy")
         self.early_stop = EarlyStop(settings.early_stop)
         self.latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
-        self.log, self.events = RunLog(self.run.log), RunLog(self.run.events)
+        self.log, self.events = RunLog(self.run.log), EventLog(self.run.events)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -95,7 +101,7 @@ class Trainer:
         outcome = None
         while outcome is None:
             outcome = self._advance()
-        if outcome.status != "diverged":
+        if outcome.status != "diverged" and self.saved != self.iteration:
             self.save()
         self.log.close()
         self.events.close()
@@ -105,17 +111,19 @@ class Trainer:
         """One step with what belongs to it; an outcome if it was the last."""
         if self.step >= self.settings.train.steps:
             return Outcome("finished", self.step)
+        if self._stopped_early:
+            return Outcome("stopped", self.step, "no improvement in validation quality")
         if self.interrupted:
             return Outcome("interrupted", self.step)
         row, event = self.train_step()
-        stop = self._validate_if_due(row)
+        self._validate_if_due(row)
         self.log.append(row)
         self._tell("after_step", row)
         if event is not None and self.settings.stability.policy == "stop":
             return Outcome("diverged", self.step, event.message)
         if self.step % self.settings.checkpoint.every == 0 and self.step < self.settings.train.steps:
             self.save()
-        return Outcome("stopped", self.step, "no improvement in validation quality") if stop else None
+        return None
 
     def train_step(self) -> tuple[Row, Event | None]:
         """One optimizer step; the log row and the event, if there was one."""
@@ -150,15 +158,33 @@ class Trainer:
         """Clip the global gradient norm; norms before and after."""
         parameters = [p for p in self.objective.teacher.student.parameters() if p.grad is not None]
         limit = self.settings.optim.clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)
-        clipped = norm if limit is None else norm.clamp(max=limit)
-        return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: clipped}
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit is None:  # gradients stay as they are: scaling by inf/inf would spread one inf to all of them
+            return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: norm}
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: norm.clamp(max=limit)}
 
     def _set_lr(self) -> float:
         lr = self.settings.optim.lr * self.lr_policy.factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
+
+    @torch.no_grad()
+    def times(self, batches: int = 4) -> tuple[Tensor, Tensor]:
+        """(N,) signed t and r at which the terms ask for the student in the next batches; for a picture.
+
+        Leaves the state of training and every random stream as they were.
+        """
+        step, asked = self.step, []
+        for self.step in range(step, step + batches):
+            _, batch = self.batch()
+            counts = {name: len(rows) for name, rows in batch.branch.items()}
+            evaluation = self.objective.evaluate(batch, counts)
+            with evaluation.random_state.replayed():
+                asked += [query for _, query in evaluation.queries().values()]
+        self.step = step
+        return torch.cat([q.t for q in asked]).cpu(), torch.cat([q.r for q in asked]).cpu()
 
     # --- data -----------------------------------------------------------------------------------------------
 
@@ -182,27 +208,31 @@ class Trainer:
 
     def _null(self, c: Condition, drawn: BatchDraws) -> Condition:
         n = self.settings.train.batch
-        if self.settings.guidance.null == "empty":
+        if self.settings.guidance.empty == "source":
             return self._cast(self.source.null_condition(n))
         order = drawn.uniform("null permutation").argsort()
         return {name: value[order] for name, value in c.items()}
 
     def _cast(self, c: Condition) -> Condition:
-        return {
-            k: v.to(self.device, self.latents.dtype if v.is_floating_point() else None) for k, v in c.items()
-        }
+        return {k: v.to(self.device, self.latents.dtype if v.is_floating_point() else None) for k, v in c.items()}
 
     # --- validation, events, checkpoints ----------------------------------------------------------------------
 
-    def _validate_if_due(self, row: Row) -> bool:
-        """Add validation metrics to the row when due; True when early stopping says so."""
+    def _validate_if_due(self, row: Row) -> None:
+        """Add validation metrics to the row when due; learning-rate policy and early stopping see the quality."""
         every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
         if not last and (every == 0 or self.step % every):
-            return False
+            return
         row.update(self.validate(self.objective.teacher.best, self.step))
         quality = float(row[names.VAL_QUALITY])
         self.lr_policy.observe(quality)
-        return self.early_stop.observe(quality) and not last
+        self.early_stop.observe(quality)
+
+    @property
+    def _stopped_early(self) -> bool:
+        """Part of the state, so that a run resumed after its last checkpoint stops where it should have."""
+        patience = self.settings.early_stop.patience
+        return patience is not None and self.early_stop.bad >= patience
 
     def _record_nonfinite(self, values: Mapping[str, float], data_rows: Tensor) -> Event | None:
         """An event naming the terms whose loss is not finite, if anything in the row is not."""
@@ -243,6 +273,7 @@ class Trainer:
             checkpoints.Checkpoint(tensors, state),
             self.settings.checkpoint.keep,
         )
+        self.saved = self.iteration
         self._tell("after_checkpoint", offset)
 
     def resume(self) -> None:
@@ -258,14 +289,15 @@ class Trainer:
             return
         checkpoint = checkpoints.load(newest)
         state = checkpoint.state
-        check_unchanged(self.settings, dict(state))
+        check_unchanged(self.settings, self.source.content_hash, state)
         for name, module in assembly.parts_of(self.objective).items():
-            checkpoints.load_module(module, checkpoint.tensors[name], str(newest))
-        checkpoints.load_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+            checkpoints.load_module(module, checkpoint.part(name), f"{newest}/{name}.safetensors")
+        checkpoints.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{newest}/optimizer.safetensors")
         self.objective.teacher.decay = state["teacher_decay"]
         self.lr_policy.load(state["lr_policy"])
         self.early_stop.load(state["early_stop"])
-        self.step, self.iteration = state["step"], state["iteration"]
+        self.step = state["step"]
+        self.saved = self.iteration = state["iteration"]
         self.log.trim(state["log_offset"])
         self.events.trim(state["events_offset"])
 

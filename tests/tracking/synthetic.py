@@ -10,12 +10,13 @@ from PIL import Image
 from twinrl.tracking.runlog import RunLog
 
 SPIKE_AT = 1234
+GRID_STEPS = (0, 1000)
 TERMS = ("base", "adversarial", "rectify")
 
 
-def make_row(iteration: int) -> dict[str, object]:
+def make_row(iteration: int, seed: int = 0) -> dict[str, object]:
     """A plausible row: falling losses, a one-step spike, some non-finite values, sparse validation."""
-    rng = np.random.default_rng(iteration)
+    rng = np.random.default_rng([iteration, seed])
     decay = 0.8 + 2 * math.exp(-iteration / 400)
     row: dict[str, object] = {"iteration": iteration, "step": iteration, "perf/step_seconds": 0.05}
     for k, term in enumerate(TERMS):
@@ -40,9 +41,16 @@ def make_run(folder: Path, rows: int = 2000, seed: int = 0, name: str = "twinflo
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with RunLog(run / "log.jsonl") as log:
         for iteration in range(rows):
-            log.append(make_row(iteration))
-    for step in (500, 1000):
-        pixels = np.random.default_rng(step).integers(0, 255, (8, 32, 10, 32, 1), dtype=np.uint8)
-        grid = np.broadcast_to(pixels, (8, 32, 10, 32, 3)).reshape(256, 320, 3)
-        Image.fromarray(grid).save(run / f"samples/1nfe_{step:06d}.png")
+            log.append(make_row(iteration, seed))
+    for step in GRID_STEPS:
+        Image.fromarray(make_grid(step)).save(run / f"samples/1nfe_{step:06d}.png")
     return run
+
+
+def make_grid(step: int) -> np.ndarray:
+    """A (256, 320, 3) picture of 8 × 10 rings that grow from the left to the right and with the step."""
+    y, x = np.mgrid[-1:1:32j, -1:1:32j]
+    sizes = 0.2 + 0.05 * np.arange(10)[None, :, None] + 1e-4 * step
+    rings = np.abs(np.hypot(x, y)[:, None, :] - sizes) < 0.15  # (32, 10, 32)
+    picture = np.tile(rings.reshape(32, 320), (8, 1))
+    return np.repeat(255 * picture[..., None], 3, axis=2).astype(np.uint8)

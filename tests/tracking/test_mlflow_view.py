@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.errors import InputError
-from twinrl.tracking import mlflow_view, runlog, store
+from twinrl.tracking import runlog, store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.mlflow_view import MLflowView, publish, rebuild
@@ -162,6 +162,30 @@ def test_a_log_that_was_rewritten_replaces_the_mlflow_run(runs: Path) -> None:
     assert curves_in_mlflow(run) == curves_in_log(run, total=1000)
 
 
+def test_a_fresh_start_under_another_plan_replaces_the_mlflow_run(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    append(run, 0, 300)
+    first = MLflowView(run, total=300)
+    first.close()
+    (run / "log.jsonl").unlink()
+    append(run, 0, 600, shift=1.0)
+    second = MLflowView(run, total=600)
+    assert second.close()
+    assert second.run_id != first.run_id
+    assert curves_in_mlflow(run) == curves_in_log(run, total=600)
+
+
+def test_a_rebuild_that_was_killed_leaves_one_run_in_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(runs, rows=300)
+    publish(run, final=True)
+    with monkeypatch.context() as patch:
+        break_once(patch, State, "start_over", Killed())
+        with pytest.raises(Killed):
+            rebuild(run)
+    rebuild(run)
+    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
+
+
 def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path) -> None:
     run = make_run(runs, rows=0)
     append(run, 0, 503)
@@ -190,11 +214,11 @@ def test_run_is_described(runs: Path) -> None:
     assert expected.items() <= shown.data.tags.items()
     assert client(run).get_experiment(shown.info.experiment_id).name == "study-a"
     artifacts = {file.path for file in client(run).list_artifacts(shown.info.run_id, "samples")}
-    assert artifacts == {"samples/1nfe_000500.png", "samples/1nfe_001000.png"}
+    assert artifacts == {"samples/1nfe_000000.png", "samples/1nfe_001000.png"}
     steps = {Path(f.path).name.split("+timestamp")[0] for f in client(run).list_artifacts(shown.info.run_id, "images")}
-    assert steps == {"samples~1nfe+step+500", "samples~1nfe+step+1000"}
-    copy = client(run).download_artifacts(shown.info.run_id, "samples/1nfe_000500.png")
-    assert Path(copy).read_bytes() == (run / "samples/1nfe_000500.png").read_bytes()
+    assert steps == {"samples~1nfe+step+0", "samples~1nfe+step+1000"}
+    copy = client(run).download_artifacts(shown.info.run_id, "samples/1nfe_000000.png")
+    assert Path(copy).read_bytes() == (run / "samples/1nfe_000000.png").read_bytes()
 
 
 def test_step_images_are_shown_once_after_publishing_again(runs: Path) -> None:
@@ -219,6 +243,18 @@ def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> Non
     assert (new.info.start_time, new.info.end_time) == (old.info.start_time, old.info.end_time)
 
 
+def test_rebuild_after_mlflow_was_away_all_along(runs: Path) -> None:
+    run = make_run(runs, rows=0)
+    append(run, 0, 333)
+    view = MLflowView(run, uri=f"http://127.0.0.1:{closed_port()}", tags={"arm": "x"}, experiment="a", total=600)
+    assert not view.close("FAILED")
+    rebuild(run, store.default_uri(runs))
+    (shown,) = active_runs(run)
+    assert shown.info.status == "FAILED"
+    assert shown.data.tags["arm"] == "x"
+    assert curves_in_mlflow(run)["loss/total"][-1][0] == 332
+
+
 @pytest.mark.parametrize("loss", ["store", "bookkeeping"])
 def test_rebuild_after_losing_the_store_or_the_bookkeeping(runs: Path, empty_store: Path, loss: str) -> None:
     run = make_run(runs, rows=300)
@@ -228,7 +264,7 @@ def test_rebuild_after_losing_the_store_or_the_bookkeeping(runs: Path, empty_sto
     else:
         (run / "mlflow.json").unlink()
         client(run).delete_run(active_runs(run)[0].info.run_id)
-    assert mlflow_view.main([str(run)]) == 0
+    rebuild(run)
     assert curves_in_mlflow(run) == curves_in_log(run, total=300)
 
 
@@ -285,8 +321,21 @@ def test_unreachable_server_costs_one_warning_and_no_time(
     assert time.monotonic() - started < 5
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert f"python -m twinrl.tracking.mlflow_view {run}" in record.getMessage()
+    assert f"twinrl publish {run}" in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_silent_server_costs_one_short_wait(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(store.IMPATIENT, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    run = make_run(runs, rows=10)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        view = MLflowView(run, uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        store.failures()
+        started = time.monotonic()
+        assert not view.publish_through(runlog_length(run))
+    assert time.monotonic() - started < 5
 
 
 def test_locked_database_costs_one_warning_and_is_caught_up(
@@ -322,18 +371,21 @@ def test_broken_database_and_unwritable_place_do_not_raise(runs: Path, tmp_path:
     run = make_run(runs, rows=10)
     (tmp_path / "broken.db").write_text("this is no database, and long enough to be taken for one" * 100)
     (tmp_path / "file").touch()
+    other = make_run(runs, rows=10, seed=1)
+    (other / "config.yaml").write_text("a: [")
+    assert not MLflowView(other).close()
     for place in ("broken.db", "file/mlflow.db"):
         assert not MLflowView(run, uri=f"sqlite:///{tmp_path / place}").close()
 
 
-def test_commands_say_what_is_wrong(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_say_what_is_wrong(runs: Path) -> None:
     with pytest.raises(InputError, match=r"has no log\.jsonl"):
         publish(runs / "absent")
     run = make_run(runs, rows=10)
     with pytest.raises(InputError, match="MLflow cannot be reached"):
         publish(run, tracking_uri=f"http://127.0.0.1:{closed_port()}")
-    assert mlflow_view.main([str(runs / "absent")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(InputError, match=r"No such file"):
+        rebuild(runs / "absent")
     with pytest.raises(ValueError, match="status"):
         MLflowView(run).close("DONE")
 

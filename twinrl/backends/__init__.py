@@ -20,6 +20,7 @@ from twinrl.backends.dit import DiT
 from twinrl.backends.embedding import NetworkConfig, Spec
 from twinrl.backends.mlp import MLP
 from twinrl.backends.unet import UNet
+from twinrl.config import resolve
 from twinrl.data.source import Source
 from twinrl.draws import generator
 
@@ -39,7 +40,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "unet": UNet}
 
 
 def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module:
-    """The network that ``config`` describes, sized for ``source``, with initial weights that depend on ``seed`` alone.
+    """The network that ``config`` describes, sized for ``source``; ``seed`` alone decides its initial weights.
 
     Arguments:
         config: an instance of ``NETWORKS[kind].Config``.
@@ -49,7 +50,8 @@ def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module
     kind: str = config.kind  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, "network weights").initial_seed())
-        return NETWORKS[kind](config, spec_of(source))
+        network: nn.Module = resolve(NETWORKS, kind, "network")(config, spec_of(source))
+        return network
 
 
 def spec_of(source: Source) -> Spec:

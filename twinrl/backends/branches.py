@@ -8,14 +8,12 @@ from torch import Tensor, nn
 from twinrl.conditions import Condition
 
 
-def tells_branches_apart(
-    network: nn.Module, latent_shape: tuple[int, int, int], condition: Condition
-) -> bool:
+def tells_branches_apart(network: nn.Module, latent_shape: tuple[int, int, int], condition: Condition) -> bool:
     """Whether ``network`` can answer (t, t) and (−t, −t) differently for some values of its parameters.
 
     A network that sees only |t|, or only t − r, cannot: its Δv is zero for ever and TwinFlow silently does
-    nothing. Initial values do not decide it (a sign embedding starts at zero), so the parameters of a copy are
-    perturbed at random and its outputs compared.
+    nothing. Initial values do not decide it (a sign embedding starts at zero), so the parameters of a copy
+    are perturbed at random and its outputs compared.
 
     Arguments:
         network: ``F(x, t, r, condition)``; left untouched.

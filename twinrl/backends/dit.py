@@ -69,7 +69,7 @@ class DiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a perceptron, each shifted, scaled and gated by the conditioning; the identity at first."""
+    """Attention, then a perceptron, each modulated and gated by the conditioning; the identity at first."""
 
     def __init__(self, config: DiT.Config):
         super().__init__()
@@ -79,9 +79,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.qkv = nn.Linear(width, 3 * width)
         self.merge = nn.Linear(width, width)
-        self.perceptron = nn.Sequential(
-            nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width)
-        )
+        self.perceptron = nn.Sequential(nn.Linear(width, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, width))
 
     def forward(self, tokens: Tensor, told: Tensor) -> Tensor:
         """Tokens (B, L, width) and conditioning (B, 1, condition_width) → tokens."""

@@ -1,9 +1,9 @@
 """What every lab network shares: how times, their sign and the condition become one vector.
 
-The contract of a network is ``F(x_t, t, r, c)`` with t in [−1, 1] (negative = fake branch) and |r| ≤ |t|. It has
-to tell (t, t) from (−t, −t), and at r = t ≥ 0 it must equal the flow-matching teacher it was initialised from.
-So three embeddings are added: of the noise level |t|; of |r|, *scaled by* (|t| − |r|), zero at r = t; and of the
-sign, zero for t ≥ 0. The last two start at zero, so that they enter only as they are learnt.
+The contract of a network is ``F(x_t, t, r, c)`` with t in [−1, 1] (negative = fake branch) and |r| ≤ |t|. It
+has to tell (t, t) from (−t, −t), and at r = t ≥ 0 it must equal the flow-matching teacher it was initialised
+from. So three embeddings are added: of the noise level |t|; of |r|, *scaled by* (|t| − |r|), zero at r = t; and
+of the sign, zero for t ≥ 0. The last two start at zero, so that they enter only as they are learnt.
 """
 
 import math
@@ -28,7 +28,7 @@ class Spec:
     Attributes:
         latent_shape: (C, H, W) of x_t.
         text_width: D of a ``{"text": (B, D)}`` condition; None without one.
-        classes: K of a ``{"label": (B,)}`` condition, whose empty condition ∅ is the label K; None without one.
+        classes: K of a ``{"label": (B,)}`` condition, None without one; the empty condition ∅ is the label K.
     """
 
     latent_shape: tuple[int, int, int]
@@ -49,15 +49,21 @@ class Spec:
         raise ValueError(f"a condition needs an entry 'text' or 'label', got {sorted(condition)}")
 
 
-def sinusoids(value_b: Tensor, width: int, lowest: float = 0.5, highest: float = 16.0) -> Tensor:
-    """(B,) values in [0, 1] → (B, width) cosines and sines, always computed and returned in float32.
+def at_least_single(value_b: Tensor) -> Tensor:
+    """Times in float32, or in float64 if that is what they are: half precision cannot tell t from t − Δ."""
+    return value_b.to(torch.promote_types(value_b.dtype, torch.float32))
 
-    Frequencies are geometric, from ``lowest`` to ``highest`` periods per unit. The highest stays low because the
-    RCGM target differentiates the network over Δt = 0.01, where fast sinusoids would be amplified.
+
+def sinusoids(value_b: Tensor, width: int, lowest: float = 0.5, highest: float = 16.0) -> Tensor:
+    """(B,) values in [0, 1] → (B, width) cosines and sines, computed and returned in at least float32.
+
+    Frequencies are geometric, from ``lowest`` to ``highest`` periods per unit. The highest stays low because
+    the RCGM target differentiates the network over Δt = 0.01, where fast sinusoids would be amplified.
     """
-    octaves = torch.linspace(0, 1, width // 2, dtype=torch.float32, device=value_b.device)
+    value_b = at_least_single(value_b)
+    octaves = torch.linspace(0, 1, width // 2, dtype=value_b.dtype, device=value_b.device)
     frequency = 2 * math.pi * lowest * (highest / lowest) ** octaves
-    angle = value_b.float()[:, None] * frequency
+    angle = value_b[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
@@ -75,25 +81,24 @@ class TimeEmbedding(nn.Module):
         self.level = _perceptron(frequencies, width)
         self.second = _perceptron(frequencies, width)
         self.sign = nn.Parameter(torch.zeros(width))
-        last = self.second[-1]
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in self.second[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, t_b: Tensor, r_b: Tensor) -> Tensor:
-        """``t_b`` in [−1, 1], negative = fake branch, and ``r_b`` with |r| ≤ |t| → (B, width) in float32."""
+        """``t_b`` in [−1, 1], negative = fake branch, and ``r_b`` with |r| ≤ |t| → (B, width) in the weights' dtype."""
         with torch.autocast(t_b.device.type, enabled=False):
-            t, r = t_b.float().abs(), r_b.float().abs()
-            level = self.level(sinusoids(t, self.frequencies))
-            second = self.second(sinusoids(r, self.frequencies)) * (t - r)[:, None]
-            sign = (t_b < 0).float()[:, None] * self.sign
+            t, r, dtype = at_least_single(t_b).abs(), at_least_single(r_b).abs(), self.sign.dtype
+            level = self.level(sinusoids(t, self.frequencies).to(dtype))
+            second = self.second(sinusoids(r, self.frequencies).to(dtype)) * (t - r).to(dtype)[:, None]
+            sign = (t_b < 0).to(dtype)[:, None] * self.sign
             return level + second + sign
 
 
 class ConditionEmbedding(nn.Module):
     """``{"text": (B, D)}`` or ``{"label": (B,)}`` → (B, width); the label K is the empty condition ∅.
 
-    Text is normalised to unit variance first, so the scale of the text encoder does not matter; the zero vector,
-    the lab's empty condition, stays zero.
+    Text is normalised to unit variance first, so the scale of the text encoder does not matter; the zero
+    vector, the lab's empty condition, stays zero.
     """
 
     def __init__(self, spec: Spec, width: int):
@@ -108,11 +113,12 @@ class ConditionEmbedding(nn.Module):
             raise ValueError("the spec names neither a text width nor a number of classes")
 
     def forward(self, condition: Condition) -> Tensor:
+        """A condition of B rows → (B, width)."""
         return self.text(condition["text"]) if hasattr(self, "text") else self.label(condition["label"])
 
 
 class Conditioning(nn.Module):
-    """Times and condition as one vector (B, width), after a nonlinearity; what the blocks are modulated by."""
+    """Times and condition as one vector (B, width), which modulates the blocks."""
 
     def __init__(self, spec: Spec, width: int):
         super().__init__()
@@ -121,6 +127,7 @@ class Conditioning(nn.Module):
         self.mix = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU())
 
     def forward(self, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
+        """Times (B,), negative = fake branch, and a condition of B rows → (B, width)."""
         return self.mix(self.time(t_b, r_b) + self.condition(condition))
 
 
@@ -130,7 +137,7 @@ def gaussian_velocity(x_t: Tensor, t_b: Tensor) -> Tensor:
     Networks add it to their output: latents have unit variance, so they start from the best linear guess and
     need not learn to pass noise through (as the preconditioning of EDM, arXiv:2206.00364).
     """
-    t = t_b.float().abs()
+    t = at_least_single(t_b).abs()
     return like((2 * t - 1) / (t**2 + (1 - t) ** 2), x_t) * x_t
 
 

@@ -35,8 +35,9 @@ class MLP(nn.Module):
         self.conditioning = Conditioning(spec, config.condition_width)
         self.enter = nn.Linear(size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.leave = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, size))
-        nn.init.zeros_(self.leave[-1].weight)
+        self.norm = nn.LayerNorm(config.width)
+        self.leave = nn.Linear(config.width, size)
+        nn.init.zeros_(self.leave.weight)
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
         """``F(x_t, t, r, c)``: latents (B, C, H, W), t in [−1, 1], |r| ≤ |t| → velocity (B, C, H, W)."""
@@ -44,11 +45,11 @@ class MLP(nn.Module):
         hidden = self.enter(x_bchw.flatten(1))
         for block in self.blocks:
             hidden = block(hidden, told)
-        return self.leave(hidden).view_as(x_bchw) + gaussian_velocity(x_bchw, t_b)
+        return self.leave(self.norm(hidden)).view_as(x_bchw) + gaussian_velocity(x_bchw, t_b)
 
 
 class Block(nn.Module):
-    """``h + W₂·SiLU((1 + scale)·W₁·LayerNorm(h) + shift)``, with scale and shift linear in the conditioning."""
+    """``h + W₂·SiLU((1 + scale)·W₁·LayerNorm(h) + shift)``; scale and shift are linear in the conditioning."""
 
     def __init__(self, config: MLP.Config):
         super().__init__()

@@ -1,6 +1,6 @@
 """``twinrl doctor``: what this machine has, and what the configuration's keys mean."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from twinrl.terms import TERMS
 from twinrl.terms.losses import LOSSES
 from twinrl.tracking import environment
 
-COMPONENTS = {
+COMPONENTS: dict[str, Mapping[str, Any]] = {
     "model.network": NETWORKS, "terms.<name>": TERMS, "terms.<name>.loss": LOSSES, "optim": OPTIMIZERS,
     "lr_policy": LR_POLICIES,
 }  # fmt: skip
@@ -30,9 +30,7 @@ def doctor(show_schema: bool, console: Console) -> int:
         return 0
     described = environment.describe()
     console.print(f"python {described['python']}, {described['platform']}")
-    console.print(
-        "packages: " + ", ".join(f"{name} {version}" for name, version in described["packages"].items())
-    )
+    console.print("packages: " + ", ".join(f"{name} {version}" for name, version in described["packages"].items()))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     console.print(f"device: {', '.join(gpus) or 'cpu'}, {torch.get_num_threads()} threads")
     console.print(f"cache: {cache_dir()} ({_size(cache_dir())})")
@@ -56,7 +54,7 @@ def print_schema(console: Console) -> None:
         for kind, cls in registry.items():
             table.add_section()
             table.add_row(f"[bold]{where}: kind {kind}[/]", "", (cls.__doc__ or "").split("\n")[0])
-            for key, default, meaning in keys(cls.Config):  # type: ignore[attr-defined]
+            for key, default, meaning in keys(cls.Config):
                 if key != "kind":
                     table.add_row(f"  {key}", default, meaning)
     console.print(table)

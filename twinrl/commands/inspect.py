@@ -10,6 +10,7 @@ from torch import nn
 from twinrl import assembly, checkpoints, draws
 from twinrl.commands.train import judge
 from twinrl.data.source import Source
+from twinrl.errors import InputError
 from twinrl.evaluation.grids import diversity_grid, sample_grid
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
@@ -25,14 +26,21 @@ def load(path: Path, step: int | None = None) -> tuple[RunConfig, RunDirectory, 
     """
     run = RunDirectory(path)
     settings = run.settings()
-    folder = run.newest_checkpoint() if step is None else run.checkpoints / checkpoints.folder_of(step)
-    tensors = checkpoints.load(folder).tensors
+    folder = run.newest_checkpoint() if step is None else _checkpoint_of(run, step)
+    weights = checkpoints.load(folder).judged
     device = assembly.device_of(settings)
     source = assembly.load_source(settings, device)
     network = assembly.new_network(settings, source)
-    weights = tensors.get("ema", tensors["student"])
     checkpoints.load_module(network, {name: t.float() for name, t in weights.items()}, str(folder))
     return settings, run, source, network.to(device).eval()
+
+
+def _checkpoint_of(run: RunDirectory, step: int) -> Path:
+    folder = run.checkpoints / checkpoints.folder_of(step)
+    if folder not in (found := checkpoints.available(run.checkpoints)):
+        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
+        raise InputError(f"{run.path} has no checkpoint of step {step}", expected=f"one of {steps}" if steps else None)
+    return folder
 
 
 def sample(
@@ -43,19 +51,18 @@ def sample(
     device = next(network.parameters()).device
     noise = draws.normal((n, *source.latent_shape), seed, "sample").to(device)
     rows = []
-    for prompt in prompts or [
-        f"{name}" for name in source.prompts(torch.arange(len(source.classes)), seed, 0)
-    ]:
+    for prompt in prompts or [f"{name}" for name in source.prompts(torch.arange(len(source.classes)), seed, 0)]:
         z = draw(network, noise, source.condition([prompt] * n), few_step(nfe), seed=seed)
         rows.append((prompt, source.decode(z).detach()))
     if len(rows) == 1:
         picture = diversity_grid(rows[0][1], rows[0][0], nfe=nfe)
     else:
-        picture = sample_grid(
-            torch.stack([r for _, r in rows]), [p for p, _ in rows], title=f"{path.name}, {nfe} NFE"
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+        picture = sample_grid(torch.stack([r for _, r in rows]), [p for p, _ in rows], title=f"{path.name}, {nfe} NFE")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(out)
+    except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
+        raise InputError(f"{out} cannot be written", got=error, fix="name a .png file in a writable folder") from error
     console.print(f"samples: {out}")
     return 0
 

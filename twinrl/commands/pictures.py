@@ -1,14 +1,16 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.evaluation import EvaluationConfig, Protocol
 from twinrl.runs import RunDirectory
-from twinrl.sampling import few_step
+from twinrl.sampling import few_step, sample
 
 
 class Validator:
@@ -23,15 +25,21 @@ class Validator:
         self.protocol, self.run = protocol, run
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
-        metrics = self.protocol.evaluate(network)
-        images = save_grid(
-            self.protocol, network, 1, self.run.samples / f"step-{step:08d}.png", f"step {step:,}"
-        )
-        torch.save(_as_bytes(images[:, 0]), self._snapshot(step))
+        metrics = self.protocol.evaluate(in_single_precision(network))
+        self.save_snapshot(network, step)
         return metrics
 
-    def _snapshot(self, step: int) -> Path:
-        return self.run.samples / f"step-{step:08d}.pt"
+    def save_snapshot(self, network: nn.Module, step: int) -> None:
+        """The one-step grid of ``step`` as a picture, and one sample of each class for the picture over training."""
+        path = self.run.samples / f"step-{step:08d}.png"
+        images = save_grid(self.protocol, in_single_precision(network), 1, path, f"step {step:,}")
+        save_file({"pixels": _as_bytes(images[:, 0])}, path.with_suffix(".safetensors"))
+
+
+def in_single_precision(network: nn.Module) -> nn.Module:
+    """The network if it is in float32, as the protocol's inputs are; else a copy that is."""
+    single = all(p.dtype == torch.float32 for p in network.parameters())
+    return network if single else deepcopy(network).float()
 
 
 def save_grid(protocol: Protocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
@@ -48,23 +56,40 @@ def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, settin
     paths = [run.samples / f"final-{nfe}nfe.png" for nfe in settings.nfe]
     for nfe, path in zip(settings.nfe, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
+    save_diversity(protocol, network, settings.nfe[0], run.samples / "diversity.png")
     save_over_training(run, protocol.source.classes)
     save_curves(run, protocol)
     return paths[0]
+
+
+def save_diversity(protocol: Protocol, network: nn.Module, nfe: int, path: Path, label: int = 3, n: int = 40) -> None:
+    """One prompt, other noise: whether the student still varies."""
+    from twinrl.evaluation.grids import diversity_grid
+
+    prompt = protocol.grid_prompts()[label]
+    condition = protocol.source.condition([prompt] * n)
+    z = sample(network, protocol.noise(n, "evaluation diversity"), condition, few_step(nfe))
+    diversity_grid(protocol.source.decode(z).detach(), prompt, nfe=nfe).save(path)
+
+
+def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
+    """Where the formulation evaluates the student: t against r, coloured by sign (experimental)."""
+    from twinrl.evaluation import figures
+
+    figures.save(figures.time_scatter(*times), path)
 
 
 def save_over_training(run: RunDirectory, classes: tuple[str, ...], most: int = 10) -> None:
     """``samples/over-training.png``: one sample of each class at up to ``most`` validations, noise fixed."""
     from twinrl.evaluation.grids import training_grid
 
-    files = sorted(run.samples.glob("step-*.pt"))
+    files = sorted(run.samples.glob("step-*.safetensors"))
     if not files:
         return
     chosen = [
-        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))]
-        for i in range(min(most, len(files)))
+        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
     ]
-    snapshots = [torch.load(file, weights_only=True).float() / 127.5 - 1 for file in chosen]
+    snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
     steps = [int(file.stem.removeprefix("step-")) for file in chosen]
     training_grid(snapshots, steps, list(classes)).save(run.samples / "over-training.png")
 
@@ -79,4 +104,4 @@ def save_curves(run: RunDirectory, protocol: Protocol) -> None:
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()

@@ -22,8 +22,13 @@ from twinrl.tracking.mlflow_view import MLflowView
 SHOWN = {names.VAL_QUALITY: "quality", names.val("fd", 1): "fd", names.val("accuracy", 1): "accuracy"}
 
 
+EVENTS_SHOWN = 3
+
+
 class ConsoleObserver:
-    """A progress bar with the running loss, one line for each validation and each event.
+    """A progress bar with the running loss, one line for each validation and each of the first events.
+
+    Where the console is not a terminal (a file, a batch system's log), ten lines over the run stand in for the bar.
 
     Arguments:
         console: where to write.
@@ -31,7 +36,8 @@ class ConsoleObserver:
     """
 
     def __init__(self, console: Console, steps: int, done: int):
-        self.console, self.average = console, math.nan
+        self.console, self.average, self.events = console, math.nan, 0
+        self.steps = steps
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console,
@@ -51,6 +57,8 @@ class ConsoleObserver:
         loss = row[names.LOSS_TOTAL]
         self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
         self.progress.update(self.task, completed=row["step"], loss=f"loss {self.average:.4f}")
+        if not self.console.is_terminal and row["step"] % max(1, self.steps // 10) == 0:
+            self.progress.console.print(f"step {row['step']:>6} of {self.steps}  loss {self.average:.4f}")
         if names.VAL_QUALITY in row:
             shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in SHOWN.items() if name in row)
             self.progress.console.print(f"step {row['step']:>6}  at 1 NFE: {shown}")
@@ -59,7 +67,10 @@ class ConsoleObserver:
         """Nothing to show."""
 
     def after_event(self, event: Event) -> None:
-        self.progress.console.print(f"[bold red]event[/] {event.kind}: {event.message}")
+        self.events += 1
+        if self.events <= EVENTS_SHOWN:
+            last = "; further events are in events.jsonl alone" if self.events == EVENTS_SHOWN else ""
+            self.progress.console.print(f"[bold red]event[/] {event.kind}: {event.message}{last}")
 
 
 class MLflowObserver:

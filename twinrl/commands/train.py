@@ -13,6 +13,7 @@ from twinrl import assembly
 from twinrl.commands import pictures
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
 from twinrl.data.source import Source
+from twinrl.errors import InputError
 from twinrl.evaluation import FinalTable, Protocol, final_table
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
@@ -26,9 +27,18 @@ FAILED, INTERRUPTED = 1, 130
 def train(settings: RunConfig, fresh: bool, console: Console) -> int:
     """Start a new run and train it to its end; the exit code."""
     run = RunDirectory(settings.directory)
+    if not fresh:
+        run.refuse_existing()
+    device, source = _machine_and_data(settings)  # before the directory, so that bad input leaves no half-made run
     run.start(settings, fresh)
-    console.print(f"run directory [bold]{run.path}[/]")
-    return _continue(settings, run, console)
+    with run.locked():
+        try:
+            trainer = _trainer(settings, run, source, device)
+        except InputError:
+            run.discard()
+            raise
+        console.print(f"run directory [bold]{run.path}[/]")
+        return _continue(trainer, console)
 
 
 def resume(path: Path, console: Console) -> int:
@@ -38,18 +48,32 @@ def resume(path: Path, console: Console) -> int:
     if (result := run.result) is not None:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
-    return _continue(settings, run, console)
+    with run.locked():
+        device, source = _machine_and_data(settings)
+        return _continue(_trainer(settings, run, source, device), console)
 
 
-def _continue(settings: RunConfig, run: RunDirectory, console: Console) -> int:
+def _machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
+    """Device and data source; the number of threads is set on the way."""
     if settings.machine.threads:
         torch.set_num_threads(settings.machine.threads)
     device = assembly.device_of(settings)
-    source = assembly.load_source(settings, device)
+    return device, assembly.load_source(settings, device)
+
+
+def _trainer(settings: RunConfig, run: RunDirectory, source: Source, device: torch.device) -> Trainer:
+    """The trainer in the state of the newest checkpoint, or at the start."""
     validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device), run)
     trainer = Trainer(settings, run, source, device, validator)
     trainer.resume()
-    view = _view(settings, run)
+    return trainer
+
+
+def _continue(trainer: Trainer, console: Console) -> int:
+    if trainer.step == 0:
+        trainer.validate.save_snapshot(trainer.objective.teacher.best, 0)
+        pictures.save_times(trainer.times(), trainer.run.samples / "times.png")
+    view = _view(trainer.settings, trainer.run)
     outcome = _train(trainer, view, console)
     return _conclude(trainer, outcome, view, console)
 
@@ -125,7 +149,7 @@ def judge(
     device = next(network.parameters()).device
     with console.status("judging samples of the student and its teacher on the test split"):
         protocol = Protocol(source, settings.evaluation, "test", device)
-        network = network.float()
+        network = pictures.in_single_precision(network)
         from_teacher = settings.train.init == "teacher"
         teacher = assembly.pretrained_teacher(settings, source, device) if from_teacher else None
         table = final_table(protocol, network, teacher)

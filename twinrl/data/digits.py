@@ -1,8 +1,9 @@
 """Real handwritten digits from inside scikit-learn: images, splits and captions. Nothing is downloaded.
 
-The 1797 images of ``sklearn.datasets.load_digits`` (UCI optical recognition of handwritten digits, 8×8 pixels,
-17 grey levels) are sampled smoothly at 32×32. 997 training images are too few for a generative model, so the
-training split also holds mildly warped variants of each; validation and test hold real, unwarped images only.
+The 1797 images of ``sklearn.datasets.load_digits`` (UCI optical recognition of handwritten digits, 8×8
+pixels, 17 grey levels) are sampled smoothly at 32×32. 997 training images are too few for a generative model,
+so the training split also holds mildly warped variants of each; validation and test hold real, unwarped images
+only.
 """
 
 import math

@@ -79,7 +79,7 @@ class FinalTable:
             "NFE",
             "Fréchet distance",
             "− floor",
-            "KID ×10³",
+            "kernel distance",
             "precision",
             "recall",
             "judge accuracy",
@@ -92,7 +92,7 @@ class FinalTable:
     def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
         fd, kid, accuracy = metrics["fd"], metrics["kid"].value, metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
-        return [_show(fd, 3), f"{fd.value - self.floor:.3f}", f"{1000 * kid:.2f}", *plain, _show(accuracy, 3)]
+        return [_show(fd, 3), f"{fd.value - self.floor:.3f}", f"{kid:.3g}", *plain, _show(accuracy, 3)]
 
     def _caption(self) -> str:
         repeats = f"mean over {self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise"

@@ -1,20 +1,20 @@
 """The lab's CLIP: a tiny open_clip model for captions of digits, and the preference models made from it.
 
-``lab_clip`` (plain CLIP) also provides the text embedding that conditions the flow. ``lab_hps`` is the same model
-fine-tuned on preferences, as HPSv2 was (arXiv:2306.09341); ``lab_judge`` is trained apart, with another seed and
-width, and kept out of training. All score by the plain cosine, which is differentiable in the pixels.
+``lab_clip`` (plain CLIP) also provides the text embedding that conditions the flow. ``lab_hps`` is the same
+model fine-tuned on preferences, as HPSv2 was (arXiv:2306.09341); ``lab_judge`` is trained apart, with another
+seed and width, and kept out of training. All score by the plain cosine, which is differentiable in the pixels.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, one_hot, softplus
+from torch.nn.functional import cross_entropy, log_softmax, one_hot, pad, softplus
 
 from twinrl.compat import ensure_torchvision
-from twinrl.data.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, all_captions, captions
+from twinrl.data.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
+from twinrl.data.source import Split
 from twinrl.draws import generator
 from twinrl.lab.degrade import Degrade
 from twinrl.lab.training import Recipe, fit
@@ -85,7 +85,7 @@ class Clip(nn.Module):
         return torch.stack([self._text_cache[prompt] for prompt in prompts])
 
     def forward(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Cosine of image and prompt: pixels (B, 3, 32, 32) in [−1, 1] and B prompts → (B,) in [−1, 1]."""
+        """Cosines of pixels (B, 3, 32, 32) in [−1, 1] and B prompts → (B,) in [−1, 1]."""
         return (self.image_embedding(pixels) * self.cached_text_embedding(prompts)).sum(dim=-1)
 
     def freeze(self) -> "Clip":
@@ -98,29 +98,20 @@ class Clip(nn.Module):
         return cast("Clip", super()._apply(fn, recurse))
 
 
-@dataclass(frozen=True)
-class Captioned:
-    """Training images (N, 3, 32, 32) in [−1, 1] with their class labels (N,)."""
-
-    pixels: Tensor
-    labels: Tensor
-
-
-def train_clip(clip: Clip, data: Captioned, recipe: Recipe, tick: Callable[[], None]) -> None:
+def train_clip(clip: Clip, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:
     """Train ``clip`` in place on image–caption pairs, contrastively between classes."""
 
     def loss(step: int) -> Tensor:
-        rows = recipe.rows(len(data.labels), step)
-        images = clip.image_embedding(_jitter(data.pixels[rows], recipe.seed, step))
-        return _contrastive(clip, images, data.labels[rows], recipe.seed, step)
+        rows = recipe.rows(len(data), step)
+        x = _noisy(_shifted(data.pixels[rows], recipe.seed, step), recipe.seed, step)
+        images = clip.image_embedding(x)
+        return _contrastive(_scale(clip) * images @ _class_texts(clip, recipe.seed, step).T, data.labels[rows])
 
     fit(clip.parameters(), loss, recipe, tick)
     clip.freeze()
 
 
-def train_preference(
-    clip: Clip, data: Captioned, degrade: Degrade, recipe: Recipe, tick: Callable[[], None]
-) -> None:
+def train_preference(clip: Clip, data: Split, degrade: Degrade, recipe: Recipe, tick: Callable[[], None]) -> None:
     """Fine-tune ``clip`` in place to prefer clean over degraded images of the same prompt (Bradley–Terry).
 
     The contrastive loss stays, so that the score still says whether image and prompt agree.
@@ -128,26 +119,35 @@ def train_preference(
     clip.requires_grad_(True).train()
 
     def loss(step: int) -> Tensor:
-        rows = recipe.rows(len(data.labels), step)
-        x, labels = data.pixels[rows], data.labels[rows]
+        rows = recipe.rows(len(data), step)
+        x, labels = _shifted(data.pixels[rows], recipe.seed, step), data.labels[rows]
         worse = degrade(x, labels, generator(recipe.seed, "degradation", step))
-        clean, degraded = clip.image_embedding(torch.cat([x, worse])).chunk(2)
-        text = clip.text_embedding(captions(labels, recipe.seed, step))
-        margin = clip.clip.logit_scale.exp() * ((clean - degraded) * text).sum(dim=-1)
-        return softplus(-margin).mean() + _contrastive(clip, clean, labels, recipe.seed, step)
+        images = clip.image_embedding(torch.cat([x, worse]))
+        logits = _scale(clip) * images @ _class_texts(clip, recipe.seed, step).T  # (2B, 10)
+        clean, degraded = logits.chunk(2)
+        margin = (clean - degraded).gather(1, labels[:, None])
+        return softplus(-margin).mean() + _contrastive(clean, labels)
 
     fit(clip.parameters(), loss, recipe, tick)
     clip.freeze()
 
 
-def _contrastive(clip: Clip, images: Tensor, labels: Tensor, seed: int, step: int) -> Tensor:
-    """Images against one caption of each class, in both directions; unit vectors (B, D) and labels (B,).
-
-    All images of a class are positives of its caption, as a batch holds many of the ten classes' images.
-    """
+def _class_texts(clip: Clip, seed: int, step: int) -> Tensor:
+    """Unit embeddings (10, 64) of one keyed caption of each class."""
     prompts = captions(torch.arange(len(CLASSES)), seed, step)
-    text = clip.clip.encode_text(_hide_words(clip.tokenizer, prompts, seed, step), normalize=True)
-    logits = clip.clip.logit_scale.exp().clamp(max=100) * images @ text.T  # (B, 10)
+    return clip.clip.encode_text(_hide_words(clip.tokenizer, prompts, seed, step), normalize=True)
+
+
+def _scale(clip: Clip) -> Tensor:
+    """The learnt inverse temperature, at most 100 as in CLIP."""
+    return clip.clip.logit_scale.exp().clamp(max=100)
+
+
+def _contrastive(logits: Tensor, labels: Tensor) -> Tensor:
+    """Scaled cosines (B, 10) of images and one caption of each class against labels (B,), in both directions.
+
+    All images of a class are positives of its caption, as a batch holds several of each class.
+    """
     positive = one_hot(labels, len(CLASSES)).float()
     of_caption = (log_softmax(logits, dim=0) * positive).sum(dim=0) / positive.sum(dim=0).clamp(min=1)
     return (cross_entropy(logits, labels) - of_caption.mean() / 4) / 2
@@ -162,9 +162,21 @@ def _hide_words(tokenizer: WordTokenizer, prompts: Sequence[str], seed: int, ste
     return tokens.masked_fill(hideable & chosen, tokenizer.unknown)
 
 
-def _jitter(x: Tensor, seed: int, step: int) -> Tensor:
-    """Weak keyed pixel noise, a different strength for each image, against overfitting."""
-    draw = generator(seed, "jitter", step)
+def _shifted(x: Tensor, seed: int, step: int) -> Tensor:
+    """Keyed shifts of up to 2 pixels each way, another one for each eighth of the batch.
+
+    Without them the image tower learns the 997 scans by heart.
+    """
+    corners = torch.randint(5, (8, 2), generator=generator(seed, "shift", step)).tolist()
+    parts = pad(x, (2, 2, 2, 2), mode="replicate").chunk(8)
+    side = x.shape[-1]
+    moved = [part[..., i : i + side, j : j + side] for part, (i, j) in zip(parts, corners, strict=False)]
+    return torch.cat(moved)
+
+
+def _noisy(x: Tensor, seed: int, step: int) -> Tensor:
+    """Weak keyed pixel noise, of another strength for each image."""
+    draw = generator(seed, "noise", step)
     return x + 0.15 * torch.rand((len(x), 1, 1, 1), generator=draw) * torch.randn(x.shape, generator=draw)
 
 
@@ -175,14 +187,5 @@ def _open_clip(width: int, layers: int, vocabulary: int) -> Any:
     return CLIP(
         embed_dim=EMBEDDING,
         vision_cfg=CLIPVisionCfg(layers=layers, width=width, head_width=32, patch_size=8, image_size=32),
-        text_cfg=CLIPTextCfg(
-            context_length=CONTEXT, vocab_size=vocabulary, width=width, heads=width // 32, layers=2
-        ),
+        text_cfg=CLIPTextCfg(context_length=CONTEXT, vocab_size=vocabulary, width=width, heads=width // 32, layers=2),
     )
-
-
-def warm_text_cache(clip: Clip) -> None:
-    """Embed every caption of the lab once."""
-    for templates in (TEMPLATES, HELD_OUT_TEMPLATES):
-        flat: Iterable[str] = [text for texts in all_captions(templates) for text in texts]
-        clip.cached_text_embedding(list(flat))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from twinrl.draws import generator
+from twinrl.data.source import Split
+from twinrl.draws import normal
 from twinrl.lab.training import Recipe, fit
 
 FEATURES = 64
@@ -34,10 +34,9 @@ class DigitJudge(nn.Module):
             nn.GroupNorm(8, 64),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Dropout(0.2),
             nn.Linear(64 * 4 * 4, FEATURES),
         )
-        self.head = nn.Sequential(nn.SiLU(), nn.Dropout(0.2), nn.Linear(FEATURES, _CLASSES))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(FEATURES, _CLASSES))
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, 32, 32) in [−1, 1] → (B, 64) features."""
@@ -48,18 +47,19 @@ class DigitJudge(nn.Module):
         return self.head(self.trunk(pixels))
 
 
-def train_judge(pixels: Tensor, labels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> DigitJudge:
-    """A judge trained on ``pixels`` (N, 3, 32, 32) with labels (N,), with label smoothing and pixel noise.
+def train_judge(judge: DigitJudge, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:
+    """Train ``judge`` in place, with label smoothing and noise on pixels and features.
 
     Smoothing and noise keep its features from separating training images from new ones.
     """
-    torch.manual_seed(recipe.seed)
-    judge = DigitJudge()
 
     def loss(step: int) -> Tensor:
-        rows = recipe.rows(len(pixels), step)
-        noise = torch.randn(pixels[rows].shape, generator=generator(recipe.seed, "judge noise", step))
-        return cross_entropy(judge.logits(pixels[rows] + 0.1 * noise), labels[rows], label_smoothing=0.1)
+        rows = recipe.rows(len(data), step)
+        x = data.pixels[rows]
+        noisy = x + 0.1 * normal(tuple(x.shape), recipe.seed, "judge pixels", step)
+        features = judge.features(noisy)
+        features = features + 0.5 * normal(tuple(features.shape), recipe.seed, "judge features", step)
+        return cross_entropy(judge.head(features), data.labels[rows], label_smoothing=0.1)
 
     fit(judge.parameters(), loss, recipe, tick)
-    return judge.eval().requires_grad_(False)
+    judge.eval().requires_grad_(False)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from twinrl.conditions import Condition
 from twinrl.draws import normal, shuffled_rows, uniform
+from twinrl.lab.training import seeded
 from twinrl.transport import interpolate, velocity
 
 ConditionOf = Callable[[Tensor, int], Condition]
@@ -54,9 +56,7 @@ class FlowData:
     empty: Condition
 
 
-def pretrain(
-    network: nn.Module, data: FlowData, recipe: Pretraining, tick: Callable[[], None]
-) -> Mapping[str, Tensor]:
+def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Callable[[], None]) -> Mapping[str, Tensor]:
     """Train ``network`` (in place) to predict ``z − x`` at (x_t, t, t) and return its averaged state dict.
 
     Arguments:
@@ -90,9 +90,9 @@ def flow_matching_loss(network: nn.Module, data: FlowData, recipe: Pretraining, 
     """Mean of ``‖F(x_t, t, t, c) − (z − x)‖²`` over a keyed batch, t ~ U(0, 1), c = ∅ for some rows."""
     rows = shuffled_rows(len(data.labels), recipe.batch, recipe.seed, step)
     x = data.latents[rows]
-    t = uniform((recipe.batch,), recipe.seed, "pretraining time", step)
-    z = normal(tuple(x.shape), recipe.seed, "pretraining noise", step)
-    dropped = uniform((recipe.batch,), recipe.seed, "pretraining dropout", step) < recipe.dropout
+    t = uniform((recipe.batch,), recipe.seed, "pretraining time", step).to(x)
+    z = normal(tuple(x.shape), recipe.seed, "pretraining noise", step).to(x)
+    dropped = uniform((recipe.batch,), recipe.seed, "pretraining dropout", step).to(x) < recipe.dropout
     condition = _drop(data.condition(data.labels[rows], step), data.empty, dropped)
     return (network(interpolate(x, z, t), t, t, condition) - velocity(x, z)).square().mean()
 
@@ -118,8 +118,7 @@ def fresh(network: nn.Module, seed: int) -> nn.Module:
         network: keeps its constructor's arguments as ``config`` and ``spec``.
         seed: of the weights; the global random state is left untouched.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return type(network)(network.config, network.spec)
 
 
@@ -129,9 +128,9 @@ def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) 
 
     *When to use*: to measure a teacher; students and guidance are sampled by ``twinrl.sampling``.
     """
-    x, times = z, torch.linspace(1, 0, steps + 1)
-    for t, following in zip(times[:-1], times[1:], strict=True):
-        t_b = t.expand(len(x)).to(x.device)
+    x, times = z, torch.linspace(1, 0, steps + 1).tolist()
+    for t, following in pairwise(times):
+        t_b = torch.full((len(x),), t, device=x.device)
         x = x - (t - following) * network(x, t_b, t_b, condition)
     return x
 

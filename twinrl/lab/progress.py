@@ -2,16 +2,36 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-Stage = Callable[[str, float], Callable[[], None]]
-"""(name of the stage, cost of one of its steps) → what to call after each step."""
+
+class Stage(Protocol):
+    """Announces a stage of the build."""
+
+    def __call__(self, name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
+        """What to call after each of the stage's steps.
+
+        Arguments:
+            name: shown beside the bar while the stage runs.
+            cost: of one step, in the units of the bar's total.
+            steps: after which the name disappears; None where no other stage follows or runs beside it.
+        """
+        ...
+
+
+class InterruptedBuildError(Exception):
+    """The build was given up elsewhere; raised in stages that are still running."""
 
 
 @contextmanager
 def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
-    """A bar over ``total`` units of cost that names the current stage; drawn on standard error.
+    """A bar over ``total`` units of cost that names the running stages; drawn on standard error.
+
+    When the block ends, by an error or the keyboard too, stages still running in other threads are interrupted
+    at their next step.
 
     Arguments:
         title: what is being built.
@@ -19,17 +39,30 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
         shown: False for silence.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console(), disable=not shown, transient=True) as bar:
+    left: dict[str, int | None] = {}  # steps, by name of the stage
+    ended = False
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
         task = bar.add_task(title, total=total)
 
-        def stage(name: str, cost: float) -> Callable[[], None]:
-            bar.update(task, description=f"{title}: {name}")
-            return lambda: bar.advance(task, cost)
+        def describe() -> None:
+            running = ", ".join(name for name, steps in list(left.items()) if steps != 0)
+            bar.update(task, description=f"{title}: {running}")
 
-        yield stage
+        def stage(name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
+            left[name] = steps
+            describe()
+            return lambda: tick(name, cost)
 
+        def tick(name: str, cost: float) -> None:
+            if ended:
+                raise InterruptedBuildError
+            steps = left[name]
+            left[name] = None if steps is None else steps - 1
+            bar.advance(task, cost)
+            if left[name] == 0:
+                describe()
 
-def _console() -> object:
-    from rich.console import Console
-
-    return Console(stderr=True)
+        try:
+            yield stage
+        finally:
+            ended = True

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from twinrl.conditions import Condition
 from twinrl.data.digits import CLASSES, captions
-from twinrl.data.source import Split
-from twinrl.lab.clip import EMBEDDING, Clip
-from twinrl.lab.judge import DigitJudge
-from twinrl.lab.vae import LATENT_SHAPE, Codec
+from twinrl.data.source import Judge, Scorer, Split
+from twinrl.lab.clip import EMBEDDING
+from twinrl.lab.models import Models
+from twinrl.lab.vae import LATENT_SHAPE
 
 Teachers = Callable[["Lab", nn.Module, str], Mapping[str, Tensor]]
 """(lab, network, architecture key) → state dict of the pretrained network."""
@@ -23,37 +23,37 @@ class Lab:
         content_hash: of everything below.
         splits: ``train``, ``validation``, ``test``.
         latents: of each split, normalised, (N, 4, 8, 8).
-        codec: between pixels and normalised latents.
-        judge: classifier.
-        clip, hps, preference_judge: the scorers ``lab_clip``, ``lab_hps`` and, held out, ``lab_judge``.
+        models: codec, judge and scorers.
         teachers: where teachers come from.
     """
 
-    name = "digits"
-    latent_shape = LATENT_SHAPE
-    classes = CLASSES
-    held_out = frozenset({"lab_judge"})
+    name: str = "digits"
+    latent_shape: tuple[int, int, int] = LATENT_SHAPE
+    classes: tuple[str, ...] = CLASSES
+    held_out: frozenset[str] = frozenset({"lab_judge"})
+    judge: Judge
+    scorers: Mapping[str, Scorer]
 
     def __init__(
         self,
         content_hash: str,
         splits: Mapping[str, Split],
         latents: Mapping[str, Tensor],
-        codec: Codec,
-        judge: DigitJudge,
-        clip: Clip,
-        hps: Clip,
-        preference_judge: Clip,
+        models: Models,
         teachers: Teachers,
     ):
         self.content_hash = content_hash
         self.train, self.validation, self.test = (splits[n] for n in ("train", "validation", "test"))
-        self.judge = judge
-        self.scorers = {"lab_clip": clip, "lab_hps": hps, "lab_judge": preference_judge}
+        self.judge = models.judge
+        self.clip = models.clip
+        self.scorers = {
+            "lab_clip": models.clip,
+            "lab_hps": models.hps,
+            "lab_judge": models.preference_judge,
+        }
         self.device = "cpu"
+        self._models = models
         self._latents = dict(latents)
-        self._codec = codec
-        self._clip = clip
         self._teachers = teachers
 
     def latents(self, split: str) -> Tensor:
@@ -62,40 +62,45 @@ class Lab:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, 32, 32) in [−1, 1] → normalised latents (B, 4, 8, 8); differentiable."""
-        return self._codec.encode(pixels)
+        return self._models.codec.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, 4, 8, 8) → pixels (B, 3, 32, 32), not clamped; differentiable."""
-        return self._codec.decode(latents)
+        return self._models.codec.decode(latents)
 
     def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
-        """One caption for each label, template drawn by (seed, step); from the held-out templates if asked."""
+        """One caption for each label, template drawn by (seed, step); from held-out templates if asked."""
         return captions(labels, seed, step, held_out)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """``{"text": (B, 64)}``: the lab CLIP's unit text embeddings, the same for a prompt in every batch."""
-        return {"text": self._clip.cached_text_embedding(prompts)}
+        return {"text": self.clip.cached_text_embedding(prompts)}
 
     def null_condition(self, n: int) -> Condition:
         """∅: n zero vectors, which no prompt's unit embedding can be."""
-        return {"text": torch.zeros(n, EMBEDDING, device=self.device)}
+        return empty_text(n, self.device)
 
     def teacher_weights(self, network: nn.Module, key: str) -> Mapping[str, Tensor]:
         """State dict of a flow-matching teacher of ``network``'s architecture, on the lab's device.
 
         The default network's teacher belongs to the lab; another one is pretrained on first use (minutes) and
-        cached under the lab's content hash and ``key`` (see ``twinrl.backends.network_key``). Neither the weights
-        of ``network`` nor the global random state matter, and both are left untouched.
+        cached under the lab's content hash and ``key`` (see ``twinrl.backends.network_key``). Neither the
+        weights of ``network`` nor the global random state matter, and both are left untouched.
 
         Raises:
-            InputError: the cached file is damaged, or was made for another architecture under the same key.
+            InputError: the cached file is damaged.
         """
         return {name: value.to(self.device) for name, value in self._teachers(self, network, key).items()}
 
     def to(self, device: str) -> "Lab":
         """Codec, judge, scorers and latents on ``device``, in place; the splits' pixels stay where they are."""
         self.device = device
-        for model in (self._codec, self.judge, *self.scorers.values()):
+        for model in self._models.named().values():
             model.to(device)
         self._latents = {split: value.to(device) for split, value in self._latents.items()}
         return self
+
+
+def empty_text(n: int, device: torch.device | str) -> dict[str, Tensor]:
+    """n rows of the empty condition ∅."""
+    return {"text": torch.zeros(n, EMBEDDING, device=device)}

@@ -26,17 +26,15 @@ def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> 
         for name in sorted(tensors[group]):
             value = tensors[group][name].detach().cpu().contiguous()
             digest.update(f"{group}/{name}/{value.dtype}/{tuple(value.shape)}".encode())
-            digest.update(
-                value.view(torch.uint8).numpy() if value.dim() else value[None].view(torch.uint8).numpy()
-            )
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def publish(path: Path, write: Callable[[Path], None]) -> None:
-    """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; others see all or nothing.
+    """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; all or nothing.
 
-    Processes that want the same path wait for the first one. What a killed process leaves behind is a temporary
-    folder beside ``path``; its lock dies with it.
+    Processes that want the same path wait for the first one. A killed process leaves a temporary folder beside
+    ``path``, which the next one removes; its lock dies with it.
     """
     if path.exists():
         return
@@ -44,7 +42,9 @@ def publish(path: Path, write: Callable[[Path], None]) -> None:
     with FileLock(path.parent / f".{path.name}.lock"):
         if path.exists():
             return
-        workshop = Path(tempfile.mkdtemp(dir=path.parent, prefix=".building-"))
+        for abandoned in path.parent.glob(f".building-{path.name}-*"):
+            shutil.rmtree(abandoned)
+        workshop = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".building-{path.name}-"))
         try:
             write(workshop / path.name)
             (workshop / path.name).rename(path)

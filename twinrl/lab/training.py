@@ -1,6 +1,7 @@
 """The one optimisation loop behind all models of the lab."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,17 @@ class Recipe:
         return shuffled_rows(n, self.batch, self.seed, step)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's global CPU generator starts from ``seed``; afterwards it is as it was before.
+
+    *When to use*: for initial weights, which layers draw from the global generator.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
 def fit(
     parameters: Iterable[nn.Parameter],
     loss: Callable[[int], Tensor],
@@ -51,9 +63,7 @@ def fit(
     Raises:
         FloatingPointError: the last loss is not finite.
     """
-    optimizer = torch.optim.AdamW(
-        parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
         max_lr=recipe.lr,

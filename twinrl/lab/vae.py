@@ -1,10 +1,11 @@
 """The lab's autoencoder: a small, true latent space with a true round-trip error.
 
 A diffusers ``AutoencoderKL`` that halves 32×32 images twice: 4×8×8 latents. The flow lives in *normalised*
-latents, posterior means shifted and scaled per channel to zero mean and unit variance over the training split.
+latents: posterior means, shifted and scaled per channel to zero mean and unit variance over the training split.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,14 @@ from twinrl.lab.training import Recipe, fit
 
 LATENT_SHAPE = (4, 8, 8)
 _CHANNELS = (8, 16, 32)
-_KL_WEIGHT = 2e-4
+_KL_WEIGHT = 1e-6
 _CHUNK = 256  # rows encoded or decoded at once
 
 
 class Codec(nn.Module):
     """Encoder and decoder between pixels and normalised latents; deterministic, differentiable."""
 
+    vae: Any
     mean: Tensor
     std: Tensor
 
@@ -50,21 +52,19 @@ class Codec(nn.Module):
         return torch.cat([self.decode(chunk) for chunk in latents.split(_CHUNK)])
 
 
-def train_codec(pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> Codec:
-    """A codec for images like ``pixels`` (N, 3, 32, 32) in [−1, 1], its normalisation measured on them."""
-    torch.manual_seed(recipe.seed)
-    codec = Codec()
+def train_codec(codec: Codec, pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> None:
+    """Train ``codec`` in place on ``pixels`` (N, 3, 32, 32) in [−1, 1]; its normalisation is measured there."""
 
     def loss(step: int) -> Tensor:
         return _evidence_loss(codec.vae, pixels[recipe.rows(len(pixels), step)], recipe.seed, step)
 
     fit(codec.parameters(), loss, recipe, tick)
     _normalise(codec, pixels)
-    return codec.eval().requires_grad_(False)
+    codec.eval().requires_grad_(False)
 
 
-def _evidence_loss(vae: nn.Module, x: Tensor, seed: int, step: int) -> Tensor:
-    """Mean absolute and squared reconstruction error plus a small KL term, from one keyed posterior sample."""
+def _evidence_loss(vae: Any, x: Tensor, seed: int, step: int) -> Tensor:
+    """Mean absolute plus squared error of one keyed posterior sample's image, plus a small KL term."""
     posterior = vae.encode(x).latent_dist
     noise = normal(tuple(posterior.mean.shape), seed, "posterior", step)
     error = vae.decode(posterior.mean + posterior.std * noise).sample - x
@@ -78,7 +78,7 @@ def _normalise(codec: Codec, pixels: Tensor) -> None:
     codec.std.copy_(raw.std(dim=(0, 2, 3), keepdim=True))
 
 
-def _autoencoder() -> nn.Module:
+def _autoencoder() -> Any:
     ensure_torchvision()
     from diffusers import AutoencoderKL
 

@@ -9,7 +9,7 @@ difference of scores, which :mod:`twinrl.terms.rectify` descends.
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from twinrl.branches import Rows
@@ -35,10 +35,21 @@ class Adversarial(Term):
         path_noise: Literal["rows", "sample"] = Field(
             "rows", description="z': the rows' noise, or the noise that made the sample"
         )
-        time: Literal["rows", "uniform"] = Field(
-            "rows", description="the rows' t, or a uniform one of its own"
-        )
+        time: Literal["rows", "uniform"] = Field("rows", description="the rows' t, or a uniform one of its own")
         time_range: tuple[float, float] = Field((0.01, 0.99), description="limits of a uniform time")
+
+        @model_validator(mode="after")
+        def _ordered(self) -> "Adversarial.Config":
+            low, high = self.time_range
+            if not 0 <= low < high <= 1:
+                raise ValueError(f"time_range {self.time_range} is no range; expected 0 ≤ lo < hi ≤ 1")
+            return self
+
+    @property
+    def _point(self) -> str:
+        """Terms that make their sample, path or time otherwise are evaluated elsewhere."""
+        made = (self.config.sample, self.config.path_noise, self.config.time, *self.config.time_range)
+        return f"fake {' '.join(map(str, made))}"
 
     def _noise(self, rows: Rows) -> Tensor:
         return rows.z if self.config.sample == "shared" else rows.normal("fake sample")
@@ -61,7 +72,7 @@ class Adversarial(Term):
 
     def query(self, rows: Rows, ctx: Context) -> Query:
         t, x_f = self._time(rows), self._sample(rows, ctx)
-        return Query("fake", interpolate(x_f, self._path_noise(rows), t), -t, -t, rows.c, clean=x_f)
+        return Query(self._point, interpolate(x_f, self._path_noise(rows), t), -t, -t, rows.c, clean=x_f)
 
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
         assert query.clean is not None

@@ -46,9 +46,7 @@ class Barron:
     class Config(Settings):
         kind: Literal["barron"] = "barron"
         alpha: float = Field(1.0, lt=2, description="shape α < 2; 1 is the Charbonnier-like case")
-        c: float = Field(
-            1e-3, gt=0, description="scale below which the loss is quadratic, in units of velocity"
-        )
+        c: float = Field(1e-3, gt=0, description="scale below which the loss is quadratic, in units of velocity")
         max_ratio: float | None = Field(
             None,
             gt=0,

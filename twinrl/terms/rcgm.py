@@ -106,7 +106,7 @@ class OneStepConsistency(Base):
     """
 
     class Config(RCGMConfig):
-        kind: Literal["one_step_consistency"] = "one_step_consistency"  # type: ignore[assignment]
+        kind: Literal["one_step_consistency"] = "one_step_consistency"
 
     def query(self, rows: Rows, ctx: Context) -> Query:
         return one_step(rows)

@@ -19,12 +19,8 @@ class RealVelocity(Term):
 
     class Config(TermConfig):
         kind: Literal["real_velocity"] = "real_velocity"
-        point: Literal["instant", "own"] = Field(
-            "instant", description="evaluate at (x_t, t, t) or at (x_t, t, r)"
-        )
-        target: Literal["enhanced", "path"] = Field(
-            "enhanced", description="v* with guidance, or the path's z − x"
-        )
+        point: Literal["instant", "own"] = Field("instant", description="evaluate at (x_t, t, t) or at (x_t, t, r)")
+        target: Literal["enhanced", "path"] = Field("enhanced", description="v* with guidance, or the path's z − x")
 
     def query(self, rows: Rows, ctx: Context) -> Query:
         return own(rows) if self.config.point == "own" else instant(rows)

@@ -31,9 +31,7 @@ class Rectify(Term):
 
     class Config(TermConfig):
         kind: Literal["rectify"] = "rectify"
-        point: Literal["one_step", "own"] = Field(
-            "one_step", description="correct F(z, 1, 0), or F at (x_t, t, r)"
-        )
+        point: Literal["one_step", "own"] = Field("one_step", description="correct F(z, 1, 0), or F at (x_t, t, r)")
         clamp: float | None = Field(None, gt=0, description="bound of Δv, per element; null = none")
         score_weight: bool = Field(False, description="multiply Δv by (1−τ)/τ: the difference of scores")
 

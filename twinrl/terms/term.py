@@ -8,7 +8,7 @@ A term is one small class in one file. It never calls the student for its predic
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from pydantic import Field
@@ -16,10 +16,13 @@ from torch import Tensor
 
 from twinrl.branches import BRANCHES, Rows
 from twinrl.conditions import Condition
-from twinrl.config import Settings, component
+from twinrl.config import Settings, build, component
 from twinrl.terms.losses import LOSSES, time_weight
 
-LossConfig = component(LOSSES, "loss")
+if TYPE_CHECKING:
+    LossConfig: TypeAlias = Any
+else:
+    LossConfig = component(LOSSES, "loss")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class TermConfig(Settings):
 
     branches: tuple[str, ...] = Field(("any",), min_length=1, description="branches whose rows the term sees")
     weight: float = Field(1.0, ge=0, description="factor of the term in the total loss")
-    loss: LossConfig = Field(default="l2", validate_default=True, description="per-sample loss: l2 or barron")  # type: ignore[valid-type]
+    loss: LossConfig = Field(default="l2", validate_default=True, description="per-sample loss: l2 or barron")
     time_weight: bool = Field(False, description="weight rows by tan((1 − (|t| − |r|))·π/2.5) + 1")
     mean_over: Literal["rows", "batch"] = Field(
         "rows", description="divide the sum by the term's own rows, or by the rows of the whole batch"
@@ -115,7 +118,7 @@ class Term(ABC):
     row_loss: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row_loss", LOSSES[self.config.loss.kind](self.config.loss))
+        object.__setattr__(self, "row_loss", build(LOSSES, self.config.loss, "loss"))
 
     @abstractmethod
     def query(self, rows: Rows, ctx: Context) -> Query:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from twinrl.errors import InputError
 from twinrl.tracking import store
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Point
@@ -17,7 +18,7 @@ POINTS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_NAME_CHARACTERS = 250
 PARAM_VALUE_CHARACTERS = 6000
-FILES = ("config.yaml", "env.json", "samples/*.png", "figures/*.png")
+FILES = ("config.yaml", "env.json", "events.jsonl", "samples/*.png", "figures/*.png")
 NOTE = (
     "Curves are thinned to few points each, and every spike is kept. `nonfinite/<name>` counts the "
     "values that were nan or infinite. The time axis counts training time. The exact numbers are in "
@@ -108,13 +109,14 @@ class MlflowRun:
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
                 self._client.log_artifact(self.id, str(path), None if folder == "." else folder)
-                self._log_step_image(path)
+                if folder == "samples":
+                    self._log_step_image(path)
                 self._sent[path] = modified
 
     def _log_step_image(self, path: Path) -> None:
-        """Show an image whose name ends in a step also in the charts' step slider, once."""
+        """Show a grid whose name ends in its step also among the charts, with a slider over the steps, once."""
         match = re.fullmatch(r"(?P<name>.*?)[-_]?(?:step)?[-_]?(?P<step>\d+)", path.stem)
-        if not match or path.suffix != ".png":
+        if not match:
             return
         if self._images is None:
             self._images = {Path(file.path).name for file in self._client.list_artifacts(self.id, "images")}
@@ -132,9 +134,16 @@ class MlflowRun:
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration of a run; empty where there is none."""
+    """The resolved configuration of a run; empty where there is none.
+
+    Raises:
+        InputError: the file is not YAML.
+    """
     path = run_dir / "config.yaml"
-    config = yaml.safe_load(path.read_text()) if path.exists() else None
+    try:
+        config = yaml.safe_load(path.read_text()) if path.exists() else None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML", got=error, fix="restore the resolved configuration") from error
     return config if isinstance(config, dict) else {}
 
 

@@ -31,6 +31,7 @@ class State:
         published: bytes of the log that are certainly in MLflow.
         claimed: bytes of the log that may be in MLflow.
         claim: fingerprint of the log's last rows before ``claimed``.
+        status: how the run ended, for a rebuild; None while it goes on.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class State:
     published: int = 0
     claimed: int = 0
     claim: str = ""
+    status: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "State":
@@ -84,16 +86,21 @@ class State:
 
     def start_over(self, replaces: bool = True) -> None:
         """Ask for a new, empty MLflow run; if it ``replaces`` the present one, that will be deleted."""
-        self.superseded = self.run_id if replaces else None
+        self.superseded = (self.run_id or self.superseded) if replaces else None
         self.key, self.run_id = uuid.uuid4().hex, None
         self.published = self.claimed = 0
         self.save()
 
     def attach(self, run_id: str, fresh: bool) -> None:
         """Publish to ``run_id`` from now on; a ``fresh`` run holds nothing yet."""
-        self.run_id, self.superseded = run_id, None
+        self.run_id, self.superseded, self.status = run_id, None, None
         if fresh:
             self.published = self.claimed = 0
+        self.save()
+
+    def conclude(self, status: str) -> None:
+        """Note how the run ended."""
+        self.status = status
         self.save()
 
     def fits(self, log: Path) -> bool:

@@ -4,7 +4,7 @@ Nothing is logged to MLflow directly. The view reads rows that a checkpoint has 
 their thinned curves (:mod:`twinrl.tracking.thinning`), so a resumed run has neither gap nor repeat, and the
 view can be thrown away and built again from the run directory alone::
 
-    python -m twinrl.tracking.mlflow_view runs/<run>
+    twinrl publish runs/<run>
 
 *Why repeating is safe.* The points depend on the log alone, and so do their timestamps (the run's start plus
 the training seconds in the rows); MLflow stores equal points once. ``mlflow.json`` in the run directory says
@@ -15,8 +15,9 @@ noticed, and the MLflow run replaced.
 
 import logging
 import os
-import sys
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from twinrl.tracking.mlflow_run import MlflowRun, read_config
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Thinner
 
-REBUILD_COMMAND = "python -m twinrl.tracking.mlflow_view {run_dir}"
+REBUILD_COMMAND = "twinrl publish {run_dir}"
 FINAL = ("FINISHED", "FAILED", "KILLED")
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,8 @@ class Publisher:
 
     def __init__(self, run_dir: Path, uri: str, state: State):
         self._log = run_dir / runlog.LOG_NAME
+        self._uri = uri
         self._state = state
-        if not state.fits(self._log):
-            state.start_over()
         self._run = MlflowRun(run_dir, uri, state)
         self._thinner = Thinner(state.total)
         for row in runlog.rows(self._log, stop=state.published):
@@ -54,6 +54,7 @@ class Publisher:
 
     def advance(self, offset: int) -> None:
         """Publish the rows that end at or before byte ``offset`` of the log, and new files."""
+        store.probe(self._uri)
         self._state.announce(self._log, offset)
         points = []
         for row in runlog.rows(self._log, start=self._state.published, stop=offset):
@@ -62,9 +63,10 @@ class Publisher:
         self._run.log_files()
         self._state.advance(offset)
 
-    def finish(self, status: str) -> None:
-        """Publish what the open bucket holds, unless the run is to go on (KILLED), and end the MLflow run."""
-        if status != "KILLED":
+    def finish(self, status: str, to_the_last: bool = True) -> None:
+        """End the MLflow run; ``to_the_last`` publishes what the open bucket holds before."""
+        self._state.conclude(status)
+        if to_the_last:
             self._run.log_points(self._thinner.flush())
         self._run.finish(status, self._thinner.seconds)
 
@@ -136,20 +138,23 @@ class MLflowView:
                 self._publisher = self._publisher or _open(self._dir, *self._aim)
                 self._publisher.advance(_length(self._dir) if offset is None else offset)
                 if status:
-                    self._publisher.finish(status)
+                    self._publisher.finish(status, to_the_last=status != "KILLED")
         except failures as error:
-            self._note_failure(error)
+            self._note_failure(error, status)
             return False
         self._failures_in_a_row = 0
         return True
 
-    def _note_failure(self, error: Exception) -> None:
+    def _note_failure(self, error: Exception, status: str | None) -> None:
         """Warn the first time, drop the connection, and pause for twice as many calls as the last time."""
         self._publisher = None
+        if status:
+            with suppress(OSError, InputError):  # only a rebuild would want to know
+                State.load(self._dir).conclude(status)
         self._calls_to_skip = 2**self._failures_in_a_row - 1
         self._failures_in_a_row += 1
         if not self._warned:
-            command = REBUILD_COMMAND.format(run_dir=self._dir)
+            command = REBUILD_COMMAND.format(run_dir=shlex.quote(str(self._dir)))
             logger.warning("MLflow is away (%s); training goes on. Build the view later: %s", brief(error), command)
             self._warned = True
 
@@ -176,18 +181,18 @@ def publish(
 def rebuild(run_dir: str | os.PathLike[str], tracking_uri: str | None = None) -> str:
     """Replace the MLflow run of ``run_dir`` by a new one made from the run directory; returns its id.
 
-    Experiment, tags and store are those of the run's last publication. The old run is marked as deleted.
+    Experiment, tags, store and final status are those of the last publication, also of one that failed. The
+    old run is marked as deleted.
 
     Raises:
         InputError: there is no log, or MLflow cannot be reached.
     """
     folder = Path(run_dir)
     rows = _rows(folder)
+    done = bool(rows) and rows[-1]["iteration"] + 1 >= planned(folder)
     state = State.load(folder)
-    state.total = planned(folder)
     state.start_over()
-    done = bool(rows) and rows[-1]["iteration"] + 1 >= state.total
-    return _publish(folder, tracking_uri, None, {}, "FINISHED" if done else "KILLED")
+    return _publish(folder, tracking_uri, None, {}, state.status or ("FINISHED" if done else "KILLED"))
 
 
 def _publish(
@@ -213,6 +218,8 @@ def _open(
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = State.load(folder)
+    if not state.fits(folder / runlog.LOG_NAME):
+        state.start_over()
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
     state.aim(where, experiment, {name: str(tag) for name, tag in tags.items()}, total or planned(folder))
@@ -232,18 +239,6 @@ def brief(error: Exception) -> str:
     return f"{lines[0]:.160}" if lines else type(error).__name__
 
 
-def main(arguments: list[str]) -> int:
-    """``python -m twinrl.tracking.mlflow_view RUN_DIR [STORE_URI]``: rebuild the view of one run."""
-    try:
-        if len(arguments) not in (1, 2):
-            raise InputError("which run?", expected="RUN_DIR [STORE_URI]")
-        print(f"MLflow run {rebuild(*arguments)}")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
 def _rows(folder: Path) -> list[dict[str, Any]]:
     return runlog.read(folder / runlog.LOG_NAME)
 
@@ -258,7 +253,3 @@ def _length(folder: Path) -> int:
         return (folder / runlog.LOG_NAME).stat().st_size
     except OSError as error:
         raise InputError(f"{folder} has no {runlog.LOG_NAME}", fix="name a run directory") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -75,7 +75,7 @@ def connect(uri: str) -> Any:
     Raises:
         one of :func:`failures`: the store is away, locked, not writable or of another MLflow version.
     """
-    _probe(uri)
+    probe(uri)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
@@ -83,7 +83,7 @@ def connect(uri: str) -> Any:
         return mlflow.MlflowClient(tracking_uri=uri)
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """Raise OSError or sqlite3.Error within seconds if a database store is out of reach or locked."""
     if database := sqlite_path(uri):
         database.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ MLflow's job runner, which would need four times that, is switched off.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,9 +72,9 @@ class Server:
             except OSError:
                 time.sleep(0.2)
         self._stderr.seek(0)
-        last_words = self._stderr.read().decode(errors="replace").strip().splitlines()
+        complaint = _last_complaint(self._stderr.read().decode(errors="replace"))
         self.stop()
-        raise InputError("the MLflow server did not start", got=last_words[-1] if last_words else "no answer")
+        raise InputError("the MLflow server did not start", got=complaint)
 
     def wait(self) -> int:
         """Wait until the server ends by itself; its exit status."""
@@ -103,6 +104,12 @@ def _command(store_uri: str, host: str, port: int) -> list[str]:
     if database := store.sqlite_path(store_uri):
         options["--artifacts-destination"] = str(database.resolve().parent / store.ARTIFACTS_NAME)
     return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+
+
+def _last_complaint(output: str) -> str:
+    """The last line of a server's output that names an error, else the last line."""
+    lines = output.strip().splitlines() or ["no answer"]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[-1])
 
 
 def available_port(wanted: int, host: str = LOOPBACK) -> int:

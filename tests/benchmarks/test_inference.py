@@ -1,0 +1,56 @@
+"""The inference bench: which lines it has, what it calls, and both ways to start it. No assertion about time."""
+
+import json
+
+import inference
+import pytest
+from rich.console import Console
+
+from tests.fake_source import FakeSource, register, small
+from twinrl import assembly
+from twinrl.commands import bench
+from twinrl.commands.train import train
+
+TINY = ("model.network={kind: unet, width: 8}", "data.source=mnist", "train.init=random", "evaluation.teacher_steps=3")
+
+
+def test_lines_and_network_calls(tmp_path):
+    source = FakeSource()
+    network = assembly.new_network(small(tmp_path), source).eval()
+    rows = []
+    network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    lines = bench.measure(network, source, (1, 2), teacher_steps=5, rounds=3)
+    assert [(line.name, line.nfe) for line in lines] == [
+        ("1 NFE", 1), ("2 NFE", 2), ("teacher, Euler", 5), (bench.DECODE, 0),
+    ]  # fmt: skip
+    calls = 4 * (1 + 2 + 5)  # an untimed round and three timed ones
+    assert rows.count(1) == rows.count(10) == calls
+    assert all(0 < line.latency.median <= line.latency.p95 for line in lines)
+    assert lines[0].throughput == 10 / lines[0].batch.median
+
+
+def test_the_script_on_a_fresh_network(tmp_path, without_digits):
+    out = tmp_path / "inference"
+    inference.main(["tutorial", *TINY, "--rounds", "2", "--out", str(out)])
+    result = json.loads(out.with_suffix(".json").read_text())
+    assert list(result["lines"]) == ["1 NFE", "2 NFE", "4 NFE", "teacher, Euler", bench.DECODE]
+    assert result["lines"]["teacher, Euler"]["nfe"] == 3
+    assert out.with_suffix(".md").read_text().count("\n|") == 7
+
+
+@pytest.mark.parametrize("way", ["command", "script"])
+def test_both_ways_on_a_run(way, tmp_path, monkeypatch):
+    register(monkeypatch)
+    monkeypatch.setattr(assembly, "pretrained_teacher", lambda *_: None)
+    settings = small(tmp_path, "train.steps=2", "train.init=random")
+    console = Console(record=True, width=200)
+    assert train(settings, fresh=False, console=console) == 0
+    if way == "command":
+        assert bench.bench(settings.directory, 2, None, console) == 0
+        assert "latency, batch 1" in console.export_text()
+        lines = json.loads((settings.directory / "bench.json").read_text())
+    else:
+        inference.main([str(settings.directory), "--rounds", "2", "--out", str(tmp_path / "out")])
+        lines = json.loads((tmp_path / "out.json").read_text())["lines"]
+    assert list(lines) == ["1 NFE", "teacher, Euler", bench.DECODE]
+    assert all(line["throughput"] > 0 for line in lines.values())

@@ -1,0 +1,431 @@
+"""The command line: what is wrong is one line and exit code 2, help is quick and teaches, MLflow may be away."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fake_source import SMALL, FakeSource, register
+from twinrl import cli
+from twinrl.commands.progress import ConsoleObserver
+from twinrl.data import SOURCES
+from twinrl.runs import RunDirectory
+from twinrl.tracking import names, runlog
+
+TWINFLOW = ("train", "twinflow", *SMALL)
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working folder, the fake source under the name digits, threads as before afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
+    register(monkeypatch)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+class Result:
+    """Exit code and output of ``twinrl …``."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def twinrl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the command line in this process, through its entry point."""
+
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["twinrl", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        return Result(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return run
+
+
+def the_run(folder: Path = Path("runs")) -> RunDirectory:
+    (path,) = folder.glob("*-s*")
+    return RunDirectory(path)
+
+
+def refused(result: Result, *words: str) -> None:
+    """One line on stderr with all ``words``, exit code 2, no traceback."""
+    assert result.code == 2, result.err
+    assert result.err.startswith("twinrl: ")
+    assert result.err.count("\n") == 1, result.err
+    assert [word for word in words if word not in result.err] == [], result.err
+
+
+# --- bad input, nothing trained yet ------------------------------------------------------------------------
+
+BAD = {
+    "unknown key": (["optim.lrr=1"], ["unknown key optim.lrr", "did you mean lr?"]),
+    "unknown section": (["evaluatoin.n=3"], ["unknown key evaluatoin", "did you mean evaluation?"]),
+    "unknown key of a term": (["terms.rectify.clampp=1"], ["unknown key terms.rectify.clampp", "did you mean clamp?"]),
+    "unknown term": (["terms.recify={}"], ["terms.recify", "unknown term 'recify'", "rectify"]),
+    "unknown network": (["model.network=mpl"], ["model.network", "unknown network 'mpl'", "mlp"]),
+    "wrong type": (["train.steps=many"], ["train.steps", "valid integer", "got 'many'"]),
+    "wrong type of a section": (["train=5"], ["train", "got 5"]),
+    "out of range": (["optim.lr=-1"], ["optim.lr", "greater than 0", "got -1"]),
+    "not a choice": (["train.precision=fp8"], ["train.precision", "'bf16'", "got 'fp8'"]),
+    "no terms": (["terms={base: null, adversarial: null, rectify: null}"], ["terms"]),
+    "batch too small": (["train.batch=3"], ["train.batch is too small", "gets no row", "3 rows", "fix: raise"]),
+    "live teacher": (["teacher.kind=live"], ["collapse", "fix: teacher.kind=ema", "teacher.allow_live=true"]),
+    "branch that the mix lacks": (["branches.adv=0"], ["terms.adversarial.branches", "branch adv"]),
+    "no assignment": (["train.steps"], ["override 'train.steps'", "expected key.path=value"]),
+    "malformed value": (["train.steps=[1"], ["override 'train.steps=[1'", "malformed"]),
+    "no such device": (["machine.device=tpu7"], ["machine.device 'tpu7'", "fix: use auto or cpu"]),
+    "a GPU that is not there": (["machine.device=cuda:77"], ["machine.device 'cuda:77'", "got ", "fix: "]),
+    "sizes that do not fit": (["model.network={kind: dit, patch: 3}"], ["model.network", "patch 3", "fix: "]),
+    "no sign": (["model.network={kind: unsigned}"], ["unsigned", "fix: embed the sign of t"]),
+    "start from nothing": (["train.init=runs/none"], ["train.init", "runs/none", "expected teacher"]),
+    "unwritable folder": (["run.dir=file/runs"], ["run directory file/runs/", "Not a directory", "fix: set run.dir"]),
+    "bad name": (["name=a/b"], ["name", "got 'a/b'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(twinrl: Any, case: str) -> None:
+    Path("file").touch()
+    overrides, words = BAD[case]
+    refused(twinrl(*TWINFLOW, *overrides), *words)
+    assert not list(Path().glob("runs/*"))  # nothing half made in the way of the next try
+
+
+def test_unknown_preset(twinrl: Any) -> None:
+    refused(twinrl("train", "twinflw"), "no preset or file 'twinflw'", "did you mean twinflow?")
+    refused(twinrl("train", "absent.yaml"), "absent.yaml", "use a preset", "twinflow")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("train: [1", ["own.yaml is not valid YAML", "line 1"]),
+        ("- 1\n- 2\n", ["own.yaml is not a mapping", "got list", "expected key: value lines"]),
+        ("seed: 1\nseed: 2\n", ["own.yaml", "seed twice", "line 1"]),
+        ("\ttrain: 1\n", ["own.yaml is not valid YAML"]),
+        ("extends: nothing\n", ["no preset or file 'nothing'"]),
+        ("extends: own.yaml\n", ["circle"]),
+        ("seed: 3\n", ["terms is empty", "see the presets"]),
+        ("", ["own.yaml"]),
+    ],
+)
+def test_malformed_files(twinrl: Any, content: str, words: list[str]) -> None:
+    Path("own.yaml").write_text(content)
+    refused(twinrl("train", "own.yaml"), *words)
+
+
+def test_files_that_are_no_text(twinrl: Any) -> None:
+    Path("own.yaml").write_bytes(b"\xff\xfe\x00")
+    refused(twinrl("train", "own.yaml"), "own.yaml")
+    Path("folder.yaml").mkdir()
+    refused(twinrl("train", "folder.yaml"), "folder.yaml", "Is a directory")
+
+
+def test_missing_data(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinrl.data import mnist_files
+
+    monkeypatch.setattr(mnist_files, "MIRRORS", ("http://127.0.0.1:9/",))
+    refused(twinrl(*TWINFLOW, "data.source=mnist", "data.root=none"), "MNIST", "none", "fix: ")
+    assert not list(Path().glob("runs/*"))
+
+
+@pytest.mark.parametrize("command", ["resume", "sample", "evaluate", "publish"])
+@pytest.mark.parametrize("path", ["absent", "."])
+def test_not_a_run_directory(twinrl: Any, command: str, path: str) -> None:
+    refused(twinrl(command, path), path, "run directory")
+
+
+# --- a run and what can be wrong with it ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interrupted run of 12 steps with its checkpoints at 5 and 7."""
+    from rich.console import Console
+
+    from tests.fake_source import small
+    from twinrl.commands.train import train
+
+    settings = small(tmp_path_factory.mktemp("template") / "runs")
+    shown, digits = ConsoleObserver.after_step, SOURCES["digits"]
+
+    def press(self: ConsoleObserver, row: dict[str, Any]) -> None:
+        shown(self, row)
+        if row["step"] == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    SOURCES["digits"], ConsoleObserver.after_step = lambda root: FakeSource(), press  # type: ignore[method-assign]
+    try:
+        assert train(settings, False, Console(file=open(os.devnull, "w"))) == 130  # noqa: SIM115
+    finally:
+        SOURCES["digits"], ConsoleObserver.after_step = digits, shown  # type: ignore[method-assign]
+    return settings.directory
+
+
+@pytest.fixture
+def interrupted(template: Path) -> RunDirectory:
+    """A copy of the interrupted run, in the working folder."""
+    shutil.copytree(template, Path("runs") / template.name)
+    return the_run()
+
+
+def test_interrupted_run_is_resumed_to_its_end(twinrl: Any, interrupted: RunDirectory) -> None:
+    refused(twinrl(*TWINFLOW), "begun and not finished", f"`twinrl resume {interrupted.path}`", "--fresh")
+    done = twinrl("resume", str(interrupted.path))
+    assert done.code == 0
+    assert "resuming at step 7" in done.out
+    assert "final-1nfe.png" in done.out
+    assert [row["iteration"] for row in runlog.read(interrupted.log)] == list(range(12))
+    assert interrupted.result is not None
+    assert interrupted.result["status"] == "finished"
+
+    again = twinrl("resume", str(interrupted.path))
+    assert again.code == 0
+    assert "finished after 12 steps; nothing to resume" in again.out
+    refused(twinrl(*TWINFLOW), "finished after 12 steps", "--fresh")
+
+    assert twinrl("sample", str(interrupted.path), "--nfe", "2", "-n", "3", "--out", "new/grid.png").code == 0
+    assert Path("new/grid.png").read_bytes()[:4] == b"\x89PNG"
+    assert twinrl("evaluate", str(interrupted.path)).code == 0
+    judged = json.loads((interrupted.path / "evaluation.json").read_text())
+    assert judged == interrupted.result["table"]  # the same protocol, network and noise
+
+    (Path("elsewhere.yaml")).write_text("extends: twinflow\n")
+    assert twinrl(*TWINFLOW, "--fresh", "train.steps=12").code == 0
+    assert the_run().result is not None
+
+
+def test_run_that_another_process_trains(twinrl: Any, interrupted: RunDirectory) -> None:
+    with interrupted.locked():
+        refused(twinrl("resume", str(interrupted.path)), "another process", str(interrupted.path), "fix: wait")
+        refused(twinrl(*TWINFLOW, "--fresh"), "another process")
+    assert interrupted.newest_checkpoint().name == "step-00000007"
+
+
+def test_checkpoint_that_is_not_there(twinrl: Any, interrupted: RunDirectory) -> None:
+    result = twinrl("sample", str(interrupted.path), "--step", "6")
+    refused(result, "no checkpoint of step 6", "expected one of 5, 7")
+
+
+@pytest.mark.parametrize("out", ["file/x.png", "x.nonsense"])
+def test_picture_that_cannot_be_written(twinrl: Any, interrupted: RunDirectory, out: str) -> None:
+    Path("file").touch()
+    result = twinrl("sample", str(interrupted.path), "-n", "1", "--out", out)
+    refused(result, f"{out} cannot be written", "fix: ")
+
+
+@pytest.mark.parametrize("command", ["resume", "sample", "evaluate"])
+def test_corrupted_checkpoint(twinrl: Any, interrupted: RunDirectory, command: str) -> None:
+    file = interrupted.newest_checkpoint() / "ema.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    refused(twinrl(command, str(interrupted.path)), str(file), "corrupted", "fix: delete the checkpoint's folder")
+    shutil.rmtree(file.parent)  # the fix works
+    assert twinrl("resume", str(interrupted.path)).code == 0
+
+
+def test_corrupted_state(twinrl: Any, interrupted: RunDirectory) -> None:
+    (interrupted.newest_checkpoint() / "state.json").write_text("{garbage")
+    refused(twinrl("resume", str(interrupted.path)), "state.json", "corrupted", "fix: ")
+
+
+@pytest.mark.parametrize("part", ["student", "ema", "optimizer"])
+def test_foreign_checkpoint(twinrl: Any, interrupted: RunDirectory, part: str) -> None:
+    other = *TWINFLOW, "run.dir=other", "model.network.width=24", "train.steps=5"
+    assert twinrl(*other).code == 0
+    foreign = the_run(Path("other")).newest_checkpoint() / f"{part}.safetensors"
+    file = shutil.copy(foreign, interrupted.newest_checkpoint())
+    refused(twinrl("resume", str(interrupted.path)), file, "another network", "got key", "fix: ")
+
+
+def test_checkpoint_of_another_run(twinrl: Any, interrupted: RunDirectory) -> None:
+    assert twinrl(*TWINFLOW, "run.dir=other", "optim.lr=1e-5", "train.steps=8").code == 0
+    shutil.copytree(the_run(Path("other")).newest_checkpoint(), interrupted.checkpoints / "step-00000008")
+    refused(twinrl("resume", str(interrupted.path)), "configuration has changed", "optim.lr", "train.steps")
+
+
+def test_resume_with_a_changed_configuration(twinrl: Any, interrupted: RunDirectory) -> None:
+    path = interrupted.path / "config.yaml"
+    path.write_text(path.read_text().replace("lr: 0.003", "lr: 0.01"))
+    refused(twinrl("resume", str(interrupted.path)), "has changed", "other values of optim.lr", "fix: restore them")
+
+
+def test_resume_with_a_broken_configuration(twinrl: Any, interrupted: RunDirectory) -> None:
+    path = interrupted.path / "config.yaml"
+    path.write_text(path.read_text() + "more: 1\n")
+    refused(twinrl("resume", str(interrupted.path)), "unknown key more")
+
+
+def test_resume_with_a_log_that_lost_rows(twinrl: Any, interrupted: RunDirectory) -> None:
+    interrupted.log.write_bytes(interrupted.log.read_bytes()[:300])
+    refused(twinrl("resume", str(interrupted.path)), "log.jsonl", "does not belong to this checkpoint", "fix: ")
+
+
+# --- how runs end ------------------------------------------------------------------------------------------------
+
+
+def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
+    result = twinrl(*TWINFLOW, "terms.poison={at: 6, branches: [any]}")
+    assert result.code == 1
+    assert "diverged" in result.out
+    assert "loss/poison" in result.out
+    run = the_run()
+    assert run.result is not None
+    assert (run.result["status"], run.result["step"]) == ("diverged", 7)
+    assert (run.path / runlog.PARQUET_NAME).exists()
+    assert run.newest_checkpoint().name == "step-00000005"
+
+
+def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) -> None:
+    result = twinrl(*TWINFLOW, "terms.poison={at: 1, branches: [any]}", "stability.policy=record")
+    assert result.code == 0
+    assert "nan" in result.out
+    assert result.out.count("event nonfinite") == 3  # and not one line for every step
+    assert "events.jsonl" in result.out
+    assert len(the_run().events.read_text().splitlines()) == 11
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_write_a_checkpoint_first(twinrl: Any, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    before, shown = signal.getsignal(number), ConsoleObserver.after_step
+
+    def press(self: ConsoleObserver, row: dict[str, Any]) -> None:
+        shown(self, row)
+        if row["step"] == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(ConsoleObserver, "after_step", press)
+    result = twinrl(*TWINFLOW)
+    assert result.code == 130
+    assert "interrupted at step 3, checkpoint written" in result.out
+    assert f"twinrl resume {the_run().path}" in result.out
+    assert the_run().newest_checkpoint().name == "step-00000003"
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_stops_at_once(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press_twice(self: ConsoleObserver, row: dict[str, Any]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(ConsoleObserver, "after_step", press_twice)
+    assert twinrl(*TWINFLOW).code == 130
+
+
+def test_progress_without_a_terminal(twinrl: Any) -> None:
+    result = twinrl(*TWINFLOW, "train.steps=30", "evaluation.every=0")
+    assert result.code == 0
+    shown = re.findall(r"step +(\d+) of 30", result.out)
+    assert shown == [str(step) for step in range(3, 31, 3)]
+    assert "\x1b" not in result.out
+
+
+def test_mlflow_away_then_published_by_the_command_of_the_warning(
+    twinrl: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = twinrl(*TWINFLOW, "tracking={mlflow: true, uri: 'http://127.0.0.1:9'}", "checkpoint.every=2")
+    assert result.code == 0
+    run = the_run()
+    warnings = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(warnings) == 1
+    assert "MLflow is away" in warnings[0]
+    assert warnings[0].endswith(f"twinrl publish {run.path}")
+    assert "twinrl ui" not in result.out  # there is nothing to see yet
+
+    refused(twinrl("publish", str(run.path)), "MLflow cannot be reached", "fix: ")
+    uri = f"sqlite:///{tmp_path}/later.db"
+    published = twinrl("publish", str(run.path), "--tracking-uri", uri)
+    assert published.code == 0, published.err
+    run_id = published.out.split()[-1]
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri)
+    assert client.get_run(run_id).info.status == "FINISHED"
+    logged = {row["iteration"]: row[names.LOSS_TOTAL] for row in runlog.read(run.log)}
+    points = client.get_metric_history(run_id, names.LOSS_TOTAL)
+    assert {point.step: point.value for point in points} == logged
+    assert len(points) == len(logged)
+
+
+@pytest.mark.slow
+def test_starting_over_replaces_the_mlflow_run(twinrl: Any, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    ids = []
+    for fresh in ([], ["--fresh"], ["--fresh"]):
+        assert twinrl(*TWINFLOW, "tracking.mlflow=true", *fresh).code == 0
+        client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/runs/mlflow.db")
+        (found,) = client.search_runs([client.get_experiment_by_name("twinrl").experiment_id])
+        ids.append(found.info.run_id)
+        assert len(client.get_metric_history(found.info.run_id, names.LOSS_TOTAL)) == 12
+    assert len(set(ids)) == 3
+
+
+# --- help ------------------------------------------------------------------------------------------------------
+
+
+def help_of(*arguments: str) -> str:
+    """The output of ``twinrl … --help`` in a process of its own, in which nothing heavy may be imported."""
+    script = (
+        "import sys\n"
+        f"sys.argv = ['twinrl', *{arguments!r}, '--help']\n"
+        "from twinrl.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
+        "heavy = {'torch', 'mlflow', 'diffusers', 'pandas', 'numpy', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)\n"
+    )
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_is_light_and_says_how_to_begin() -> None:
+    shown = help_of()
+    assert "twinrl train twinflow" in shown
+    for command in ("train", "resume", "sample", "evaluate", "publish", "ui", "doctor"):
+        assert command in shown
+
+
+def test_help_of_train_teaches_overrides_and_resume() -> None:
+    shown = help_of("train")
+    for words in ("train.steps=2000 optim.lr=5e-4 seed=1", "--fresh", "Ctrl-C", "twinrl resume", "twinrl doctor"):
+        assert words in shown
+
+
+def test_every_command_explains_itself() -> None:
+    from typer.main import get_command
+
+    commands = get_command(cli.app).commands  # type: ignore[attr-defined]
+    for name, command in commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", "given"), f"{name} {parameter.name}"
+
+
+def test_doctor_explains_every_key(twinrl: Any) -> None:
+    result = twinrl("doctor", "--schema")
+    assert result.code == 0
+    for key in ("train.steps", "checkpoint.every", "optim", "data.root", "stability.policy", "run.dir", "seed"):
+        assert key in result.out
+    assert twinrl("doctor").code == 0

