@@ -1,10 +1,10 @@
 """How good one-step samples are after a given training time: ``tutorial`` against ``twinflow`` on MNIST's digits.
 
-    python benchmarks/time_to_quality.py --out runs/time_to_quality [--seeds 2] [--horizons 150 300 600]
-        [--width 16] [--batch 64] [--lrs 5e-4 1e-3 2e-3]
+    python benchmarks/time_to_quality.py --out runs/time_to_quality [--seeds 2] [--horizons 275 550 1100]
+        [--width 8] [--batch 64] [--lrs 5e-4 1e-3 2e-3]
 
 Both formulations get the same network, batch, data, random initial weights and tuning budget: every learning rate
-of the list once, for the time of the shortest horizon, judged on the validation split under a seed of its own. The
+of the list once, for the time of the middle horizon, judged on the validation split under a seed of its own. The
 best one then trains to the longest horizon with every seed and is judged on the test split. The rate is constant,
 so the shorter horizons are the beginnings of the same runs. Horizons are steps of ``tutorial``; ``twinflow`` gets
 the steps that take the same time, by the cost of a step measured once in turn. Training time is the sum over
@@ -54,9 +54,9 @@ class Plan:
     """What is compared.
 
     Attributes:
-        width, batch: of the UNet and of a step. n: samples judged.
+        width, batch: of the UNet and of a step.
         lrs: learning rates tried by each formulation.
-        horizons: steps of ``tutorial``, ascending; tuning runs are as long as the first.
+        horizons: steps of ``tutorial``, ascending; tuning runs are as long as the middle one.
         points: evaluations up to the last horizon.
         cost_ratio: time of a ``tutorial`` step over that of a ``twinflow`` step.
         n: samples judged.
@@ -69,6 +69,11 @@ class Plan:
     points: int
     n: int
     cost_ratio: float
+
+    @property
+    def tuning_horizon(self) -> int:
+        """The middle horizon (the longer of two)."""
+        return self.horizons[len(self.horizons) // 2]
 
     def steps(self, formulation: str, horizon: int) -> int:
         """Steps of a formulation that take the time of ``horizon`` steps of ``tutorial``."""
@@ -182,12 +187,12 @@ class Study:
         return self.protocols[split]
 
     def tune(self) -> dict[str, dict[float, float]]:
-        """Formulation → learning rate → distance on the validation split at the end of the shortest horizon."""
+        """Formulation → learning rate → distance on the validation split at the end of the middle horizon."""
         plan = self.plan
         found: dict[str, dict[float, float]] = {name: {} for name in FORMULATIONS}
         for lr in plan.lrs:
             for name in FORMULATIONS:
-                settings = plan.settings(name, lr, TUNING_SEED, plan.horizons[0], self.folder / "tuning")
+                settings = plan.settings(name, lr, TUNING_SEED, plan.tuning_horizon, self.folder / "tuning")
                 found[name][lr] = Curve.of(trained(settings, self.source, self.protocol("validation"))).distance[-1]
         return found
 
@@ -317,8 +322,8 @@ def table(result: dict[str, Any], lines: list[Line]) -> str:
         f"{plan['cost_ratio']:.2f} steps of {CONTENDER}. A distance "
         "counts as reached when two evaluations in a row have it. Aim: ratio ≤ 1/3.\n\n"
         f"{measuring.markdown(columns, rows)}\n"
-        f"Tuning ({plan['horizons'][0]} steps of {REFERENCE} or their time, seed {TUNING_SEED}, validation split); "
-        f"best: {', '.join(f'{name} {lr:g}' for name, lr in result['best'].items())}"
+        f"Tuning ({result['tuning_horizon']} steps of {REFERENCE} or their time, seed {TUNING_SEED}, validation "
+        f"split); best: {', '.join(f'{name} {lr:g}' for name, lr in result['best'].items())}"
         f"{'; at the edge of the list: ' + ', '.join(edges) if edges else ''}.\n\n{tuning}"
     )
 
@@ -357,6 +362,7 @@ def report(study: Study, tuning: dict[str, dict[float, float]], curves: dict[str
         lines = [line(study.plan, curves, horizon, clock) for horizon in study.plan.horizons]
         result = {
             "plan": asdict(study.plan),
+            "tuning_horizon": study.plan.tuning_horizon,
             "clock": clock,
             "seeds": len(curves[REFERENCE]),
             "data": f"{len(study.source.train):,} training digits of MNIST",
@@ -380,9 +386,9 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_quality"), help="folder of the study")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each formulation that are compared")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[150, 300, 600], help="steps of tutorial")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[275, 550, 1100], help="steps of tutorial")
     parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="tried by both")
-    parser.add_argument("--width", type=int, default=16, help="channels of the UNet at full resolution")
+    parser.add_argument("--width", type=int, default=8, help="channels of the UNet at full resolution")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step")
     parser.add_argument("--points", type=int, default=30, help="evaluations up to the last horizon")
     parser.add_argument("--n", type=int, default=500, help="samples judged")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from twinrl import config as configuration
+from twinrl import foreign
 from twinrl.backends import NETWORKS
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, component
@@ -154,6 +155,8 @@ class RunConfig(Settings):
             raise ValueError(f"branches need finite shares ≥ 0 with a positive sum, got {self.branches}")
         if not self.terms:
             raise ValueError("terms is empty; expected at least one loss term, see the presets")
+        if any(term.kind == "simpletuner_base" for term in self.terms.values()):
+            foreign.check_steps(self.evaluation.nfe)
         for name, term in self.terms.items():
             try:
                 check_branches(term, self.branches)
@@ -191,4 +194,5 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     """
     mapping = configuration.override(configuration.load_mapping(name), overrides or [])
     mapping.setdefault("name", Path(name).stem)
+    foreign.refuse(mapping)
     return configuration.validate(RunConfig, mapping)

@@ -24,13 +24,9 @@ class TeacherConfig(Settings):
     kind: TeacherKind = Field(
         "ema", description="the recursion's teacher: ema, live (the student) or frozen (its start)"
     )
-    decay: float = Field(
-        0.99, ge=0, le=1, description="EMA decay; reached through a ramp, the first update copies"
-    )
+    decay: float = Field(0.99, ge=0, le=1, description="EMA decay; reached through a ramp, the first update copies")
     guidance: TeacherKind | None = Field(None, description="the guidance's teacher; null = the recursion's")
-    allow_live: bool = Field(
-        False, description="waiver: a live teacher has collapsed runs, say that you want one"
-    )
+    allow_live: bool = Field(False, description="waiver: a live teacher has collapsed runs, say that you want one")
 
     @model_validator(mode="after")
     def _live_needs_waiver(self) -> "TeacherConfig":

@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from twinrl.backends import NETWORKS, MLP, DiT, Spec, build_network, network_key, tells_branches_apart
+from twinrl.backends import MLP, NETWORKS, DiT, Spec, build_network, network_key, tells_branches_apart
 from twinrl.backends.dit import patchify, unpatchify
 
 SHAPE = (4, 8, 8)

@@ -4,12 +4,15 @@ import json
 
 import inference
 import pytest
+import torch
 from rich.console import Console
 
 from tests.fake_source import FakeSource, register, small
 from twinrl import assembly
 from twinrl.commands import bench
-from twinrl.commands.train import train
+from twinrl.runs import RunDirectory
+from twinrl.tracking import names
+from twinrl.trainer import Trainer
 
 TINY = ("model.network={kind: unet, width: 8}", "data.source=mnist", "train.init=random", "evaluation.teacher_steps=3")
 
@@ -41,11 +44,13 @@ def test_the_script_on_a_fresh_network(tmp_path, without_digits):
 @pytest.mark.parametrize("way", ["command", "script"])
 def test_both_ways_on_a_run(way, tmp_path, monkeypatch):
     register(monkeypatch)
-    monkeypatch.setattr(assembly, "pretrained_teacher", lambda *_: None)
     settings = small(tmp_path, "train.steps=2", "train.init=random")
-    console = Console(record=True, width=200)
-    assert train(settings, fresh=False, console=console) == 0
+    run = RunDirectory(settings.directory)
+    run.start(settings, fresh=False)
+    quality = {names.VAL_QUALITY: 0.0}
+    Trainer(settings, run, FakeSource(), torch.device("cpu"), lambda network, step: quality).train()
     if way == "command":
+        console = Console(record=True, width=200)
         assert bench.bench(settings.directory, 2, None, console) == 0
         assert "latency, batch 1" in console.export_text()
         lines = json.loads((settings.directory / "bench.json").read_text())

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from tests.reference import case, cases, flat_gradient, network, relative_error
 from torch import Tensor
 
+from tests.reference import case, cases, flat_gradient, network, relative_error
 from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.branches import Batch, TimeLaw, divide
@@ -100,7 +100,8 @@ def large_batch(v: dict[str, Tensor], mix: Mapping[str, float], law: TimeLaw) ->
     drawn = Given(
         {
             "t": v["t"], "r any": v["u_any"], "r mul": v["u_mul"], "r e2e": v["t"], "r adv": v["t"], "noise": v["z"],
-            "fake sample": at_rows(v["z_adv"], 6), "renoise noise": at_rows(v["z2"], 0), "renoise time": at_rows(v["tau"], 0),
+            "fake sample": at_rows(v["z_adv"], 6),
+            "renoise noise": at_rows(v["z2"], 0), "renoise time": at_rows(v["tau"], 0),
         }
     )  # fmt: skip
     return divide(mix, law, v["x"], {"c": v["c"]}, {"c": v["e"]}, drawn)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, log_softmax, one_hot, pad, softplus
+from torch.nn.functional import cross_entropy, log_softmax, one_hot, softplus
 
 from twinrl.compat import ensure_torchvision
 from twinrl.data.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
@@ -103,8 +103,7 @@ def train_clip(clip: Clip, data: Split, recipe: Recipe, tick: Callable[[], None]
 
     def loss(step: int) -> Tensor:
         rows = recipe.rows(len(data), step)
-        x = _noisy(_shifted(data.pixels[rows], recipe.seed, step), recipe.seed, step)
-        images = clip.image_embedding(x)
+        images = clip.image_embedding(_noisy(data.pixels[rows], recipe.seed, step))
         return _contrastive(_scale(clip) * images @ _class_texts(clip, recipe.seed, step).T, data.labels[rows])
 
     fit(clip.parameters(), loss, recipe, tick)
@@ -120,7 +119,7 @@ def train_preference(clip: Clip, data: Split, degrade: Degrade, recipe: Recipe, 
 
     def loss(step: int) -> Tensor:
         rows = recipe.rows(len(data), step)
-        x, labels = _shifted(data.pixels[rows], recipe.seed, step), data.labels[rows]
+        x, labels = data.pixels[rows], data.labels[rows]
         worse = degrade(x, labels, generator(recipe.seed, "degradation", step))
         images = clip.image_embedding(torch.cat([x, worse]))
         logits = _scale(clip) * images @ _class_texts(clip, recipe.seed, step).T  # (2B, 10)
@@ -162,20 +161,8 @@ def _hide_words(tokenizer: WordTokenizer, prompts: Sequence[str], seed: int, ste
     return tokens.masked_fill(hideable & chosen, tokenizer.unknown)
 
 
-def _shifted(x: Tensor, seed: int, step: int) -> Tensor:
-    """Keyed shifts of up to 2 pixels each way, another one for each eighth of the batch.
-
-    Without them the image tower learns the 997 scans by heart.
-    """
-    corners = torch.randint(5, (8, 2), generator=generator(seed, "shift", step)).tolist()
-    parts = pad(x, (2, 2, 2, 2), mode="replicate").chunk(8)
-    side = x.shape[-1]
-    moved = [part[..., i : i + side, j : j + side] for part, (i, j) in zip(parts, corners, strict=False)]
-    return torch.cat(moved)
-
-
 def _noisy(x: Tensor, seed: int, step: int) -> Tensor:
-    """Weak keyed pixel noise, of another strength for each image."""
+    """Weak keyed pixel noise, of another strength for each image, against learning scans by heart."""
     draw = generator(seed, "noise", step)
     return x + 0.15 * torch.rand((len(x), 1, 1, 1), generator=draw) * torch.randn(x.shape, generator=draw)
 

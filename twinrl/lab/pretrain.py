@@ -32,7 +32,7 @@ class Pretraining:
 
     steps: int = 2000
     batch: int = 256
-    lr: float = 1e-3
+    lr: float = 2e-3
     decay: float = 0.5
     dropout: float = 0.1
     ema: float = 0.995

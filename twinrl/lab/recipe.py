@@ -14,9 +14,9 @@ _VERSION = 1  # raise it when code, not a constant, changes what is built
 WARP = Warp()
 CODEC = Recipe(steps=400, batch=32, lr=4e-3, seed=1)
 JUDGE = Recipe(steps=400, batch=128, lr=3e-3, seed=2)
-CLIP = Recipe(steps=500, batch=64, lr=2e-3, seed=3)
+CLIP = Recipe(steps=500, batch=96, lr=2e-3, seed=3, weight_decay=0.1)
 HPS = Recipe(steps=250, batch=64, lr=1e-3, seed=4)
-PREFERENCE_JUDGE = Recipe(steps=400, batch=64, lr=2e-3, seed=5)
+PREFERENCE_JUDGE = Recipe(steps=400, batch=64, lr=1e-3, seed=6, weight_decay=0.1)
 TEACHER = Pretraining()
 NETWORK = MLP.Config()
 
@@ -41,7 +41,7 @@ class LabRecipe:
     hps: Recipe = HPS
     preference_judge: Recipe = PREFERENCE_JUDGE
     teacher: Pretraining = TEACHER
-    clip_size: tuple[int, int] = (64, 2)
+    clip_size: tuple[int, int] = (64, 3)
     preference_judge_size: tuple[int, int] = (96, 2)
     network: MLP.Config = NETWORK
 

@@ -1,0 +1,103 @@
+"""Do TwinFlow's terms sharpen one-step samples? ``tutorial`` against ``rcgm`` on MNIST, at 1 NFE.
+
+    python benchmarks/tutorial_against_rcgm.py --root ../shared/data/mnist --seeds 3
+
+Equal network, data, batch, learning rate and steps; several seeds. Judge accuracy and Laplacian variance of samples
+for the labels of the test split; intervals are Student's 95 % over seeds. Finished runs are kept, so the script goes
+on where it was stopped. Writes ``benchmarks/results/tutorial_against_rcgm.md`` and a sample grid for each preset.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from twinrl import assembly
+from twinrl.commands.inspect import load
+from twinrl.evaluation import Protocol
+from twinrl.evaluation.sharpness import laplacian_variance
+from twinrl.evaluation.table import Estimate, mean_interval
+from twinrl.runs import RunDirectory
+from twinrl.sampling import few_step
+from twinrl.schema import load as configure
+
+RESULTS = Path(__file__).parent / "results"
+PRESETS = ("tutorial", "rcgm")
+
+
+def run_of(preset: str, arguments: list[str]) -> RunDirectory:
+    """The finished run, trained now if need be."""
+    run = RunDirectory(configure(preset, arguments).directory)
+    if run.result is None:
+        command = ["resume", str(run.path)] if run.exists else ["train", preset, *arguments]
+        subprocess.run([sys.executable, "-m", "twinrl", *command], check=True)
+    return run
+
+
+def measure(run: RunDirectory) -> dict[str, float]:
+    """Judge accuracy and Laplacian variance of one-step samples on the test split's labels, and of real digits."""
+    settings, _, source, network = load(run.path)
+    protocol = Protocol(source, settings.evaluation, "test", assembly.device_of(settings))
+    pixels = protocol.samples(network, few_step(1)).clamp(-1, 1)
+    judged = protocol.judge(pixels)
+    return {
+        "accuracy": judged.correct.mean().item(),
+        "Laplacian variance": laplacian_variance(pixels).mean().item(),
+        "of real digits": laplacian_variance(source.test.pixels).mean().item(),
+        **{q: v for q, v in protocol.summary(judged).items() if q in ("fd", "recall")},
+    }
+
+
+def table(measured: dict[str, list[dict[str, float]]], command: str) -> str:
+    """The Markdown page."""
+    rows: dict[str, dict[str, Estimate]] = {
+        preset: {q: mean_interval([m[q] for m in values]) for q in values[0]} for preset, values in measured.items()
+    }
+    quantities = list(next(iter(rows.values())))
+    lines = ["# tutorial against rcgm on MNIST, 1 NFE", "",
+             f"{len(next(iter(measured.values())))} seeds, mean [95 % t interval over seeds].", "",
+             "| preset | " + " | ".join(quantities) + " |", "|---|" + "--:|" * len(quantities)]  # fmt: skip
+    for preset, row in rows.items():
+        cells = (f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in row.values())
+        lines.append(f"| {preset} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"Made by `{command}`.", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True, help="MNIST folder")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    given = parser.parse_args()
+    shared = [
+        "data.source=mnist", f"data.root={given.root.resolve()}", f"model.network={{kind: unet, width: {given.width}}}",
+        f"train.steps={given.steps}", f"train.batch={given.batch}", f"optim.lr={given.lr}", "evaluation.every=0",
+        "evaluation.nfe=[1]", "tracking.mlflow=false", f"run.dir={given.runs}", "machine.threads=1",
+    ]  # fmt: skip
+    torch.set_num_threads(1)
+    measured: dict[str, list[dict[str, float]]] = {preset: [] for preset in PRESETS}
+    RESULTS.mkdir(exist_ok=True)
+    for seed in range(given.seeds):
+        for preset in PRESETS:
+            run = run_of(preset, [*shared, f"seed={seed}"])
+            measured[preset].append(measure(run))
+            if seed == 0:
+                shutil.copy(run.samples / "final-1nfe.png", RESULTS / f"mnist-{preset}-1nfe.png")
+    command = (
+        f"python benchmarks/tutorial_against_rcgm.py --root <mnist> --seeds {given.seeds} --steps {given.steps} "
+        f"--batch {given.batch} --width {given.width} --lr {given.lr:g}"
+    )
+    page = table(measured, command)
+    (RESULTS / "tutorial_against_rcgm.md").write_text(page)
+    print(page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What the lab's models promise, measured on test images that none of them was trained on."""
+
+import pytest
+import torch
+
+from twinrl.backends import build_network, network_key
+from twinrl.data.digits import HELD_OUT_TEMPLATES, all_captions
+from twinrl.draws import generator, normal
+from twinrl.lab.degrade import Degrade
+from twinrl.lab.pretrain import euler
+from twinrl.lab.recipe import NETWORK
+
+
+def accuracy(lab, pixels, labels):
+    with torch.no_grad():
+        return (lab.judge.logits(pixels).argmax(dim=1) == labels).float().mean().item()
+
+
+def test_judge_recognises_real_digits(lab):
+    assert accuracy(lab, lab.test.pixels, lab.test.labels) >= 0.97
+
+
+def test_judge_recognises_round_tripped_digits(lab):
+    with torch.no_grad():
+        pixels = lab.decode(lab.latents("test")).clamp(-1, 1)
+    assert accuracy(lab, pixels, lab.test.labels) >= 0.98
+
+
+def test_the_round_trip_error_is_real_but_small(lab):
+    latents = lab.latents("test")
+    with torch.no_grad():
+        again = lab.encode(lab.decode(latents).clamp(-1, 1))
+    rms = (again - latents).square().mean().sqrt().item()
+    assert 0.01 < rms < 0.3
+
+
+def test_latents_are_normalised(lab):
+    latents = lab.latents("train")
+    assert latents.shape == (len(lab.train), *lab.latent_shape)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-3
+    assert (latents.std(dim=(0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_stored_latents_are_the_encoded_pixels(lab):
+    with torch.no_grad():
+        encoded = lab.encode(lab.test.pixels[:16])
+    torch.testing.assert_close(encoded, lab.latents("test")[:16], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lab_clip", "lab_hps", "lab_judge"])
+def test_clip_picks_the_right_caption_of_held_out_templates(lab, name):
+    clip = lab.scorers[name]
+    columns = zip(*all_captions(HELD_OUT_TEMPLATES), strict=True)
+    with torch.no_grad():
+        images = clip.image_embedding(lab.test.pixels)
+    for prompts in columns:
+        chosen = (images @ clip.cached_text_embedding(prompts).T).argmax(dim=1)
+        assert (chosen == lab.test.labels).float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["lab_hps", "lab_judge"])
+def test_preference_models_prefer_clean_images(lab, name):
+    prompts = lab.prompts(lab.test.labels, 1, 1, held_out=True)
+    degrade = Degrade(lab._models.codec)
+    worse = degrade(lab.test.pixels, lab.test.labels, generator(0, "test"))
+    with torch.no_grad():
+        better = lab.scorers[name](lab.test.pixels, prompts) > lab.scorers[name](worse, prompts)
+    assert better.float().mean() >= 0.95
+
+
+@pytest.mark.parametrize("name", ["lab_clip", "lab_hps", "lab_judge"])
+def test_scorers_are_differentiable_in_pixels(lab, name):
+    pixels = lab.test.pixels[:4].clone().requires_grad_()
+    lab.scorers[name](pixels, lab.prompts(lab.test.labels[:4], 0, 0)).sum().backward()
+    assert pixels.grad.isfinite().all()
+    assert (pixels.grad.flatten(1).norm(dim=1) > 0).all()
+
+
+def test_the_held_out_scorer_is_another_model(lab):
+    assert lab.held_out == {"lab_judge"}
+    assert lab.scorers["lab_judge"] is not lab.scorers["lab_hps"]
+
+
+def test_a_prompt_has_the_same_condition_in_every_batch(lab):
+    prompts = lab.prompts(torch.arange(10), 0, 0)
+    together = lab.condition(prompts)["text"]
+    lab.clip.freeze()  # forgets the embeddings
+    alone = torch.cat([lab.condition([prompt])["text"] for prompt in reversed(prompts)]).flip(0)
+    assert torch.equal(together, alone)
+
+
+def test_the_empty_condition_is_no_prompts(lab):
+    assert lab.null_condition(3)["text"].shape == (3, 64)
+    assert lab.condition(["a handwritten seven"])["text"].norm() == pytest.approx(1, abs=1e-4)
+    assert lab.null_condition(1)["text"].norm() == 0
+
+
+@pytest.mark.slow
+def test_teacher_draws_recognisable_digits_in_50_steps(lab):
+    network = build_network(NETWORK, lab, seed=0)
+    network.load_state_dict(lab.teacher_weights(network, network_key(NETWORK)))
+    labels = lab.test.labels
+    latents = euler(network, normal((500, *lab.latent_shape), 0, "q"), lab.condition(lab.prompts(labels, 0, 0)))
+    with torch.no_grad():
+        pixels = lab.decode(latents).clamp(-1, 1)
+    assert accuracy(lab, pixels, labels) >= 0.97
