@@ -62,11 +62,11 @@ def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, settin
     return paths[0]
 
 
-def save_diversity(protocol: Protocol, network: nn.Module, nfe: int, path: Path, label: int = 3, n: int = 40) -> None:
+def save_diversity(protocol: Protocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
     """One prompt, other noise: whether the student still varies."""
     from twinrl.evaluation.grids import diversity_grid
 
-    prompt = protocol.grid_prompts()[label]
+    prompt = protocol.grid_prompts()[len(protocol.source.classes) // 3]
     condition = protocol.source.condition([prompt] * n)
     z = sample(network, protocol.noise(n, "evaluation diversity"), condition, few_step(nfe))
     diversity_grid(protocol.source.decode(z).detach(), prompt, nfe=nfe).save(path)

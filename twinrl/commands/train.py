@@ -62,17 +62,17 @@ def _machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
 
 
 def _trainer(settings: RunConfig, run: RunDirectory, source: Source, device: torch.device) -> Trainer:
-    """The trainer in the state of the newest checkpoint, or at the start."""
+    """The trainer in the state of the newest checkpoint, or at the start, of which the first pictures are drawn."""
     validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device), run)
     trainer = Trainer(settings, run, source, device, validator)
     trainer.resume()
+    if trainer.step == 0:
+        validator.save_snapshot(trainer.objective.teacher.best, 0)
+        pictures.save_times(trainer.times(), run.samples / "times.png")
     return trainer
 
 
 def _continue(trainer: Trainer, console: Console) -> int:
-    if trainer.step == 0:
-        trainer.validate.save_snapshot(trainer.objective.teacher.best, 0)
-        pictures.save_times(trainer.times(), trainer.run.samples / "times.png")
     view = _view(trainer.settings, trainer.run)
     outcome = _train(trainer, view, console)
     return _conclude(trainer, outcome, view, console)
