@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from twinrl.config import build, component
-from twinrl.optim import LR_POLICIES, OPTIMIZERS, Constant, EarlyStop, Plateau
+from twinrl.optim import LR_POLICIES, OPTIMIZERS, Constant, Cosine, EarlyStop, Plateau
 
 NAN = math.nan
 QUALITIES = [1.0, 0.5, 0.6, NAN, 0.4999999, 0.3, NAN, NAN, 0.4, 0.31, 0.29, 0.4, 0.4, 0.4, 0.4, 0.4]
 
 
 def plateau(**settings: float) -> Plateau:
-    return Plateau(Plateau.Config(**settings))
+    return Plateau(Plateau.Config(**settings), 100)
 
 
 def observed(policy: Plateau, qualities: list[float]) -> list[float]:
@@ -55,9 +55,9 @@ def test_impossible_betas_are_refused_before_torch_sees_them(betas: tuple[float,
 
 
 def test_constant_warms_up_linearly_and_then_stays() -> None:
-    policy = Constant(Constant.Config(warmup=3))
+    policy = Constant(Constant.Config(warmup=3), 100)
     assert [policy.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    assert Constant(Constant.Config()).factor(0) == 1
+    assert Constant(Constant.Config(), 100).factor(0) == 1
     policy.observe(NAN)
     policy.load(policy.state())
     assert policy.factor(100) == 1
@@ -126,7 +126,17 @@ def test_policies_by_name_and_their_defaults() -> None:
     from pydantic import TypeAdapter
 
     adapter = TypeAdapter(component(LR_POLICIES, "learning-rate policy"))
-    assert isinstance(build(LR_POLICIES, adapter.validate_python("constant"), "policy"), Constant)
-    made = build(LR_POLICIES, adapter.validate_python({"kind": "plateau", "patience": 7}), "policy")
+    assert isinstance(build(LR_POLICIES, adapter.validate_python("constant"), "policy", 100), Constant)
+    made = build(LR_POLICIES, adapter.validate_python({"kind": "plateau", "patience": 7}), "policy", 100)
     assert isinstance(made, Plateau)
     assert made.config.patience == 7
+
+
+def test_cosine_falls_from_the_full_rate_to_the_final_one() -> None:
+    policy = Cosine(Cosine.Config(final=0.1), 100)
+    factors = [policy.factor(step) for step in range(101)]
+    assert factors[0] == 1
+    assert factors[50] == pytest.approx(0.55)
+    assert factors[100] == pytest.approx(0.1)
+    assert factors == sorted(factors, reverse=True)
+    assert Cosine(Cosine.Config(warmup=9), 100).factor(0) == pytest.approx(0.1)

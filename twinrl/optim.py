@@ -74,14 +74,19 @@ def _improves(quality: float, best: float, threshold: float) -> bool:
 
 
 class Constant:
-    """The configured learning rate, after an optional linear warm-up."""
+    """The configured learning rate, after an optional linear warm-up.
+
+    Arguments:
+        config: of the policy.
+        steps: optimizer steps of the whole run.
+    """
 
     class Config(Settings):
         kind: Literal["constant"] = "constant"
         warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, steps: int):
+        self.config, self.steps = config, steps
 
     def factor(self, step: int) -> float:
         """Factor of the learning rate at ``step`` (0-based)."""
@@ -98,6 +103,24 @@ class Constant:
         """Continue from a checkpoint's state."""
 
 
+class Cosine(Constant):
+    """Falls from the configured rate to ``final`` times it over the run, along half a cosine.
+
+    *When to use*: runs of known length whose last quality counts; the noise of a constant rate is averaged out.
+    """
+
+    class Config(Settings):
+        kind: Literal["cosine"] = "cosine"
+        warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+        final: float = Field(0.02, ge=0, le=1, description="factor of the rate at the end of the run")
+
+    config: Any
+
+    def factor(self, step: int) -> float:
+        fall = (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
+        return super().factor(step) * (self.config.final + (1 - self.config.final) * fall)
+
+
 class Plateau(Constant):
     """Cuts the rate by ``factor`` when validation quality has not improved for ``patience`` validations."""
 
@@ -111,8 +134,9 @@ class Plateau(Constant):
 
     config: Any
 
-    def __init__(self, config: Config):
-        self.config, self.best, self.bad, self.scale = config, math.inf, 0, 1.0
+    def __init__(self, config: Any, steps: int):
+        super().__init__(config, steps)
+        self.best, self.bad, self.scale = math.inf, 0, 1.0
 
     def factor(self, step: int) -> float:
         return self.scale * super().factor(step)
@@ -132,7 +156,7 @@ class Plateau(Constant):
         self.best, self.bad, self.scale = float(state["best"]), int(state["bad"]), float(state["scale"])
 
 
-LR_POLICIES: dict[str, type] = {"constant": Constant, "plateau": Plateau}
+LR_POLICIES: dict[str, type] = {"constant": Constant, "cosine": Cosine, "plateau": Plateau}
 
 
 class EarlyStop:

@@ -89,7 +89,7 @@ class Trainer:
         self.objective: Objective = assembly.objective_of(settings, student)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())  # type: ignore[attr-defined]
-        self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy")
+        self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         self.latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
         self.log, self.events = RunLog(self.run.log), EventLog(self.run.events)
