@@ -135,7 +135,7 @@ def test_logs_are_equal_without_gap_or_repeat(undisturbed: RunDirectory, disturb
 def test_verdicts_and_pictures_are_equal(undisturbed: RunDirectory, disturbed: RunDirectory) -> None:
     assert disturbed.result == undisturbed.result
     pictures = [sorted(path.name for path in run.samples.glob("step-*.png")) for run in (undisturbed, disturbed)]
-    assert pictures[0] == pictures[1] == [f"step-{step:08d}.png" for step in (50, 100, 150, 200)]
+    assert pictures[0] == pictures[1] == [f"step-{step:08d}.png" for step in (0, 50, 100, 150, 200)]
     for name in [*pictures[0], "final-1nfe.png"]:
         assert (disturbed.samples / name).read_bytes() == (undisturbed.samples / name).read_bytes()
 

@@ -104,9 +104,9 @@ def _interruptible(trainer: Trainer) -> Iterator[None]:
     """SIGINT and SIGTERM ask the trainer to stop after the present step; a second one stops at once."""
 
     def ask(signum: int, frame: Any) -> None:
-        trainer.interrupted = True
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, before[number])
+        trainer.interrupted = True  # and the system's own handlers, which a background job may have had switched off:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -70,21 +70,13 @@ class FinalTable:
         path.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
 
     def rich(self) -> "Table":
-        """The table for the terminal; intervals in brackets."""
+        """The table for the terminal, 80 columns wide; intervals under their values."""
         from rich.table import Table
 
         table = Table(title=f"Samples against {self.n} real images ({self.split} split)", caption=self._caption())
         table.add_column("")
-        for heading in (
-            "NFE",
-            "Fréchet distance",
-            "− floor",
-            "kernel distance",
-            "precision",
-            "recall",
-            "judge accuracy",
-        ):
-            table.add_column(heading, justify="right")
+        for heading in ("NFE", "Fréchet", "− floor", "kernel", "precision", "recall", "accuracy"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
         return table
@@ -92,13 +84,14 @@ class FinalTable:
     def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
         fd, kid, accuracy = metrics["fd"], metrics["kid"].value, metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
-        return [_show(fd, 3), f"{fd.value - self.floor:.3f}", f"{kid:.3g}", *plain, _show(accuracy, 3)]
+        return [_show(fd, 2), f"{fd.value - self.floor:.2f}", f"{kid:.3g}", *plain, _show(accuracy, 3)]
 
     def _caption(self) -> str:
         repeats = f"mean over {self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise"
         return (
-            f"Samples: {repeats} (95% interval of that mean). Real images: other held-out images against the "
-            "reference images (range over re-splits). Accuracy: Wilson's 95% interval."
+            f"Fréchet and kernel distance in judge features. Samples: {repeats} (95% interval of that mean). "
+            "Real images: other held-out images against the reference images (range over re-splits). "
+            "Accuracy of the judge: Wilson's 95% interval."
         )
 
 
@@ -114,7 +107,7 @@ def _show(estimate: Estimate, digits: int) -> str:
     value = f"{estimate.value:.{digits}f}"
     if math.isnan(estimate.low):
         return value
-    return f"{value} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
+    return f"{value}\n[dim]{estimate.low:.{digits}f} – {estimate.high:.{digits}f}[/]"
 
 
 # --- intervals ------------------------------------------------------------------------------------------
@@ -189,7 +182,7 @@ def real_rows(protocol: Protocol) -> list[Row]:
     """Real images through the codec (the best that a generator of latents can do) and as they are (floor)."""
     reference, other = protocol.round_trip()
     return [
-        _real_row("real, through the codec", protocol, reference, other),
+        _real_row("real, through codec", protocol, reference, other),
         _real_row("real (floor)", protocol, protocol.reference, protocol.other),
     ]
 
