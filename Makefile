@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 .PHONY: demo test check install lint types imports fast clean
 
 demo: install  ## train a one-step generator of handwritten digits and judge it: about five minutes on two cores
-	$(BIN)/twinrl train twinflow name=demo run.dir=$(DEMO) --fresh
+	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
 
 test: install  ## every test, documentation and notebook checks included
 	$(BIN)/python -m pytest

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from twinrl import assembly
-from twinrl.commands import pictures
+from twinrl.commands import pictures, program
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
 from twinrl.data.source import Source
 from twinrl.errors import InputError
@@ -123,7 +123,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         if view is not None:
             view.close("KILLED")
         console.print(
-            f"interrupted at step {outcome.step}, checkpoint written; continue with: twinrl resume {run.path}"
+            f"interrupted at step {outcome.step}, checkpoint written; continue with: {program()} resume {run.path}"
         )
         return INTERRUPTED
     result: dict[str, Any] = {"status": outcome.status, "step": outcome.step, "message": outcome.message}
@@ -135,7 +135,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
     runlog.write_parquet(run.path)
     run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
-        console.print(f"curves and grids: twinrl ui {run.path.parent}")
+        console.print(f"curves and grids: {program()} ui {run.path.parent}")
     if outcome.status == "diverged":
         console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
         return FAILED
