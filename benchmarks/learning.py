@@ -49,8 +49,8 @@ def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Es
     """For each student row: accuracy, its gap to round-tripped digits, and the Fréchet ratio, over seeds."""
     rows = {}
     for name in (n for n in tables[0] if n.startswith("student")):
-        codec = [value(t["real, through codec 0"], "accuracy") for t in tables]
-        floor = [value(t["real (floor) 0"], "fd") for t in tables]
+        codec = [value(list(t.values())[-2], "accuracy") for t in tables]  # rows end with the codec and the floor
+        floor = [value(list(t.values())[-1], "fd") for t in tables]
         teacher = [value(metrics, "fd") for t in tables for n, metrics in t.items() if n.startswith("teacher")]
         accuracy, fd = ([value(t[name], q) for t in tables] for q in ("accuracy", "fd"))
         rows[name] = {

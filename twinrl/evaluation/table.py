@@ -71,25 +71,27 @@ class FinalTable:
 
     def rich(self) -> "Table":
         """The table for the terminal, 80 columns wide; intervals under their values."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table(title=f"Samples against {self.n} real images ({self.split} split)", caption=self._caption())
-        table.add_column("")
-        for heading in ("NFE", "Fréchet", "− floor", "kernel", "precision", "recall", "accuracy"):
+        title = f"Samples against {self.n} real images ({self.split} split)"
+        table = Table(title=title, caption=self._caption(), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+        table.add_column("", no_wrap=True)
+        for heading in ("NFE", "Fréchet", "− floor", "precision", "recall", "accuracy"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
         return table
 
     def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
-        fd, kid, accuracy = metrics["fd"], metrics["kid"].value, metrics["accuracy"]
+        fd, accuracy = metrics["fd"], metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
-        return [_show(fd, 2), f"{fd.value - self.floor:.2f}", f"{kid:.3g}", *plain, _show(accuracy, 3)]
+        return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
 
     def _caption(self) -> str:
         repeats = f"mean over {self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise"
         return (
-            f"Fréchet and kernel distance in judge features. Samples: {repeats} (95% interval of that mean). "
+            f"Fréchet distance in judge features. Samples: {repeats} (95% interval of that mean). "
             "Real images: other held-out images against the reference images (range over re-splits). "
             "Accuracy of the judge: Wilson's 95% interval."
         )
@@ -107,7 +109,7 @@ def _show(estimate: Estimate, digits: int) -> str:
     value = f"{estimate.value:.{digits}f}"
     if math.isnan(estimate.low):
         return value
-    return f"{value}\n[dim]{estimate.low:.{digits}f} – {estimate.high:.{digits}f}[/]"
+    return f"{value}\n[dim]{estimate.low:.{digits}f}–{estimate.high:.{digits}f}[/]"
 
 
 # --- intervals ------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def real_rows(protocol: Protocol) -> list[Row]:
     """Real images through the codec (the best that a generator of latents can do) and as they are (floor)."""
     reference, other = protocol.round_trip()
     return [
-        _real_row("real, through codec", protocol, reference, other),
+        _real_row("real, via codec", protocol, reference, other),
         _real_row("real (floor)", protocol, protocol.reference, protocol.other),
     ]
 
