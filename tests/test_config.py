@@ -73,6 +73,12 @@ def test_null_removes_a_mapping_and_unsets_a_value() -> None:
     assert schema.load("twinflow", ["terms.rectify.clamp=null"]).terms["rectify"].clamp is None
 
 
+def test_settings_of_the_default_network_need_no_kind() -> None:
+    assert schema.load("twinflow", ["model.network.width=64"]).model.network.width == 64
+    assert schema.load("twinflow", ["model.network.kind=mlp"]).hash == schema.load("twinflow").hash
+    assert "unknown key model.network.wdith; did you mean width?" in refused("twinflow", "model.network.wdith=3")
+
+
 def test_another_kind_replaces_all_settings_of_the_old_one() -> None:
     """Settings of one kind mean nothing to another: ``clamp`` must not leak into real_velocity."""
     changed = schema.load("twinflow", ["terms.rectify={kind: real_velocity, branches: [mul]}"]).terms["rectify"]

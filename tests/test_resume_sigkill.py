@@ -19,7 +19,7 @@ from twinrl.tracking import names, runlog
 from twinrl.tracking.mlflow_state import STATE_NAME
 
 STEPS, EVERY, KILLS = 200, 10, 5
-WITHIN = 2 * EVERY  # SIGKILL comes a random part of these steps after a session's first sign of life
+WITHIN = 2 * EVERY  # SIGKILL comes a random part of these steps after a process's first sign of life
 PATIENCE = 300  # seconds for one process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -234,6 +234,13 @@ def test_micro_batches_equal_the_full_batch(tmp_path: Path, preset: str, micro_b
     assert rows(parts)[0] == pytest.approx(rows(full)[0], rel=1e-9, abs=1e-12)
 
 
+def test_micro_batches_without_rows_of_any_term_are_passed_over(tmp_path: Path) -> None:
+    options = "train.steps=1", "branches={mul: 1, any: 1}", "train.precision=float64"
+    full = finish(small(tmp_path, *options, preset="rcgm"))
+    parts = finish(small(tmp_path, *options, "train.micro_batch=1", preset="rcgm"))
+    assert rows(parts)[0] == pytest.approx(rows(full)[0], rel=1e-9, abs=1e-12)
+
+
 def test_image_free_training_never_looks_at_the_images(tmp_path: Path) -> None:
     class Blank(FakeSource):
         def latents(self, split: str) -> Tensor:
@@ -289,6 +296,15 @@ def test_without_a_clip_gradients_are_not_touched(tmp_path: Path) -> None:
     parameters[0].grad.view(-1)[0] = math.inf
     assert trainer._clip()[names.GRAD_TOTAL_RAW].isinf()
     assert sum(int((~p.grad.isfinite()).sum()) for p in parameters) == 1
+
+
+def test_an_infinite_gradient_is_not_logged_as_clipped(tmp_path: Path) -> None:
+    trainer = make(small(tmp_path, "optim.clip=1"))
+    for parameter in trainer.objective.teacher.student.parameters():
+        parameter.grad = torch.full_like(parameter, math.inf)
+    norms = trainer._clip()
+    assert norms[names.GRAD_TOTAL_RAW].isinf()
+    assert norms[names.GRAD_TOTAL_CLIPPED].isnan()
 
 
 # --- what is not finite, and stopping -------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def student_of(settings: RunConfig, source: Source, device: torch.device, start_
             of another network.
     """
     network = new_network(settings, source)
-    if any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values()):  # type: ignore[attr-defined]
+    if any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values()):
         check_branches_apart(network, source, settings.model.network.kind)
     if start_weights:
         start(network, settings, source)

@@ -1,6 +1,7 @@
 """The command line. Parsing only: what the commands do is in ``twinrl.commands``, imported when needed.
 
-Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input was wrong (one line on stderr).
+Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input was wrong (one line on stderr),
+130 interrupted with a checkpoint written.
 """
 
 import sys
@@ -113,7 +114,7 @@ def ui(
     from twinrl.tracking import store
     from twinrl.tracking.ui import serve
 
-    serve(store.resolve(uri, runs), port)
+    raise typer.Exit(serve(store.resolve(uri, runs), port))
 
 
 @app.command()

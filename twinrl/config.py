@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 from twinrl.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
-IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant"}
+IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp"}
 """Kinds of components that name none. A loss term's is its own name."""
 
 
@@ -60,7 +60,7 @@ def nearest(key: str, valid: Mapping[str, Any]) -> str:
 # --- components -----------------------------------------------------------------------------------------
 
 
-def resolve(registry: Mapping[str, type], kind: str, what: str) -> type:
+def resolve(registry: Mapping[str, type], kind: str, what: str) -> Any:
     """The class registered under ``kind``, or the one that the dotted path ``kind`` names.
 
     Raises:
@@ -98,7 +98,7 @@ def component(registry: Mapping[str, type], what: str) -> Any:
         if not isinstance(value, Mapping) or "kind" not in value:
             raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({what})")
         try:
-            return resolve(registry, str(value["kind"]), what).Config.model_validate(value)  # type: ignore[attr-defined]
+            return resolve(registry, str(value["kind"]), what).Config.model_validate(value)
         except InputError as error:
             raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
         except ValidationError as error:

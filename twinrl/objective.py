@@ -138,9 +138,9 @@ class Pass:
     def _guide(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.guidance, x, t, r, c)
 
-    def _without_gradient(self, network: torch.nn.Module, *inputs: Tensor | Condition) -> Tensor:
+    def _without_gradient(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         with torch.no_grad(), self.random_state.replayed():
-            return self.objective.call(network, *inputs)  # type: ignore[arg-type]
+            return self.objective.call(network, x, t, r, c)
 
     # --- forward passes ---------------------------------------------------------------------------------------
 

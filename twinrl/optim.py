@@ -175,6 +175,11 @@ class EarlyStop:
             self.best, self.bad = quality, 0
         else:
             self.bad += 1
+        return self.reached
+
+    @property
+    def reached(self) -> bool:
+        """The last answer of :meth:`observe`; part of the state, so that a resumed run stops where it should have."""
         return self.config.patience is not None and self.bad >= self.config.patience
 
     def state(self) -> dict[str, Any]:

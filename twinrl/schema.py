@@ -34,6 +34,10 @@ else:
     SourceName = Literal[tuple(SOURCES)]
 
 
+def _with_kind(value: object, kind: str) -> object:
+    return {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
+
+
 class TrainConfig(Settings):
     """Length, batch and numbers of training."""
 
@@ -56,6 +60,11 @@ class ModelConfig(Settings):
 
     network: Network = Field(default="mlp", validate_default=True, description="architecture by kind")
     target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
+
+    @field_validator("network", mode="before")
+    @classmethod
+    def _kind_defaults_to_mlp(cls, value: object) -> object:
+        return _with_kind(value, configuration.IMPLIED_KINDS["network"])
 
 
 class DataConfig(Settings):
@@ -180,10 +189,6 @@ class RunConfig(Settings):
 
 
 NOT_NUMERIC = {"name", "seed", "run", "tracking", "checkpoint", "machine"}
-
-
-def _with_kind(value: object, kind: str) -> object:
-    return {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
 
 
 def load(name: str, overrides: list[str] | None = None) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints, draws, schema
+from twinrl import assembly, checkpoints, conditions, draws, schema
 from twinrl.branches import Batch, BatchDraws, divide
 from twinrl.conditions import Condition
 from twinrl.config import build, resolve
@@ -49,7 +49,13 @@ class Validation(Protocol):
 
 @dataclass
 class Outcome:
-    """How training ended: finished, stopped (a stop policy or early stop) or interrupted (to be resumed)."""
+    """How training ended.
+
+    Attributes:
+        status: finished, stopped (early stop), diverged (a stop policy) or interrupted (to be resumed).
+        step: optimizer steps made.
+        message: why, where the status alone does not say it.
+    """
 
     status: str
     step: int
@@ -88,7 +94,7 @@ class Trainer:
         student = assembly.student_of(settings, self.source, self.device, start_weights=not begun)
         self.objective: Objective = assembly.objective_of(settings, student)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
-        self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())  # type: ignore[attr-defined]
+        self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         self.latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
@@ -111,7 +117,7 @@ class Trainer:
         """One step with what belongs to it; an outcome if it was the last."""
         if self.step >= self.settings.train.steps:
             return Outcome("finished", self.step)
-        if self._stopped_early:
+        if self.early_stop.reached:
             return Outcome("stopped", self.step, "no improvement in validation quality")
         if self.interrupted:
             return Outcome("interrupted", self.step)
@@ -150,6 +156,8 @@ class Trainer:
         parts: list[dict[str, TermLoss]] = []
         for chunk in batch.chunks(self.settings.train.micro_batch or len(batch.rows)):
             losses = self.objective.evaluate(chunk, counts).losses()
+            if not losses:  # rows of branches that no term sees
+                continue
             torch.stack([part.loss for part in losses.values()]).sum().backward()
             parts.append(losses)
         return summarise(parts, {name: term.weight for name, term in self.settings.terms.items()})
@@ -162,7 +170,9 @@ class Trainer:
         if limit is None:  # gradients stay as they are: scaling by inf/inf would spread one inf to all of them
             return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: norm}
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: norm.clamp(max=limit)}
+        # an infinite gradient is not clipped to the limit: scaling it by 0 leaves nan
+        clipped = torch.where(norm.isfinite(), norm.clamp(max=limit), torch.nan)
+        return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: clipped}
 
     def _set_lr(self) -> float:
         lr = self.settings.optim.lr * self.lr_policy.factor(self.step)
@@ -211,10 +221,10 @@ class Trainer:
         if self.settings.guidance.empty == "source":
             return self._cast(self.source.null_condition(n))
         order = drawn.uniform("null permutation").argsort()
-        return {name: value[order] for name, value in c.items()}
+        return conditions.rows(c, order)
 
     def _cast(self, c: Condition) -> Condition:
-        return {k: v.to(self.device, self.latents.dtype if v.is_floating_point() else None) for k, v in c.items()}
+        return conditions.to(c, self.device, self.latents.dtype)
 
     # --- validation, events, checkpoints ----------------------------------------------------------------------
 
@@ -227,12 +237,6 @@ class Trainer:
         quality = float(row[names.VAL_QUALITY])
         self.lr_policy.observe(quality)
         self.early_stop.observe(quality)
-
-    @property
-    def _stopped_early(self) -> bool:
-        """Part of the state, so that a run resumed after its last checkpoint stops where it should have."""
-        patience = self.settings.early_stop.patience
-        return patience is not None and self.early_stop.bad >= patience
 
     def _record_nonfinite(self, values: Mapping[str, float], data_rows: Tensor) -> Event | None:
         """An event naming the terms whose loss is not finite, if anything in the row is not."""

@@ -51,7 +51,7 @@ def sample(
     device = next(network.parameters()).device
     noise = draws.normal((n, *source.latent_shape), seed, "sample").to(device)
     rows = []
-    for prompt in prompts or [f"{name}" for name in source.prompts(torch.arange(len(source.classes)), seed, 0)]:
+    for prompt in prompts or source.prompts(torch.arange(len(source.classes)), seed, 0):
         z = draw(network, noise, source.condition([prompt] * n), few_step(nfe), seed=seed)
         rows.append((prompt, source.decode(z).detach()))
     if len(rows) == 1:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.evaluation import EvaluationConfig, Protocol
+from twinrl.evaluation.isolation import undisturbed
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step, sample
 
@@ -52,7 +53,7 @@ def save_grid(protocol: Protocol, network: nn.Module, nfe: int, path: Path, titl
 
 
 def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, settings: EvaluationConfig) -> Path:
-    """The pictures of a finished run; returns the path of the one-step grid."""
+    """The pictures of a finished run; returns the path of the grid at the first NFE."""
     paths = [run.samples / f"final-{nfe}nfe.png" for nfe in settings.nfe]
     for nfe, path in zip(settings.nfe, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
@@ -67,9 +68,11 @@ def save_diversity(protocol: Protocol, network: nn.Module, nfe: int, path: Path,
     from twinrl.evaluation.grids import diversity_grid
 
     prompt = protocol.grid_prompts()[len(protocol.source.classes) // 3]
-    condition = protocol.source.condition([prompt] * n)
-    z = sample(network, protocol.noise(n, "evaluation diversity"), condition, few_step(nfe))
-    diversity_grid(protocol.source.decode(z).detach(), prompt, nfe=nfe).save(path)
+    with undisturbed(network, seed=protocol.config.seed, device=protocol.device):
+        condition = protocol.source.condition([prompt] * n)
+        z = sample(network, protocol.noise(n, "evaluation diversity"), condition, few_step(nfe))
+        images = protocol.source.decode(z)
+    diversity_grid(images, prompt, nfe=nfe).save(path)
 
 
 def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:

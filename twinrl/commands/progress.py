@@ -19,9 +19,11 @@ from twinrl.stability.events import Event
 from twinrl.tracking import names
 from twinrl.tracking.mlflow_view import MLflowView
 
-SHOWN = {names.VAL_QUALITY: "quality", names.val("fd", 1): "fd", names.val("accuracy", 1): "accuracy"}
-
-
+SHOWN = {
+    names.VAL_QUALITY: "quality",
+    names.val("fd", 1): "fd at 1 NFE",
+    names.val("accuracy", 1): "accuracy at 1 NFE",
+}
 EVENTS_SHOWN = 3
 
 
@@ -32,7 +34,7 @@ class ConsoleObserver:
 
     Arguments:
         console: where to write.
-        steps: of the whole run. done: steps that an earlier session made.
+        steps: of the whole run. done: steps that an earlier process made.
     """
 
     def __init__(self, console: Console, steps: int, done: int):
@@ -61,7 +63,7 @@ class ConsoleObserver:
             self.progress.console.print(f"step {row['step']:>6} of {self.steps}  loss {self.average:.4f}")
         if names.VAL_QUALITY in row:
             shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in SHOWN.items() if name in row)
-            self.progress.console.print(f"step {row['step']:>6}  at 1 NFE: {shown}")
+            self.progress.console.print(f"step {row['step']:>6}  {shown}")
 
     def after_checkpoint(self, offset: int) -> None:
         """Nothing to show."""

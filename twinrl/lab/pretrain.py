@@ -1,6 +1,6 @@
 """Flow-matching pretraining: the teacher from which TwinFlow students start."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from twinrl.conditions import Condition
 from twinrl.draws import normal, shuffled_rows, uniform
 from twinrl.lab.training import seeded
-from twinrl.transport import interpolate, velocity
+from twinrl.transport import interpolate, like, velocity
 
 ConditionOf = Callable[[Tensor, int], Condition]
 """(labels (B,), step) → condition of B rows, captions drawn anew at every step."""
@@ -18,13 +18,13 @@ ConditionOf = Callable[[Tensor, int], Condition]
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a teacher is pretrained: AdamW at a constant rate after a warm-up, the averaged weights the result.
+    """How a teacher is pretrained: AdamW, 100 steps of warm-up, a linear decay; the averaged weights are the result.
 
     Attributes:
         steps: optimiser steps.
         batch: rows per step.
-        lr: learning rate, decaying by a cosine over the last ``decay`` of the steps.
-        decay: fraction of the steps.
+        lr: learning rate between warm-up and decay.
+        decay: last fraction of the steps, over which the rate falls linearly to a twentieth.
         dropout: share of rows whose condition is replaced by ∅, for guidance.
         ema: decay of the average of the weights.
         seed: key of every random number.
@@ -99,10 +99,7 @@ def flow_matching_loss(network: nn.Module, data: FlowData, recipe: Pretraining, 
 
 def _drop(condition: Condition, empty: Condition, dropped: Tensor) -> Condition:
     """The condition with the rows ``dropped`` (B,) replaced by ∅."""
-    return {
-        name: torch.where(dropped.view(-1, *([1] * (value.dim() - 1))), empty[name], value)
-        for name, value in condition.items()
-    }
+    return {name: torch.where(like(dropped, value), empty[name], value) for name, value in condition.items()}
 
 
 def _rate(step: int, recipe: Pretraining) -> float:
@@ -133,6 +130,3 @@ def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) 
         t_b = torch.full((len(x),), t, device=x.device)
         x = x - (t - following) * network(x, t_b, t_b, condition)
     return x
-
-
-__all__: Sequence[str] = ["FlowData", "Pretraining", "euler", "flow_matching_loss", "fresh", "pretrain"]

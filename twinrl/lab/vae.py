@@ -17,7 +17,7 @@ from twinrl.lab.training import Recipe, fit
 LATENT_SHAPE = (4, 8, 8)
 _CHANNELS = (8, 16, 32)
 _KL_WEIGHT = 1e-6
-_CHUNK = 256  # rows encoded or decoded at once
+_CHUNK = 256  # rows encoded at once
 
 
 class Codec(nn.Module):
@@ -45,11 +45,6 @@ class Codec(nn.Module):
     def encode_all(self, pixels: Tensor) -> Tensor:
         """``encode`` for any number of rows, in chunks, without gradient."""
         return torch.cat([self.encode(chunk) for chunk in pixels.split(_CHUNK)])
-
-    @torch.no_grad()
-    def decode_all(self, latents: Tensor) -> Tensor:
-        """``decode`` for any number of rows, in chunks, without gradient."""
-        return torch.cat([self.decode(chunk) for chunk in latents.split(_CHUNK)])
 
 
 def train_codec(codec: Codec, pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> None:

@@ -42,7 +42,8 @@ class Rectify(Term):
         x_tau, tau = self._renoised(rows, query, F)
         delta_v = ctx.student(x_tau, -tau, -tau, rows.c) - ctx.student(x_tau, tau, tau, rows.c)
         if self.config.score_weight:
-            delta_v = delta_v * like((1 - tau) / tau, delta_v)
+            # a uniform τ may be exactly 0, where the factor is infinite
+            delta_v = delta_v * like((1 - tau) / tau.clamp(min=torch.finfo(tau.dtype).eps), delta_v)
         kappa = self.config.clamp if self.config.clamp is not None else torch.inf
         aux = {
             names.DELTA_V_RMS: delta_v.square().flatten(1).mean(1).sqrt(),

@@ -12,7 +12,6 @@ On a straight flow with known velocity v, S = (t − r)·v, so **R = −(t − r
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from twinrl.branches import Rows
@@ -28,7 +27,6 @@ class SimpleTunerBase(Term):
 
     class Config(RCGMConfig):
         kind: Literal["simpletuner_base"] = "simpletuner_base"
-        order: int = Field(2, ge=1, description="N: teacher jumps per target")
 
     def query(self, rows: Rows, ctx: Context) -> Query:
         return own(rows)
