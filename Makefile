@@ -10,7 +10,7 @@ DEMO ?= runs/demo
 demo: install  ## train a one-step generator of handwritten digits and judge it: about five minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
 
-test: install  ## every test, documentation and notebook checks included
+test: install  ## every test
 	$(BIN)/python -m pytest
 
 check: install lint types imports fast  ## the developer's quick loop

@@ -28,11 +28,9 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def mnist_root() -> Path | None:
-    """Folder of the digits: ``$TWINRL_MNIST_ROOT``, else ``../shared/data/mnist`` beside the repository, else None."""
-    if named := os.environ.get("TWINRL_MNIST_ROOT"):
-        return Path(named)
-    beside = REPOSITORY.parent / "shared" / "data" / "mnist"
-    return beside if (beside / "MNIST").is_dir() else None
+    """Folder of the digits: ``$TWINRL_MNIST_ROOT``, or None."""
+    named = os.environ.get("TWINRL_MNIST_ROOT")
+    return Path(named) if named else None
 
 
 class Pixels(MNISTSource):

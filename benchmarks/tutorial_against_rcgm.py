@@ -1,6 +1,6 @@
 """Do TwinFlow's terms sharpen one-step samples? ``tutorial`` against ``rcgm`` on MNIST, at 1 NFE.
 
-    python benchmarks/tutorial_against_rcgm.py --root ../shared/data/mnist --seeds 3
+    python benchmarks/tutorial_against_rcgm.py --root <mnist> --seeds 3
 
 Equal network, data, batch, learning rate and steps; several seeds. Judge accuracy and Laplacian variance of samples
 for the labels of the test split; intervals are Student's 95 % over seeds. Finished runs are kept, so the script goes

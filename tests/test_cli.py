@@ -204,7 +204,7 @@ def test_interrupted_run_is_resumed_to_its_end(twinrl: Any, interrupted: RunDire
     assert twinrl("sample", str(interrupted.path), "--nfe", "2", "-n", "3", "--out", "new/grid.png").code == 0
     assert Path("new/grid.png").read_bytes()[:4] == b"\x89PNG"
     assert twinrl("evaluate", str(interrupted.path)).code == 0
-    judged = json.loads((interrupted.path / "evaluation.json").read_text())
+    judged = json.loads((interrupted.path / "evaluation" / "table.json").read_text())
     assert judged == interrupted.result["table"]  # the same protocol, network and noise
 
     (Path("elsewhere.yaml")).write_text("extends: twinflow\n")

@@ -151,7 +151,7 @@ def test_the_result_is_written_whole(begun: RunDirectory) -> None:
 
 
 def stored(settings: schema.RunConfig) -> dict[str, object]:
-    config = settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC - {"seed"})
+    config = settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC) | {"seed": settings.seed}
     return {"config": json.loads(json.dumps(config)), "content_hash": "data"}
 
 

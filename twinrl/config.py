@@ -242,9 +242,9 @@ def _one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
 # --- identity -------------------------------------------------------------------------------------------
 
 
-def canonical_hash(config: BaseModel, exclude: set[str]) -> str:
-    """First 8 hex digits of the SHA-256 over the sorted JSON of ``config`` without the keys of ``exclude``."""
-    content = json.dumps(config.model_dump(mode="json", exclude=exclude), sort_keys=True)
+def canonical_hash(settings: Mapping[str, Any]) -> str:
+    """First 8 hex digits of the SHA-256 over the sorted JSON of plain values."""
+    content = json.dumps(settings, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinrl import conditions
 from twinrl.branches import Batch, Rows
@@ -42,6 +42,13 @@ class Objective:
         with torch.autocast(x.device.type, self.autocast):
             F = network(x, t, r, c)
         return F.to(x.dtype)
+
+    @property
+    def joins(self) -> bool:
+        """Whether queries of different terms may share a forward pass: not under dropout, whose masks depend on the
+        rows of the pass, so that a target's passes over one term's rows would see others than the student's."""
+        modules = self.teacher.student.modules()
+        return not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in modules)
 
     def evaluate(self, batch: Batch, counts: Mapping[str, int]) -> "Pass":
         """All terms on one micro-batch; ``counts`` are the rows per branch of the global batch."""
@@ -145,13 +152,14 @@ class Pass:
     # --- forward passes ---------------------------------------------------------------------------------------
 
     def _evaluate(self, requests: list[tuple[Query, Rows]]) -> None:
-        """Forward passes for what is not yet evaluated; requests on disjoint rows are joined into one pass."""
+        """Forward passes for what is not yet evaluated; without dropout, requests on disjoint rows share one."""
         pending: list[tuple[Query, Rows]] = []
         for query, rows in requests:
             known = self._forwards.get(query.point, [])
             if not any(_covers(f.rows, rows.index) for f in known):
                 pending.append((query, rows))
-        for group in _disjoint_groups(_without_covered(pending)):
+        requests = _without_covered(pending)
+        for group in _disjoint_groups(requests) if self.objective.joins else [[request] for request in requests]:
             self._forward(group)
 
     def _forward(self, group: list[tuple[Query, Rows]]) -> None:

@@ -15,7 +15,7 @@ Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Settings):
     """Settings that every optimizer has."""
 
-    lr: float = Field(3e-4, gt=0, description="learning rate")
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False, description="learning rate")
     betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled in adamw)")

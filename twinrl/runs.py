@@ -158,7 +158,7 @@ def dump(settings: schema.RunConfig) -> str:
 
 def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mapping[str, Any]) -> None:
     """Raises InputError naming the keys in which ``settings`` differ from a checkpoint's, or that the data do."""
-    now = settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC - {"seed"})
+    now = settings.numeric() | {"seed": settings.seed}
     changed = config.differing_keys(state["config"], now)
     if changed:
         raise InputError(
@@ -166,9 +166,14 @@ def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mappin
             got=f"other values of {', '.join(changed)}",
             fix="restore them in config.yaml, or start a new run with train.init=<this run>",
         )
+    check_content(content_hash, state, settings.data.source)
+
+
+def check_content(content_hash: str, state: Mapping[str, Any], source: str) -> None:
+    """Raises InputError where a checkpoint was made with other data (or other frozen models) of ``source``."""
     if state["content_hash"] != content_hash:
         raise InputError(
-            f"the data of {settings.data.source} have changed since the run's checkpoint",
+            f"the data of {source} have changed since the run's checkpoint",
             got=f"content {content_hash:.12}",
             expected=f"content {state['content_hash']:.12}",
             fix="restore data.root and the cache, or start a new run with train.init=<this run>",

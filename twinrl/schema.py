@@ -164,6 +164,9 @@ class RunConfig(Settings):
             raise ValueError(f"branches need finite shares ≥ 0 with a positive sum, got {self.branches}")
         if not self.terms:
             raise ValueError("terms is empty; expected at least one loss term, see the presets")
+        waits = self.lr_policy.kind == "plateau" or self.early_stop.patience is not None
+        if waits and self.evaluation.every == 0:
+            raise ValueError("evaluation.every is 0, but lr_policy plateau and early_stop wait for validations")
         if any(term.kind == "simpletuner_base" for term in self.terms.values()):
             foreign.check_steps(self.evaluation.nfe)
         for name, term in self.terms.items():
@@ -180,7 +183,11 @@ class RunConfig(Settings):
     @property
     def hash(self) -> str:
         """8 hex digits over what changes a run's numbers; seed, name and bookkeeping are left out."""
-        return configuration.canonical_hash(self, NOT_NUMERIC)
+        return configuration.canonical_hash(self.numeric())
+
+    def numeric(self) -> dict[str, Any]:
+        """The settings that change a run's numbers, as plain JSON values; the seed is not among them."""
+        return self.model_dump(mode="json", exclude=NOT_NUMERIC)
 
     @property
     def directory(self) -> Path:
@@ -188,7 +195,8 @@ class RunConfig(Settings):
         return self.run.dir / f"{self.name}-{self.hash}-s{self.seed}"
 
 
-NOT_NUMERIC = {"name", "seed", "run", "tracking", "checkpoint", "machine"}
+# data.root is where the data lie, not what they are: checkpoints compare the content's hash
+NOT_NUMERIC = dict.fromkeys(("name", "seed", "run", "tracking", "checkpoint", "machine"), True) | {"data": {"root"}}
 
 
 def load(name: str, overrides: list[str] | None = None) -> RunConfig:

@@ -30,7 +30,9 @@ class TeacherConfig(Settings):
 
     @model_validator(mode="after")
     def _live_needs_waiver(self) -> "TeacherConfig":
-        if "live" in (self.kind, self.guidance) and not self.allow_live:
+        kinds = (self.kind, self.guidance)
+        live = "live" in kinds or ("ema" in kinds and self.decay == 0)  # an average without memory is the student
+        if live and not self.allow_live:
             raise ValueError(
                 "a live-student teacher is known to collapse training; fix: teacher.kind=ema, "
                 "or waive this with teacher.allow_live=true"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints, conditions, draws, schema
+from twinrl import assembly, checkpoints, conditions, draws
 from twinrl.branches import Batch, BatchDraws, divide
 from twinrl.conditions import Condition
 from twinrl.config import build, resolve
@@ -266,7 +266,7 @@ class Trainer:
             "lr_policy": _plain(self.lr_policy.state()),
             "early_stop": _plain(self.early_stop.state()),
             "content_hash": self.source.content_hash,
-            "config": self.settings.model_dump(mode="json", exclude=schema.NOT_NUMERIC - {"seed"}),
+            "config": self.settings.numeric() | {"seed": self.settings.seed},
         }
         tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
         tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)

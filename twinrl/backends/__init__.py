@@ -49,7 +49,7 @@ def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module
     """
     kind: str = config.kind  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, "network weights").initial_seed())
+        torch.default_generator.manual_seed(generator(seed, "network weights").initial_seed())
         network: nn.Module = resolve(NETWORKS, kind, "network")(config, spec_of(source))
         return network
 

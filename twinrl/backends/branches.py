@@ -25,7 +25,7 @@ def tells_branches_apart(network: nn.Module, latent_shape: tuple[int, int, int],
     probe = copy.deepcopy(network).eval()
     device = next(probe.parameters()).device
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         _perturb(probe)
         x = torch.randn(4, *latent_shape).to(device)
         t = torch.tensor([0.2, 0.45, 0.7, 0.95], device=device)

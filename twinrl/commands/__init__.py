@@ -7,5 +7,5 @@ import sys
 
 def program() -> str:
     """How this shell starts twinrl: its name where it is on the path, else its file, for commands to be copied."""
-    installed = shutil.which("twinrl") is None and os.path.basename(sys.argv[0]) == "twinrl"
-    return os.path.relpath(sys.argv[0]) if installed else "twinrl"
+    off_path = shutil.which("twinrl") is None and os.path.basename(sys.argv[0]) == "twinrl"
+    return os.path.relpath(sys.argv[0]) if off_path else "twinrl"

@@ -1,6 +1,5 @@
 """``twinrl sample`` and ``twinrl evaluate``: look at what a run has learnt."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from twinrl.commands.train import judge
 from twinrl.data.source import Source
 from twinrl.errors import InputError
 from twinrl.evaluation.grids import diversity_grid, sample_grid
-from twinrl.runs import RunDirectory
+from twinrl.runs import RunDirectory, check_content
 from twinrl.sampling import few_step
 from twinrl.sampling import sample as draw
 from twinrl.schema import RunConfig
@@ -27,11 +26,12 @@ def load(path: Path, step: int | None = None) -> tuple[RunConfig, RunDirectory, 
     run = RunDirectory(path)
     settings = run.settings()
     folder = run.newest_checkpoint() if step is None else _checkpoint_of(run, step)
-    weights = checkpoints.load(folder).judged
+    checkpoint = checkpoints.load(folder)
     device = assembly.device_of(settings)
     source = assembly.load_source(settings, device)
+    check_content(source.content_hash, checkpoint.state, settings.data.source)
     network = assembly.new_network(settings, source)
-    checkpoints.load_module(network, {name: t.float() for name, t in weights.items()}, str(folder))
+    checkpoints.load_module(network, {name: t.float() for name, t in checkpoint.judged.items()}, str(folder))
     return settings, run, source, network.to(device).eval()
 
 
@@ -68,10 +68,12 @@ def sample(
 
 
 def evaluate(path: Path, step: int | None, console: Console) -> int:
-    """Print the final table of a run (or of one of its checkpoints) and write it to ``evaluation.json``."""
+    """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
     settings, run, source, network = load(path, step)
-    table, grid = judge(settings, source, network, run, console)
-    (run.path / "evaluation.json").write_text(json.dumps(table.as_dict(), indent=1) + "\n")
+    folder = run.path / "evaluation" if step is None else run.path / "evaluation" / checkpoints.folder_of(step)
+    folder.mkdir(parents=True, exist_ok=True)
+    table, grid = judge(settings, source, network, run, console, folder)
+    table.write(folder / "table.json")
     console.print(table.rich())
     console.print(f"samples: {grid}")
     return 0

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from twinrl.evaluation import EvaluationConfig, Protocol
+from twinrl.evaluation import Protocol
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step, sample
@@ -52,14 +52,15 @@ def save_grid(protocol: Protocol, network: nn.Module, nfe: int, path: Path, titl
     return images
 
 
-def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, settings: EvaluationConfig) -> Path:
-    """The pictures of a finished run; returns the path of the grid at the first NFE."""
-    paths = [run.samples / f"final-{nfe}nfe.png" for nfe in settings.nfe]
-    for nfe, path in zip(settings.nfe, paths, strict=True):
+def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
+    """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE."""
+    evaluations = protocol.config.nfe
+    paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
+    for nfe, path in zip(evaluations, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
-    save_diversity(protocol, network, settings.nfe[0], run.samples / "diversity.png")
-    save_over_training(run, protocol.source.classes)
-    save_curves(run, protocol)
+    save_diversity(protocol, network, evaluations[0], folder / "diversity.png")
+    save_over_training(run, protocol.source.classes, folder / "over-training.png")
+    save_curves(run, protocol, folder / "curves.png")
     return paths[0]
 
 
@@ -82,8 +83,8 @@ def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
     figures.save(figures.time_scatter(*times), path)
 
 
-def save_over_training(run: RunDirectory, classes: tuple[str, ...], most: int = 10) -> None:
-    """``samples/over-training.png``: one sample of each class at up to ``most`` validations, noise fixed."""
+def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, most: int = 10) -> None:
+    """One sample of each class at up to ``most`` validations, noise fixed."""
     from twinrl.evaluation.grids import training_grid
 
     files = sorted(run.samples.glob("step-*.safetensors"))
@@ -94,16 +95,16 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], most: int = 
     ]
     snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
     steps = [int(file.stem.removeprefix("step-")) for file in chosen]
-    training_grid(snapshots, steps, list(classes)).save(run.samples / "over-training.png")
+    training_grid(snapshots, steps, list(classes)).save(path)
 
 
-def save_curves(run: RunDirectory, protocol: Protocol) -> None:
-    """``samples/curves.png``: losses and quality against steps, the real-against-real floor dotted."""
+def save_curves(run: RunDirectory, protocol: Protocol, path: Path) -> None:
+    """Losses and quality against steps, the real-against-real floor dotted."""
     from twinrl.evaluation import figures
     from twinrl.tracking import runlog
 
     figure = figures.training_curves(runlog.read(run.log), floor=protocol.floor, title=run.path.name)
-    figures.save(figure, run.samples / "curves.png")
+    figures.save(figure, path)
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:

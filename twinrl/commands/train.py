@@ -81,7 +81,7 @@ def _continue(trainer: Trainer, console: Console) -> int:
 def _view(settings: RunConfig, run: RunDirectory) -> MLflowView | None:
     if not settings.tracking.mlflow:
         return None
-    tags = {"config_hash": settings.hash, "seed": settings.seed, "preset": settings.name}
+    tags = {"config_hash": settings.hash, "seed": settings.seed}
     return MLflowView(run.path, settings.tracking.uri, experiment=settings.tracking.experiment, tags=tags)
 
 
@@ -128,7 +128,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         return INTERRUPTED
     result: dict[str, Any] = {"status": outcome.status, "step": outcome.step, "message": outcome.message}
     if outcome.status != "diverged":
-        table, grid = judge(trainer.settings, trainer.source, trainer.objective.teacher.best, run, console)
+        table, grid = judge(trainer.settings, trainer.source, trainer.objective.teacher.best, run, console, run.samples)
         result["table"] = table.as_dict()
         console.print(table.rich())
         console.print(f"samples: {grid}")
@@ -143,9 +143,9 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
 
 
 def judge(
-    settings: RunConfig, source: Source, network: torch.nn.Module, run: RunDirectory, console: Console
+    settings: RunConfig, source: Source, network: torch.nn.Module, run: RunDirectory, console: Console, folder: Path
 ) -> tuple[FinalTable, Path]:
-    """The final table on the test split, and the pictures of the run."""
+    """The final table on the test split; sample grids, diversity and curves go to ``folder``."""
     device = next(network.parameters()).device
     with console.status("judging samples of the student and its teacher on the test split"):
         protocol = Protocol(source, settings.evaluation, "test", device)
@@ -153,5 +153,5 @@ def judge(
         from_teacher = settings.train.init == "teacher"
         teacher = assembly.pretrained_teacher(settings, source, device) if from_teacher else None
         table = final_table(protocol, network, teacher)
-        grid = pictures.save_final(protocol, network, run, settings.evaluation)
+        grid = pictures.save_final(protocol, network, run, folder)
     return table, grid

@@ -88,7 +88,7 @@ def train_judge(digits: Split, recipe: Recipe) -> MNISTJudge:
         torch.random.fork_rng(devices=[]),
         stages("MNIST", recipe.steps) as stage,
     ):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         judge = MNISTJudge()
         fit(judge.parameters(), loss, recipe, stage("judge", 1))
     return judge

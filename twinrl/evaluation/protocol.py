@@ -37,7 +37,7 @@ class EvaluationConfig(Settings):
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     velocity_rows: int = Field(200, ge=1, description="images in val/velocity_mse, each at five times")
     grid_samples: int = Field(8, ge=1, description="samples per class in the sample grids")
-    batch: int = Field(250, ge=1, description="rows per forward; bounds memory")
+    batch: int = Field(250, ge=1, description="rows per forward; the step noise at NFE ≥ 2 is keyed by it")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def seeded(seed: int) -> Iterator[None]:
     *When to use*: for initial weights, which layers draw from the global generator.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         yield
 
 

@@ -100,7 +100,7 @@ class TermConfig(Settings):
     """Settings that every term has."""
 
     branches: tuple[str, ...] = Field(("any",), min_length=1, description="branches whose rows the term sees")
-    weight: float = Field(1.0, ge=0, description="factor of the term in the total loss")
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of the term in the total loss")
     loss: LossConfig = Field(default="l2", validate_default=True, description="per-sample loss: l2 or barron")
     time_weight: bool = Field(False, description="weight rows by tan((1 − (|t| − |r|))·π/2.5) + 1")
     mean_over: Literal["rows", "batch"] = Field(
