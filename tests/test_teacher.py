@@ -43,7 +43,7 @@ def test_average_against_numbers_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.999])
 def test_ramp_climbs_to_the_decay_and_not_beyond(decay: float) -> None:
-    teacher, decays = Teacher(Scalar(1.0), TeacherConfig(decay=decay)), []
+    teacher, decays = Teacher(Scalar(1.0), TeacherConfig(decay=decay, allow_live=True)), []
     for _ in range(20_000):
         teacher.update()
         decays.append(teacher.decay)
@@ -55,7 +55,9 @@ def test_ramp_climbs_to_the_decay_and_not_beyond(decay: float) -> None:
 
 def test_decay_zero_follows_the_student() -> None:
     student = Scalar(1.0)
-    teacher = Teacher(student, TeacherConfig(decay=0.0))
+    with pytest.raises(ValueError, match=r"teacher\.allow_live=true"):
+        TeacherConfig(decay=0.0)
+    teacher = Teacher(student, TeacherConfig(decay=0.0, allow_live=True))
     for value in (3.0, -2.0, 7.0):
         student.weight.data.fill_(value)
         teacher.update()
