@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --seeds 3
 
-Trains ``twinrl train PRESET`` once for each seed (finished runs are kept), reads each run's ``result.json`` and
+Trains ``twinrl train PRESET`` (default: lab) once for each seed (finished runs are kept), reads each run's ``result.json`` and
 writes ``benchmarks/results/learning.md`` and ``.json``: judge accuracy against round-tripped real digits, and the
 Fréchet distance above the real-against-real floor over the 50-step teacher's. Intervals are Student's 95 % over
 seeds; within a seed every number is a mean over five draws of start noise.
@@ -88,7 +88,7 @@ def report(rows: dict[str, dict[str, Estimate]], tables: list[dict[str, Any]], c
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--preset", default="twinflow")
+    parser.add_argument("--preset", default="lab")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("overrides", nargs="*", help="key.path=value")
     given = parser.parse_args()
