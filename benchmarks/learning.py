@@ -2,10 +2,10 @@
 
     python benchmarks/learning.py --seeds 3
 
-Trains ``twinrl train PRESET`` (default: lab) once for each seed (finished runs are kept), reads each run's ``result.json`` and
-writes ``benchmarks/results/learning.md`` and ``.json``: judge accuracy against round-tripped real digits, and the
-Fréchet distance above the real-against-real floor over the 50-step teacher's. Intervals are Student's 95 % over
-seeds; within a seed every number is a mean over five draws of start noise.
+Trains ``twinrl train PRESET`` (default: lab) once for each seed (finished runs are kept), reads each run's
+``result.json`` and writes ``benchmarks/results/learning.md`` and ``.json``: judge accuracy against round-tripped real
+digits, and the Fréchet distance above the real-against-real floor over the 50-step teacher's. Intervals are Student's
+95 % over seeds; within a seed every number is a mean over five draws of start noise.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def run_of(preset: str, overrides: list[str], seed: int) -> RunDirectory:
 def rows_of(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """The run's final table: row name and NFE → metrics."""
     result = run.result
-    assert result is not None
+    if result is None or "table" not in result:
+        raise SystemExit(f"{run.path} has no final table: {result['message'] if result else 'it was interrupted'}")
     return {f"{row['name']} {row['nfe']}": row["metrics"] for row in result["table"]["rows"]}
 
 

@@ -77,7 +77,7 @@ class FinalTable:
         title = f"Samples against {self.n} real images ({self.split} split)"
         table = Table(title=title, caption=self._caption(), box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         table.add_column("", no_wrap=True)
-        for heading in ("NFE", "Fréchet", "− floor", "precision", "recall", "accuracy"):
+        for heading in ("NFE", "Fréchet", "− floor", "prec.", "recall", "accuracy"):
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
