@@ -98,7 +98,7 @@ def trainer_of(settings: RunConfig, folder: Path, device: torch.device) -> Train
 
 def full_step(trainer: Trainer) -> None:
     """One step as the loop does it, log row included."""
-    row, _ = trainer.train_step()
+    row, *_ = trainer.train_step()
     trainer.log.append(row)
 
 

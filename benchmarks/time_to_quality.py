@@ -1,9 +1,10 @@
 """How good one-step samples are after a given training time: ``tutorial`` against ``twinflow`` on MNIST's digits.
 
-    python benchmarks/time_to_quality.py --out runs/time_to_quality [--seeds 2] [--horizons 275 550 1100]
-        [--width 8] [--batch 64] [--lrs 5e-4 1e-3 2e-3]
+    python benchmarks/time_to_quality.py --out runs/time_to_quality [--seeds 2] [--horizons 150 300 600]
+        [--width 8] [--batch 64] [--lrs 2e-4 6e-4 2e-3] [--init teacher]
 
-Both formulations get the same network, batch, data, random initial weights and tuning budget: every learning rate
+Both formulations get the same network, batch, data, start (the pretrained flow model, or random weights) and tuning
+budget: every learning rate
 of the list once, for the time of the middle horizon, judged on the validation split under a seed of its own. The
 best one then trains to the longest horizon with every seed and is judged on the test split. The rate is constant,
 so the shorter horizons are the beginnings of the same runs. Horizons are steps of ``tutorial``; ``twinflow`` gets
@@ -34,6 +35,7 @@ from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
 from twinrl.schema import RunConfig
 from twinrl.stability.events import Event
+from twinrl.stability.policy import Decision
 from twinrl.tracking import names, runlog
 from twinrl.trainer import Row, Trainer
 
@@ -58,6 +60,7 @@ class Plan:
         lrs: learning rates tried by each formulation.
         horizons: steps of ``tutorial``, ascending; tuning runs are as long as the middle one.
         points: evaluations up to the last horizon.
+        init: start of every run, ``teacher`` or ``random``.
         cost_ratio: time of a ``tutorial`` step over that of a ``twinflow`` step.
         n: samples judged.
     """
@@ -68,6 +71,7 @@ class Plan:
     horizons: tuple[int, ...]
     points: int
     n: int
+    init: str
     cost_ratio: float
 
     @property
@@ -85,7 +89,7 @@ class Plan:
         return schema.load(
             formulation,
             [
-                f"model.network={{kind: unet, width: {self.width}}}", "data.source=mnist", "train.init=random",
+                f"model.network={{kind: unet, width: {self.width}}}", "data.source=mnist", f"train.init={self.init}",
                 f"train.batch={self.batch}", f"train.steps={self.steps(formulation, horizon)}", f"optim.lr={lr!r}",
                 f"evaluation.every={max(1, last // self.points)}", f"evaluation.n={self.n}", "evaluation.nfe=[1]",
                 "evaluation.velocity_rows=20", f"checkpoint.every={max(1, last // 5)}", "checkpoint.keep=1",
@@ -100,10 +104,10 @@ class Plan:
 class TimedTrainer(Trainer):
     """A trainer that also logs the CPU time of every step, which other processes hardly change."""
 
-    def train_step(self) -> tuple[Row, Event | None]:
+    def train_step(self) -> tuple[Row, Event | None, Decision]:
         started = time.process_time()
-        row, event = super().train_step()
-        return row | {CPU_SECONDS: time.process_time() - started}, event
+        row, event, decision = super().train_step()
+        return row | {CPU_SECONDS: time.process_time() - started}, event, decision
 
 
 def trained(settings: RunConfig, source: Source, protocol: Protocol) -> RunDirectory:
@@ -271,6 +275,7 @@ def plan_of(given: argparse.Namespace) -> Plan:
         "horizons": tuple(sorted(given.horizons)),
         "points": given.points,
         "n": given.n,
+        "init": given.init,
     }
     path = given.out / "plan.json"
     if not path.is_file():
@@ -317,8 +322,8 @@ def table(result: dict[str, Any], lines: list[Line]) -> str:
     return (
         f"# Time to quality\n\nFréchet distance of {plan['n']} samples at 1 NFE in judge features (test split, floor "
         f"{result['floor']:.2f}) against training time: {result['data']}, UNet of width {plan['width']}, batch "
-        f"{plan['batch']}, random start, {result['seeds']} seed(s); {where['device']}, {where['threads']} thread(s), "
-        f"torch {where['torch']}. A step of {REFERENCE} costs "
+        f"{plan['batch']}, start: {plan['init']}, {result['seeds']} seed(s); {where['device']}, "
+        f"{where['threads']} thread(s), torch {where['torch']}. A step of {REFERENCE} costs "
         f"{plan['cost_ratio']:.2f} steps of {CONTENDER}. A distance "
         "counts as reached when two evaluations in a row have it. Aim: ratio ≤ 1/3.\n\n"
         f"{measuring.markdown(columns, rows)}\n"
@@ -386,10 +391,11 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_quality"), help="folder of the study")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each formulation that are compared")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[275, 550, 1100], help="steps of tutorial")
-    parser.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="tried by both")
+    parser.add_argument("--horizons", type=int, nargs="+", default=[150, 300, 600], help="steps of tutorial")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[2e-4, 6e-4, 2e-3], help="tried by both")
     parser.add_argument("--width", type=int, default=8, help="channels of the UNet at full resolution")
     parser.add_argument("--batch", type=int, default=64, help="rows of a step")
+    parser.add_argument("--init", choices=("teacher", "random"), default="teacher", help="start of every run")
     parser.add_argument("--points", type=int, default=30, help="evaluations up to the last horizon")
     parser.add_argument("--n", type=int, default=500, help="samples judged")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

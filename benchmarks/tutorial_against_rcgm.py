@@ -2,9 +2,10 @@
 
     python benchmarks/tutorial_against_rcgm.py --root <mnist> --seeds 3
 
-Equal network, data, batch, learning rate and steps; several seeds. Judge accuracy and Laplacian variance of samples
-for the labels of the test split; intervals are Student's 95 % over seeds. Finished runs are kept, so the script goes
-on where it was stopped. Writes ``benchmarks/results/tutorial_against_rcgm.md`` and a sample grid for each preset.
+Equal start (the same pretrained flow model), network, data, batch, learning rate (cosine) and steps; several seeds.
+Judge accuracy and Laplacian variance of samples for the labels of the test split; intervals are Student's 95 % over
+seeds. Finished runs are kept, so the script goes on where it was stopped. Writes
+``benchmarks/results/tutorial_against_rcgm.md`` and a sample grid for each preset.
 """
 
 import argparse
@@ -70,16 +71,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="MNIST folder")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--init", default="teacher", help="start of both: teacher (pretrained flow matching) or random")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     given = parser.parse_args()
     shared = [
         "data.source=mnist", f"data.root={given.root.resolve()}", f"model.network={{kind: unet, width: {given.width}}}",
         f"train.steps={given.steps}", f"train.batch={given.batch}", f"optim.lr={given.lr}", "evaluation.every=0",
-        "evaluation.nfe=[1]", "tracking.mlflow=false", f"run.dir={given.runs}", "machine.threads=1",
+        f"train.init={given.init}", "lr_policy.kind=cosine", "evaluation.nfe=[1]", "tracking.mlflow=false",
+        f"run.dir={given.runs}", "machine.threads=1",
     ]  # fmt: skip
     torch.set_num_threads(1)
     measured: dict[str, list[dict[str, float]]] = {preset: [] for preset in PRESETS}
@@ -92,7 +95,7 @@ def main() -> None:
                 shutil.copy(run.samples / "final-1nfe.png", RESULTS / f"mnist-{preset}-1nfe.png")
     command = (
         f"python benchmarks/tutorial_against_rcgm.py --root <mnist> --seeds {given.seeds} --steps {given.steps} "
-        f"--batch {given.batch} --width {given.width} --lr {given.lr:g}"
+        f"--batch {given.batch} --width {given.width} --lr {given.lr:g} --init {given.init}"
     )
     page = table(measured, command)
     (RESULTS / "tutorial_against_rcgm.md").write_text(page)

@@ -161,9 +161,32 @@ class Poison(Term):
         return Target(torch.full_like(rows.v, math.nan) if rows.draws.step == self.config.at else rows.v)
 
 
+class Planted(Term):
+    """A plain velocity regression whose target is ``size`` times too large, or nan, for one row of one step.
+
+    It is planted into the run's own data order alone: after a rollback, with another order, it is not there.
+    """
+
+    class Config(TermConfig):
+        kind: Literal["planted"] = "planted"
+        at: int
+        size: float = 1000.0
+        row: int = 0
+
+    def query(self, rows: Rows, ctx: Context) -> Query:
+        return instant(rows)
+
+    def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
+        target = rows.v.clone()
+        if rows.draws.step == self.config.at and rows.draws.seed < 2**32:
+            target[rows.index == self.config.row] *= self.config.size
+        return Target(target)
+
+
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the above known by name for one test; ``digits`` becomes the fake source."""
     monkeypatch.setitem(NETWORKS, "dropping", Dropping)
     monkeypatch.setitem(NETWORKS, "unsigned", Unsigned)
     monkeypatch.setitem(TERMS, "poison", Poison)
+    monkeypatch.setitem(TERMS, "planted", Planted)
     monkeypatch.setitem(SOURCES, "digits", lambda root: FakeSource())

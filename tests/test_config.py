@@ -44,9 +44,9 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 def test_extends_lays_key_over_key(tmp_path: Path) -> None:
-    write(tmp_path, "first.yaml", "extends: twinflow\noptim: {lr: 1e-3, clip: 2}\nseed: 4\n")
-    loaded = schema.load(write(tmp_path, "second.yaml", "extends: first.yaml\noptim: {clip: 1}\n"))
-    assert (loaded.optim.lr, loaded.optim.clip, loaded.seed, loaded.name) == (1e-3, 1, 4, "second")
+    write(tmp_path, "first.yaml", "extends: twinflow\noptim: {lr: 1e-3, eps: 2e-8}\nseed: 4\n")
+    loaded = schema.load(write(tmp_path, "second.yaml", "extends: first.yaml\noptim: {eps: 1e-8}\n"))
+    assert (loaded.optim.lr, loaded.optim.eps, loaded.seed, loaded.name) == (1e-3, 1e-8, 4, "second")
     assert loaded.terms == schema.load("twinflow").terms
 
 
@@ -89,7 +89,7 @@ def test_another_kind_replaces_all_settings_of_the_old_one() -> None:
 
 @pytest.mark.parametrize(
     ("key", "kind", "setting"),
-    [("terms.base", "base", "weight: 2"), ("optim", "adamw", "clip: 2"), ("lr_policy", "constant", "warmup: 2")],
+    [("terms.base", "base", "weight: 2"), ("optim", "adamw", "eps: 2e-8"), ("lr_policy", "constant", "warmup: 2")],
 )
 def test_naming_the_kind_that_is_meant_anyway_changes_nothing(key: str, kind: str, setting: str) -> None:
     first = ["optim.lr=0.5"]
@@ -390,7 +390,7 @@ def replaced(value: Any, path: tuple[Any, ...], leaf: Any) -> Any:
 @pytest.mark.parametrize("preset", ["tutorial", "twinflow", "simpletuner"])
 def test_every_number_and_switch_changes_the_hash(preset: str) -> None:
     """Each numeric leaf outside the bookkeeping, altered alone, gives a new hash."""
-    loaded = schema.load(preset, ["optim.clip=1", "terms.rectify.clamp=1", "lr_policy=plateau", "train.micro_batch=4"])
+    loaded = schema.load(preset, ["gradients.total.clip.max_norm=1", "terms.rectify.clamp=1", "lr_policy=plateau", "train.micro_batch=4"])
     dumped, hashes, tried = loaded.model_dump(mode="json"), {loaded.hash}, []
     for path, value in leaves(dumped):
         if path[0] in schema.NOT_NUMERIC:

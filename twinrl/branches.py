@@ -10,8 +10,8 @@ TwinFlow trains several kinds of row in one batch (METHOD: formulations). A *mix
 λ is the consistency ratio, U uniform. The *global* batch is divided first, exactly, by largest remainder.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Protocol
 
@@ -25,8 +25,22 @@ from twinrl.config import Settings
 from twinrl.errors import InputError
 
 
+TimeMap = Callable[[Tensor], Tensor]
+"""(B,) uniforms in [0, 1) → (B,) times in [0, 1], increasing."""
+
+
 class Draws(Protocol):
-    """Random numbers for the rows of one global batch; the same purpose always gives the same numbers."""
+    """Random numbers for the rows of one global batch; the same purpose always gives the same numbers.
+
+    Attributes:
+        seed, step: the key under which they are drawn.
+    """
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def step(self) -> int: ...
 
     def normal(self, purpose: str) -> Tensor:
         """(B, C, H, W) standard normal noise, on the CPU."""
@@ -66,6 +80,8 @@ class Rows:
         null: the empty condition ∅ of these rows, B rows.
         draws: further keyed draws of the global batch, taken through :meth:`normal` and :meth:`uniform`.
         global_batch: rows in the global batch.
+        captions: the prompts of the *global* batch; :attr:`prompts` are these rows'. Empty where there are none.
+        renoise: placement → time law (uniforms to times) that takes the place of the usual one there.
     """
 
     index: Tensor
@@ -77,6 +93,8 @@ class Rows:
     null: Condition
     draws: Draws
     global_batch: int
+    captions: Sequence[str] = ()
+    renoise: Mapping[str, TimeMap] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -91,6 +109,11 @@ class Rows:
         """(B, C, H, W): the path's velocity ``z − x``."""
         return transport.velocity(self.x, self.z)
 
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each row; empty where the data have none."""
+        return [self.captions[i] for i in self.index.tolist()] if self.captions else []
+
     def normal(self, purpose: str) -> Tensor:
         """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
         return self.draws.normal(purpose)[self.index].to(self.x)
@@ -99,11 +122,16 @@ class Rows:
         """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
         return self.draws.uniform(purpose)[self.index].to(self.t)
 
+    def time(self, placement: str, purpose: str) -> Tensor:
+        """(B,) times in [0, 1] for ``purpose``: uniform, or as renoise shapes the times of ``placement``."""
+        return self.renoise.get(placement, lambda u: u)(self.uniform(purpose))
+
     def select(self, keep: Tensor) -> "Rows":
         """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them)."""
         return Rows(
             self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
+            self.captions, self.renoise,
         )  # fmt: skip
 
 
@@ -189,16 +217,37 @@ def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
     return rows
 
 
-def divide(mix: Mapping[str, float], law: TimeLaw, x: Tensor, c: Condition, null: Condition, drawn: Draws) -> Batch:
-    """The global batch of data ``x`` (B, C, H, W) divided into the branches of ``mix``, with its times and noise."""
-    counts = allocate(mix, len(x))
+def divide(
+    mix: Mapping[str, float],
+    law: TimeLaw,
+    x: Tensor,
+    c: Condition,
+    null: Condition,
+    drawn: Draws,
+    captions: Sequence[str] = (),
+    renoise: Mapping[str, TimeMap] | None = None,
+) -> Batch:
+    """The global batch of data ``x`` (B, C, H, W) divided into the branches of ``mix``, with its times and noise.
+
+    Arguments:
+        mix: branch → share.
+        law: how t is drawn where renoise does not shape it.
+        x, c, null: data, condition and empty condition, B rows each.
+        drawn: keyed draws.
+        captions: B prompts, or none.
+        renoise: placement → time law; ``training`` shapes t here, the others are for the terms.
+    """
+    counts, renoise = allocate(mix, len(x)), renoise or {}
     precision = torch.promote_types(x.dtype, torch.float32)  # times of half-precision data stay in float32
-    t_drawn = law.source_time(drawn.uniform("t")).to(x.device, precision)
+    shaped = renoise.get("training")
+    u = drawn.uniform("t")
+    t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(x.device, precision)
     t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
     for name, count in counts.items():
         at = torch.arange(start, start + count)
         u = drawn.uniform(f"r {name}").to(t)
         t[at], r[at] = BRANCHES[name](t_drawn[at], u[at], law.consistency_ratio)
         branch[name], start = at, start + count
-    rows = Rows(torch.arange(len(x)), x, drawn.normal("noise").to(x), t, r, c, null, drawn, len(x))
+    noise = drawn.normal("noise").to(x)
+    rows = Rows(torch.arange(len(x)), x, noise, t, r, c, null, drawn, len(x), captions, renoise)
     return Batch(rows, branch)

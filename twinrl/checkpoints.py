@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from twinrl.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 STATE_KEYS = {
-    "step", "iteration", "log_offset", "events_offset", "teacher_decay", "lr_policy", "early_stop", "content_hash",
-    "config", "parts",
+    "step", "iteration", "attempt", "event_count", "log_offset", "events_offset", "teacher_decay", "lr_policy",
+    "early_stop", "gradients", "monitor", "content_hash", "config", "parts",
 }  # fmt: skip
 """What ``state.json`` of this format holds beside the format."""
 
@@ -125,6 +125,13 @@ def newest(directory: Path) -> Path | None:
     """The newest checkpoint, or None."""
     found = available(directory)
     return found[-1] if found else None
+
+
+def drop_after(directory: Path, step: int) -> None:
+    """Remove the checkpoints of steps after ``step``."""
+    for path in available(directory):
+        if path.name > folder_of(step):
+            shutil.rmtree(path)
 
 
 def load(path: Path) -> Checkpoint:

@@ -5,6 +5,7 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 """
 
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -94,6 +95,23 @@ def bench(
 
 
 @app.command()
+def replay(
+    run: Run,
+    overrides: Overrides = None,
+    event: Annotated[int | None, typer.Option(min=1, help="number of the event; without it they are listed")] = None,
+    after: Annotated[int, typer.Option(min=0, help="steps after the event")] = 20,
+) -> None:
+    """Run the steps around an event again, unchanged and with a change: a cause by intervention.
+
+    For example without the reward: `twinrl replay RUN --event 3 terms.reward=null`; in double precision:
+    `train.precision=float64`; on another batch: `seed=1`.
+    """
+    from twinrl.commands.replay import replay as command
+
+    raise typer.Exit(command(run, event, overrides or [], after, _console()))
+
+
+@app.command()
 def publish(
     run: Run,
     uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")] = None,
@@ -133,9 +151,16 @@ def _console():  # no return type: it would import rich.console at start
     return Console(soft_wrap=True)
 
 
+def _register_subcommands() -> None:
+    """Subcommands of packages beside twinrl (ablations, analysis), which twinrl itself does not know."""
+    for entry in entry_points(group="twinrl.commands"):
+        entry.load()(app)
+
+
 def main() -> None:
     """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2."""
     try:
+        _register_subcommands()
         app()
     except InputError as error:
         print(f"twinrl: {error}", file=sys.stderr)

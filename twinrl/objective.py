@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from twinrl.branches import Batch, Rows
 from twinrl.conditions import Condition
 from twinrl.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.teacher import RandomState, Teacher
-from twinrl.terms import Query, Term
+from twinrl.terms import Pull, Query, Term
 
 Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
+Request = tuple[Query, Rows]
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class Objective:
         teacher: student and teachers.
         guidance: the target velocity's guidance.
         autocast: dtype of mixed precision, or None. Times, predictions and residuals stay in the data's dtype.
+        reward: gives the reward's pull on samples; None where no term asks for it.
     """
 
     terms: Mapping[str, Term]
     teacher: Teacher
     guidance: GuidanceConfig
     autocast: torch.dtype | None = None
+    reward: Callable[[Tensor, Rows], Pull] | None = None
 
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
@@ -50,9 +53,16 @@ class Objective:
         modules = self.teacher.student.modules()
         return not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in modules)
 
-    def evaluate(self, batch: Batch, counts: Mapping[str, int]) -> "Pass":
-        """All terms on one micro-batch; ``counts`` are the rows per branch of the global batch."""
-        return Pass(self, batch, counts)
+    def evaluate(self, batch: Batch, counts: Mapping[str, int], separate: bool = False) -> "Pass":
+        """All terms on one micro-batch.
+
+        Arguments:
+            batch: the micro-batch.
+            counts: rows per branch of the global batch.
+            separate: make one forward pass for each set of terms that share rows, so that one term can be
+                back-propagated without paying for the rows of the others; else as few passes as possible.
+        """
+        return Pass(self, batch, counts, separate)
 
 
 @dataclass
@@ -65,6 +75,8 @@ class TermLoss:
         per_row: (B,) losses, detached.
         rows: (B,) positions in the global batch.
         aux: metric name → (B,) values per row.
+        pulls: scalars whose gradients sum to ``loss``'s: the term's own, under its name, and those of others that
+            act through its target.
     """
 
     loss: Tensor
@@ -72,14 +84,23 @@ class TermLoss:
     per_row: Tensor
     rows: Tensor
     aux: Mapping[str, Tensor]
+    pulls: Mapping[str, Tensor]
+
+    def detached(self) -> "TermLoss":
+        """The numbers without the graph."""
+        return replace(self, loss=self.loss.detach(), pulls={})
 
 
 @dataclass
 class _Forward:
-    """Predictions at one point: where each row of the micro-batch stands in which forward pass."""
+    """Predictions at one point: where rows of the micro-batch stand in a forward pass."""
 
-    rows: Tensor  # (N,) positions in the global batch that were evaluated
+    rows: Tensor  # (N,) positions in the global batch that were evaluated, ascending
     F: Tensor  # (N, C, H, W)
+
+    def on(self, rows: Tensor) -> Tensor:
+        """The predictions of some of the rows, given in ascending order."""
+        return self.F if len(rows) == len(self.rows) else self.F[torch.searchsorted(self.rows, rows)]
 
 
 @dataclass
@@ -88,47 +109,98 @@ class Pass:
 
     It is the :class:`twinrl.terms.Context` of its terms. The random state is captured before the first student
     pass; every pass starts from it, so that predictions and targets see the same dropout. Passes without gradient
-    leave no trace in the generators, those with gradient move them on for the next micro-batch.
+    leave no trace in the generators, those with gradient move them on for the next micro-batch: always to the same
+    state, however many passes there are and in whatever order, so that this decides no number.
+
+    Attributes:
+        outputs: what the student returned, pass by pass, with its graph.
+        leaves: cut the graph at the outputs, so that gradients end there.
     """
 
     objective: Objective
     batch: Batch
     counts: Mapping[str, int]
-    random_state: RandomState = field(default_factory=RandomState.capture)
+    separate: bool = False
+    leaves: bool = False
+    outputs: list[Tensor] = field(default_factory=list)
     _forwards: dict[str, list[_Forward]] = field(default_factory=dict)
+    _groups: list[list[Request]] = field(default_factory=list)  # what each pass of ``outputs`` evaluated
     _velocity: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    _queries: dict[str, tuple[Rows, Query]] | None = None
+    _random_state: RandomState | None = None
+
+    @property
+    def random_state(self) -> RandomState:
+        """The state from which every forward pass starts, captured when it is first needed."""
+        if self._random_state is None:
+            self._random_state = RandomState.capture()
+        return self._random_state
 
     def losses(self) -> dict[str, TermLoss]:
         """Every term's loss; terms without rows in this micro-batch are left out."""
-        queries = self.queries()
-        self._evaluate([(query, rows) for rows, query in queries.values()])
-        return {name: self._loss(self.objective.terms[name], *asked) for name, asked in queries.items()}
+        self.evaluate()
+        return {name: self.loss(name) for name in self.queries()}
+
+    def evaluate(self) -> None:
+        """Make the predictions of every term."""
+        self._evaluate([(query, rows) for rows, query in self.queries().values()])
 
     def queries(self) -> dict[str, tuple[Rows, Query]]:
         """Where each term wants the student evaluated, and for which rows; terms without rows are left out."""
-        asked = {}
-        for name, term in self.objective.terms.items():
-            rows = self.batch.on(term.config.branches)
-            if len(rows):
-                asked[name] = (rows, term.query(rows, self))
-        return asked
+        if self._queries is None:
+            self._queries = {}
+            for name, term in self.objective.terms.items():
+                rows = self.batch.on(term.config.branches)
+                if len(rows):
+                    self._queries[name] = (rows, term.query(rows, self))
+        return self._queries
 
-    def _loss(self, term: Term, rows: Rows, query: Query) -> TermLoss:
+    def loss(self, name: str) -> TermLoss:
+        """One term's loss, from predictions that are there already or are made now."""
+        term, (rows, query) = self.objective.terms[name], self.queries()[name]
         F = self.prediction(query, rows)
         with torch.no_grad():
             target = term.target(rows, query, F.detach(), self)
+        share = term.config.weight / term.normaliser(self.counts, rows.global_batch)
         per_row = term.loss(rows, query, F, target.value)
-        mean = per_row.sum() / term.normaliser(self.counts, rows.global_batch)
-        return TermLoss(term.config.weight * mean, mean.detach(), per_row.detach(), rows.index, target.aux)
+        loss = share * per_row.sum()
+        unweighted = per_row.detach().sum() / term.normaliser(self.counts, rows.global_batch)
+        if target.constant is not None:
+            mean = target.constant.sum() / sum(self.counts[name] for name in term.config.branches)
+            loss, unweighted = loss + term.config.weight * mean, unweighted + mean
+        parts = {other: share * pull for other, pull in term.pulls(rows, query, F, target).items() if other != name}
+        own = loss - torch.stack(list(parts.values())).sum() if parts else loss
+        return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, {name: own, **parts})
+
+    def release(self) -> None:
+        """Forget the predictions with their graphs; they are made again when asked for, with the same dropout."""
+        self._forwards.clear()
+        self.outputs.clear()
+        self._groups.clear()
+
+    def repeat(self) -> None:
+        """Make the forward passes once more, one by one as they were, now with their graphs."""
+        groups, self.leaves = list(self._groups), False
+        self.release()
+        for group in groups:
+            self._forward(group)
 
     # --- Context --------------------------------------------------------------------------------------------
 
     def prediction(self, query: Query, rows: Rows) -> Tensor:
         self._evaluate([(query, rows)])
-        forward = next(f for f in self._forwards[query.point] if _covers(f.rows, rows.index))
-        if len(forward.rows) == len(rows):
-            return forward.F
-        return forward.F[torch.searchsorted(forward.rows, rows.index)]
+        wanted, forwards = rows.index, self._forwards[query.point]
+        for forward in forwards:
+            if _covers(forward.rows, wanted):
+                return forward.on(wanted)
+        parts, places, missing = [], [], torch.ones(len(wanted), dtype=torch.bool)
+        for forward in forwards:
+            here = missing & torch.isin(wanted, forward.rows)
+            if here.any():
+                parts.append(forward.on(wanted[here]))
+                places.append(here.nonzero().flatten())
+                missing &= ~here
+        return torch.cat(parts)[torch.cat(places).argsort()]
 
     def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.student, x, t, r, c)
@@ -142,6 +214,11 @@ class Pass:
             self._velocity[key] = enhanced_velocity(rows, self.objective.guidance, self._guide)
         return self._velocity[key]
 
+    def reward(self, samples: Tensor, rows: Rows) -> Pull:
+        assert self.objective.reward is not None
+        with torch.no_grad(), self.random_state.replayed():
+            return self.objective.reward(samples, rows)
+
     def _guide(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.guidance, x, t, r, c)
 
@@ -151,45 +228,93 @@ class Pass:
 
     # --- forward passes ---------------------------------------------------------------------------------------
 
-    def _evaluate(self, requests: list[tuple[Query, Rows]]) -> None:
-        """Forward passes for what is not yet evaluated; without dropout, requests on disjoint rows share one."""
-        pending: list[tuple[Query, Rows]] = []
-        for query, rows in requests:
-            known = self._forwards.get(query.point, [])
-            if not any(_covers(f.rows, rows.index) for f in known):
-                pending.append((query, rows))
-        requests = _without_covered(pending)
-        for group in _disjoint_groups(requests) if self.objective.joins else [[request] for request in requests]:
+    def _evaluate(self, requests: list[Request]) -> None:
+        """Forward passes for what is not yet evaluated.
+
+        Without dropout, requests on disjoint rows share one, or each set of terms has its own (``separate``). With
+        dropout, whose masks depend on the rows of the pass, a request is never divided nor joined.
+        """
+        requests = [request for request in requests if not self._known(*request)]
+        if not self.objective.joins:
+            groups = [[request] for request in _without_covered(requests)]
+        elif self.separate:
+            groups = [[piece] for piece in _pieces([self._missing(*request) for request in requests])]
+        else:
+            groups = _disjoint_groups(_without_covered(requests))
+        for group in groups:
             self._forward(group)
 
-    def _forward(self, group: list[tuple[Query, Rows]]) -> None:
+    def _evaluated(self, point: str) -> Tensor:
+        known = [forward.rows for forward in self._forwards.get(point, [])]
+        return torch.cat(known) if known else torch.empty(0, dtype=torch.long)
+
+    def _known(self, query: Query, rows: Rows) -> bool:
+        if self.objective.joins:
+            return _covers(self._evaluated(query.point), rows.index)
+        return any(_covers(forward.rows, rows.index) for forward in self._forwards.get(query.point, []))
+
+    def _missing(self, query: Query, rows: Rows) -> Request:
+        """The part of a request that is not evaluated yet."""
+        missing = (~torch.isin(rows.index, self._evaluated(query.point))).nonzero().flatten()
+        return (query, rows) if len(missing) == len(rows) else (query.select(missing), rows.select(missing))
+
+    def _forward(self, group: list[Request]) -> None:
         queries = [query for query, _ in group]
         self.random_state.restore()
-        F = self.objective.call(
-            self.objective.teacher.student,
-            torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]), torch.cat([q.r for q in queries]),
-            conditions.concatenate([q.c for q in queries]),
-        )  # fmt: skip
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.leaves):
+            F = self.objective.call(
+                self.objective.teacher.student,
+                torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]), torch.cat([q.r for q in queries]),
+                conditions.concatenate([q.c for q in queries]),
+            )  # fmt: skip
+        if not self.objective.joins:
+            self._move_on()
+        if self.leaves:
+            F.requires_grad_()
+        self.outputs.append(F)
+        self._groups.append(group)
         for (query, rows), part in zip(group, F.split([len(rows) for _, rows in group]), strict=True):
             self._forwards.setdefault(query.point, []).append(_Forward(rows.index, part))
+
+    def _move_on(self) -> None:
+        """Leave the generators where the next micro-batch starts: at a new seed drawn from this one's state."""
+        self.random_state.restore()
+        torch.manual_seed(int(torch.randint(2**62, ())))
 
 
 def _covers(evaluated: Tensor, wanted: Tensor) -> bool:
     return bool(torch.isin(wanted, evaluated).all())
 
 
-def _without_covered(requests: list[tuple[Query, Rows]]) -> list[tuple[Query, Rows]]:
+def _without_covered(requests: list[Request]) -> list[Request]:
     """Requests whose rows are not all part of another request at the same point."""
-    kept: list[tuple[Query, Rows]] = []
+    kept: list[Request] = []
     for query, rows in sorted(requests, key=lambda request: -len(request[1])):
         if not any(k.point == query.point and _covers(r.index, rows.index) for k, r in kept):
             kept.append((query, rows))
     return kept
 
 
-def _disjoint_groups(requests: list[tuple[Query, Rows]]) -> list[list[tuple[Query, Rows]]]:
+def _pieces(requests: list[Request]) -> list[Request]:
+    """Requests cut so that all rows of a piece are wanted by the same requests at its point."""
+    pieces: list[Request] = []
+    for point in dict.fromkeys(query.point for query, _ in requests):
+        here = [request for request in requests if request[0].point == point]
+        done = torch.empty(0, dtype=torch.long)
+        for query, rows in here:
+            wanted_by = torch.stack([torch.isin(rows.index, other.index) for _, other in here])  # (requests, rows)
+            wanted_by[:, torch.isin(rows.index, done)] = False  # cut already, with an earlier request
+            for pattern in wanted_by.unique(dim=1).unbind(1):
+                if pattern.any():
+                    keep = (wanted_by == pattern[:, None]).all(0).nonzero().flatten()
+                    pieces.append((query.select(keep), rows.select(keep)))
+            done = torch.cat([done, rows.index])
+    return pieces
+
+
+def _disjoint_groups(requests: list[Request]) -> list[list[Request]]:
     """Requests packed into groups whose members share no row: one forward of the batch's size at most each."""
-    groups: list[list[tuple[Query, Rows]]] = []
+    groups: list[list[Request]] = []
     for request in requests:
         for group in groups:
             if not any(torch.isin(request[1].index, rows.index).any() for _, rows in group):

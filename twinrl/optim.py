@@ -19,7 +19,6 @@ class OptimizerConfig(Settings):
     betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="decay of the first and second moment")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled in adamw)")
-    clip: float | None = Field(None, gt=0, description="global gradient-norm clip; null = none")
 
 
 class Optimizer:
@@ -86,21 +85,55 @@ class Constant:
         warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
 
     def __init__(self, config: Config, steps: int):
-        self.config, self.steps = config, steps
+        self.config, self.steps, self.scale = config, steps, 1.0
 
     def factor(self, step: int) -> float:
-        """Factor of the learning rate at ``step`` (0-based)."""
-        return min(1.0, (step + 1) / (self.config.warmup + 1))
+        """Factor of the learning rate at ``step`` (0-based); called once a step."""
+        return self.scale * min(1.0, (step + 1) / (self.config.warmup + 1))
 
     def observe(self, quality: float) -> None:
         """A validation took place; the constant policy does not care."""
 
+    def spike(self) -> None:
+        """The gradient spiked at this step; the constant policy does not care."""
+
+    def cut(self, factor: float, minimum: float = 0.0) -> None:
+        """Multiply all further rates by ``factor``, but not below ``minimum`` times the configured one."""
+        self.scale = max(self.scale * factor, minimum)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {}
+        return {"scale": self.scale}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
+        self.scale = float(state["scale"])
+
+
+class DecayOnSpike(Constant):
+    """Cuts the rate at every gradient spike and lets it grow back slowly.
+
+    *When to use*: runs that have healthy stretches at a rate which now and then proves too high.
+    """
+
+    class Config(Settings):
+        kind: Literal["decay_on_spike"] = "decay_on_spike"
+        warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+        cut: float = Field(0.5, gt=0, lt=1, description="factor of each cut")
+        minimum: float = Field(0.01, ge=0, le=1, description="smallest factor")
+        recovery: int | None = Field(
+            None, ge=1, description="steps over which half a cut is won back (in logarithms); null = never"
+        )
+
+    config: Any
+
+    def factor(self, step: int) -> float:
+        if self.config.recovery is not None:
+            self.scale = min(1.0, self.scale * self.config.cut ** (-0.5 / self.config.recovery))
+        return super().factor(step)
+
+    def spike(self) -> None:
+        self.cut(self.config.cut, self.config.minimum)
 
 
 class Cosine(Constant):
@@ -136,10 +169,7 @@ class Plateau(Constant):
 
     def __init__(self, config: Any, steps: int):
         super().__init__(config, steps)
-        self.best, self.bad, self.scale = math.inf, 0, 1.0
-
-    def factor(self, step: int) -> float:
-        return self.scale * super().factor(step)
+        self.best, self.bad = math.inf, 0
 
     def observe(self, quality: float) -> None:
         if _improves(quality, self.best, self.config.threshold):
@@ -147,16 +177,23 @@ class Plateau(Constant):
             return
         self.bad += 1
         if self.bad >= self.config.patience:
-            self.scale, self.bad = max(self.scale * self.config.cut, self.config.minimum), 0
+            self.cut(self.config.cut, self.config.minimum)
+            self.bad = 0
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "bad": self.bad, "scale": self.scale}
+        return super().state() | {"best": self.best, "bad": self.bad}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.best, self.bad, self.scale = float(state["best"]), int(state["bad"]), float(state["scale"])
+        super().load(state)
+        self.best, self.bad = float(state["best"]), int(state["bad"])
 
 
-LR_POLICIES: dict[str, type] = {"constant": Constant, "cosine": Cosine, "plateau": Plateau}
+LR_POLICIES: dict[str, type] = {
+    "constant": Constant,
+    "cosine": Cosine,
+    "plateau": Plateau,
+    "decay_on_spike": DecayOnSpike,
+}
 
 
 class EarlyStop:

@@ -24,15 +24,10 @@ CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.jso
 
 
 class EventLog(runlog.RunLog):
-    """``events.jsonl``: as the run log, but values may be lists of scalars (the rows of an event)."""
+    """``events.jsonl``: as the run log, but of plain JSON values, as :meth:`twinrl.stability.events.Event.as_dict` has."""
 
     def append(self, row: Mapping[str, object]) -> None:
-        line = json.dumps({name: _encode(value) for name, value in row.items()}, allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-
-
-def _encode(value: object) -> object:
-    return [runlog.encode(item) for item in value] if isinstance(value, list) else runlog.encode(value)
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 class RunDirectory:

@@ -10,12 +10,14 @@ from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
 from twinrl.branches import BRANCHES, TimeLaw, allocate
-from twinrl.config import Settings, component
+from twinrl.config import Settings, component, resolve
 from twinrl.data import SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
+from twinrl.gradients import GradientsConfig
 from twinrl.guidance import GuidanceConfig
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
 from twinrl.terms.term import check_branches
@@ -77,15 +79,6 @@ class DataConfig(Settings):
     )
 
 
-class StabilityConfig(Settings):
-    """What happens when numbers stop being finite."""
-
-    policy: Literal["record", "stop"] = Field(
-        "stop",
-        description="a non-finite loss or gradient is always recorded; stop ends the run with exit code 1",
-    )
-
-
 class CheckpointConfig(Settings):
     """When the run's state is saved."""
 
@@ -127,6 +120,7 @@ class RunConfig(Settings):
     guidance: GuidanceConfig = GuidanceConfig()
     teacher: TeacherConfig = TeacherConfig()
     terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")
+    gradients: GradientsConfig = GradientsConfig()
     optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")
     lr_policy: LearningRate = Field(
         default="constant", validate_default=True, description="learning-rate policy by kind"
@@ -174,11 +168,23 @@ class RunConfig(Settings):
                 check_branches(term, self.branches)
             except ValueError as error:
                 raise ValueError(f"terms.{name}.branches: {error}") from error
+        if self.stability.rolls_back and self.checkpoint.every >= self.train.steps:
+            raise ValueError(
+                f"stability: rollback has no checkpoint to return to; checkpoint.every {self.checkpoint.every} is not "
+                f"below train.steps {self.train.steps}"
+            )
+        self.gradients.check_terms(tuple(self.pulls))
         try:
             allocate(self.branches, self.train.batch)
         except InputError as error:
             raise ValueError(str(error)) from error
         return self
+
+    @property
+    def pulls(self) -> list[str]:
+        """Names of the gradients that are taken apart: the terms, and what acts through their targets."""
+        others = (resolve(TERMS, term.kind, "term").others(term) for term in self.terms.values())
+        return list(dict.fromkeys([*self.terms, *(name for names in others for name in names)]))
 
     @property
     def hash(self) -> str:

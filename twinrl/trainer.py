@@ -9,17 +9,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints, conditions, draws
-from twinrl.branches import Batch, BatchDraws, divide
-from twinrl.conditions import Condition
+from twinrl import assembly, checkpoints
+from twinrl.branches import Batch
+from twinrl.capsules import Capsules
+from twinrl.checkpoints import Checkpoint
 from twinrl.config import build, resolve
 from twinrl.data.source import Source
+from twinrl.feed import Feed
+from twinrl.gradients import Engine, Losses, is_due, telemetry
 from twinrl.memory import keep_freed_memory
-from twinrl.objective import Objective, TermLoss
+from twinrl.objective import Objective
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.runs import EventLog, RunDirectory, check_unchanged
 from twinrl.schema import RunConfig
-from twinrl.stability.events import NONFINITE, Event, nonfinite
+from twinrl.stability.divergence import NONFINITE_PARAMETERS
+from twinrl.stability.events import SPIKE, Event, nonfinite
+from twinrl.stability.monitor import Monitor
+from twinrl.stability.policy import Decision
 from twinrl.tracking import names
 from twinrl.tracking.runlog import RunLog
 
@@ -73,6 +79,7 @@ class Trainer:
         device: where the networks are.
         validate: called every ``evaluation.every`` steps and at the end.
         observers: told about steps, checkpoints and events.
+        start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
     """
 
     settings: RunConfig
@@ -81,8 +88,12 @@ class Trainer:
     device: torch.device
     validate: Validation
     observers: list[Observer] = field(default_factory=list)
+    start_weights: bool = True  # False where a state is restored at once
     step: int = 0
     iteration: int = 0
+    attempt: int = 0  # rollbacks so far; each goes on with another data order
+    event_count: int = 0
+    kinds: set[str] = field(default_factory=set)  # of everything found at the last step
     interrupted: bool = False
     saved: int | None = None  # iteration of the newest checkpoint
 
@@ -91,13 +102,17 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()
         begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
-        student = assembly.student_of(settings, self.source, self.device, start_weights=not begun)
+        student = assembly.student_of(settings, self.source, self.device, self.start_weights and not begun)
         self.objective: Objective = assembly.objective_of(settings, student)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())
+        self.engine = Engine(settings.gradients, student.parameters(), self.objective.terms)
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
-        self.latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
+        self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
+        latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
+        self.feed = Feed(settings, self.source, self.objective, latents)
+        self.capsules = Capsules(self.run.path, settings.stability.capsules)
         self.log, self.events = RunLog(self.run.log), EventLog(self.run.events)
 
     # --- the loop -----------------------------------------------------------------------------------------
@@ -121,58 +136,72 @@ class Trainer:
             return Outcome("stopped", self.step, "no improvement in validation quality")
         if self.interrupted:
             return Outcome("interrupted", self.step)
-        row, event = self.train_step()
-        self._validate_if_due(row)
+        if self.capsules.due(self.step):
+            self.capsules.remember(self.step, self.state(self.log.sync(), self.events.sync()))
+        row, event, decision = self.train_step()
+        if (judged := self._validate_if_due(row)) is not None:
+            event, decision = judged, self.settings.stability.decide([judged.kind])
         self.log.append(row)
         self._tell("after_step", row)
-        if event is not None and self.settings.stability.policy == "stop":
+        if decision.stop and event is not None:
             return Outcome("diverged", self.step, event.message)
+        if decision.rollback and event is not None:
+            return self._roll_back(event)
         if self.step % self.settings.checkpoint.every == 0 and self.step < self.settings.train.steps:
             self.save()
         return None
 
-    def train_step(self) -> tuple[Row, Event | None]:
-        """One optimizer step; the log row and the event, if there was one."""
+    @property
+    def seed(self) -> int:
+        """Seed of the present stretch's data and noise: the run's own until a rollback."""
+        return self.settings.seed + (self.attempt << 32)
+
+    def train_step(self) -> tuple[Row, Event | None, Decision]:
+        """One optimizer step; the log row, the last event that began at it, and what to do about what was found."""
         started = time.perf_counter()
-        assembly.seed_stream(self.settings.seed, "dropout", self.step)
-        data_rows, batch = self.batch()
+        assembly.seed_stream(self.seed, "dropout", self.step)
+        data_rows, batch = self.feed.batch(self.step, self.seed)
         self.objective.teacher.update()
-        scalars = self._backward(batch)
-        norms = self._clip()
+        losses, scalars = self._backward(batch)
+        values = _to_floats(scalars)
+        events, self.kinds = self.monitor.step(
+            self.step + 1, self.iteration, values, lambda term: conspicuous_rows(losses, term, data_rows)
+        )
+        decision = self.settings.stability.decide(self.kinds)
+        if SPIKE in {event.kind for event in events}:
+            self.lr_policy.spike()
+        if decision.cut:
+            self.lr_policy.cut(self.settings.stability.lr_cut, self.settings.stability.lr_minimum)
         lr = self._set_lr()
-        values = _to_floats(scalars | norms)
-        event = self._record_nonfinite(values, data_rows)
-        self.optimizer.step()
+        values |= {names.SKIPPED: 1.0} if decision.skip else self._update()
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        if event is not None:
-            row[names.event(event.kind)] = 1
-        return row | {names.STEP_SECONDS: time.perf_counter() - started}, event
+        for event in events:
+            self._record(event, row)
+        return row | {names.STEP_SECONDS: time.perf_counter() - started}, events[-1] if events else None, decision
 
-    def _backward(self, batch: Batch) -> dict[str, Tensor]:
-        """Gradients of the total loss into ``.grad``; losses and aux metrics as 0-dim tensors."""
-        self.optimizer.zero_grad()
+    def _backward(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+        """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
         counts = {name: len(rows) for name, rows in batch.branch.items()}
-        parts: list[dict[str, TermLoss]] = []
-        for chunk in batch.chunks(self.settings.train.micro_batch or len(batch.rows)):
-            losses = self.objective.evaluate(chunk, counts).losses()
-            if not losses:  # rows of branches that no term sees
-                continue
-            torch.stack([part.loss for part in losses.values()]).sum().backward()
-            parts.append(losses)
-        return summarise(parts, {name: term.weight for name, term in self.settings.terms.items()})
+        chunks = batch.chunks(self.settings.train.micro_batch or len(batch.rows))
+        passes = [self.objective.evaluate(chunk, counts, self.engine.separate) for chunk in chunks]
+        losses, measures = self.engine.backward(passes, self.step)
+        return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
 
-    def _clip(self) -> dict[str, Tensor]:
-        """Clip the global gradient norm; norms before and after."""
-        parameters = [p for p in self.objective.teacher.student.parameters() if p.grad is not None]
-        limit = self.settings.optim.clip
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if limit is None:  # gradients stay as they are: scaling by inf/inf would spread one inf to all of them
-            return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: norm}
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-        # an infinite gradient is not clipped to the limit: scaling it by 0 leaves nan
-        clipped = torch.where(norm.isfinite(), norm.clamp(max=limit), torch.nan)
-        return {names.GRAD_TOTAL_RAW: norm, names.GRAD_TOTAL_CLIPPED: clipped}
+    def _update(self) -> dict[str, float]:
+        """The optimizer's step, and what it says about the step's health."""
+        due, parameters = self.settings.gradients.telemetry, self.engine.parameters
+        before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
+        self.optimizer.step()
+        measures = {}
+        if is_due(due.rms_every, self.step):
+            measures[names.RMS_MAX] = telemetry.largest(list(telemetry.rms(self.optimizer).values()))
+        if before is not None:
+            measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
+        values = _to_floats(measures) if measures else {}
+        if nonfinite(values) and not telemetry.all_finite(parameters):
+            values[NONFINITE_PARAMETERS] = 1.0
+        return values
 
     def _set_lr(self) -> float:
         lr = self.settings.optim.lr * self.lr_policy.factor(self.step)
@@ -188,7 +217,7 @@ class Trainer:
         """
         step, asked = self.step, []
         for self.step in range(step, step + batches):
-            _, batch = self.batch()
+            _, batch = self.feed.batch(self.step, self.seed)
             counts = {name: len(rows) for name, rows in batch.branch.items()}
             evaluation = self.objective.evaluate(batch, counts)
             with evaluation.random_state.replayed():
@@ -196,59 +225,52 @@ class Trainer:
         self.step = step
         return torch.cat([q.t for q in asked]).cpu(), torch.cat([q.r for q in asked]).cpu()
 
-    # --- data -----------------------------------------------------------------------------------------------
-
-    def batch(self) -> tuple[Tensor, Batch]:
-        """The rows of the training split and the global batch of the present step."""
-        settings, source = self.settings, self.source
-        at = draws.shuffled_rows(len(self.latents), settings.train.batch, settings.seed, self.step)
-        prompts = source.prompts(source.train.labels[at], settings.seed, self.step)
-        drawn = BatchDraws(settings.seed, self.step, (len(at), *self.latents.shape[1:]))
-        c = self._cast(source.condition(prompts))
-        x = self.latents[at.to(self.latents.device)] if settings.data.images else self._generated(drawn, c)
-        null = self._null(c, drawn)
-        return at, divide(settings.branches, settings.time, x, c, null, drawn)
-
-    def _generated(self, drawn: BatchDraws, c: Condition) -> Tensor:
-        """Image-free data: the student's own one-step samples of the prompts, without gradient."""
-        z = drawn.normal("image-free sample").to(self.latents)
-        one = z.new_ones(len(z))
-        with torch.no_grad():
-            return z - self.objective.call(self.objective.teacher.student, z, one, torch.zeros_like(one), c)
-
-    def _null(self, c: Condition, drawn: BatchDraws) -> Condition:
-        n = self.settings.train.batch
-        if self.settings.guidance.empty == "source":
-            return self._cast(self.source.null_condition(n))
-        order = drawn.uniform("null permutation").argsort()
-        return conditions.rows(c, order)
-
-    def _cast(self, c: Condition) -> Condition:
-        return conditions.to(c, self.device, self.latents.dtype)
-
     # --- validation, events, checkpoints ----------------------------------------------------------------------
 
-    def _validate_if_due(self, row: Row) -> None:
-        """Add validation metrics to the row when due; learning-rate policy and early stopping see the quality."""
-        every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
-        if not last and (every == 0 or self.step % every):
-            return
-        row.update(self.validate(self.objective.teacher.best, self.step))
-        quality = float(row[names.VAL_QUALITY])
-        self.lr_policy.observe(quality)
-        self.early_stop.observe(quality)
+    def _validate_if_due(self, row: Row) -> Event | None:
+        """Add validation metrics to the row when due; the divergence if this row makes it certain.
 
-    def _record_nonfinite(self, values: Mapping[str, float], data_rows: Tensor) -> Event | None:
-        """An event naming the terms whose loss is not finite, if anything in the row is not."""
-        bad = nonfinite(values)
-        if not bad:
+        Learning-rate policy and early stopping see the quality.
+        """
+        every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
+        if last or (every > 0 and self.step % every == 0):
+            row.update(self.validate(self.objective.teacher.best, self.step))
+            quality = float(row[names.VAL_QUALITY])
+            self.lr_policy.observe(quality)
+            self.early_stop.observe(quality)
+        found = self.monitor.judge(self.step, self.iteration - 1, row)
+        if found is None:
             return None
-        terms = tuple(name for name in self.settings.terms if names.loss(name) in bad)
-        message = f"non-finite {', '.join(bad[:3])} at step {self.step + 1}"
-        event = Event(self.step + 1, self.iteration, NONFINITE, terms, tuple(data_rows.tolist()), message)
+        self._record(found, row)
+        return found
+
+    def _record(self, event: Event, row: Row) -> None:
+        """Write an event down, mark its row, keep its capsule."""
+        self.event_count += 1
+        row[names.event(event.kind)] = 1
         self.events.append(event.as_dict())
+        self.capsules.keep(self.event_count, event)
         self._tell("after_event", event)
-        return event
+
+    def _roll_back(self, event: Event) -> Outcome | None:
+        """Return to the last healthy checkpoint; an outcome if there is none or it happened too often."""
+        config = self.settings.stability
+        healthy = [
+            path
+            for path in checkpoints.available(self.run.checkpoints)
+            if checkpoints.load_state(path)["step"] <= event.step - config.rollback_margin
+        ]
+        if not healthy:
+            return Outcome("diverged", self.step, f"{event.message}; no healthy checkpoint to roll back to")
+        if self.attempt >= config.rollbacks:
+            return Outcome("diverged", self.step, f"{event.message}; {self.attempt} rollbacks did not help")
+        iteration, attempt, count = self.iteration, self.attempt, self.event_count
+        self.restore(checkpoints.load(healthy[-1]), str(healthy[-1]))
+        self.iteration, self.attempt, self.event_count = iteration, attempt + 1, count
+        checkpoints.drop_after(self.run.checkpoints, self.step)
+        self.capsules.forget_after(self.step)
+        self.save()
+        return None
 
     def _tell(self, what: str, *arguments: Any) -> None:
         for observer in self.observers:
@@ -257,28 +279,32 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of the present state and tell the observers."""
         offset = self.log.sync()
+        state = self.state(offset, self.events.sync())
+        checkpoints.save(self.run.checkpoints, self.step, state, self.settings.checkpoint.keep)
+        self.saved = self.iteration
+        self._tell("after_checkpoint", offset)
+
+    def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
+        """Everything that training needs to go on from here, given the length of the logs so far."""
+        tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
+        tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)
         state = {
             "step": self.step,
             "iteration": self.iteration,
-            "log_offset": offset,
-            "events_offset": self.events.sync(),
+            "attempt": self.attempt,
+            "event_count": self.event_count,
+            "log_offset": log_offset,
+            "events_offset": events_offset,
             "teacher_decay": self.objective.teacher.decay,
             "lr_policy": _plain(self.lr_policy.state()),
             "early_stop": _plain(self.early_stop.state()),
+            "gradients": self.engine.state(),
+            "monitor": self.monitor.state(),
             "content_hash": self.source.content_hash,
             "config": self.settings.numeric() | {"seed": self.settings.seed},
+            "parts": sorted(tensors),
         }
-        tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
-        tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)
-        state["parts"] = sorted(tensors)
-        checkpoints.save(
-            self.run.checkpoints,
-            self.step,
-            checkpoints.Checkpoint(tensors, state),
-            self.settings.checkpoint.keep,
-        )
-        self.saved = self.iteration
-        self._tell("after_checkpoint", offset)
+        return Checkpoint(tensors, state)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or from the start if there is none; logs are cut back to it.
@@ -292,21 +318,51 @@ class Trainer:
             self.events.trim(0)
             return
         checkpoint = checkpoints.load(newest)
+        check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
+        self.restore(checkpoint, str(newest))
+        self.saved = self.iteration
+        self.capsules.forget_after(self.step)
+        self.log.trim(checkpoint.state["log_offset"])
+        self.events.trim(checkpoint.state["events_offset"])
+
+    def restore(self, checkpoint: Checkpoint, origin: str, strict: bool = True) -> None:
+        """Be in the state of a checkpoint; the logs stay as they are.
+
+        Arguments:
+            checkpoint: the state.
+            origin: where it is from, for messages.
+            strict: refuse the state of a run with other terms.
+
+        Raises:
+            InputError: it is of another network or optimizer; ``origin`` names it.
+        """
         state = checkpoint.state
-        check_unchanged(self.settings, self.source.content_hash, state)
         for name, module in assembly.parts_of(self.objective).items():
-            checkpoints.load_module(module, checkpoint.part(name), f"{newest}/{name}.safetensors")
-        checkpoints.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{newest}/optimizer.safetensors")
+            checkpoints.load_module(module, checkpoint.part(name), f"{origin}/{name}.safetensors")
+        checkpoints.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
         self.objective.teacher.decay = state["teacher_decay"]
         self.lr_policy.load(state["lr_policy"])
         self.early_stop.load(state["early_stop"])
-        self.step = state["step"]
-        self.saved = self.iteration = state["iteration"]
-        self.log.trim(state["log_offset"])
-        self.events.trim(state["events_offset"])
+        self.engine.load(state["gradients"])
+        self.monitor.load(state["monitor"], strict)
+        self.step, self.iteration = state["step"], state["iteration"]
+        self.attempt, self.event_count = state["attempt"], state["event_count"]
 
 
-def summarise(parts: list[dict[str, TermLoss]], weights: Mapping[str, float]) -> dict[str, Tensor]:
+def conspicuous_rows(losses: Losses, term: str | None, data_rows: Tensor) -> tuple[int, ...]:
+    """Data rows of a step: those with a non-finite loss of the term if there are any, else all of the term's, the
+    largest loss first; the whole batch for no term in particular.
+    """
+    parts = [found[term] for found in losses if term in found] if term is not None else []
+    if not parts:
+        return tuple(data_rows.tolist())
+    per_row = torch.cat([part.per_row for part in parts]).cpu()
+    rows = data_rows[torch.cat([part.rows for part in parts]).cpu()]
+    bad = ~per_row.isfinite()
+    return tuple(rows[bad].tolist() if bad.any() else rows[per_row.argsort(descending=True)].tolist())
+
+
+def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """Losses by term, their weighted total, and aux metrics averaged over all rows of the global batch."""
     scalars: dict[str, Tensor] = {}
     for name in weights:

@@ -4,6 +4,7 @@ The components are those of training: presets give terms and settings, ``divide`
 ``Objective`` calls networks and terms.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -17,7 +18,7 @@ from twinrl.branches import Batch, TimeLaw, divide
 from twinrl.config import build
 from twinrl.objective import Objective, Pass, TermLoss
 from twinrl.teacher import Teacher
-from twinrl.terms import TERMS
+from twinrl.terms import TERMS, Pull
 
 TOLERANCE = 1e-6
 EACH = pytest.mark.parametrize("regime", ["big", "small"])
@@ -118,6 +119,25 @@ def test_twinflow(name: str, regime: str) -> None:
     assert relative_error(batch.rows.t * signed, v["in_t"].flatten()) < TOLERANCE
     assert relative_error(batch.rows.r * signed, v["in_r"].flatten()) < TOLERANCE
     assert relative_error(batch.rows.x_t[:6], v["in_x_t"][:6]) < TOLERANCE
+    assert relative_error(total(losses), v["loss"]) < TOLERANCE
+    assert relative_error(flat_gradient(made.teacher.student), v["grad"]) < TOLERANCE
+
+
+PUBLISHED = [
+    "guidance.strength=0.8", "terms.adversarial.reward=fake_row", "terms.adversarial.reward_constant=0.05",
+    *(f"terms.{t}.loss={{kind: barron, max_ratio: 1e6}}" for t in ("base", "adversarial", "rectify")),
+    "terms.base.time_weight=clamped",
+]  # fmt: skip
+"""The published RL run's switches that change the loss of one batch, over `twinflow`."""
+
+
+@EACH
+def test_published(regime: str) -> None:
+    v = case("published", regime)
+    made, config = objective("twinflow", regime, PUBLISHED)
+    made = dataclasses.replace(made, reward=lambda samples, rows: Pull(v["g"]))
+    batch = large_batch(v, config.branches, config.time)
+    losses = evaluate(made, batch)
     assert relative_error(total(losses), v["loss"]) < TOLERANCE
     assert relative_error(flat_gradient(made.teacher.student), v["grad"]) < TOLERANCE
 

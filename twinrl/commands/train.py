@@ -29,7 +29,7 @@ def train(settings: RunConfig, fresh: bool, console: Console) -> int:
     run = RunDirectory(settings.directory)
     if not fresh:
         run.refuse_existing()
-    device, source = _machine_and_data(settings)  # before the directory, so that bad input leaves no half-made run
+    device, source = machine_and_data(settings)  # before the directory, so that bad input leaves no half-made run
     run.start(settings, fresh)
     with run.locked():
         try:
@@ -49,11 +49,11 @@ def resume(path: Path, console: Console) -> int:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
     with run.locked():
-        device, source = _machine_and_data(settings)
+        device, source = machine_and_data(settings)
         return _continue(_trainer(settings, run, source, device), console)
 
 
-def _machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
+def machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
     """Device and data source; the number of threads is set on the way."""
     if settings.machine.threads:
         torch.set_num_threads(settings.machine.threads)

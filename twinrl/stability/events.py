@@ -1,11 +1,21 @@
-"""Events: what went wrong in a step, as data. Torch-free."""
+"""Events: what went wrong in a step, as data. Torch-free.
+
+A spike, a drift or a non-finite number recurs and is studied as a cause; a divergence is absorbing and is the
+outcome. Each becomes one :class:`Event`, a line of ``events.jsonl``, from which the step can be replayed.
+"""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from twinrl.tracking import runlog
+
 NONFINITE = "nonfinite"
+SPIKE = "spike"
+DRIFT = "drift"
+DIVERGED = "diverged"
+MAX_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -14,10 +24,15 @@ class Event:
 
     Attributes:
         step, iteration: when.
-        kind: e.g. ``nonfinite``.
-        terms: the loss terms concerned; empty where only the total is.
+        kind: ``nonfinite``, ``spike``, ``drift`` or ``diverged``.
+        terms: the loss terms concerned, the most conspicuous first; empty where only the total is.
         rows: data rows concerned (indices into the training split); at most 64 are kept.
         message: one line for people.
+        shares: term → its signed shares ``g_i·g/‖g‖²`` of the gradient in the steps up to this one, oldest
+            first; empty where no per-term gradients are measured.
+        series: the metric that gave it away, e.g. ``grad/rectify/norm_raw``; empty if it was none in particular.
+        value: that metric's value at the step; None without a series.
+        reference: what the value was compared with, e.g. the rolling median; None if with nothing.
     """
 
     step: int
@@ -26,10 +41,27 @@ class Event:
     terms: tuple[str, ...]
     rows: tuple[int, ...]
     message: str
+    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    series: str = ""
+    value: float | None = None
+    reference: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"terms": list(self.terms), "rows": list(self.rows[:64])}
+        """Plain values for strict JSON, non-finite numbers as "nan", "inf", "-inf"; what is not known is left out."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        plain = known | {"terms": list(self.terms), "rows": list(self.rows[:MAX_ROWS])}
+        plain["shares"] = {term: [runlog.encode(share) for share in shares] for term, shares in self.shares.items()}
+        plain |= {name: runlog.encode(plain[name]) for name in ("value", "reference") if name in plain}
+        return {name: value for name, value in plain.items() if name not in ("shares", "series") or value}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> "Event":
+        """The inverse of :meth:`as_dict`: a line of ``events.jsonl`` as an event."""
+        known: dict[str, Any] = dict(plain) | {"terms": tuple(plain["terms"]), "rows": tuple(plain["rows"])}
+        known |= {name: runlog.decode(plain[name]) for name in ("value", "reference") if name in plain}
+        shares = plain.get("shares", {})
+        known["shares"] = {term: tuple(runlog.decode(share) for share in shares[term]) for term in shares}
+        return cls(**known)
 
 
 def nonfinite(values: Mapping[str, float]) -> list[str]:

@@ -4,8 +4,9 @@ from twinrl.terms.adversarial import Adversarial
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity
 from twinrl.terms.rectify import Rectify
+from twinrl.terms.reward import Reward
 from twinrl.terms.simpletuner import SimpleTunerBase
-from twinrl.terms.term import Context, Query, Target, Term, TermConfig
+from twinrl.terms.term import Context, Pull, Query, Target, Term, TermConfig
 
 TERMS: dict[str, type[Term]] = {
     "base": Base,
@@ -14,6 +15,7 @@ TERMS: dict[str, type[Term]] = {
     "rectify": Rectify,
     "one_step_consistency": OneStepConsistency,
     "simpletuner_base": SimpleTunerBase,
+    "reward": Reward,
 }
 
-__all__ = ["TERMS", "Context", "Query", "Target", "Term", "TermConfig"]
+__all__ = ["TERMS", "Context", "Pull", "Query", "Target", "Term", "TermConfig"]

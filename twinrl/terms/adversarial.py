@@ -4,9 +4,15 @@
 
 (TwinFlow, arXiv:2512.05150.) With the fake branch at hand, the difference of both branches' velocities is a
 difference of scores, which :mod:`twinrl.terms.rectify` descends.
+
+A reward can be smuggled in here (``reward``, the route of the published RL run): its latent gradient g is added to
+the target. F_fake rises by g, Δv rises, rectify lowers the generator's target by Δv, and x̂ = z − F rises: ascent by
+two hops. With the loss's weight k held fixed the cotangent splits linearly into this term's part ∝ k·(F − v) and the
+reward's ∝ −k·g, which is measured and clipped under the name ``reward``.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,7 +20,10 @@ from torch import Tensor
 
 from twinrl.branches import Rows
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step
-from twinrl.transport import interpolate, velocity
+from twinrl.transport import interpolate, predicted_data, velocity
+
+REWARD = "reward"
+"""Name under which the reward's part of this term is measured and clipped."""
 
 
 class Adversarial(Term):
@@ -37,6 +46,14 @@ class Adversarial(Term):
         )
         time: Literal["rows", "uniform"] = Field("rows", description="the rows' t, or a uniform one of its own")
         time_range: tuple[float, float] = Field((0.01, 0.99), description="limits of a uniform time")
+        reward: Literal["one_step", "fake_row"] | None = Field(
+            None,
+            description="add the reward's gradient to the target (route fake_target), taken at the one-step sample, or "
+            "at x̂ predicted at the fake row itself (published); null = no reward here",
+        )
+        reward_constant: float = Field(
+            0.0, ge=0, description="add this times mean|g| to the logged loss, without gradient (published: η)"
+        )
 
         @model_validator(mode="after")
         def _ordered(self) -> "Adversarial.Config":
@@ -63,9 +80,9 @@ class Adversarial(Term):
         return z_f - ctx.student(z_f, one, torch.zeros_like(one), rows.c)
 
     def _time(self, rows: Rows) -> Tensor:
-        if self.config.time == "rows":
-            return rows.t
-        return rows.uniform("fake time").clamp(*self.config.time_range)
+        if self.config.time == "uniform":
+            return rows.time("fake", "fake time").clamp(*self.config.time_range)
+        return rows.time("fake", "t") if "fake" in rows.renoise else rows.t
 
     def _path_noise(self, rows: Rows) -> Tensor:
         return self._noise(rows) if self.config.path_noise == "sample" else rows.z
@@ -76,4 +93,25 @@ class Adversarial(Term):
 
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
         assert query.clean is not None
-        return Target(velocity(query.clean, self._path_noise(rows)))
+        v = velocity(query.clean, self._path_noise(rows))
+        if self.config.reward is None:
+            return Target(v)
+        own = self.config.reward == "fake_row"
+        pull = ctx.reward(predicted_data(query.x, query.t, F) if own else query.clean, rows)
+        constant = self.config.reward_constant * pull.g.abs().flatten(1).mean(1)
+        return Target(v + pull.g, pull.aux, shift=pull.g, constant=constant)
+
+    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+        """The reward's part of the loss's gradient: of k·mean((F − v − g)²), the part ∝ −g."""
+        if target.shift is None:
+            return {}
+        weight = self.row_loss.weight(F, target.value) * self.time_weight(query)
+        return {REWARD: -2 * (weight * (target.shift * F).flatten(1).mean(1)).sum()}
+
+    @classmethod
+    def others(cls, config: Any) -> tuple[str, ...]:
+        return (REWARD,) if config.reward is not None else ()
+
+    @classmethod
+    def wants_reward(cls, config: Any) -> bool:
+        return config.reward is not None

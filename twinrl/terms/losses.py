@@ -31,6 +31,10 @@ class L2:
         """(B, C, H, W) prediction and target → (B,) losses."""
         return mean_square(F, target)
 
+    def weight(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B,) factor of the mean square in the loss, without gradient: 1."""
+        return F.new_ones(len(F))
+
 
 @dataclass(frozen=True)
 class Barron:
@@ -58,19 +62,27 @@ class Barron:
 
     def __call__(self, F: Tensor, target: Tensor) -> Tensor:
         """(B, C, H, W) prediction and target → (B,) losses."""
+        return mean_square(F, target) * self.weight(F, target)
+
+    def weight(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B,) factor of the mean square in the loss, without gradient."""
         alpha, c = self.config.alpha, self.config.c
-        m = mean_square(F, target)
-        ratio = m.detach() / (c * c + self.epsilon)
+        ratio = mean_square(F.detach(), target) / (c * c + self.epsilon)
         if self.config.max_ratio is not None:
             ratio = ratio.clamp(max=self.config.max_ratio)
-        weight = (ratio / abs(alpha - 2) + 1) ** ((alpha - 2) / 2) / c
-        return m * weight
+        return (ratio / abs(alpha - 2) + 1) ** ((alpha - 2) / 2) / c
 
 
 LOSSES: dict[str, type] = {"l2": L2, "barron": Barron}
 
 
-def time_weight(t: Tensor, r: Tensor) -> Tensor:
-    """``tan((1 − (|t| − |r|))·π/2.5) + 1`` for times (B,): 4.08 at r = t, 1 at (1, 0); 1 on fake rows (t < 0)."""
-    weight = ((1 - (t.abs() - r.abs())) * math.pi / 2.5).tan() + 1
+def time_weight(t: Tensor, r: Tensor, clamped: bool = False) -> Tensor:
+    """``tan((1 − (|t| − |r|))·π/2.5) + 1`` for times (B,): 4.08 at r = t, 1 at (1, 0); 1 on fake rows (t < 0).
+
+    Arguments:
+        t, r: (B,) signed times.
+        clamped: as in the published RL run: the tangent's argument in ±1.2 (3.57 at r = t), the weight in [0.01, 100].
+    """
+    angle = (1 - (t.abs() - r.abs())) * math.pi / 2.5
+    weight = (angle.clamp(-1.2, 1.2).tan() + 1).clamp(0.01, 100) if clamped else angle.tan() + 1
     return weight.where(t >= 0, 1.0)

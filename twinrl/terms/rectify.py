@@ -55,6 +55,6 @@ class Rectify(Term):
         """(x_τ, τ) at which both branches are compared."""
         if self.config.point == "own":
             return query.x, rows.t
-        tau = rows.uniform("renoise time")
+        tau = rows.time("rectify", "renoise time")
         x_hat = predicted_data(query.x, query.t, F)
         return interpolate(x_hat, rows.normal("renoise noise"), tau), tau

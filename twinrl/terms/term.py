@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from twinrl import conditions
 from twinrl.branches import BRANCHES, Rows
 from twinrl.conditions import Condition
 from twinrl.config import Settings, build, component
@@ -45,6 +46,11 @@ class Query:
     r: Tensor
     c: Condition
     clean: Tensor | None = None
+
+    def select(self, keep: Tensor) -> "Query":
+        """The rows at the positions ``keep``."""
+        clean = None if self.clean is None else self.clean[keep]
+        return Query(self.point, self.x[keep], self.t[keep], self.r[keep], conditions.rows(self.c, keep), clean)
 
 
 def own(rows: Rows) -> Query:
@@ -83,6 +89,10 @@ class Context(Protocol):
         """The guidance-enhanced target velocity v* of the rows, computed once for all terms."""
         ...
 
+    def reward(self, samples: Tensor, rows: Rows) -> "Pull":
+        """The reward's pull on samples (B, C, H, W) in the space of the flow, made for the rows' prompts."""
+        ...
+
 
 class Target(NamedTuple):
     """A term's target and what is worth logging about it.
@@ -90,9 +100,25 @@ class Target(NamedTuple):
     Attributes:
         value: (B, C, H, W), without gradient.
         aux: metric name → (B,) values per row, whose mean over the rows of the batch is logged.
+        shift: (B, C, H, W) part of ``value`` that another force has added; None where there is none.
+        constant: (B,) numbers whose mean over the term's rows is added to its logged loss, without gradient.
     """
 
     value: Tensor
+    aux: Mapping[str, Tensor] = {}
+    shift: Tensor | None = None
+    constant: Tensor | None = None
+
+
+class Pull(NamedTuple):
+    """What a force wants of samples.
+
+    Attributes:
+        g: (B, C, H, W) direction in which it wants each sample to move, with its present weight.
+        aux: metric name → (B,) values per row.
+    """
+
+    g: Tensor
     aux: Mapping[str, Tensor] = {}
 
 
@@ -102,7 +128,9 @@ class TermConfig(Settings):
     branches: tuple[str, ...] = Field(("any",), min_length=1, description="branches whose rows the term sees")
     weight: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor of the term in the total loss")
     loss: LossConfig = Field(default="l2", validate_default=True, description="per-sample loss: l2 or barron")
-    time_weight: bool = Field(False, description="weight rows by tan((1 − (|t| − |r|))·π/2.5) + 1")
+    time_weight: bool | Literal["clamped"] = Field(
+        False, description="weight rows by tan((1 − (|t| − |r|))·π/2.5) + 1; clamped = as in the published RL run"
+    )
     mean_over: Literal["rows", "batch"] = Field(
         "rows", description="divide the sum by the term's own rows, or by the rows of the whole batch"
     )
@@ -131,7 +159,29 @@ class Term(ABC):
     def loss(self, rows: Rows, query: Query, F: Tensor, target: Tensor) -> Tensor:
         """(B,) losses per row; differentiable in ``F``."""
         per_row = self.row_loss(F, target)
-        return per_row * time_weight(query.t, query.r) if self.config.time_weight else per_row
+        return per_row * self.time_weight(query)
+
+    def time_weight(self, query: Query) -> Tensor | float:
+        """(B,) weights of the rows by their times, or 1."""
+        chosen = self.config.time_weight
+        return time_weight(query.t, query.r, clamped=chosen == "clamped") if chosen else 1.0
+
+    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+        """Parts of the sum of the row losses that belong to others, e.g. to a reward inside the target.
+
+        Each is a scalar, differentiable in ``F``, under a name of :meth:`others`; what is left is the term's own.
+        """
+        return {}
+
+    @classmethod
+    def others(cls, config: Any) -> tuple[str, ...]:
+        """Names that :meth:`pulls` uses under this configuration."""
+        return ()
+
+    @classmethod
+    def wants_reward(cls, config: Any) -> bool:
+        """Whether the term asks its context for the reward's pull."""
+        return False
 
     def normaliser(self, counts: Mapping[str, int], global_batch: int) -> int:
         """What the sum of the row losses is divided by, given the rows of each branch in the *global* batch."""

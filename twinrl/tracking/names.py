@@ -6,9 +6,22 @@ GRAD_TOTAL_CLIPPED = "grad/total/norm_clipped"
 CLAMP_RCGM = "clamp/rcgm_frac"
 CLAMP_DELTA_V = "clamp/delta_v_frac"
 DELTA_V_RMS = "delta_v/rms"
+RENOISE_ALPHA = "renoise/alpha"
+RENOISE_BETA = "renoise/beta"
+RENOISE_LOCATION = "renoise/location"
+RENOISE_SCALE = "renoise/scale"
+RENOISE_T_MEAN = "renoise/t_mean"
+REWARD_GRAD_NORM = "reward/grad/norm"
+REWARD_GRAD_SNR = "reward/grad/snr"
+REWARD_GRAD_COSINE = "reward/grad/cosine"
+REWARD_GRAD_NORM_RATIO = "reward/grad/norm_ratio"
+REWARD_ROUNDTRIP = "reward/grad/roundtrip"
 LR = "opt/lr"
+RMS_MAX = "opt/rms_max"
+UPDATE_RATIO = "opt/update_ratio"
 VAL_QUALITY = "val/quality"
 VAL_VELOCITY_MSE = "val/velocity_mse"
+SKIPPED = "event/skipped"
 STEP_SECONDS = "perf/step_seconds"
 
 
@@ -20,6 +33,11 @@ def loss(term: str) -> str:
 def grad(term: str, quantity: str) -> str:
     """Per-term gradient telemetry; ``quantity`` is norm_raw, norm_clipped, clip_coef or share."""
     return f"grad/{term}/{quantity}"
+
+
+def cosine(first: str, second: str) -> str:
+    """Cosine between the gradients of two terms, in [−1, 1]."""
+    return f"grad/cos/{first}__{second}"
 
 
 def val(quantity: str, nfe: int | None = None) -> str:

@@ -1,0 +1,215 @@
+"""Trouble in training: named, acted upon as configured, kept for a replay."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fake_source import FakeSource, register, small
+from tests.test_trainer import At, finish, kill, make, rows, state
+from twinrl import checkpoints, draws, schema
+from twinrl.capsules import Capsules
+from twinrl.errors import InputError
+from twinrl.replay import replay
+from twinrl.schema import RunConfig
+from twinrl.stability.events import Event
+from twinrl.tracking import names
+from twinrl.trainer import Trainer
+
+AT = 40
+"""0-based step at which the planted term goes wrong: step 41 of the log."""
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+
+
+def planted(runs: Path, *overrides: str, size: float = 1000.0, branch: str = "any", row: int = 9) -> RunConfig:
+    """60 steps of twinflow with a term that spikes at step 41 in one row."""
+    term = f"terms.planted={{at: {AT}, size: {size}, branches: [{branch}], row: {row}}}"
+    shared = ("train.steps=60", "evaluation.every=0", "checkpoint.every=10", "checkpoint.keep=6")
+    ring = "stability.capsules={every: 10, before: 5}"
+    return small(runs, term, *shared, ring, *overrides)
+
+
+def events(trainer: Trainer) -> list[Event]:
+    return [Event.from_dict(json.loads(line)) for line in trainer.run.events.read_text().splitlines()]
+
+
+def test_a_spike_is_an_event_that_names_term_step_and_row(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path))
+    (event,) = events(trainer)
+    assert (event.kind, event.step, event.iteration, event.terms[0]) == ("spike", AT + 1, AT, "planted")
+    data_rows = draws.shuffled_rows(40, 16, seed=0, step=AT)
+    assert event.rows[0] == data_rows[9]  # the largest loss first
+    assert set(event.shares) == {"base", "adversarial", "rectify", "planted"}
+    assert event.shares["planted"][-1] == pytest.approx(1, abs=0.05)
+    assert rows(trainer)[AT][names.event("spike")] == 1
+
+
+def test_one_nan_row_is_named_with_its_term(tmp_path: Path) -> None:
+    trainer = make(planted(tmp_path, "stability.policy=stop", size=math.nan))
+    outcome = trainer.train()
+    assert (outcome.status, outcome.step) == ("diverged", AT + 1)
+    event = events(trainer)[0]
+    assert (event.kind, event.step, event.terms) == ("nonfinite", AT + 1, ("planted",))
+    assert event.rows == (int(draws.shuffled_rows(40, 16, seed=0, step=AT)[9]),)
+
+
+@pytest.mark.parametrize("size", [1000.0, math.nan])
+def test_skip_drops_the_gradient_and_nothing_else(tmp_path: Path, size: float) -> None:
+    kind = "policy" if math.isnan(size) else "spike"
+    settings = planted(tmp_path, f"stability.{kind}=skip", "stability.divergence.nonfinite_steps=2", size=size)
+    trainer = make(settings)
+    before: dict[str, torch.Tensor] = {}
+    trainer.observers.append(At(AT, lambda: before.update({k: v.clone() for k, v in state(trainer).items()})))
+    compared: list[bool] = []
+    parts = ("student", "optimizer")
+    trainer.observers.append(
+        At(AT + 1, lambda: compared.append(all(torch.equal(v, before[k]) for k, v in state(trainer).items()
+                                               if k.startswith(parts))))
+    )  # fmt: skip
+    assert trainer.train().status == "finished"
+    assert compared == [True]
+    assert [bool(row.get(names.SKIPPED)) for row in rows(trainer)] == [i == AT for i in range(60)]
+    assert all(v.isfinite().all() for v in state(trainer).values())
+
+
+def test_cut_lr_lowers_the_rate_from_the_spike_on(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path, "stability.spike=cut_lr", "stability.lr_cut=0.25"))
+    rates = [row[names.LR] for row in rows(trainer)]
+    assert rates[:AT] == [3e-3] * AT
+    assert rates[AT:] == pytest.approx([0.75e-3] * (60 - AT))
+
+
+def test_decay_on_spike_cuts_and_recovers(tmp_path: Path) -> None:
+    policy = "lr_policy={kind: decay_on_spike, cut: 0.25, recovery: 5}"
+    rates = [row[names.LR] for row in rows(finish(planted(tmp_path, policy)))]
+    assert rates[AT - 1] == 3e-3
+    assert rates[AT] == pytest.approx(3e-3 * 0.25**0.9)
+    assert rates[AT + 4] == pytest.approx(3e-3 * 0.25**0.5)  # half is won back in 5 steps
+    assert rates[AT + 9] == pytest.approx(3e-3)
+    assert rates[-1] == pytest.approx(3e-3)
+
+
+def test_rollback_returns_bit_exactly_and_goes_on_with_other_data(tmp_path: Path) -> None:
+    settings = planted(tmp_path, "stability.spike=rollback", "stability.rollback_margin=5")
+    trainer = make(settings)
+    at_30: dict[str, torch.Tensor] = {}
+    trainer.observers.append(At(30, lambda: at_30.update({k: v.clone() for k, v in state(trainer).items()})))
+    restored: list[bool] = []
+    original = trainer._roll_back
+
+    def watched(event: Event) -> Any:
+        outcome = original(event)
+        restored.append(all(torch.equal(v, at_30[k]) for k, v in state(trainer).items()))
+        return outcome
+
+    trainer._roll_back = watched  # type: ignore[method-assign]
+    assert trainer.train().status == "finished"
+    assert restored == [True]
+    logged = rows(trainer)
+    assert [row["iteration"] for row in logged] == list(range(len(logged)))
+    assert [row["step"] for row in logged] == [*range(1, 42), *range(31, 61)]
+    assert logged[41][names.LOSS_TOTAL] != logged[30][names.LOSS_TOTAL]  # another data order
+    assert [event.kind for event in events(trainer)] == ["spike"]
+    assert checkpoints.load_state(trainer.run.newest_checkpoint())["attempt"] == 1
+
+
+def test_a_rollback_survives_a_kill(tmp_path: Path) -> None:
+    policy = ("stability.spike=rollback", "stability.rollback_margin=5")
+    undisturbed = finish(planted(tmp_path / "a", *policy))
+    disturbed = planted(tmp_path / "b", *policy)
+    kill(disturbed, 41)  # as the spike was logged: the rollback is made again
+    kill(disturbed, 55)  # in the second data order
+    again = finish(disturbed)
+    assert rows(again) == rows(undisturbed)
+    assert all(torch.equal(v, state(again)[k]) for k, v in state(undisturbed).items())
+
+
+def test_too_many_rollbacks_stop_the_run(tmp_path: Path) -> None:
+    always = "terms.poison={at: 41, branches: [any]}"  # whatever the data order
+    settings = planted(tmp_path, always, "stability.policy=rollback", "stability.rollbacks=2", "terms.planted=null")
+    trainer = make(settings)
+    outcome = trainer.train()
+    assert (outcome.status, outcome.step) == ("diverged", 42)
+    assert "2 rollbacks did not help" in outcome.message
+    assert trainer.attempt == 2
+
+
+def test_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rollback has no checkpoint.*checkpoint\.every 60.*train\.steps 60"):
+        planted(tmp_path, "stability.spike=rollback", "checkpoint.every=60")
+
+
+# --- capsules and replay ------------------------------------------------------------------------------------------
+
+
+def load(settings: RunConfig) -> tuple[FakeSource, torch.device]:
+    return FakeSource(), torch.device("cpu")
+
+
+def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path))
+    result = replay(trainer.run, 1, ["terms.planted=null"], load, after=5)
+    assert result.exact
+    unchanged, without = result.traces
+    assert len(result.logged) == len(unchanged.rows) == len(without.rows)
+    assert unchanged.rows[-1]["iteration"] == AT + 5
+    assert (result.recurs(unchanged), result.recurs(without)) == (True, False)
+    assert unchanged.found["spike"] == AT + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "recurs"),
+    [("seed=5", True), ("train.precision=float64", True), ("terms.rectify=null", True),
+     ("gradients.terms.planted.clip.max_norm=0.1", True), ("terms.planted.size=1", False)],
+)  # fmt: skip
+def test_interventions(tmp_path: Path, change: str, recurs: bool) -> None:
+    """The planted spike does not depend on batch, precision or another term; pre-clip norms see through a clip."""
+    trainer = finish(planted(tmp_path))
+    result = replay(trainer.run, 1, [change], load, after=3)
+    assert result.recurs(result.traces[1]) is recurs
+    if "clip" in change:
+        row = result.traces[1].rows[AT - result.traces[1].rows[0]["iteration"]]
+        assert row[names.grad("planted", "norm_clipped")] == pytest.approx(0.1)
+
+
+def test_capsules_are_kept_for_the_first_events_only_and_follow_a_resume(tmp_path: Path) -> None:
+    settings = planted(tmp_path, "stability.capsules.most=1", "terms.poison={at: 50, branches: [any]}",
+                       "stability.policy=record")  # fmt: skip
+    kill(settings, 45)
+    trainer = finish(settings)
+    assert [event.kind for event in events(trainer)][:2] == ["spike", "nonfinite"]
+    capsules = Capsules(trainer.run.path, settings.stability.capsules)
+    assert capsules.numbers() == [1]
+    event, checkpoint = capsules.load(1)
+    assert (event.step, checkpoint.state["step"]) == (AT + 1, 30)  # 40 is closer than `before`
+    with pytest.raises(InputError, match=r"event 2 of .* has no capsule.*capsules of events 1"):
+        replay(trainer.run, 2, [], load)
+
+
+def test_a_change_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path))
+    with pytest.raises(InputError, match=r"the change does not fit"):
+        replay(trainer.run, 1, ["model.network.width=8"], load)
+    with pytest.raises(InputError, match="unknown key terms.planted.sise"):
+        replay(trainer.run, 1, ["terms.planted.sise=8"], load)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stability.spike=explode", "stability.spike"),
+        ("stability.watch.spike.ratio=0.5", "stability.watch.spike.ratio"),
+        ("stability.lr_cut=2", "stability.lr_cut"),
+        ("stability.policy=retry", "stability.policy"),
+    ],
+)
+def test_bad_settings(override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        schema.load("twinflow", [override])

@@ -1,0 +1,99 @@
+"""``twinrl replay``: an event's steps again, with a change, side by side."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twinrl.capsules import Capsules
+from twinrl.commands.train import machine_and_data
+from twinrl.replay import Replay, Trace
+from twinrl.replay import replay as run_again
+from twinrl.runs import RunDirectory
+from twinrl.tracking import names, runlog
+
+SHOWN_BEFORE, SHOWN_AFTER = 8, 12
+
+
+def replay(path: Path, event: int | None, overrides: list[str], after: int, console: Console) -> int:
+    """Replay an event, or list the run's events where none is named; the exit code."""
+    run = RunDirectory(path)
+    settings = run.settings()
+    if event is None:
+        console.print(listing(run, Capsules(path, settings.stability.capsules)))
+        return 0
+
+    def source(wanted: Any) -> Any:
+        device, data = machine_and_data(wanted)
+        return data, device
+
+    with console.status(f"replaying event {event}"):
+        result = run_again(run, event, overrides, source, after)
+    console.print(side_by_side(result))
+    for line in verdict(result):
+        console.print(line)
+    return 0
+
+
+def listing(run: RunDirectory, capsules: Capsules) -> Table:
+    """The run's events and which of them can be replayed."""
+    table = Table(title=f"events of {run.path}")
+    for column in ("event", "step", "kind", "terms", "replay", "message"):
+        table.add_column(column)
+    kept = set(capsules.numbers())
+    lines = run.events.read_text().splitlines() if run.events.is_file() else []
+    for number, line in enumerate(lines, 1):
+        event = json.loads(line)
+        can = "yes" if number in kept else "no capsule"
+        table.add_row(str(number), str(event["step"]), event["kind"], ", ".join(event["terms"]), can, event["message"])
+    return table
+
+
+def side_by_side(result: Replay) -> Table:
+    """Norms and losses around the event: as logged, replayed, and with the change."""
+    leading = result.event.terms[:1]
+    series = {"loss": names.LOSS_TOTAL, "‖g‖": names.GRAD_TOTAL_RAW}
+    series |= {f"‖g {name}‖": names.grad(name, "norm_raw") for name in leading}
+    table = Table(title=f"event: {result.event.message}")
+    table.add_column("step", justify="right")
+    for trace in result.traces:
+        for label in series:
+            table.add_column(f"{trace.label}\n{label}", justify="right")
+    at = result.event.iteration
+    for rows in zip(*(trace.rows for trace in result.traces), strict=True):
+        if -SHOWN_BEFORE <= rows[0]["iteration"] - at <= SHOWN_AFTER:
+            cells = [_number(row.get(name)) for row in rows for name in series.values()]
+            style = "bold" if rows[0]["iteration"] == at else ""
+            table.add_row(str(rows[0]["step"]), *cells, style=style)
+    return table
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if math.isfinite(value) else str(runlog.encode(value))
+
+
+def verdict(result: Replay) -> list[str]:
+    """What the traces say, in words."""
+    unchanged, *others = result.traces
+    lines = ["the unchanged replay repeats the log exactly" if result.exact else _inexact(result)]
+    lines += [_says(result, trace) for trace in others or [unchanged]]
+    if others and not result.recurs(unchanged):
+        lines.append("the event does not recur even unchanged, so the change cannot be judged from this replay")
+    return lines
+
+
+def _inexact(result: Replay) -> str:
+    return "the unchanged replay differs from the log in some digits (another machine or thread count?)"
+
+
+def _says(result: Replay, trace: Trace) -> str:
+    kind = result.event.kind
+    largest = max((row[names.GRAD_TOTAL_RAW] for row in trace.rows), key=lambda v: v if not math.isnan(v) else math.inf)
+    if result.recurs(trace):
+        return f"{trace.label}: the {kind} recurs at step {trace.found[kind]} (largest ‖g‖ {largest:.4g})"
+    return f"{trace.label}: no {kind} (largest ‖g‖ {largest:.4g})"

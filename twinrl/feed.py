@@ -1,0 +1,58 @@
+"""The global batch of a step: data rows, conditions, times and noise, each a function of (seed, step)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twinrl import conditions, draws
+from twinrl.branches import Batch, BatchDraws, divide
+from twinrl.conditions import Condition
+from twinrl.data.source import Source
+from twinrl.objective import Objective
+from twinrl.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Makes batches.
+
+    Attributes:
+        settings: the configuration.
+        source: the data.
+        objective: whose student makes the samples of image-free training.
+        latents: (N, C, H, W) of the training split, on the device.
+    """
+
+    settings: RunConfig
+    source: Source
+    objective: Objective
+    latents: Tensor
+
+    def batch(self, step: int, seed: int) -> tuple[Tensor, Batch]:
+        """The rows of the training split and the global batch of ``step``."""
+        settings, source = self.settings, self.source
+        at = draws.shuffled_rows(len(self.latents), settings.train.batch, seed, step)
+        prompts = source.prompts(source.train.labels[at], seed, step)
+        drawn = BatchDraws(seed, step, (len(at), *self.latents.shape[1:]))
+        c = self._cast(source.condition(prompts))
+        x = self.latents[at.to(self.latents.device)] if settings.data.images else self._generated(drawn, c)
+        null = self._null(c, drawn)
+        return at, divide(settings.branches, settings.time, x, c, null, drawn)
+
+    def _generated(self, drawn: BatchDraws, c: Condition) -> Tensor:
+        """Image-free data: the student's own one-step samples of the prompts, without gradient."""
+        z = drawn.normal("image-free sample").to(self.latents)
+        one = z.new_ones(len(z))
+        with torch.no_grad():
+            return z - self.objective.call(self.objective.teacher.student, z, one, torch.zeros_like(one), c)
+
+    def _null(self, c: Condition, drawn: BatchDraws) -> Condition:
+        n = self.settings.train.batch
+        if self.settings.guidance.empty == "source":
+            return self._cast(self.source.null_condition(n))
+        order = drawn.uniform("null permutation").argsort()
+        return conditions.rows(c, order)
+
+    def _cast(self, c: Condition) -> Condition:
+        return conditions.to(c, self.latents.device, self.latents.dtype)

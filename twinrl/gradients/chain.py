@@ -1,0 +1,140 @@
+"""Chains of rules as configured: one for each term, one for the sum."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import Field, model_validator
+
+from twinrl.config import Settings, build, component, resolve
+from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
+
+if TYPE_CHECKING:
+    Rule: TypeAlias = Any
+else:
+    Rule = component(TRANSFORMS, "gradient transform")
+
+
+class TelemetryConfig(Settings):
+    """What is measured beside norms and clip coefficients, which are free."""
+
+    shares_every: int = Field(
+        1, ge=0, description="steps between signed shares g_i·g/‖g‖²; needs one gradient buffer per term; 0 = never"
+    )
+    cosines_every: int = Field(
+        10, ge=0, description="steps between pairwise cosines of the terms; same buffers as shares; 0 = never"
+    )
+    rms_every: int = Field(1, ge=0, description="steps between RMS_t from Adam's state; no buffer; 0 = never")
+    update_every: int = Field(10, ge=0, description="steps between update/weight ratios; one buffer; 0 = never")
+
+
+class GradientsConfig(Settings):
+    """Per-term gradients: where they are taken apart, what changes them, what is measured.
+
+    A chain is a mapping from the rule's name to its settings, in order: ``{zclip: {}, clip: {max_norm: 1}}``.
+    """
+
+    space: Literal["parameter", "output", "none"] = Field(
+        "parameter",
+        description="parameter: exact gradient of each term (one buffer more); output: each term's gradient at the "
+        "predictions, one backward; none: the sum alone",
+    )
+    terms: dict[str, dict[str, Rule]] = Field(default_factory=dict, description="rules of single terms, by term")
+    each: dict[str, Rule] = Field(default_factory=dict, description="rules of every term that has none of its own")
+    total: dict[str, Rule] = Field(default_factory=dict, description="rules of the summed gradient")
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_defaults_to_name(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        for key in ("each", "total"):
+            if isinstance(value.get(key), Mapping):
+                value[key] = _named(value[key])
+        if isinstance(value.get("terms"), Mapping):
+            value["terms"] = {
+                term: _named(rules) if isinstance(rules, Mapping) else rules
+                for term, rules in value["terms"].items()
+                if rules is not None
+            }
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> "GradientsConfig":
+        chains = [*self.terms.values(), self.each]
+        if self.space == "none" and any(chains):
+            raise ValueError("rules of single terms need gradients.space=parameter or output, got none")
+        rules = [(name, _class_of(rule)) for chain in chains for name, rule in chain.items()]
+        for name, rule in rules:
+            if rule.needs_parameters and self.space == "output":
+                raise ValueError(f"{name} compares with the weights; it needs gradients.space=parameter, got output")
+        for name, rule in self.total.items():
+            if _class_of(rule).needs_others:
+                raise ValueError(f"total.{name} compares a term with the others; put it under gradients.terms")
+        return self
+
+    def check_terms(self, known: tuple[str, ...]) -> None:
+        """Raises ValueError where a rule is for a term that is not there, or all terms wait for each other."""
+        for name in self.terms:
+            if name not in known:
+                raise ValueError(f"gradients.terms.{name}: there is no such term; terms: {', '.join(known)}")
+        if self.space != "none" and known and all(self.waits(name) for name in known):
+            raise ValueError("gradients: every term has a rule relative to the others; leave one without")
+
+    def rules(self, term: str) -> Mapping[str, Any]:
+        """The chain of a term's gradient."""
+        return self.terms.get(term, self.each)
+
+    def waits(self, term: str) -> bool:
+        """Whether the term's rules need the sum of the others first."""
+        return any(_class_of(rule).needs_others for rule in self.rules(term).values())
+
+    @property
+    def order(self) -> dict[str, list[str]]:
+        """Chain → its rules' names in order: what a hash over sorted keys does not see."""
+        chains = {f"terms.{term}": rules for term, rules in self.terms.items()}
+        return {name: list(rules) for name, rules in {**chains, "each": self.each, "total": self.total}.items()}
+
+
+def _class_of(rule: Any) -> type[Transform]:
+    found = resolve(TRANSFORMS, rule.kind, "gradient transform")
+    if not issubclass(found, Transform):
+        raise ValueError(f"gradient transform {rule.kind!r} is no rule; derive it from twinrl.gradients.Transform")
+    return found
+
+
+def _named(chain: Mapping[str, Any]) -> dict[str, Any]:
+    """Every rule with its kind, by default its name; a removed one (null) is left out."""
+    full = {}
+    for name, rule in chain.items():
+        if isinstance(rule, Mapping):
+            full[name] = {"kind": name, **rule}
+        elif rule is not None:
+            full[name] = rule
+    return full
+
+
+class Chain:
+    """Rules applied one after the other."""
+
+    def __init__(self, rules: Mapping[str, Any]):
+        self.rules: dict[str, Transform] = {
+            name: build(TRANSFORMS, rule, "gradient transform") for name, rule in rules.items()
+        }
+
+    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+        """Change ``gradient`` in place."""
+        for rule in self.rules.values():
+            rule(gradient, around)
+
+    def state(self) -> dict[str, Any]:
+        """State of the rules with memory, by name."""
+        return {name: state for name, rule in self.rules.items() if (state := rule.state())}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        for name, values in state.items():
+            if name in self.rules:
+                self.rules[name].load(values)

@@ -1,0 +1,275 @@
+"""The gradient of a step, term by term.
+
+Terms outermost, micro-batches inside; every gradient is taken by ``backward`` into ``.grad``, which works for sharded
+parameters too (gradients taken with respect to parameters directly do not). Two spaces:
+
+- *parameter*: each term is back-propagated alone, its gradient measured and changed exactly, and added up. Forward
+  passes serve one set of terms each, so rows that one term sees are back-propagated once, and only rows that
+  several terms share are repeated. With micro-batches a term's forwards are repeated for each term that shares
+  them, since graphs of all micro-batches would not fit.
+- *output*: the rules see each term's gradient with respect to the predictions (its cotangent), and one backward
+  carries the sum. With micro-batches the predictions are made twice: norms need the whole batch.
+
+Buffers of the size of a gradient, beside ``.grad``: one for rules in parameter space, none in output space; one per
+term on steps with shares or cosines in parameter space; one more where several terms are projected.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twinrl.gradients.chain import Chain, GradientsConfig
+from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.transforms import Surroundings
+from twinrl.objective import Pass, TermLoss
+from twinrl.terms import Term
+from twinrl.tracking import names
+
+Losses = list[dict[str, TermLoss]]
+Measures = dict[str, Tensor]
+
+
+def pulls_of(terms: Mapping[str, Term]) -> dict[str, tuple[str, ...]]:
+    """Name of every gradient that is taken apart → the terms in whose losses it is: a term's own, and any that
+    has a part of that name."""
+    owners: dict[str, tuple[str, ...]] = {name: (name,) for name in terms}
+    for name, term in terms.items():
+        for other in term.others(term.config):
+            if other != name:
+                owners[other] = (*owners.get(other, ()), name)
+    return owners
+
+
+class Engine:
+    """Puts the gradient of the terms' sum into ``.grad`` and measures the terms on the way.
+
+    Arguments:
+        config: space, rules, telemetry.
+        parameters: the student's trainable parameters.
+        terms: the objective's terms.
+        total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
+    """
+
+    def __init__(
+        self,
+        config: GradientsConfig,
+        parameters: Iterable[nn.Parameter],
+        terms: Mapping[str, Term],
+        total: Callable[[Tensor], Tensor] = lambda value: value,
+    ):
+        self.config, self.total = config, total
+        self.parameters = [p for p in parameters if p.requires_grad]
+        owners = pulls_of(terms)
+        ordered = sorted(owners, key=config.waits)  # stable: the terms that wait for the others come last
+        self.owners = {name: owners[name] for name in ordered}
+        self.chains = {name: Chain(config.rules(name)) for name in ordered}
+        self.total_chain = Chain(config.total)
+
+    @property
+    def separate(self) -> bool:
+        """Whether forward passes should serve one set of terms each."""
+        return self.config.space == "parameter"
+
+    def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
+        """The changed gradient into ``.grad``; the losses of every micro-batch, and the measures by metric name.
+
+        Arguments:
+            passes: the micro-batches of the step.
+            step: decides which periodic measures are due.
+        """
+        for parameter in self.parameters:
+            parameter.grad = None
+        space = {"parameter": self._in_parameter_space, "output": self._in_output_space, "none": self._together}
+        losses, measures = space[self.config.space](passes, step)
+        measures |= self._finish()
+        return losses, measures
+
+    def _finish(self) -> Measures:
+        """The rules of the sum."""
+        gradient = Gradient.take(self.parameters)
+        raw = gradient.norm
+        self.total_chain(gradient, Surroundings(self.parameters))
+        gradient.put(self.parameters)
+        return {names.GRAD_TOTAL_RAW: raw, names.GRAD_TOTAL_CLIPPED: gradient.norm}
+
+    # --- none ---------------------------------------------------------------------------------------------------
+
+    def _together(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
+        losses = []
+        for one in passes:
+            found = one.losses()
+            _backward(part.loss for part in found.values())
+            one.release()
+            losses.append(_detached(found))
+        return losses, {}
+
+    # --- parameter space ----------------------------------------------------------------------------------------
+
+    def _in_parameter_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
+        whole = passes[0].losses() if len(passes) == 1 else None
+        losses: Losses = [{} for _ in passes] if whole is None else [_detached(whole)]
+        account = _Account(self._keeps(step), self._several_wait)
+        last = list(self.owners)[-1]
+        for name, owners in self.owners.items():
+            if whole is not None:
+                _backward(_parts(whole, owners, name), retain_graph=name != last)
+            else:
+                for one, known in zip(passes, losses, strict=True):
+                    found = {owner: one.loss(owner) for owner in owners if owner in one.queries()}
+                    _backward(_parts(found, owners, name))
+                    one.release()
+                    known |= _detached(found)
+            around = Surroundings(self.parameters, account.others(self.config.waits(name)))
+            self._settle(name, Gradient.take(self.parameters), account, around)
+        for one in passes:
+            one.release()
+        account.sum.put(self.parameters)
+        return losses, account.measures | self._geometry(account, step)
+
+    # --- output space -------------------------------------------------------------------------------------------
+
+    def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
+        again = len(passes) > 1
+        losses: Losses = []
+        cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
+        first = [0]
+        for one in passes:
+            one.leaves = again
+            found = one.losses()
+            for name, owners in self.owners.items():
+                cotangents[name] |= _cotangents(_parts(found, owners, name), one.outputs, first[-1])
+            first.append(first[-1] + len(one.outputs))
+            losses.append(_detached(found))
+            if again:
+                one.release()
+        account = _Account(self._keeps(step), self._several_wait)
+        for name, found_cotangents in cotangents.items():
+            gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
+            self._settle(name, gradient, account, Surroundings((), account.others(self.config.waits(name))))
+        for start, one in zip(first, passes, strict=False):
+            if again:
+                one.repeat()
+            pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
+            torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
+            one.release()
+        return losses, account.measures | self._geometry(account, step)
+
+    # --- what both share ----------------------------------------------------------------------------------------
+
+    @property
+    def _several_wait(self) -> bool:
+        return sum(self.config.waits(name) for name in self.owners) > 1
+
+    def _keeps(self, step: int) -> bool:
+        telemetry = self.config.telemetry
+        return is_due(telemetry.shares_every, step) or is_due(telemetry.cosines_every, step)
+
+    def _settle(self, name: str, gradient: Gradient, account: "_Account", around: Surroundings) -> None:
+        """Apply a term's rules, note its norms and add it to the sum."""
+        raw = gradient.norm
+        self.chains[name](gradient, around)
+        clipped = gradient.norm
+        account.measures |= {
+            names.grad(name, "norm_raw"): raw,
+            names.grad(name, "norm_clipped"): clipped,
+            names.grad(name, "clip_coef"): _ratio(clipped, raw, 1.0),
+        }
+        account.add(name, gradient)
+
+    def _geometry(self, account: "_Account", step: int) -> Measures:
+        """Signed shares and pairwise cosines of what the terms contribute."""
+        kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, {}
+        if is_due(telemetry.shares_every, step):
+            square = account.sum.norm.square()
+            for name, gradient in kept:
+                measures[names.grad(name, "share")] = _ratio(gradient.dot(account.sum), square, 0.0)
+        if is_due(telemetry.cosines_every, step):
+            for i, (a, first) in enumerate(kept):
+                for b, second in kept[i + 1 :]:
+                    measures[names.cosine(a, b)] = _ratio(first.dot(second), first.norm * second.norm, 0.0)
+        return measures
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {
+            "terms": {name: state for name, chain in self.chains.items() if (state := chain.state())},
+            "total": self.total_chain.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state; rules that are not there any more (in a changed replay) are left out."""
+        for name, values in state["terms"].items():
+            if name in self.chains:
+                self.chains[name].load(values)
+        self.total_chain.load(state["total"])
+
+
+class _Account:
+    """The sum of the terms' gradients as it grows.
+
+    Arguments:
+        keep: hold every term's gradient until the end.
+        several_wait: more than one term will ask for the others, so what they see must not be added to.
+    """
+
+    def __init__(self, keep: bool, several_wait: bool):
+        self.keep, self.several_wait = keep, several_wait
+        self.sum = Gradient({})
+        self.kept: dict[str, Gradient] = {}
+        self.measures: Measures = {}
+        self._others: Gradient | None = None
+
+    def others(self, wanted: bool) -> Gradient | None:
+        """The sum of the terms that do not wait for others, for one that does."""
+        if wanted and self._others is None:
+            self._others = self.sum.clone() if self.several_wait else self.sum
+        return self._others if wanted else None
+
+    def add(self, name: str, gradient: Gradient) -> None:
+        """Add a term's gradient, which belongs to the account from now on."""
+        if self.keep:
+            self.kept[name] = gradient
+        if not self.sum.tensors:
+            self.sum = gradient.clone() if self.keep else gradient
+        else:
+            self.sum.add_(gradient)
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:
+    """``part / whole``; where there is nothing to divide by, what it is called then. Nan stays nan."""
+    return torch.where(whole == 0, of_nothing, part / whole)
+
+
+def _parts(losses: Mapping[str, TermLoss], owners: Iterable[str], name: str) -> list[Tensor]:
+    """The scalars in the owners' losses whose gradient goes by ``name``; none in a micro-batch without their rows."""
+    return [losses[owner].pulls[name] for owner in owners if owner in losses and name in losses[owner].pulls]
+
+
+def _backward(scalars: Iterable[Tensor], retain_graph: bool = False) -> None:
+    found = list(scalars)
+    if found:  # a micro-batch may hold rows of branches that no term sees
+        torch.stack(found).sum().backward(retain_graph=retain_graph)
+
+
+def _cotangents(scalars: Sequence[Tensor], outputs: Sequence[Tensor], first: int) -> dict[int, Tensor]:
+    """The gradient of the scalars' sum with respect to each forward pass that it depends on, by position from
+    ``first``."""
+    if not scalars:
+        return {}
+    found = torch.autograd.grad(list(scalars), list(outputs), retain_graph=True, allow_unused=True)
+    # rules write in place, where a broadcast gradient has one element for many
+    return {first + i: cotangent.contiguous() for i, cotangent in enumerate(found) if cotangent is not None}
+
+
+def _detached(losses: dict[str, TermLoss]) -> dict[str, TermLoss]:
+    """The numbers of a micro-batch's losses without their graphs."""
+    return {name: part.detached() for name, part in losses.items()}

@@ -1,0 +1,110 @@
+"""A gradient as one vector that happens to lie in several tensors."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def over_ranks(value: Tensor) -> Tensor:
+    """A 0-dim result of sharded tensors as the plain number that every rank sees."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class Gradient:
+    """One term's gradient: a tensor for each parameter (or forward pass) that the term reaches.
+
+    Operations are in place and make no copy of the whole. Sharded tensors (DTensor) give global norms and
+    products, equal on every rank. Norms and products are 0-dim and in float64, where squares neither overflow nor
+    lose what the parts had.
+
+    Arguments:
+        tensors: position of the parameter or forward pass → its gradient.
+        total: sums a 0-dim tensor over the ranks; for plain tensors of which every rank holds its own part, as
+            cotangents of its rows are. Called by every norm and product, also of a rank that holds nothing.
+            Default: nothing to sum.
+        device: where norms are of a gradient without tensors; those with tensors are on theirs.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[int, Tensor],
+        total: Callable[[Tensor], Tensor] = lambda value: value,
+        device: torch.device | None = None,
+    ):
+        self.tensors = dict(tensors)
+        self.total, self.device = total, device
+        self._norm: Tensor | None = None
+
+    @classmethod
+    def take(cls, parameters: Sequence[Tensor]) -> "Gradient":
+        """The gradients that lie in ``.grad``, which is emptied."""
+        taken = {}
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is not None:
+                taken[i], parameter.grad = parameter.grad, None
+        return cls(taken, device=parameters[0].device if parameters else None)
+
+    def put(self, parameters: Iterable[Tensor]) -> None:
+        """Let the tensors be the ``.grad`` of the parameters."""
+        for i, parameter in enumerate(parameters):
+            parameter.grad = self.tensors.get(i)
+
+    @property
+    def norm(self) -> Tensor:
+        """0-dim L2 norm over all tensors; computed once until the gradient is changed."""
+        if self._norm is None:
+            self._norm = self._measure()
+        return self._norm
+
+    def _measure(self) -> Tensor:
+        squares = [
+            torch.stack(torch._foreach_norm(group)).double().square().sum() for group in _apart(self.tensors.values())
+        ]
+        return self._sum(squares).sqrt()
+
+    def dot(self, other: "Gradient") -> Tensor:
+        """0-dim inner product; parameters that only one of both reaches contribute nothing."""
+        products = [(tensor * other.tensors[i]).sum() for i, tensor in self.tensors.items() if i in other.tensors]
+        return self._sum([torch.stack(group).double().sum() for group in _apart(products)])
+
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum of 0-dim tensors and over the ranks."""
+        if not parts:
+            return self.total(torch.zeros((), dtype=torch.double, device=self.device))
+        return self.total(torch.stack([over_ranks(part) for part in parts]).sum())
+
+    def scale_(self, factor: Tensor | float) -> "Gradient":
+        """Multiply by a number; the norm follows without being measured again."""
+        norm = self.norm
+        for group in _apart(self.tensors.values()):
+            torch._foreach_mul_(group, factor.to(group[0].device) if isinstance(factor, Tensor) else factor)
+        self._norm = norm * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
+        return self
+
+    def add_(self, other: "Gradient", factor: Tensor | float = 1.0) -> "Gradient":
+        """Add ``factor`` times another; parameters that only the other reaches are taken over as copies."""
+        for i, tensor in other.tensors.items():
+            part = tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
+            if i in self.tensors:
+                self.tensors[i].add_(part)
+            else:
+                self.tensors[i] = part.clone() if part is tensor else part
+        self._norm = None
+        return self
+
+    def changed(self) -> None:
+        """To be called after writing to ``tensors``."""
+        self._norm = None
+
+    def clone(self) -> "Gradient":
+        """A copy with tensors of its own."""
+        return Gradient({i: tensor.clone() for i, tensor in self.tensors.items()}, self.total, self.device)
+
+
+def _apart(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Sharded and plain tensors in groups of their own, since torch does not mix them."""
+    every = list(tensors)
+    sharded = [tensor for tensor in every if isinstance(tensor, DTensor)]
+    return [group for group in (sharded, [tensor for tensor in every if not isinstance(tensor, DTensor)]) if group]

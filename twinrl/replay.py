@@ -1,0 +1,137 @@
+"""Replay: the steps around an event again, from its capsule, unchanged and with a change. Cause by intervention.
+
+Correlation says which term was large before a spike; only running the same steps without it says whether it was
+the cause. Draws are keyed, so the unchanged replay repeats the log exactly, and a changed one differs by the
+change alone.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinrl import config, schema
+from twinrl.capsules import Capsules
+from twinrl.checkpoints import Checkpoint
+from twinrl.data.source import Source
+from twinrl.errors import InputError
+from twinrl.runs import RunDirectory
+from twinrl.schema import RunConfig
+from twinrl.stability.events import Event
+from twinrl.tracking import runlog
+from twinrl.trainer import Row, Trainer
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The steps that were run again.
+
+    Attributes:
+        label: the change, or "unchanged".
+        rows: one log row a step.
+        found: kind of finding → first step at which the detectors had it.
+    """
+
+    label: str
+    rows: list[Row]
+    found: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An event, what the log says about the steps around it, and the traces."""
+
+    event: Event
+    logged: list[Row]
+    traces: list[Trace]
+
+    @property
+    def exact(self) -> bool:
+        """Whether the unchanged replay gave the logged numbers to the last bit."""
+        again = {row["iteration"]: row for row in self.traces[0].rows}
+        pairs = [(row, again[row["iteration"]]) for row in self.logged if row["iteration"] in again]
+        return bool(pairs) and all(_same(logged, row) for logged, row in pairs)
+
+    def recurs(self, trace: Trace) -> bool:
+        """Whether what the event was happens in a trace too."""
+        return self.event.kind in trace.found
+
+
+def _same(logged: Row, again: Row) -> bool:
+    return all(
+        str(again[name]) == str(value)  # so that nan equals nan
+        for name, value in logged.items()
+        if name in again and name.startswith(("loss/", "grad/"))
+    )
+
+
+def replay(
+    run: RunDirectory,
+    number: int,
+    overrides: list[str],
+    source: Callable[[RunConfig], tuple[Source, torch.device]],
+    after: int = 20,
+) -> Replay:
+    """Run the steps around event ``number`` again: unchanged, and with ``overrides`` if there are any.
+
+    Arguments:
+        run: the run.
+        number: of the event: its line in events.jsonl, from 1.
+        overrides: ``key.path=value`` changes, e.g. ``terms.reward=null`` or ``train.precision=float64``.
+        source: loads the data of a configuration onto its device.
+        after: steps after the event.
+
+    Raises:
+        InputError: the event has no capsule, or the change does not fit its state.
+    """
+    settings = run.settings()
+    event, checkpoint = Capsules(run.path, settings.stability.capsules).load(number)
+    steps = event.iteration - checkpoint.state["iteration"] + 1 + after
+    versions = {"unchanged": settings}
+    if overrides:
+        versions[" ".join(overrides)] = changed(settings, overrides)
+    traces = [_trace(label, version, checkpoint, steps, source) for label, version in versions.items()]
+    first = checkpoint.state["iteration"]
+    logged = [row for row in runlog.read(run.log) if first <= row["iteration"] < first + steps]
+    return Replay(event, logged, traces)
+
+
+def changed(settings: RunConfig, overrides: list[str]) -> RunConfig:
+    """The run's configuration with changes."""
+    return config.validate(RunConfig, config.override(settings.model_dump(mode="json"), overrides))
+
+
+def _trace(
+    label: str,
+    settings: RunConfig,
+    checkpoint: Checkpoint,
+    steps: int,
+    source: Callable[[RunConfig], tuple[Source, torch.device]],
+) -> Trace:
+    """Run ``steps`` steps from a state; whatever is found is recorded and nothing acts."""
+    quiet: dict[str, Any] = {
+        "stability": {"policy": "record", "spike": "record", "drift": "record", "capsules": {"every": 0}}
+    }
+    plain = config.merge(settings.model_dump(mode="json"), quiet)
+    settings = config.validate(schema.RunConfig, plain)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunDirectory(Path(folder) / "replay")
+        run.start(settings, fresh=False)
+        data, device = source(settings)
+        trainer = Trainer(settings, run, data, device, lambda network, step: {}, start_weights=False)
+        try:
+            trainer.restore(checkpoint, "the capsule", strict=False)
+        except InputError as error:
+            raise InputError(f"the change does not fit the capsule's state ({label})", got=error) from error
+        rows, found = [], {}
+        for _ in range(steps):
+            row, _, _ = trainer.train_step()
+            rows.append(row)
+            for kind in trainer.kinds:
+                found.setdefault(kind, row["step"])
+        trainer.log.close()
+        trainer.events.close()
+    return Trace(label, rows, found)

@@ -1,0 +1,66 @@
+"""From a run's numbers to its events: detectors and divergence together, as the trainer uses them. Torch-free."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from twinrl.stability.detectors import Watch
+from twinrl.stability.divergence import Divergence
+from twinrl.stability.events import NONFINITE, Event
+from twinrl.stability.policy import StabilityConfig
+
+RowsOf = Callable[[str | None], tuple[int, ...]]
+
+
+class Monitor:
+    """Watches one run.
+
+    Arguments:
+        config: thresholds.
+        terms: names of the gradients that are taken apart.
+        nfe: network evaluations of the samples behind ``val/quality``.
+    """
+
+    def __init__(self, config: StabilityConfig, terms: Sequence[str], nfe: int = 1):
+        self.watch = Watch(config.watch, terms)
+        self.divergence = Divergence(config.divergence, nfe)
+
+    def step(
+        self, step: int, iteration: int, values: Mapping[str, float], rows_of: RowsOf
+    ) -> tuple[list[Event], set[str]]:
+        """Events that begin at a step, and the kinds of everything found at it.
+
+        Arguments:
+            step, iteration: of the step.
+            values: its numbers, before the optimizer used them.
+            rows_of: data rows behind a term, the most conspicuous first; of the whole batch for None.
+        """
+        events = self.watch.events(step, iteration, values, rows_of)
+        return events, {finding.kind for finding in self.watch.found}
+
+    def judge(self, step: int, iteration: int, row: Mapping[str, Any]) -> Event | None:
+        """The divergence, at the row that makes it certain."""
+        found = self.divergence.observe(step, row)
+        return None if found is None else found.event(iteration)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"watch": self.watch.state(), "divergence": self.divergence.state()}
+
+    def load(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Continue from a checkpoint's state.
+
+        Arguments:
+            state: of :meth:`state`.
+            strict: refuse the state of a run with other terms; else only what both have goes on.
+
+        Raises:
+            InputError: the terms differ.
+        """
+        self.divergence.load(state["divergence"])
+        watch = dict(state["watch"])
+        if not strict:
+            fresh, saved = self.watch.state()["detectors"], watch["detectors"]
+            watch["detectors"] = {name: saved.get(name, own) for name, own in fresh.items()}
+            healthy = fresh[NONFINITE]["healthy"] | saved[NONFINITE]["healthy"]
+            watch["detectors"][NONFINITE] = {"healthy": healthy}
+        self.watch.load(watch)
