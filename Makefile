@@ -17,11 +17,13 @@ check: install lint types imports fast  ## the developer's quick loop
 
 install: $(STAMP)
 
+# hpsv2 without its dependencies, for a parity test alone: it pins versions that nothing else can live with.
 # torch first: an unpinned one would take several GB of CUDA packages on machines without a GPU.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q --no-deps -c constraints.txt hpsv2 clint args
 	touch $(STAMP)
 
 lint:

@@ -13,6 +13,8 @@ from twinrl.data import SOURCES
 from twinrl.data.source import Source
 from twinrl.errors import InputError
 from twinrl.objective import Objective
+from twinrl.rewards import Reward, build_reward
+from twinrl.rewards.guide import Guide
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.teacher import Teacher
@@ -118,11 +120,32 @@ def pretrained_teacher(settings: RunConfig, source: Source, device: torch.device
     return network.to(device).eval()
 
 
-def objective_of(settings: RunConfig, student: nn.Module) -> Objective:
-    """Terms, teachers and guidance around the student."""
+def objective_of(settings: RunConfig, student: nn.Module, guide: Guide | None = None) -> Objective:
+    """Terms, teachers, guidance and reward around the student."""
     terms = {name: build(TERMS, term, "term") for name, term in settings.terms.items()}
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
-    return Objective(terms, Teacher(student, settings.teacher), settings.guidance, autocast)
+    return Objective(terms, Teacher(student, settings.teacher), settings.guidance, autocast, guide)
+
+
+def guide_of(settings: RunConfig, source: Source, device: torch.device) -> Guide | None:
+    """The reward that training follows, on the device; None where none is configured.
+
+    Raises:
+        InputError: its checkpoint is missing or foreign, or the estimator does not fit it.
+    """
+    if settings.reward is None:
+        return None
+    reward = build_reward(settings.reward.model, source, "reward.model").to(device)
+    return Guide(settings.reward, reward, source, settings.train.steps, settings.renoise_end())
+
+
+def held_out_rewards(settings: RunConfig, source: Source, device: torch.device) -> dict[str, Reward]:
+    """The rewards that only judge."""
+    configured = {} if settings.reward is None else settings.reward.held_out
+    return {
+        name: build_reward(reward, source, f"reward.held_out.{name}", training=False).to(device)
+        for name, reward in configured.items()
+    }
 
 
 def seed_stream(seed: int, purpose: str, step: int) -> None:

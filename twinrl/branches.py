@@ -24,7 +24,6 @@ from twinrl.conditions import Condition
 from twinrl.config import Settings
 from twinrl.errors import InputError
 
-
 TimeMap = Callable[[Tensor], Tensor]
 """(B,) uniforms in [0, 1) → (B,) times in [0, 1], increasing."""
 

@@ -24,7 +24,7 @@ from twinrl.errors import InputError
 FORMAT = 2
 STATE_KEYS = {
     "step", "iteration", "attempt", "event_count", "log_offset", "events_offset", "teacher_decay", "lr_policy",
-    "early_stop", "gradients", "monitor", "content_hash", "config", "parts",
+    "early_stop", "gradients", "monitor", "reward", "content_hash", "config", "parts",
 }  # fmt: skip
 """What ``state.json`` of this format holds beside the format."""
 

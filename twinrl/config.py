@@ -28,7 +28,7 @@ from pydantic_core import PydanticCustomError
 from twinrl.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
-IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp"}
+IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
 
 

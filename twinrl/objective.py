@@ -136,6 +136,10 @@ class Pass:
             self._random_state = RandomState.capture()
         return self._random_state
 
+    def begin(self) -> None:
+        """Capture the random state and leave the next micro-batch another, whichever is worked on first."""
+        self._move_on()
+
     def losses(self) -> dict[str, TermLoss]:
         """Every term's loss; terms without rows in this micro-batch are left out."""
         self.evaluate()
@@ -267,8 +271,7 @@ class Pass:
                 torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]), torch.cat([q.r for q in queries]),
                 conditions.concatenate([q.c for q in queries]),
             )  # fmt: skip
-        if not self.objective.joins:
-            self._move_on()
+        self._move_on()
         if self.leaves:
             F.requires_grad_()
         self.outputs.append(F)

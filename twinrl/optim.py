@@ -164,6 +164,9 @@ class Plateau(Constant):
         patience: int = Field(3, ge=1, description="validations without improvement before a cut")
         threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
         minimum: float = Field(0.0, ge=0, le=1, description="smallest factor")
+        monitor: Literal["quality", "objective"] = Field(
+            "quality", description="what must improve: val/quality, or the training objective on validation rows"
+        )
 
     config: Any
 

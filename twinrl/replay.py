@@ -126,7 +126,8 @@ def _trace(
             trainer.restore(checkpoint, "the capsule", strict=False)
         except InputError as error:
             raise InputError(f"the change does not fit the capsule's state ({label})", got=error) from error
-        rows, found = [], {}
+        rows: list[Row] = []
+        found: dict[str, int] = {}
         for _ in range(steps):
             row, _, _ = trainer.train_step()
             rows.append(row)

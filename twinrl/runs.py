@@ -24,7 +24,7 @@ CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.jso
 
 
 class EventLog(runlog.RunLog):
-    """``events.jsonl``: as the run log, but of plain JSON values, as :meth:`twinrl.stability.events.Event.as_dict` has."""
+    """``events.jsonl``: as the run log, but of plain JSON values (``Event.as_dict``)."""
 
     def append(self, row: Mapping[str, object]) -> None:
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")

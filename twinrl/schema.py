@@ -1,6 +1,7 @@
 """The whole configuration of a run, assembled from the components' own settings."""
 
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -10,13 +11,15 @@ from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
 from twinrl.branches import BRANCHES, TimeLaw, allocate
-from twinrl.config import Settings, component, resolve
+from twinrl.config import Settings, build, component, resolve
 from twinrl.data import SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.gradients import GradientsConfig
 from twinrl.guidance import GuidanceConfig
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.renoise import RENOISE
+from twinrl.rewards.guide import RewardConfig
 from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
@@ -24,12 +27,14 @@ from twinrl.terms.term import check_branches
 
 if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
     Network: TypeAlias = Any
+    Renoise: TypeAlias = Any
     Term: TypeAlias = Any
     Optimizer: TypeAlias = Any
     LearningRate: TypeAlias = Any
     SourceName: TypeAlias = str
 else:
     Network = component(NETWORKS, "network")
+    Renoise = component(RENOISE, "renoise")
     Term = component(TERMS, "term")
     Optimizer = component(OPTIMIZERS, "optimizer")
     LearningRate = component(LR_POLICIES, "learning-rate policy")
@@ -119,7 +124,11 @@ class RunConfig(Settings):
     time: TimeLaw = TimeLaw()
     guidance: GuidanceConfig = GuidanceConfig()
     teacher: TeacherConfig = TeacherConfig()
+    renoise: Renoise | None = Field(None, description="moving distribution of times, by kind; null = none")
     terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")
+    reward: RewardConfig | None = Field(
+        None, description="the reward that terms.reward or terms.adversarial.reward use"
+    )
     gradients: GradientsConfig = GradientsConfig()
     optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")
     lr_policy: LearningRate = Field(
@@ -161,6 +170,8 @@ class RunConfig(Settings):
         waits = self.lr_policy.kind == "plateau" or self.early_stop.patience is not None
         if waits and self.evaluation.every == 0:
             raise ValueError("evaluation.every is 0, but lr_policy plateau and early_stop wait for validations")
+        if getattr(self.lr_policy, "monitor", "quality") == "objective" and not self.evaluation.objective:
+            raise ValueError("lr_policy.monitor is objective, which needs evaluation.objective=true")
         if any(term.kind == "simpletuner_base" for term in self.terms.values()):
             foreign.check_steps(self.evaluation.nfe)
         for name, term in self.terms.items():
@@ -173,12 +184,38 @@ class RunConfig(Settings):
                 f"stability: rollback has no checkpoint to return to; checkpoint.every {self.checkpoint.every} is not "
                 f"below train.steps {self.train.steps}"
             )
+        self._check_reward()
         self.gradients.check_terms(tuple(self.pulls))
         try:
             allocate(self.branches, self.train.batch)
         except InputError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def _check_reward(self) -> None:
+        """Raises ValueError where reward, terms and schedules do not belong together."""
+        wanting = [n for n, term in self.terms.items() if resolve(TERMS, term.kind, "term").wants_reward(term)]
+        if wanting and self.reward is None:
+            raise ValueError(f"terms.{wanting[0]} follows a reward and there is none; fix: reward.model=lab_hps")
+        if self.reward is not None and not wanting:
+            raise ValueError(
+                "reward is configured and no term follows it; fix: terms.reward={branches: [e2e]} or "
+                "terms.adversarial.reward=one_step"
+            )
+        try:
+            end = self.renoise_end()
+            for schedule in self.renoise.schedules().values() if self.renoise else ():
+                schedule.span(self.train.steps)
+            if self.reward is not None:
+                self.reward.schedule.weight.span(self.train.steps, end)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+
+    def renoise_end(self) -> Fraction | None:
+        """The step at which the renoise schedule stands still; None where there is none."""
+        if self.renoise is None:
+            return None
+        return build(RENOISE, self.renoise, "renoise").end(self.train.steps)
 
     @property
     def pulls(self) -> list[str]:

@@ -23,7 +23,7 @@ from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.runs import EventLog, RunDirectory, check_unchanged
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import SPIKE, Event, nonfinite
+from twinrl.stability.events import NONFINITE, SPIKE, Event, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
 from twinrl.tracking import names
@@ -103,17 +103,23 @@ class Trainer:
             keep_freed_memory()
         begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         student = assembly.student_of(settings, self.source, self.device, self.start_weights and not begun)
-        self.objective: Objective = assembly.objective_of(settings, student)
+        self.guide = assembly.guide_of(settings, self.source, self.device)
+        self.objective: Objective = assembly.objective_of(settings, student, self.guide)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())
         self.engine = Engine(settings.gradients, student.parameters(), self.objective.terms)
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
-        latents = self.source.latents("train").to(self.device, assembly.DTYPES[settings.train.precision])
-        self.feed = Feed(settings, self.source, self.objective, latents)
+        self.feed, self.held_out_feed = (
+            Feed(settings, self.source, self.objective, self._latents(split), split)
+            for split in ("train", "validation")
+        )
         self.capsules = Capsules(self.run.path, settings.stability.capsules)
         self.log, self.events = RunLog(self.run.log), EventLog(self.run.events)
+
+    def _latents(self, split: str) -> Tensor:
+        return self.source.latents(split).to(self.device, assembly.DTYPES[self.settings.train.precision])
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -163,7 +169,7 @@ class Trainer:
         data_rows, batch = self.feed.batch(self.step, self.seed)
         self.objective.teacher.update()
         losses, scalars = self._backward(batch)
-        values = _to_floats(scalars)
+        values = _to_floats(scalars) | self._schedules()
         events, self.kinds = self.monitor.step(
             self.step + 1, self.iteration, values, lambda term: conspicuous_rows(losses, term, data_rows)
         )
@@ -172,10 +178,13 @@ class Trainer:
             self.lr_policy.spike()
         if decision.cut:
             self.lr_policy.cut(self.settings.stability.lr_cut, self.settings.stability.lr_minimum)
+        if decision.zero:
+            self.engine.zero()
         lr = self._set_lr()
         values |= {names.SKIPPED: 1.0} if decision.skip else self._update()
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
+        events += unscored_images(losses, data_rows, self.step, self.iteration - 1)
         for event in events:
             self._record(event, row)
         return row | {names.STEP_SECONDS: time.perf_counter() - started}, events[-1] if events else None, decision
@@ -203,8 +212,16 @@ class Trainer:
             values[NONFINITE_PARAMETERS] = 1.0
         return values
 
+    def _schedules(self) -> dict[str, float]:
+        """Where the moving parts stand at this step."""
+        renoise = self.feed.renoise(self.step)
+        values = renoise.metrics() if renoise else {}
+        return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
+
     def _set_lr(self) -> float:
         lr = self.settings.optim.lr * self.lr_policy.factor(self.step)
+        if self.guide is not None:
+            lr *= self.guide.lr_factor(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -235,14 +252,33 @@ class Trainer:
         every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
         if last or (every > 0 and self.step % every == 0):
             row.update(self.validate(self.objective.teacher.best, self.step))
+            if self.settings.evaluation.objective:
+                row[names.VAL_OBJECTIVE] = self.objective_on_validation()
             quality = float(row[names.VAL_QUALITY])
-            self.lr_policy.observe(quality)
+            by_objective = getattr(self.settings.lr_policy, "monitor", "quality") == "objective"
+            self.lr_policy.observe(row[names.VAL_OBJECTIVE] if by_objective else quality)
             self.early_stop.observe(quality)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
         if found is None:
             return None
         self._record(found, row)
         return found
+
+    @torch.no_grad()
+    def objective_on_validation(self, batches: int = 4) -> float:
+        """The training objective on validation rows, as the published run validated: at the present renoise and
+        reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
+        quality; ``val/quality`` is.
+        """
+        values = []
+        for number in range(batches):
+            _, batch = self.held_out_feed.batch(self.step, self.settings.evaluation.seed + number)
+            counts = {name: len(rows) for name, rows in batch.branch.items()}
+            evaluation = self.objective.evaluate(batch, counts)
+            with evaluation.random_state.replayed():
+                total = torch.stack([part.loss for part in evaluation.losses().values()]).sum()
+            values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        return float(torch.stack(values).mean())
 
     def _record(self, event: Event, row: Row) -> None:
         """Write an event down, mark its row, keep its capsule."""
@@ -300,6 +336,7 @@ class Trainer:
             "early_stop": _plain(self.early_stop.state()),
             "gradients": self.engine.state(),
             "monitor": self.monitor.state(),
+            "reward": self.guide.state() if self.guide else {},
             "content_hash": self.source.content_hash,
             "config": self.settings.numeric() | {"seed": self.settings.seed},
             "parts": sorted(tensors),
@@ -345,6 +382,8 @@ class Trainer:
         self.early_stop.load(state["early_stop"])
         self.engine.load(state["gradients"])
         self.monitor.load(state["monitor"], strict)
+        if self.guide is not None:
+            self.guide.load(state["reward"])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
 
@@ -360,6 +399,18 @@ def conspicuous_rows(losses: Losses, term: str | None, data_rows: Tensor) -> tup
     rows = data_rows[torch.cat([part.rows for part in parts]).cpu()]
     bad = ~per_row.isfinite()
     return tuple(rows[bad].tolist() if bad.any() else rows[per_row.argsort(descending=True)].tolist())
+
+
+def unscored_images(losses: Losses, data_rows: Tensor, step: int, iteration: int) -> list[Event]:
+    """An event naming the images for which the reward gave no finite number; training went on without its pull."""
+    parts = [part for found in losses for part in found.values() if names.REWARD_NONFINITE in part.aux]
+    at = [part.rows[part.aux[names.REWARD_NONFINITE].cpu() > 0] for part in parts]
+    rows = tuple(data_rows[torch.cat(at)].tolist()) if at else ()
+    if not rows:
+        return []
+    shown = ", ".join(map(str, rows[:3]))
+    message = f"the reward is not finite for data row {shown} at step {step}; it did not pull there"
+    return [Event(step, iteration, NONFINITE, ("reward",), rows, message, series=names.REWARD_NONFINITE)]
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:

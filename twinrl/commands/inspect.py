@@ -75,5 +75,6 @@ def evaluate(path: Path, step: int | None, console: Console) -> int:
     table, grid = judge(settings, source, network, run, console, folder)
     table.write(folder / "table.json")
     console.print(table.rich())
+    console.print(table.rich_scores())
     console.print(f"samples: {grid}")
     return 0

@@ -63,7 +63,8 @@ def machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
 
 def _trainer(settings: RunConfig, run: RunDirectory, source: Source, device: torch.device) -> Trainer:
     """The trainer in the state of the newest checkpoint, or at the start, of which the first pictures are drawn."""
-    validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device), run)
+    judges = assembly.held_out_rewards(settings, source, device)
+    validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device, judges), run)
     trainer = Trainer(settings, run, source, device, validator)
     trainer.resume()
     if trainer.step == 0:
@@ -131,6 +132,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         table, grid = judge(trainer.settings, trainer.source, trainer.objective.teacher.best, run, console, run.samples)
         result["table"] = table.as_dict()
         console.print(table.rich())
+        console.print(table.rich_scores())
         console.print(f"samples: {grid}")
     runlog.write_parquet(run.path)
     run.finish(result)
@@ -148,7 +150,8 @@ def judge(
     """The final table on the test split; sample grids, diversity and curves go to ``folder``."""
     device = next(network.parameters()).device
     with console.status("judging samples of the student and its teacher on the test split"):
-        protocol = Protocol(source, settings.evaluation, "test", device)
+        judges = assembly.held_out_rewards(settings, source, device)
+        protocol = Protocol(source, settings.evaluation, "test", device, judges)
         network = pictures.in_single_precision(network)
         from_teacher = settings.train.init == "teacher"
         teacher = assembly.pretrained_teacher(settings, source, device) if from_teacher else None

@@ -45,7 +45,7 @@ class Judge(Protocol):
 class Scorer(Protocol):
     """A preference or reward model: how good is each image for its prompt? Higher is better."""
 
-    def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], /) -> Tensor:
         """(B, C, H, W) pixels in [−1, 1] and B prompts → (B,) scores."""
         ...
 

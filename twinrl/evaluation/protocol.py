@@ -15,7 +15,7 @@ from torch import Tensor
 from twinrl import conditions, draws, transport
 from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.data.source import Source, Split
+from twinrl.data.source import Scorer, Source, Split
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
@@ -26,14 +26,30 @@ HeldOut: TypeAlias = Literal["validation", "test"]
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+class GuidedConfig(Settings):
+    """Samples with classifier-free guidance on top of what the student has in its target."""
+
+    strength: float = Field(4.0, gt=0, allow_inf_nan=False, description="g of F(c) + g·(F(c) − F(∅))")
+    nfe: int = Field(8, ge=1, description="few-step evaluations, each of two network calls")
+
+
 class EvaluationConfig(Settings):
     """What is evaluated, on how much, and how often."""
 
     every: int = Field(500, ge=0, description="training steps between evaluations; 0: only at the end")
     n: int = Field(500, ge=20, description="samples judged; at most the split and half of all held-out images")
     nfe: tuple[PositiveInt, ...] = Field((1, 2, 4), min_length=1, description="network evaluations per sample")
+    guided: GuidedConfig | None = Field(
+        None, description="also judge guided samples (the published run: strength 4, 8 steps); null = no"
+    )
+    objective: bool = Field(
+        False, description="also report the training objective on validation rows (the published run's validation)"
+    )
     teacher_steps: int = Field(50, ge=1, description="Euler steps of the teacher in the final table")
     seed: int = Field(20_240_607, description="of noise, prompts and rows; independent of the run's seed")
+    captions: Literal["training", "held_out"] = Field(
+        "training", description="templates of the judged samples' prompts: those of training, or held-out ones"
+    )
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     velocity_rows: int = Field(200, ge=1, description="images in val/velocity_mse, each at five times")
     grid_samples: int = Field(8, ge=1, description="samples per class in the sample grids")
@@ -109,12 +125,14 @@ class Protocol:
         config: sizes, seed and NFE.
         split: "validation" during training, "test" for the final table.
         device: where the networks are.
+        judges: further rewards by name, which training never follows.
 
     Attributes:
+        scorers: everything that scores samples, by name. held_out: those that training never follows.
         n: images in every set: ``config.n``, less where the split or half of all held-out images is.
             All distances, the floor included, are at this n, since they depend on it.
         labels: (n,) of reference images and samples alike.
-        prompts: n prompts in words, from the training templates. condition: theirs.
+        prompts: n prompts in words, from the configured templates. condition: theirs.
         reference: what the judge says about the reference images. other: about the other real images.
         floor: distances and PRDC of ``other`` against ``reference``: what a perfect generator would get.
     """
@@ -125,13 +143,16 @@ class Protocol:
         config: EvaluationConfig,
         split: HeldOut = "validation",
         device: torch.device | str = "cpu",
+        judges: Mapping[str, Scorer] | None = None,
     ):
+        self.scorers = {**source.scorers, **(judges or {})}
+        self.held_out = source.held_out | frozenset(judges or {})
         self.source, self.config, self.split, self.device = source, config, split, torch.device(device)
         held_out = len(source.validation) + len(source.test)
         self.n = min(config.n, len(getattr(source, split)), held_out // 2)
         self.rows, self._reference_images, self._other_images = self._choose_images()
         self.labels = self._reference_images.labels
-        self.prompts = source.prompts(self.labels, config.seed, 0)
+        self.prompts = source.prompts(self.labels, config.seed, 0, config.captions == "held_out")
         with undisturbed(seed=config.seed, device=self.device):
             self.condition = source.condition(self.prompts)
             self._velocity_batch = self._velocity_inputs()
@@ -232,7 +253,7 @@ class Protocol:
     def _judge_chunk(self, pixels: Tensor, labels: Tensor, prompts: Sequence[str]) -> Judged:
         finite = pixels.isfinite().flatten(1).all(1).cpu()
         shown = torch.where(pixels.isfinite(), pixels, 0).clamp(-1, 1).to(self.device)
-        judge, scorers = self.source.judge, self.source.scorers
+        judge, scorers = self.source.judge, self.scorers
 
         def valid(values: Tensor) -> Tensor:
             values = values.detach().to("cpu", torch.float64)
@@ -251,6 +272,10 @@ class Protocol:
             "fd": frechet_distance(real, fake),
             **prdc(real, fake, self.config.neighbours),
         }
+
+    def scores(self, judged: Judged) -> dict[str, float]:
+        """Scorer → mean score."""
+        return {name: score.mean().item() for name, score in judged.scores.items()}
 
     def summary(self, judged: Judged) -> dict[str, float]:
         """:meth:`distances`, accuracy and the share of non-finite images, by plain names."""
@@ -276,9 +301,15 @@ class Protocol:
         for label, name in enumerate(self.source.classes):
             correct = judged.correct[self.labels == label]
             metrics[names.accuracy(name, evaluations)] = correct.mean().item()
-        for name, score in judged.scores.items():
-            metrics[names.score(name, evaluations, name in self.source.held_out)] = score.mean().item()
+        for name, score in self.scores(judged).items():
+            metrics[names.score(name, evaluations, name in self.held_out)] = score
         return metrics
+
+    def guided(self, network: Network, config: "GuidedConfig") -> dict[str, float]:
+        """The summary of samples made with guidance, as the published run made its final ones."""
+        sampler = few_step(config.nfe)
+        found = self.summary(self.judge(self.samples(network, sampler, guidance=config.strength)))
+        return {names.guided(quantity, config.nfe): value for quantity, value in found.items()}
 
     def evaluate(self, network: Network, samplers: Sequence[SamplerConfig] | None = None) -> dict[str, float]:
         """One evaluation in training: :meth:`quality` of every sampler, ``val/quality``, ``val/velocity_mse``.
@@ -294,6 +325,8 @@ class Protocol:
         metrics: dict[str, float] = {}
         for sampler in samplers:
             metrics |= self.quality(network, sampler)
+        if self.config.guided is not None:
+            metrics |= self.guided(network, self.config.guided)
         quality = metrics[names.val("kid", nfe(samplers[0]))]
         return {names.VAL_QUALITY: quality, names.VAL_VELOCITY_MSE: self.velocity_mse(network), **metrics}
 

@@ -49,12 +49,15 @@ class FinalTable:
     Attributes:
         rows: student rows, teacher, real images through the codec, real images as they are (the floor).
         n: images in every set. split: where the reference images come from. repeats: draws of start noise.
+        scorers: names of the reward models that scored the rows. held_out: those that training never follows.
     """
 
     rows: Sequence[Row]
     n: int
     split: str
     repeats: int
+    scorers: Sequence[str] = ()
+    held_out: Sequence[str] = ()
 
     @property
     def floor(self) -> float:
@@ -87,6 +90,22 @@ class FinalTable:
         fd, accuracy = metrics["fd"], metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
         return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
+
+    def rich_scores(self) -> "Table":
+        """What the reward models say, for the terminal; held-out ones are marked."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        table = Table(title="Mean rewards (* held out: training never follows it)", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", no_wrap=True)
+        table.add_column("NFE", justify="right")
+        for name in self.scorers:
+            table.add_column(f"{name}{'*' if name in self.held_out else ''}", justify="right", no_wrap=True)
+        for row in self.rows:
+            cells = [_show(row.metrics[_score(name)], 4) for name in self.scorers if _score(name) in row.metrics]
+            if cells:
+                table.add_row(row.name, str(row.nfe or "–"), *cells)
+        return table
 
     def _caption(self) -> str:
         repeats = f"mean over {self.repeats} draws of noise" if self.repeats > 1 else "one draw of noise"
@@ -167,7 +186,8 @@ def sample_row(name: str, nfe: int, protocol: Protocol, draw: Callable[[int], Te
     summaries = [protocol.summary(images) for images in judged]
     metrics = {key: mean_interval([s[key] for s in summaries]) for key in summaries[0]}
     metrics["accuracy"] = proportion_interval(Judged.joined(judged).correct)
-    return Row(name, nfe, metrics)
+    scores = [protocol.scores(images) for images in judged]
+    return Row(name, nfe, metrics | {_score(n): mean_interval([s[n] for s in scores]) for n in scores[0]})
 
 
 def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -> Row:
@@ -177,7 +197,12 @@ def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -
     shown = Judged.joined([reference, other])
     metrics["fd"] = resplit_interval(metrics["fd"].value, originals, shown, protocol.config.seed)
     metrics["accuracy"] = proportion_interval(reference.correct)
+    metrics |= {_score(n): Estimate(value) for n, value in protocol.scores(reference).items()}
     return Row(name, 0, metrics)
+
+
+def _score(scorer: str) -> str:
+    return f"score/{scorer}"
 
 
 def real_rows(protocol: Protocol) -> list[Row]:
@@ -215,4 +240,7 @@ def final_table(
     rows = [row("student", network, few_step(evaluations)) for evaluations in protocol.config.nfe]
     if teacher is not None:
         rows.append(row("teacher, Euler", teacher, euler(protocol.config.teacher_steps), teacher_guidance))
-    return FinalTable((*rows, *real_rows(protocol)), protocol.n, protocol.split, repeats)
+    rows += real_rows(protocol)
+    return FinalTable(
+        rows, protocol.n, protocol.split, repeats, tuple(protocol.scorers), tuple(sorted(protocol.held_out))
+    )

@@ -81,14 +81,14 @@ class Engine:
         """
         for parameter in self.parameters:
             parameter.grad = None
+        for one in passes:
+            one.begin()
         space = {"parameter": self._in_parameter_space, "output": self._in_output_space, "none": self._together}
-        losses, measures = space[self.config.space](passes, step)
-        measures |= self._finish()
-        return losses, measures
+        return space[self.config.space](passes, step)
 
-    def _finish(self) -> Measures:
-        """The rules of the sum."""
-        gradient = Gradient.take(self.parameters)
+    def _finish(self, gradient: Gradient | None = None) -> Measures:
+        """Apply the rules of the sum, which lies in ``.grad`` unless it is given, and leave it there."""
+        gradient = Gradient.take(self.parameters) if gradient is None else gradient
         raw = gradient.norm
         self.total_chain(gradient, Surroundings(self.parameters))
         gradient.put(self.parameters)
@@ -103,7 +103,7 @@ class Engine:
             _backward(part.loss for part in found.values())
             one.release()
             losses.append(_detached(found))
-        return losses, {}
+        return losses, self._finish()
 
     # --- parameter space ----------------------------------------------------------------------------------------
 
@@ -125,8 +125,8 @@ class Engine:
             self._settle(name, Gradient.take(self.parameters), account, around)
         for one in passes:
             one.release()
-        account.sum.put(self.parameters)
-        return losses, account.measures | self._geometry(account, step)
+        measures = account.measures | self._geometry(account, step)
+        return losses, measures | self._finish(account.sum)
 
     # --- output space -------------------------------------------------------------------------------------------
 
@@ -142,8 +142,6 @@ class Engine:
                 cotangents[name] |= _cotangents(_parts(found, owners, name), one.outputs, first[-1])
             first.append(first[-1] + len(one.outputs))
             losses.append(_detached(found))
-            if again:
-                one.release()
         account = _Account(self._keeps(step), self._several_wait)
         for name, found_cotangents in cotangents.items():
             gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
@@ -154,7 +152,7 @@ class Engine:
             pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
             torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
             one.release()
-        return losses, account.measures | self._geometry(account, step)
+        return losses, account.measures | self._geometry(account, step) | self._finish()
 
     # --- what both share ----------------------------------------------------------------------------------------
 
@@ -190,6 +188,12 @@ class Engine:
                 for b, second in kept[i + 1 :]:
                     measures[names.cosine(a, b)] = _ratio(first.dot(second), first.norm * second.norm, 0.0)
         return measures
+
+    def zero(self) -> None:
+        """A gradient of zeros in place of the one in ``.grad``: the optimizer's moments still decay."""
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad = torch.zeros_like(parameter)
 
     # --- state --------------------------------------------------------------------------------------------------
 

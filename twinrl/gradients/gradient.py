@@ -66,7 +66,7 @@ class Gradient:
 
     def dot(self, other: "Gradient") -> Tensor:
         """0-dim inner product; parameters that only one of both reaches contribute nothing."""
-        products = [(tensor * other.tensors[i]).sum() for i, tensor in self.tensors.items() if i in other.tensors]
+        products = [_product(tensor, other.tensors[i]) for i, tensor in self.tensors.items() if i in other.tensors]
         return self._sum([torch.stack(group).double().sum() for group in _apart(products)])
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
@@ -101,6 +101,12 @@ class Gradient:
     def clone(self) -> "Gradient":
         """A copy with tensors of its own."""
         return Gradient({i: tensor.clone() for i, tensor in self.tensors.items()}, self.total, self.device)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(a, DTensor):  # which cannot be flattened without talking to the other ranks
+        return (a * b).sum()
+    return torch.dot(a.flatten(), b.flatten())
 
 
 def _apart(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -23,8 +23,9 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
             state = optimizer.state.get(parameter)
             if parameter.grad is None or not state:
                 continue
-            v = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
-            found[parameter] = over_ranks((parameter.grad.square() / v.clamp(min=eps**2)).mean()).sqrt()
+            correction = 1 - beta ** float(state["step"])  # taken out of the mean: v̂ = v/correction
+            bounded = state["exp_avg_sq"].clamp(min=correction * eps**2)
+            found[parameter] = over_ranks(parameter.grad.square().div_(bounded).mean() * correction).sqrt()
     return found
 
 

@@ -126,7 +126,8 @@ class Project(Transform):
         share = share.where(share.isfinite(), 0.0)  # the others are zero, or something is not finite and stays so
         for i, tensor in gradient.tensors.items():
             if i in others.tensors:
-                tensor.sub_(others.tensors[i] * share.to(tensor.device))
+                factor = share.to(tensor.device)
+                tensor.sub_((others.tensors[i] * factor).masked_fill_(factor == 0, 0.0))  # 0 times nan is nan
         gradient.changed()
 
 

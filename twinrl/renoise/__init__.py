@@ -1,0 +1,19 @@
+"""Renoise: families of time distributions with moving parameters. A new family is a class and one line here."""
+
+from twinrl.renoise.distributions import TimeDistribution
+from twinrl.renoise.families import (
+    BetaRenoise,
+    LogitNormalRenoise,
+    Placement,
+    Renoise,
+    RenoiseConfig,
+    UniformRenoise,
+)
+
+RENOISE: dict[str, type[Renoise]] = {
+    "beta": BetaRenoise,
+    "uniform": UniformRenoise,
+    "logit_normal": LogitNormalRenoise,
+}
+
+__all__ = ["RENOISE", "Placement", "Renoise", "RenoiseConfig", "TimeDistribution"]

@@ -11,7 +11,7 @@ from twinrl.stability.detectors import Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import DIVERGED, DRIFT, NONFINITE, SPIKE
 
-Action = Literal["record", "skip", "cut_lr", "cut_lr+skip", "rollback", "stop"]
+Action = Literal["record", "zero", "skip", "cut_lr", "cut_lr+skip", "rollback", "stop"]
 
 
 class CapsuleConfig(Settings):
@@ -25,8 +25,9 @@ class CapsuleConfig(Settings):
 class StabilityConfig(Settings):
     """What counts as trouble, and what is done about it. Everything is recorded, whatever the action.
 
-    Actions: record = go on; skip = drop the step's gradient; cut_lr = lower the learning rate; rollback = return to
-    the last healthy checkpoint and go on with another data order; stop = end the run with exit code 1.
+    Actions: record = go on; zero = step with a gradient of zeros; skip = drop the step; cut_lr = lower the learning
+    rate; rollback = return to the last healthy checkpoint and go on with another data order; stop = end the run with
+    exit code 1.
     """
 
     policy: Action = Field(
@@ -54,6 +55,7 @@ class StabilityConfig(Settings):
         return Decision(
             stop="stop" in actions,
             rollback="rollback" in actions and "stop" not in actions,
+            zero="zero" in actions,
             skip=bool(actions & {"skip", "rollback", "stop"}),
             cut="cut_lr" in actions,
         )
@@ -61,9 +63,10 @@ class StabilityConfig(Settings):
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do about a step: end the run, return to a checkpoint, drop the gradient, lower the learning rate."""
+    """What to do about a step: end the run, return to a checkpoint, drop it, drop its gradient, lower the lr."""
 
     stop: bool = False
     rollback: bool = False
+    zero: bool = False
     skip: bool = False
     cut: bool = False

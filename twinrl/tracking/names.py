@@ -11,6 +11,10 @@ RENOISE_BETA = "renoise/beta"
 RENOISE_LOCATION = "renoise/location"
 RENOISE_SCALE = "renoise/scale"
 RENOISE_T_MEAN = "renoise/t_mean"
+REWARD_MEAN = "reward/mean"
+REWARD_STD = "reward/std"
+REWARD_WEIGHT = "reward/weight"
+REWARD_NONFINITE = "reward/nonfinite_frac"
 REWARD_GRAD_NORM = "reward/grad/norm"
 REWARD_GRAD_SNR = "reward/grad/snr"
 REWARD_GRAD_COSINE = "reward/grad/cosine"
@@ -20,6 +24,7 @@ LR = "opt/lr"
 RMS_MAX = "opt/rms_max"
 UPDATE_RATIO = "opt/update_ratio"
 VAL_QUALITY = "val/quality"
+VAL_OBJECTIVE = "val/objective"
 VAL_VELOCITY_MSE = "val/velocity_mse"
 SKIPPED = "event/skipped"
 STEP_SECONDS = "perf/step_seconds"
@@ -43,6 +48,11 @@ def cosine(first: str, second: str) -> str:
 def val(quantity: str, nfe: int | None = None) -> str:
     """Validation metrics; ``nfe`` names the number of network evaluations of the samples judged."""
     return f"val/{quantity}" if nfe is None else f"val/{quantity}_{nfe}nfe"
+
+
+def guided(quantity: str, nfe: int) -> str:
+    """Validation metrics of samples made with guidance."""
+    return f"val/guided/{quantity}_{nfe}nfe"
 
 
 def event(kind: str) -> str:

@@ -1,0 +1,57 @@
+"""On the digits lab: its source is a codec, its preference reward rises, and the benchmark runs."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.rewards.latent.toys import latent_reward
+from twinrl.rewards import REWARDS, build_reward
+from twinrl.rewards.latent import KeyedRows
+from twinrl.tracking import names
+from twinrl.transport import like
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+@pytest.mark.parametrize("kind", ["autograd", "vae_backprop"])
+def test_the_preference_rises(lab, kind: str) -> None:
+    z = lab.latents("validation")[:8]
+    prompts = lab.prompts(lab.validation.labels[:8], 0, 0)
+    reward, chosen = build_reward(REWARDS["lab_hps"].Config(), lab), latent_reward(kind)
+    found = chosen.gradient(z, prompts, lab, reward, KeyedRows(0, 0, tuple(range(8))))
+    moved = z + 0.3 * found.g / like(found.g.flatten(1).norm(dim=1), z)
+    assert (reward(lab.decode(moved), prompts) > found.scores).all()
+    measured = chosen.compare(found, z, prompts, lab, reward)
+    assert measured[names.REWARD_GRAD_COSINE].min() > 0.25
+    assert 0.01 < measured[names.REWARD_ROUNDTRIP].mean() < 0.3  # a true autoencoder, with a true error
+
+
+@pytest.fixture
+def benchmark(monkeypatch) -> ModuleType:
+    """``benchmarks/reward_gradients.py`` as a module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location("reward_gradients", BENCHMARKS / "reward_gradients.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "reward_gradients", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
+def test_the_benchmark_measures(lab, benchmark: ModuleType) -> None:
+    small = benchmark.load(4)
+    exact, few = (
+        benchmark.measure(small, case, 1)
+        for case in benchmark.cases([3])
+        if case.label in ("vae_backprop", "spsa, K = 3")
+    )
+    assert exact.cosine.value == pytest.approx(1, abs=1e-5)
+    assert exact.gain == pytest.approx(1, abs=1e-4)
+    assert (exact.evaluations, few.evaluations) == (1, 7)
+    assert abs(few.cosine.value) < 0.9
+    assert min(exact.peak_mb, few.peak_mb) >= 0

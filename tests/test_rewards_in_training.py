@@ -1,0 +1,247 @@
+"""Rewards through both routes: what is measured, what rises, what a bad image does, what is refused."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.fake_source import FakeSource, register, small
+from tests.test_trainer import CPU, assert_same, finish, kill, make, rows, state
+from twinrl import assembly, schema
+from twinrl.config import Settings
+from twinrl.errors import InputError
+from twinrl.rewards import REWARDS, Reward
+from twinrl.sampling import few_step, sample
+from twinrl.schema import RunConfig
+from twinrl.terms import Pull
+from twinrl.tracking import names
+from twinrl.trainer import Trainer
+
+GENERATOR = ("terms.reward={branches: [e2e]}",)
+FAKE_TARGET = ("terms.adversarial.reward=one_step", "terms.adversarial.loss=l2", "terms.rectify.loss=l2")
+ROUTES = {"generator": GENERATOR, "fake_target": FAKE_TARGET}
+BRIGHT = ("reward.model=brightness", "reward.gradient={estimator: vae_backprop, eta: 30}")
+
+
+class Picky(Reward):
+    """The mean brightness; nan for every image of one data row's prompt position in each batch."""
+
+    class Config(Settings):
+        kind: Literal["picky"] = "picky"
+        at: int = 1
+
+    needs_prompts = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        scores = images.mean((1, 2, 3))
+        return scores + torch.zeros(len(images)).index_fill(0, torch.tensor([self.config.at]), math.nan)
+
+
+@pytest.fixture(autouse=True)
+def _known(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    monkeypatch.setitem(REWARDS, "picky", Picky)
+
+
+def rewarded(runs: Path, route: str, *overrides: str) -> RunConfig:
+    return small(runs, *ROUTES[route], *BRIGHT, *overrides)
+
+
+def brightness(trainer: Trainer) -> float:
+    """Mean brightness of one-step samples, the same noise for every run."""
+    source = FakeSource()
+    z = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    condition = source.condition(source.prompts(torch.arange(64) % 2, 0, 0))
+    with torch.no_grad():
+        return float(source.decode(sample(trainer.objective.teacher.student, z, condition, few_step(1))).mean())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_samples_move_to_where_the_reward_points(tmp_path: Path, route: str, sign: int) -> None:
+    """Against the same run without reward; with its sign flipped they move the other way.
+
+    The detour through the fake branch needs a network that tells the branches apart: while both still rise together,
+    F(z, 1, 0) rises with them and the samples go the wrong way first.
+    """
+    steps = ("train.steps=60", "evaluation.every=0", "guidance.strength=0", "optim.lr=1e-3")
+    if route == "fake_target":
+        wide = "model.network={kind: mlp, width: 64, depth: 2, condition_width: 64}"
+        steps = ("train.steps=300", "evaluation.every=0", "guidance.strength=0", "optim.lr=3e-3", wide)
+    model = f"reward.model={{kind: ensemble, rewards: {{b: {{reward: brightness, weight: {sign}}}}}}}"
+    without = finish(rewarded(tmp_path / "a", route, *steps, "reward.schedule.weight=0"))
+    with_reward = finish(rewarded(tmp_path / "b", route, *steps, model))
+    moved = brightness(with_reward) - brightness(without)
+    assert sign * moved > 0.02
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_reward_is_measured_and_clipped_under_its_own_name(tmp_path: Path, route: str) -> None:
+    free = rows(finish(rewarded(tmp_path / "a", route)))
+    clipped = rows(finish(rewarded(tmp_path / "b", route, "gradients.terms.reward.clip.max_norm=1e-3")))
+    for row in free:
+        terms = [n.split("/")[1] for n in row if n.endswith("/share")]
+        assert set(terms) == {"base", "adversarial", "rectify", "reward"}
+        assert sum(row[names.grad(t, "share")] for t in terms) == pytest.approx(1, abs=1e-4)
+        assert row[names.REWARD_MEAN] == pytest.approx(0, abs=3)
+        assert row[names.REWARD_GRAD_NORM] > 0
+    norms = {row[names.grad("reward", "norm_raw")] for row in free}
+    assert min(norms) > 1e-3
+    assert len(norms) == len(free)
+    assert all(r[names.grad("reward", "norm_clipped")] == pytest.approx(1e-3, rel=1e-3) for r in clipped)
+    assert all(r[names.grad("reward", "clip_coef")] < 1 for r in clipped)
+    assert any(f"grad/cos/reward__{t}" in free[0] or f"grad/cos/{t}__reward" in free[0] for t in ("base", "rectify"))
+
+
+def test_fake_target_parts_sum_to_the_adversarial_gradient(tmp_path: Path) -> None:
+    """Both pulls are linear parts of one loss, under the Barron loss too."""
+    trainer = make(small(tmp_path, "terms.adversarial.reward=fake_row", *BRIGHT))
+    _, batch = trainer.feed.batch(0, 0)
+    counts = {name: len(r) for name, r in batch.branch.items()}
+    evaluation = trainer.objective.evaluate(batch, counts, separate=True)
+    loss = evaluation.loss("adversarial")
+    (F,) = evaluation.outputs[-1:]
+    whole, own, reward = (
+        torch.autograd.grad(pull, F, retain_graph=True)[0]
+        for pull in (loss.loss, loss.pulls["adversarial"], loss.pulls["reward"])
+    )
+    torch.testing.assert_close(own + reward, whole)
+    g = trainer.objective.reward
+    assert g is not None
+    direction = -reward.flatten(1)
+    rows_, query = evaluation.queries()["adversarial"]
+    wanted = g(query.x - query.t.abs().view(-1, 1, 1, 1) * F.detach(), rows_).g.flatten(1)
+    assert torch.cosine_similarity(direction, wanted, dim=1).min() > 0.9999
+
+
+def test_weight_schedule_and_learning_rate_follow_the_configuration(tmp_path: Path) -> None:
+    schedule = "reward.schedule={weight: {kind: hard, final: 2, start: 50%}, lr_factor: 0.5}"
+    logged = rows(finish(rewarded(tmp_path, "generator", schedule)))
+    assert [row[names.REWARD_WEIGHT] for row in logged] == [0.0] * 6 + [2.0] * 6
+    assert [row[names.LR] for row in logged] == [3e-3] * 6 + [1.5e-3] * 6
+    assert [row[names.grad("reward", "norm_raw")] > 0 for row in logged] == [False] * 6 + [True] * 6
+    assert [names.REWARD_MEAN in row for row in logged] == [False] * 6 + [True] * 6
+
+
+@pytest.mark.parametrize("placement", ["training", "rectify", "fake"])
+def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> None:
+    law = f"renoise={{kind: beta, alpha: {{kind: linear, initial: 8, final: 1, end: 50%}}, placement: [{placement}]}}"
+    trainer = make(small(tmp_path, law))
+    plain = make(small(tmp_path / "plain"))
+    (_, shaped), (_, uniform) = trainer.feed.batch(0, 0), plain.feed.batch(0, 0)
+    changed = {
+        "training": not torch.equal(shaped.rows.t, uniform.rows.t),
+        "rectify": not torch.equal(shaped.rows.time("rectify", "x"), uniform.rows.time("rectify", "x")),
+        "fake": not torch.equal(shaped.rows.time("fake", "x"), uniform.rows.time("fake", "x")),
+    }
+    assert changed == {name: name == placement for name in changed}
+    (_, late), (_, late_uniform) = trainer.feed.batch(8, 0), plain.feed.batch(8, 0)
+    torch.testing.assert_close(late.rows.t, late_uniform.rows.t)  # Beta(1, 1) gives the uniform itself
+    logged = rows(finish(small(tmp_path / "run", law)))
+    assert [row[names.RENOISE_ALPHA] for row in logged[:2]] == pytest.approx([8, 8 - 7 / 6])
+    assert logged[-1][names.RENOISE_T_MEAN] == 0.5
+
+
+def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path) -> None:
+    settings = small(tmp_path, *GENERATOR, "reward.model=picky", "stability.policy=stop", "train.steps=3")
+    trainer = finish(settings)  # not even under a stop policy: the step is healthy
+    assert all(v.isfinite().all() for v in state(trainer).values())
+    events = [json.loads(line) for line in trainer.run.events.read_text().splitlines()]
+    assert [(e["step"], e["kind"], e["terms"]) for e in events] == [(i, "nonfinite", ["reward"]) for i in (1, 2, 3)]
+    data_rows, batch = make(settings).feed.batch(0, 0)
+    assert events[0]["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
+    assert [row[names.REWARD_NONFINITE] for row in rows(trainer)] == [0.25] * 3
+
+
+def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_path: Path) -> None:
+    flat = "reward.model={kind: ensemble, rewards: {b: {reward: brightness, weight: 0}}}"
+    pulls = {}
+    for baseline in ("decoded", "latent"):
+        gradient = f"reward.gradient={{estimator: autograd, baseline: {baseline}, eta: 1}}"
+        trainer = make(small(tmp_path / baseline, *GENERATOR, flat, gradient))
+        _, batch = trainer.feed.batch(0, 0)
+        assert trainer.guide is not None
+        pull: Pull = trainer.guide(3 * batch.rows.z, batch.rows)  # beyond ±1, where this codec clips
+        pulls[baseline] = pull.g
+    assert (pulls["decoded"] == 0).all()
+    assert pulls["latent"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_resume_is_exact(tmp_path: Path, route: str) -> None:
+    more = ("reward.gradient={estimator: {kind: random_direction, quantise: true}, eta: 5}",
+            "gradients.terms.reward.relative.ratio=0.3", "gradients.terms.base.zclip.warmup=3",
+            "renoise.alpha={kind: cosine, initial: 4, final: 1, end: 70%}")  # fmt: skip
+    undisturbed = finish(rewarded(tmp_path / "a", route, *more))
+    disturbed = rewarded(tmp_path / "b", route, *more)
+    kill(disturbed, 7)
+    assert_same(finish(disturbed), undisturbed)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_the_relative_clip_bounds_the_reward_by_the_others(tmp_path: Path, accumulated: bool) -> None:
+    micro = ("train.micro_batch=4",) if accumulated else ()
+    strong = "reward.gradient={estimator: vae_backprop, eta: 1e4}"
+    logged = rows(finish(rewarded(tmp_path, "generator", strong, "gradients.terms.reward.relative.ratio=0.25", *micro)))
+    for row in logged:
+        total, clipped = row[names.GRAD_TOTAL_RAW], row[names.grad("reward", "norm_clipped")]
+        assert row[names.grad("reward", "clip_coef")] < 1
+        assert clipped < 0.25 / 0.75 * total * 1.01  # ‖others‖ ≤ ‖total‖ + ‖reward‖
+
+
+@pytest.mark.parametrize("preset", ["published", "corrected"])
+def test_presets_run_with_everything_on(tmp_path: Path, preset: str) -> None:
+    shared = ("stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness")
+    trainer = make(small(tmp_path, *shared, "evaluation.guided=null", preset=preset))
+    assert trainer.train().status == "finished"
+    logged = rows(trainer)
+    assert all(row["grad/reward/norm_raw"] > 0 for row in logged)
+    if preset == "published":
+        assert math.isfinite(logged[-1][names.VAL_OBJECTIVE])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (GENERATOR, "terms.reward follows a reward and there is none; fix: reward.model"),
+        (("reward.model=lab_hps",), "reward is configured and no term follows it"),
+        ((*GENERATOR, "reward.model=lab_hsp"), r"reward.model.*unknown reward 'lab_hsp'.*lab_hps"),
+        ((*GENERATOR, *BRIGHT, "reward.gradient.estimator=autodiff"), "unknown gradient estimator 'autodiff'"),
+        ((*GENERATOR, *BRIGHT, "reward.gradient.estimator={kind: random_direction, directions: 0}"), "directions"),
+        ((*GENERATOR, *BRIGHT, "reward.gradient.estimator={kind: random_direction, epsilon: 0}"), "epsilon"),
+        ((*GENERATOR, *BRIGHT, "reward.schedule.weight={kind: linear, final: 1, start: 50%, end: 20%}"), "before"),
+        ((*GENERATOR, *BRIGHT, "reward.schedule.weight={kind: linear, final: 1, start: 8, end: 20%}"), "before it"),
+        ((*GENERATOR, *BRIGHT, "reward.schedule.weight={kind: hard, final: 1, start: after_renoise}"), "no renoise"),
+        (("renoise={kind: beta, placement: [somewhere]}",), "renoise.placement"),
+        ((*GENERATOR, *BRIGHT, "terms.reward.loss=barron"), "would erase the size"),
+        ((*GENERATOR, *BRIGHT, "gradients.terms.rewards.clip.max_norm=1"), "gradients.terms.rewards: there is no such"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        small(tmp_path, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("reward.model=compressibility", "reward.gradient.estimator=autograd"), "needs a differentiable reward"),
+        (("reward.model={kind: aesthetic, checkpoint: nowhere.pth}",), "nowhere.pth"),
+        (("reward.model=lab_hps",), "no scorer lab_hps"),
+    ],
+)
+def test_a_reward_that_does_not_fit_is_one_line(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        make(small(tmp_path, *GENERATOR, *overrides)).train()
+    assert "\n" not in str(caught.value)
+
+
+def test_held_out_rewards_are_built_for_judging_only(tmp_path: Path) -> None:
+    settings = schema.load("twinflow", [*GENERATOR, *BRIGHT, "reward.held_out={sharp: sharpness}"])
+    assert set(assembly.held_out_rewards(settings, FakeSource(), CPU)) == {"sharp"}

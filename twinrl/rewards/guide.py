@@ -1,0 +1,115 @@
+"""The reward in training: what it wants of samples at this step, with this weight.
+
+:class:`Guide` joins a reward model, an estimator of its latent gradient and a schedule. Terms ask it through their
+context (``ctx.reward(samples, rows)``); it does not know through which route its pull enters the loss.
+"""
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinrl.branches import Rows
+from twinrl.config import Settings
+from twinrl.data.source import Source
+from twinrl.errors import InputError
+from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
+from twinrl.rewards.reward import Reward, RewardSettings
+from twinrl.schedules import RewardSchedule
+from twinrl.terms import Pull
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    Model: TypeAlias = Any
+else:
+    Model = RewardSettings
+
+
+class RewardConfig(Settings):
+    """The reward that training follows, and those that only judge."""
+
+    model: Model = Field(default="lab_hps", validate_default=True, description="what is to rise, by kind")
+    gradient: LatentRewardConfig = LatentRewardConfig()
+    schedule: RewardSchedule = RewardSchedule()
+    held_out: dict[str, Model] = Field(
+        default_factory=dict, description="rewards by name that validation reports and training never follows"
+    )
+    compare_every: int = Field(
+        0, ge=0, description="steps between comparisons of the estimate with the exact gradient; 0 = never"
+    )
+
+
+class Guide:
+    """The pull of one reward.
+
+    Arguments:
+        config: model, estimator, schedule.
+        reward: the model, on the codec's device.
+        codec: the data source, which decodes and encodes.
+        steps: length of the run.
+        renoise_end: step at which the renoise schedule ends; None where there is none.
+    """
+
+    def __init__(
+        self, config: RewardConfig, reward: Reward, codec: Source, steps: int, renoise_end: Fraction | None = None
+    ):
+        self.config, self.reward, self.codec = config, reward, codec
+        self.latent = LatentReward(config.gradient)
+        self.steps, self.renoise_end = steps, renoise_end
+        config.schedule.weight.span(steps, renoise_end)  # a ramp that ends before it starts is found now
+
+    def weight(self, step: int) -> float:
+        """Factor of the reward at optimizer step ``step``."""
+        return self.config.schedule.weight_at(step, self.steps, self.renoise_end)
+
+    def lr_factor(self, step: int) -> float:
+        """Factor of the learning rate at optimizer step ``step``."""
+        return self.config.schedule.lr_factor_at(step, self.steps, self.renoise_end)
+
+    def __call__(self, samples: Tensor, rows: Rows) -> Pull:
+        """``weight·g`` for samples (B, C, h, w) of the rows' prompts; zero where the reward is not on.
+
+        An image whose score or gradient is not finite gets no pull, and says so in ``reward/nonfinite``: the
+        trainer makes an event of it, naming the image, and the other images' gradients are as they would be.
+
+        Raises:
+            InputError: the reward reads prompts and the data have none.
+        """
+        weight = self.weight(rows.draws.step)
+        if weight == 0:
+            return Pull(torch.zeros_like(samples))
+        if self.reward.needs_prompts and not rows.prompts:
+            raise InputError(
+                f"reward.model {self.reward.config.kind} reads prompts and the data have none",
+                fix="use data with captions, or a reward without prompts (aesthetic)",
+            )
+        prompts = rows.prompts or [""] * len(rows)
+        keyed = KeyedRows(rows.draws.seed, rows.draws.step, tuple(rows.index.tolist()))
+        z = samples.detach().float()
+        with torch.autocast(samples.device.type, enabled=False):
+            found = self.latent.gradient(z, prompts, self.codec, self.reward, keyed)
+            aux = self._aux(found, z, prompts, rows.draws.step)
+        g = found.g.clone()
+        g[found.nonfinite] = 0.0
+        return Pull((weight * g).to(samples), aux)
+
+    def _aux(self, found: Any, z: Tensor, prompts: list[str], step: int) -> Mapping[str, Tensor]:
+        """What is worth logging, for each row."""
+        spread = found.scores.std(unbiased=False).expand(len(z))
+        bad = torch.zeros(len(z), device=z.device)
+        bad[found.nonfinite] = 1.0
+        aux = {names.REWARD_MEAN: found.scores, names.REWARD_STD: spread, names.REWARD_NONFINITE: bad} | found.aux
+        if self.config.compare_every and step % self.config.compare_every == 0:
+            aux |= self.latent.compare(found, z, prompts, self.codec, self.reward)
+        return aux
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return self.reward.state()
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.reward.load(state)

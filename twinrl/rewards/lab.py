@@ -1,0 +1,82 @@
+"""Rewards that come with a data source: the digits lab's text–image models, MNIST's judge.
+
+    R(y, c) = cos(image(y), text(c))   for the lab's three (see :mod:`twinrl.lab.clip`)
+
+The models belong to the source, which loads, moves and identifies them; here they only become rewards. They take the
+source's own pixels, the lab's (B, 3, 32, 32). One grey channel is repeated three times; another size is refused.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from twinrl.config import Settings
+from twinrl.data.digits import SIDE
+from twinrl.errors import InputError
+from twinrl.rewards.reward import NOWHERE, Reward, Surroundings, check_batch
+
+
+class SourceScorer(Reward):
+    """A scorer of the data source, under the scorer's name.
+
+    Raises:
+        InputError: the source has no such scorer, or training asks for one that is held out.
+    """
+
+    def __init__(self, config: Settings, around: Surroundings = NOWHERE):
+        super().__init__(config, around)
+        name = self.config.kind
+        if name not in around.scorers:
+            known = ", ".join(around.scorers) or "none"
+            raise InputError(f"{around.key}: the data source has no scorer {name}", got=f"scorers: {known}")
+        if around.training and name in around.held_out:
+            free = [other for other in around.scorers if other not in around.held_out]
+            raise InputError(
+                f"{around.key}: {name} judges the result, training must not see it",
+                expected=f"one of {', '.join(free)}" if free else "another reward",
+            )
+        self.scorer = around.scorers[name]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        check_batch(images, prompts, self.needs_prompts)
+        return self.scorer(images, prompts)
+
+
+class LabScorer(SourceScorer):
+    """One of the lab's text–image models, which see 32×32 pixels in three channels."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        check_batch(images, prompts, self.needs_prompts)
+        if images.shape[-2:] != (SIDE, SIDE):
+            size = "×".join(map(str, images.shape[-2:]))
+            raise InputError(f"{self.around.key}: {self.config.kind} takes {SIDE}×{SIDE} pixels", got=size)
+        return self.scorer(images.expand(-1, 3, -1, -1), prompts)
+
+
+class LabClip(LabScorer):
+    """Plain CLIP of the digits: do image and caption agree? Says little about quality."""
+
+    class Config(Settings):
+        kind: Literal["lab_clip"] = "lab_clip"
+
+
+class LabHPS(LabScorer):
+    """CLIP fine-tuned on preferences (clean over degraded digits), as HPSv2 was. *The* reward of the lab."""
+
+    class Config(Settings):
+        kind: Literal["lab_hps"] = "lab_hps"
+
+
+class LabJudge(LabScorer):
+    """Preference model trained apart, with another seed and width. Held out: it judges, training never sees it."""
+
+    class Config(Settings):
+        kind: Literal["lab_judge"] = "lab_judge"
+
+
+class JudgeLogProbability(SourceScorer):
+    """MNIST's held-out judge: log-probability of the digit that the prompt names."""
+
+    class Config(Settings):
+        kind: Literal["judge_logprob"] = "judge_logprob"

@@ -1,0 +1,134 @@
+"""What a reward is: a frozen function of images and prompts, R(y, c), higher is better.
+
+Pixels are in [−1, 1] everywhere in this project; what a published model wants (its own size, mean and standard
+deviation) happens inside the reward, on tensors, so that ∂R/∂y exists. Scores of most models compare only among
+images of the same prompt.
+
+A reward is built from its settings and its :class:`Surroundings`; composite rewards (:mod:`twinrl.rewards.ensemble`)
+build their parts in the same way. Some keep statistics of scores they have seen; these change in
+:meth:`Reward.observe` alone, so that within one training step a reward is a fixed function, which finite
+differences need.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from twinrl.config import Settings, build, component
+from twinrl.data.source import Scorer
+
+REWARDS: dict[str, type["Reward"]] = {}
+"""Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
+
+if TYPE_CHECKING:
+    RewardSettings: TypeAlias = Any
+else:
+    RewardSettings = component(REWARDS, "reward")
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a reward is built in.
+
+    Attributes:
+        scorers: reward models that come with the data source, by name.
+        held_out: names of those that training must never see.
+        training: whether the reward's gradient is followed; false for rewards that only judge.
+        key: dotted key of the reward's settings, for error messages.
+    """
+
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    held_out: frozenset[str] = frozenset()
+    training: bool = True
+    key: str = "reward"
+
+    def part(self, name: str) -> "Surroundings":
+        """The same surroundings for a part whose settings are under ``name``."""
+        return replace(self, key=f"{self.key}.{name}")
+
+
+NOWHERE = Surroundings()
+"""No data source; the reward is to be followed."""
+
+
+class Reward(ABC):
+    """Base of all rewards. Subclasses give ``Config`` (with ``kind``) and :meth:`__call__`.
+
+    Arguments:
+        config: an instance of the class's ``Config``.
+        around: see :class:`Surroundings`.
+
+    Attributes:
+        differentiable: whether ∂R/∂y exists. A reward without it is scored only, and needs an estimator that asks
+            for scores alone.
+        needs_prompts: whether the prompts matter.
+    """
+
+    Config: ClassVar[type[Settings]] = Settings
+    differentiable: bool = True
+    needs_prompts: bool = True
+
+    def __init__(self, config: Any, around: Surroundings = NOWHERE):
+        self.config = config
+        self.around = around
+
+    @abstractmethod
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores of images for their prompts, each image for itself.
+
+        Arguments:
+            images: (B, 3, H, W) or (B, 1, H, W) pixels in [−1, 1]; values outside are not clamped.
+            prompts: B prompts; ignored unless ``needs_prompts``.
+
+        Returns:
+            (B,) scores, differentiable in the pixels if ``differentiable``. Non-finite scores are returned as
+            they are (:func:`nonfinite_images` names them).
+        """
+
+    def observe(self, images: Tensor, prompts: Sequence[str]) -> None:  # noqa: B027  most rewards keep nothing
+        """Take these images' scores into the statistics, if the reward keeps any.
+
+        *When to use*: once per training step, on every rank with the *global* batch, which keeps the ranks equal.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """Statistics for the checkpoint, in plain values; empty for most rewards."""
+        return {}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` returned."""
+        if state:
+            raise ValueError(f"reward {self.config.kind} keeps no state, got {', '.join(state)}")
+
+    def modules(self) -> dict[str, nn.Module]:
+        """The reward's own frozen networks, e.g. to move them off the device between uses; empty for most."""
+        return {}
+
+    def to(self, device: torch.device | str) -> Self:
+        """The reward's own networks on ``device``, in place."""
+        for module in self.modules().values():
+            module.to(device)
+        return self
+
+
+def build_part(config: Any, around: Surroundings, name: str) -> Reward:
+    """The reward that ``config`` describes, as the part ``name`` of another."""
+    part: Reward = build(REWARDS, config, "reward", around.part(name))
+    return part
+
+
+def nonfinite_images(scores: Tensor) -> list[int]:
+    """Indices of the images whose score is NaN or infinite; the scores themselves are left as they are."""
+    return (~torch.isfinite(scores.detach())).nonzero()[:, 0].tolist()
+
+
+def check_batch(images: Tensor, prompts: Sequence[str], needs_prompts: bool) -> None:
+    """Raises ValueError where the arguments of a reward do not belong together."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"a reward takes (B, 3, H, W) or (B, 1, H, W) images, got {tuple(images.shape)}")
+    if needs_prompts and len(prompts) != len(images):
+        raise ValueError(f"{len(images)} images and {len(prompts)} prompts")
