@@ -7,7 +7,7 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,13 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="overrides, e.g. train.steps=2000 optim.lr=5e-4 seed=1"),
+]
+PrepareOverrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        help="overrides, e.g. buckets.sizes=qwen-image read.caption_column=text batch=8",
+    ),
 ]
 Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/twinflow-1a2b3c4d-s0")]
 Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
@@ -133,6 +140,30 @@ def ui(
     from twinrl.tracking.ui import serve
 
     raise typer.Exit(serve(store.resolve(uri, runs), port))
+
+
+data = typer.Typer(no_args_is_help=True, help="Prepare images and captions for a pretrained model.")
+app.add_typer(data, name="data")
+
+
+@data.command("prepare")
+def data_prepare(
+    path: Annotated[Path, typer.Argument(help="folder, parquet, tar, prompt list, or a data set's name on the hub")],
+    overrides: PrepareOverrides = None,
+    model: Annotated[
+        str | None, typer.Option(help="diffusers pipeline, folder or hub name; without it: verify only")
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="prepared folder; default: prepared/<name of PATH>")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[Literal["float32", "bf16"], typer.Option(help="of the model's weights")] = "float32",
+) -> None:
+    """Verify images and captions, and encode what is not encoded yet.
+
+    Skipped files are listed with reasons in report.jsonl. May be stopped at any time and started again.
+    """
+    from twinrl.commands.data import Machine, prepare_data
+
+    raise typer.Exit(prepare_data(path, model, to, overrides or [], Machine(device, dtype), _console()))
 
 
 @app.command()

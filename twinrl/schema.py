@@ -208,6 +208,7 @@ class RunConfig(Settings):
                 schedule.span(self.train.steps)
             if self.reward is not None:
                 self.reward.schedule.weight.span(self.train.steps, end)
+            self.gradients.check_schedules(self.train.steps, end)
         except InputError as error:
             raise ValueError(str(error)) from error
 

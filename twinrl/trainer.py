@@ -107,7 +107,10 @@ class Trainer:
         self.objective: Objective = assembly.objective_of(settings, student, self.guide)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())
-        self.engine = Engine(settings.gradients, student.parameters(), self.objective.terms)
+        self.engine = Engine(
+            settings.gradients, student.parameters(), self.objective.terms,
+            steps=settings.train.steps, renoise_end=settings.renoise_end(),
+        )  # fmt: skip
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])

@@ -1,10 +1,13 @@
 """``twinrl data prepare``: verify a folder of images and captions, and encode it for a model."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,9 +21,11 @@ from rich.progress import (
 from rich.table import Table
 
 from twinrl.config import override, validate
+from twinrl.data.folders import readers
 from twinrl.data.folders.encode import Encoder
 from twinrl.data.folders.prepare import (
     REPORT,
+    check_apart,
     check_usable,
     count_buckets,
     count_reasons,
@@ -30,36 +35,80 @@ from twinrl.data.folders.prepare import (
 from twinrl.data.folders.problems import Problem
 from twinrl.data.folders.settings import PrepareConfig
 from twinrl.data.folders.verify import Pair, verify
+from twinrl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how precisely a model encodes."""
+
+    device: str = "auto"
+    dtype: Literal["float32", "bf16"] = "float32"
+
+    def torch_device(self) -> torch.device:
+        """The device; auto is a GPU where there is one. Raises InputError where it is not available."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            return torch.empty(0, device=self.device).device
+        except (RuntimeError, AssertionError) as error:
+            message = str(error).splitlines()[0]
+            raise InputError(f"device {self.device!r} is not available", got=message, fix="use auto or cpu") from error
+
 
 STAGES = {"verify": "verifying", "images": "encoding images", "prompts": "encoding prompts"}
 
 
-class Loader(Protocol):
-    """Loads the encoder of a model, when it is needed."""
-
-    def __call__(self) -> Encoder:
-        """The encoder, on the device where it is to work."""
-        ...
-
-
-def prepare_data(path: Path, load: Loader | None, overrides: list[str], to: Path | None, console: Console) -> int:
-    """Prepare ``path`` into ``to`` and print what was left out and what there is; 0.
+def prepare_data(
+    path: Path, model: str | None, to: Path | None, overrides: list[str], machine: Machine, console: Console
+) -> int:
+    """Prepare ``path`` for ``model`` and print what was left out and what there is; 0.
 
     Arguments:
         path: folder, file, or a data set's name on the hub.
-        load: gives the model's encoder; None verifies alone and encodes nothing.
-        overrides: ``key.path=value`` settings of ``PrepareConfig``.
+        model: folder or hub name of a diffusers pipeline; None verifies alone and encodes nothing.
         to: the prepared folder; None = ``prepared/<name of path>``.
+        overrides: ``key.path=value`` settings of ``PrepareConfig``.
+        machine: where and how precisely the model encodes.
 
     Raises:
-        InputError: see ``twinrl.data.folders.prepare.prepare``; an unknown or malformed setting.
+        InputError: see ``twinrl.data.folders.prepare.prepare``; an unknown or malformed setting; no such model.
     """
     config = validate(PrepareConfig, override({}, overrides))
     to = to or Path("prepared") / path.resolve().stem
-    if load is None:
+    check_apart(path, to)
+    readers.read(path, config.read)  # a wrong path shows before a large model is loaded
+    if model is None:
         _verify(path, config, to, console)
-        return 0
-    encoder = load()
+    else:
+        encode(path, load_encoder(model, config, machine), config, to, console)
+    return 0
+
+
+def load_encoder(model: str, config: PrepareConfig, machine: Machine) -> Encoder:
+    """The encoder of the pipeline at ``model``, whichever family it is of.
+
+    Raises:
+        InputError: it is of no known family, cannot be loaded, or cannot have a bucket's size.
+    """
+    from twinrl.backends.families import FAMILIES, family_class
+    from twinrl.backends.families.family import FamilyConfig
+    from twinrl.backends.families.loading import read_index, resolve
+    from twinrl.data.folders.encoder import FamilyEncoder
+
+    folder = resolve(model)
+    pipeline = read_index(folder)["_class_name"]
+    known = {family_class(name).PIPELINE: family_class(name) for name in FAMILIES}
+    if pipeline not in known:
+        raise InputError(f"{folder} is of no known family", got=pipeline, expected=", ".join(known))
+    family = known[pipeline].load(FamilyConfig(path=str(folder), frozen_dtype=machine.dtype)).to(machine.torch_device())
+    for bucket in config.buckets.buckets():
+        family.latent_shape(bucket.height, bucket.width)
+    return FamilyEncoder(family)
+
+
+def encode(path: Path, encoder: Encoder, config: PrepareConfig, to: Path, console: Console) -> None:
+    """Prepare ``path`` with ``encoder``, with progress bars, and print the tables."""
     with Bars(console) as bars:
         result = prepare(path, encoder, config, to, bars)
     console.print(f"{path} read as format {result.format}")
@@ -68,7 +117,6 @@ def prepare_data(path: Path, load: Loader | None, overrides: list[str], to: Path
         f"encoded {result.encoded_images} images and {result.encoded_prompts} prompts "
         f"that the cache lacked; prepared data in {to}"
     )
-    return 0
 
 
 def _verify(path: Path, config: PrepareConfig, to: Path, console: Console) -> None:
@@ -89,6 +137,8 @@ def print_tables(pairs: Sequence[Pair], problems: Sequence[Problem], to: Path, c
     total = {split: sum(pair.split == split for pair in pairs) for split in ("train", "validation")}
     table.add_row("all", str(total["train"]), str(total["validation"]))
     console.print(table)
+    if not total["validation"]:
+        console.print("no pair fell into the validation split; raise `validation`, or add images")
     if problems:
         console.print(_left_out(problems, count_reasons(problems)))
         console.print(f"each with its detail in {to / REPORT}")
@@ -103,7 +153,7 @@ def _left_out(problems: Sequence[Problem], reasons: Mapping[str, int]) -> Table:
 
 
 class Bars:
-    """A progress bar for each stage."""
+    """A progress bar for each stage; Pillow's remarks on odd files stay out of it, the report has what matters."""
 
     def __init__(self, console: Console):
         self.progress = Progress(
@@ -111,8 +161,11 @@ class Bars:
             TimeRemainingColumn(), console=console,
         )  # fmt: skip
         self.tasks: dict[str, TaskID] = {}
+        self.warnings = warnings.catch_warnings()
 
     def __enter__(self) -> "Bars":
+        self.warnings.__enter__()
+        warnings.filterwarnings("ignore", module="PIL")
         self.progress.start()
         return self
 
@@ -120,6 +173,7 @@ class Bars:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.progress.stop()
+        self.warnings.__exit__(kind, error, trace)
 
     def __call__(self, stage: str, done: int, total: int | None) -> None:
         if stage not in self.tasks:

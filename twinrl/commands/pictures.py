@@ -1,5 +1,6 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from twinrl.evaluation import Protocol
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step, sample
+from twinrl.tracking import names
 
 
 class Validator:
@@ -105,6 +107,18 @@ def save_curves(run: RunDirectory, protocol: Protocol, path: Path) -> None:
 
     figure = figures.training_curves(runlog.read(run.log), floor=protocol.floor, title=run.path.name)
     figures.save(figure, path)
+
+
+def save_norms(run: RunDirectory, path: Path) -> None:
+    """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
+    from twinrl.evaluation import figures
+    from twinrl.tracking import runlog
+
+    rows = runlog.read(run.log)
+    if not rows or names.grad("total", "norm_raw") not in rows[0]:
+        return
+    events = [json.loads(line) for line in run.events.read_text().splitlines()] if run.events.is_file() else []
+    figures.save(figures.gradient_norms(rows, events, title=run.path.name), path)
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:

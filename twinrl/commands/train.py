@@ -134,6 +134,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(table.rich())
         console.print(table.rich_scores())
         console.print(f"samples: {grid}")
+    pictures.save_norms(run, run.samples / "norms.png")
     runlog.write_parquet(run.path)
     run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):

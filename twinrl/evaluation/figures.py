@@ -119,6 +119,53 @@ def training_curves(rows: Frame, *, floor: Mapping[str, float] | None = None, ti
     return figure
 
 
+EVENT_COLOURS = {"spike": "#D55E00", "nonfinite": "#000000", "drift": "#E69F00", "diverged": "#CC79A7"}
+
+
+def gradient_norms(rows: Frame, events: Sequence[Mapping[str, Any]] = (), *, title: str | None = None) -> "Figure":
+    """Every term's gradient norm before clipping, and every term's share, with the events as vertical lines.
+
+    Arguments:
+        rows: log rows, with an ``iteration`` column where a run was rolled back.
+        events: lines of events.jsonl (``iteration``, ``kind``).
+        title: above the panels.
+    """
+    import pandas as pd
+
+    frame = pd.DataFrame(rows)
+    frame = _numeric(frame.assign(step=frame["iteration"]) if "iteration" in frame.columns else frame)
+    norms, shares = _per_term(frame, "norm_raw"), _per_term(frame, "share")
+    panels = [(h, c, log) for h, c, log in (("Gradient norm before clipping", norms, True),
+                                            ("Signed share of the gradient", shares, False)) if c]  # fmt: skip
+    if not panels:
+        raise ValueError("no per-term gradient norm in these rows")
+    figure, axes = _figure(len(panels), 1, (9.6, 2.9 * len(panels) + 0.3))
+    for axis, (heading, curves, log_scale) in zip(axes.flat, panels, strict=True):
+        _mark(axis, events)
+        _panel(axis, heading, {label: frame[name] for label, name in curves.items()}, {}, log_scale)
+        axis.set_xlabel("iteration", fontsize=9)
+    if title:
+        figure.suptitle(title)
+    return figure
+
+
+def _per_term(frame: "DataFrame", quantity: str) -> dict[str, str]:
+    """Term → column of a gradient quantity; the total last."""
+    prefix, suffix = names.grad("\n", quantity).split("\n")
+    found = {str(c)[len(prefix) : -len(suffix)]: str(c) for c in frame if str(c).startswith(prefix) and str(c).endswith(suffix)}
+    return dict(sorted(found.items(), key=lambda item: item[0] == "total"))
+
+
+def _mark(axis: "Axes", events: Sequence[Mapping[str, Any]]) -> None:
+    """A thin vertical line for each event, one legend entry for each kind."""
+    named: set[str] = set()
+    for event in events:
+        kind = str(event["kind"])
+        label = None if kind in named else kind
+        axis.axvline(event["iteration"], color=EVENT_COLOURS.get(kind, "0.5"), linewidth=0.7, alpha=0.6, label=label)
+        named.add(kind)
+
+
 def _panels(frame: "DataFrame", floor: Mapping[str, float]) -> list[tuple[str, dict[str, str], dict[str, float], bool]]:
     """(heading, label → column, label → floor, logarithmic) of every panel, absent columns dropped."""
 

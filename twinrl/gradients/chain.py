@@ -1,6 +1,7 @@
 """Chains of rules as configured: one for each term, one for the sum."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 from twinrl.config import Settings, build, component, resolve
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
+from twinrl.schedules import Schedule
 
 if TYPE_CHECKING:
     Rule: TypeAlias = Any
@@ -82,6 +84,14 @@ class GradientsConfig(Settings):
                 raise ValueError(f"gradients.terms.{name}: there is no such term; terms: {', '.join(known)}")
         if self.space != "none" and known and all(self.waits(name) for name in known):
             raise ValueError("gradients: every term has a rule relative to the others; leave one without")
+
+    def check_schedules(self, steps: int, renoise_end: Fraction | None) -> None:
+        """Raises InputError where a scheduled rule ends before it starts in a run of ``steps``."""
+        for chain in (*self.terms.values(), self.each, self.total):
+            for rule in chain.values():
+                for _, value in rule:
+                    if isinstance(value, Schedule):
+                        value.span(steps, renoise_end)
 
     def rules(self, term: str) -> Mapping[str, Any]:
         """The chain of a term's gradient."""

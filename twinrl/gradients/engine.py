@@ -15,6 +15,7 @@ term on steps with shares or cosines in parameter space; one more where several 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Engine:
         parameters: the student's trainable parameters.
         terms: the objective's terms.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
+        steps: length of the run. renoise_end: step at which renoise stands still; both for scheduled rules.
     """
 
     def __init__(
@@ -58,8 +60,11 @@ class Engine:
         parameters: Iterable[nn.Parameter],
         terms: Mapping[str, Term],
         total: Callable[[Tensor], Tensor] = lambda value: value,
+        steps: int = 1,
+        renoise_end: Fraction | None = None,
     ):
         self.config, self.total = config, total
+        self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
         owners = pulls_of(terms)
         ordered = sorted(owners, key=config.waits)  # stable: the terms that wait for the others come last
@@ -121,8 +126,7 @@ class Engine:
                     _backward(_parts(found, owners, name))
                     one.release()
                     known |= _detached(found)
-            around = Surroundings(self.parameters, account.others(self.config.waits(name)))
-            self._settle(name, Gradient.take(self.parameters), account, around)
+            self._settle(name, Gradient.take(self.parameters), account, self.parameters, step)
         for one in passes:
             one.release()
         measures = account.measures | self._geometry(account, step)
@@ -145,7 +149,7 @@ class Engine:
         account = _Account(self._keeps(step), self._several_wait)
         for name, found_cotangents in cotangents.items():
             gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
-            self._settle(name, gradient, account, Surroundings((), account.others(self.config.waits(name))))
+            self._settle(name, gradient, account, (), step)
         for start, one in zip(first, passes, strict=False):
             if again:
                 one.repeat()
@@ -164,8 +168,12 @@ class Engine:
         telemetry = self.config.telemetry
         return is_due(telemetry.shares_every, step) or is_due(telemetry.cosines_every, step)
 
-    def _settle(self, name: str, gradient: Gradient, account: "_Account", around: Surroundings) -> None:
+    def _settle(
+        self, name: str, gradient: Gradient, account: "_Account", parameters: Sequence[Tensor], step: int
+    ) -> None:
         """Apply a term's rules, note its norms and add it to the sum."""
+        others = account.others(self.config.waits(name))
+        around = Surroundings(parameters, others, step, self.steps, self.renoise_end)
         raw = gradient.norm
         self.chains[name](gradient, around)
         clipped = gradient.norm

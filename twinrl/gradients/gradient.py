@@ -112,5 +112,5 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _apart(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Sharded and plain tensors in groups of their own, since torch does not mix them."""
     every = list(tensors)
-    sharded = [tensor for tensor in every if isinstance(tensor, DTensor)]
-    return [group for group in (sharded, [tensor for tensor in every if not isinstance(tensor, DTensor)]) if group]
+    groups = ([t for t in every if isinstance(t, DTensor) is sharded] for sharded in (True, False))
+    return [group for group in groups if group]

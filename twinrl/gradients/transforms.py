@@ -8,14 +8,16 @@ decided by the stability policy, and a scaled infinity would turn finite entries
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.gradients.gradient import Gradient
+from twinrl.schedules import AnySchedule
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,14 @@ class Surroundings:
     Attributes:
         parameters: the parameters to which the gradient's positions refer; empty in output space.
         others: sum of what the terms without a rule of this kind contribute; None where no rule asks for it.
+        step, steps: where in the run this is, for scheduled rules. renoise_end: step at which renoise stands still.
     """
 
     parameters: Sequence[Tensor] = ()
     others: Gradient | None = None
+    step: int = 0
+    steps: int = 1
+    renoise_end: Fraction | None = None
 
 
 class Transform(ABC):
@@ -103,6 +109,34 @@ class Relative(Transform):
     def __call__(self, gradient: Gradient, around: Surroundings) -> None:
         assert around.others is not None
         shrink_to(gradient, self.config.ratio * around.others.norm)
+
+
+class Match(Transform):
+    """Bring to a share of the others: ‖g‖ = ratio · ‖sum of the terms without such a rule‖, up or down.
+
+    *When to use*: where a force's natural scale says nothing (η·∇R has the units of the reward), to give it a weight
+    relative to the method's gradient, with a schedule.
+    """
+
+    needs_others = True
+
+    class Config(Settings):
+        kind: Literal["match"] = "match"
+        ratio: AnySchedule = Field(default=0.3, validate_default=True, description="norm over the others', a schedule")
+
+        @field_validator("ratio")
+        @classmethod
+        def _not_negative(cls, ratio: Any) -> Any:
+            if ratio.extremes[0] < 0:
+                raise ValueError(f"the ratio falls to {ratio.extremes[0]:g}; expected ≥ 0")
+            return ratio
+
+    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+        assert around.others is not None
+        ratio = self.config.ratio.value(around.step, around.steps, around.renoise_end)
+        norm = gradient.norm
+        coefficient = ratio * around.others.norm / norm
+        gradient.scale_(coefficient.where(norm.isfinite() & (norm > 0), 1.0))
 
 
 class Project(Transform):
@@ -223,6 +257,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "zclip": ZClip,
     "agc": AGC,
     "relative": Relative,
+    "match": Match,
     "scale": Scale,
     "project": Project,
 }

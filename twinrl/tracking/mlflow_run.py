@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class MlflowRun:
         self._client = store.connect(uri)
         self._sent: dict[Path, int] = {}
         self._images: set[str] | None = None
+        self._tagged: dict[str, str] = {}
         experiment = store.experiment_id(self._client, state.experiment, uri)
         self._delete(state.superseded)
         run = self._find(experiment, state.key)
@@ -112,6 +114,23 @@ class MlflowRun:
                 if folder == "samples":
                     self._log_step_image(path)
                 self._sent[path] = modified
+
+    def tag_events(self) -> None:
+        """Say in tags what happened, so that the run table can be searched for it: counts by kind, the divergence."""
+        from mlflow.entities import RunTag
+
+        path = self._dir / "events.jsonl"
+        events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        counts = Counter(event["kind"] for event in events)
+        tags = {f"events.{kind}": str(count) for kind, count in counts.items()}
+        diverged = next((event for event in events if event["kind"] == "diverged"), None)
+        if diverged is not None:
+            tags |= {"diverged": "true", "diverged.step": str(diverged["step"]), "diverged.why": diverged["message"]}
+        elif events:
+            tags["diverged"] = "false"
+        if tags != self._tagged:
+            self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+            self._tagged = tags
 
     def _log_step_image(self, path: Path) -> None:
         """Show a grid whose name ends in its step also among the charts, with a slider over the steps, once."""

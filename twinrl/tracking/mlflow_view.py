@@ -61,6 +61,7 @@ class Publisher:
             points += self._thinner.feed(row)
         self._run.log_points(points)
         self._run.log_files()
+        self._run.tag_events()
         self._state.advance(offset)
 
     def finish(self, status: str, to_the_last: bool = True) -> None:

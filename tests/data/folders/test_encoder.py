@@ -1,0 +1,119 @@
+"""A real family end to end: a tiny Qwen-Image pipeline on disk, a folder of pictures, its network on cached rows."""
+
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from tests.backends.families import tiny as families
+from tests.data.folders.tiny import encoded, picture, write_pairs
+from twinrl.backends.families import load_family
+from twinrl.backends.families.family import FamilyConfig
+from twinrl.commands.data import Machine, load_encoder, prepare_data
+from twinrl.data.folders import CachedDataset, PrepareConfig
+from twinrl.data.folders.encoder import FamilyEncoder
+from twinrl.data.folders.images import decode, pixels
+from twinrl.data.folders.prepare import MANIFEST, REPORT
+from twinrl.data.folders.verify import verify
+from twinrl.errors import InputError
+
+SETTINGS = ["buckets.ratios=['1:1', '3:2']", "buckets.area=1024", "buckets.multiple=8", "batch=2", "validation=0"]
+CPU = Machine("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "qwen"
+    families.build("qwen_image").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "pictures"
+    write_pairs(path, [(64, 64), (96, 64), (64, 60), (90, 60)])
+    (path / "cut.png").write_bytes(encoded(picture(64, 64))[:100])
+    (path / "cut.txt").write_text("cut off")
+    return path
+
+
+def command(path: Path, model: Path | None, to: Path, *settings: str) -> str:
+    console = Console(file=StringIO(), width=200)
+    assert prepare_data(path, str(model) if model else None, to, [*SETTINGS, *settings], CPU, console) == 0
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def test_the_network_sees_the_same_from_the_cache_as_from_the_encoders(
+    model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    command(pictures, model, tmp_path)
+    config = FamilyConfig(path=str(model))
+    family = load_family("qwen_image", config)
+    data = CachedDataset(tmp_path, encoder=FamilyEncoder(family).key)
+    bucket, rows = data.sampler(2, seed=0).batch(0)
+    assert data.latent_shapes[bucket] == family.latent_shape(data.buckets[bucket].height, data.buckets[bucket].width)
+    places = {pair.example.name: pair.fit for pair in verify(pictures, _config(), None, lambda *_: None).pairs}
+    images = [pixels(decode((pictures / name).read_bytes()), places[name]) for name in data.names(rows)]
+    latents = data.latents(rows)
+    assert torch.allclose(latents, family.encode(torch.stack(images)), atol=1e-5)
+    cached, fresh = data.conditions(rows), family.encode_prompts(data.captions(rows))
+    assert cached["text"].shape[1] < fresh["text"].shape[1] == family.TOKENS
+    network, t = family.network(config).eval(), torch.tensor([0.7, 0.3])
+    assert torch.allclose(network(latents, t, t, cached), network(latents, t, t, fresh), atol=1e-5)
+    assert torch.allclose(
+        network(latents, t, t, data.null_condition(2)), network(latents, t, t, family.null_condition(2)), atol=1e-5
+    )
+
+
+def _config() -> PrepareConfig:
+    return PrepareConfig.model_validate({"buckets": {"ratios": ["1:1", "3:2"], "area": 1024, "multiple": 8}})
+
+
+def test_the_command_says_what_it_did(model: Path, pictures: Path, tmp_path: Path) -> None:
+    output = command(pictures, model, tmp_path)
+    assert "read as format text" in output
+    assert "encoded 4 images and 5 prompts that the cache lacked" in output
+    assert [line.split() for line in output.splitlines() if line.startswith(("32x32", "all"))] == [
+        ["32x32", "2", "0"], ["all", "4", "0"],
+    ]  # fmt: skip
+    assert "corrupt image     1      cut.png" in output
+    assert "no pair fell into the validation split" in output
+    assert "encoded 0 images and 0 prompts" in command(pictures, model, tmp_path)
+    assert json.loads((tmp_path / MANIFEST).read_text())["encoder"].startswith("qwen_image-float32-")
+
+
+def test_without_a_model_the_data_are_verified_alone(pictures: Path, tmp_path: Path) -> None:
+    output = command(pictures, None, tmp_path)
+    assert "verified only" in output
+    assert "cut.png" in output
+    assert json.loads((tmp_path / REPORT).read_text())["reason"] == "corrupt image"
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_keys_tell_weights_and_precision_apart(model: Path) -> None:
+    family = load_family("qwen_image", FamilyConfig(path=str(model)))
+    key = FamilyEncoder(family).key
+    assert FamilyEncoder(load_family("qwen_image", FamilyConfig(path=str(model)))).key == key
+    half = FamilyEncoder(load_family("qwen_image", FamilyConfig(path=str(model), frozen_dtype="bf16"))).key
+    assert half.startswith("qwen_image-bfloat16-")
+    with torch.no_grad():
+        next(family.pipeline.text_encoder.parameters())[0, 0] += 1e-3
+    assert FamilyEncoder(family).key != key
+
+
+def test_wrong_models_and_settings_are_one_line(model: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folder nowhere"):
+        command(pictures, Path("nowhere"), tmp_path)
+    with pytest.raises(InputError, match="did you mean buckets"):
+        prepare_data(pictures, None, tmp_path, ["bucket.area=3"], CPU, Console())
+    with pytest.raises(InputError, match="size does not fit qwen_image"):
+        load_encoder(str(model), PrepareConfig.model_validate({"buckets": {"sizes": [[34, 34]], "multiple": 2}}), CPU)
+    with pytest.raises(InputError, match="device 'cuda:99' is not available"):
+        load_encoder(str(model), _config(), Machine("cuda:99"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(InputError, match="of no known family; got WanPipeline; expected StableDiffusion3Pipeline"):
+        load_encoder(str(tmp_path), _config(), CPU)
