@@ -85,7 +85,9 @@ class Measured:
 def settings_of(preset: str, width: int, batch: int) -> RunConfig:
     """The preset on MNIST's UNet, from random weights."""
     network = f"model.network={{kind: unet, width: {width}}}"
-    return schema.load(preset, [network, f"train.batch={batch}", "train.init=random", "data.source=mnist"])
+    return schema.load(
+        preset, [network, f"train.batch={batch}", "train.init=random", "data.source=mnist", "gradients.space=none"]
+    )
 
 
 def trainer_of(settings: RunConfig, folder: Path, device: torch.device) -> Trainer:

@@ -1,3 +1,22 @@
 """twinrl: an experiment framework for RL-augmented TwinFlow, and the trainer that shows why it diverges."""
 
 __version__ = "0.1.0"
+
+_COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, with their base classes
+    "TwinFlowScheduler": "twinrl.sampling.scheduler",
+    "SchedulerMixin": "diffusers",
+    "ModelMixin": "diffusers",
+    "SD3TwinFlowTransformer": "twinrl.backends.families.sd3",
+    "QwenImageTwinFlowTransformer": "twinrl.backends.families.qwen_image",
+    "ZImageTwinFlowTransformer": "twinrl.backends.families.z_image",
+    "SanaTwinFlowTransformer": "twinrl.backends.families.sana",
+    "FluxTwinFlowTransformer": "twinrl.backends.families.flux",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _COMPONENTS:
+        raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_COMPONENTS[name]), name)

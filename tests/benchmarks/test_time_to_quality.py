@@ -12,7 +12,7 @@ from torch import nn
 from twinrl.data.source import Split
 from twinrl.errors import InputError
 
-PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, cost_ratio=2.5)
+PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, init="random", cost_ratio=2.5)
 TINY = ["--width", "8", "--batch", "8", "--horizons", "2", "4", "--points", "2", "--lrs", "1e-3", "2e-3", "--n", "20"]
 
 

@@ -1,0 +1,49 @@
+"""``twinrl analyze``: parsing only; everything else is imported when the command runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from twinrl.errors import InputError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command ``analyze`` to ``app``."""
+    app.command()(analyze)
+
+
+def analyze(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_STUDY", help="run directory, study folder, ledger or log")],
+    out: Annotated[Path | None, typer.Option(help="folder of the report; default: report/ in it")] = None,
+    metric: Annotated[str | None, typer.Option(help="what arms are ranked by; default: val/quality")] = None,
+    base: Annotated[str | None, typer.Option(help="arm that others are compared with")] = None,
+    effect: Annotated[float, typer.Option(min=0.05, help="difference worth finding, in standard deviations")] = 1.0,
+    interaction: Annotated[list[str] | None, typer.Option(help="A:B, a pair of factors; may be repeated")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option(help="NAME=COLUMN of a foreign log, e.g. step=global_step; may be repeated")
+    ] = None,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; RUN_OR_STUDY is then the name of an experiment in it")
+    ] = None,
+) -> None:
+    """Write a report about a run or a study, as Markdown and one HTML page.
+
+    Reads run directories and ledgers, and with --column also CSV, JSON, W&B exports and TensorBoard events.
+    """
+    pairs = [_pair(text, ":") for text in interaction or []]
+    mapping = dict(_pair(text, "=") for text in column or [])
+    from analysis.report import report
+
+    page = report(
+        path, out, metric=metric, base=base, effect=effect, interactions=pairs, mapping=mapping,
+        tracking_uri=tracking_uri,
+    )  # fmt: skip
+    typer.echo(f"report: {page}")
+
+
+def _pair(text: str, separator: str) -> tuple[str, str]:
+    first, found, second = text.partition(separator)
+    if not found or not first or not second:
+        raise InputError(f"{text!r} is no pair", expected=f"two names joined by {separator!r}")
+    return first, second

@@ -1,0 +1,120 @@
+"""Simulations behind the choice of the intervals: ``python -m analysis.coverage`` prints their coverage (1 minute).
+
+Laws of a metric over seeds: normal, skewed, heavy-tailed, and normal with one run in ten collapsed. The target of
+the interquartile mean is that of the law. Monte-Carlo error of a coverage near 95 % in N simulations:
+``√(0.95·0.05/N)``, 0.15 % at 20 000.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from analysis.intervals import LEVEL, critical, trimmed_moments
+
+Law = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+LAWS: dict[str, Law] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "log-normal": lambda rng, shape: np.exp(0.75 * rng.standard_normal(shape)),
+    "Student t, 3": lambda rng, shape: rng.standard_t(3, shape),
+    "1 in 10 collapsed": lambda rng, shape: rng.standard_normal(shape) + 20 * (rng.random(shape) < 0.1),
+}
+RESAMPLES = 400
+Ends = tuple[np.ndarray, np.ndarray]
+
+
+def true_iqm(law: Law, draws: int = 2_000_000) -> float:
+    """Interquartile mean of the law itself, from many draws (error below 0.1 % of its scale)."""
+    ordered = np.sort(law(np.random.default_rng(99), (draws,)))
+    return float(ordered[draws // 4 : draws - draws // 4].mean())
+
+
+def calibrated_t(x: np.ndarray) -> Ends:
+    """The interval in use, of every row of (N, n)."""
+    center, error = trimmed_moments(x)
+    half = critical(x.shape[1]) * error
+    return center - half, center + half
+
+
+def trimmed_t(x: np.ndarray) -> Ends:
+    """Tukey and McLaughlin's interval, with Student's quantile."""
+    from scipy import stats
+
+    n = x.shape[1]
+    center, error = trimmed_moments(x)
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 2 * (n // 4) - 1) * error
+    return center - half, center + half
+
+
+def percentile(x: np.ndarray) -> Ends:
+    """Percentile bootstrap."""
+    center = _resampled(x)[0]
+    low, high = np.quantile(center, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    return low, high
+
+
+def bca(x: np.ndarray) -> Ends:
+    """Bias-corrected and accelerated bootstrap."""
+    from scipy import stats
+
+    n, estimate = x.shape[1], trimmed_moments(x)[0]
+    center = np.sort(_resampled(x)[0], axis=1)
+    below = (center < estimate[:, None]).mean(1) + 0.5 * (center == estimate[:, None]).mean(1)
+    bias = stats.norm.ppf(np.clip(below, 1e-3, 1 - 1e-3))
+    jackknife = np.stack([trimmed_moments(np.delete(x, k, axis=1))[0] for k in range(n)], axis=1)
+    d = jackknife.mean(1, keepdims=True) - jackknife
+    skew = (d**3).sum(1) / (6 * np.maximum((d**2).sum(1), 1e-30) ** 1.5)
+    z = stats.norm.ppf((1 + LEVEL) / 2)
+    ends = []
+    for side in (-z, z):
+        rank = stats.norm.cdf(bias + (bias + side) / (1 - skew * (bias + side)))
+        ends.append(center[np.arange(len(x)), np.clip((rank * RESAMPLES).astype(int), 0, RESAMPLES - 1)])
+    return ends[0], ends[1]
+
+
+def bootstrap_t(x: np.ndarray) -> Ends:
+    """Studentised bootstrap; a resample without spread counts as infinitely far off."""
+    estimate, error = trimmed_moments(x)
+    center, spread = _resampled(x)
+    off = center - estimate[:, None]
+    with np.errstate(all="ignore"):
+        t = np.where(spread > 0, off / spread, np.sign(off) * 1e9)
+    low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=1)
+    return estimate - high * error, estimate - low * error
+
+
+def _resampled(x: np.ndarray) -> Ends:
+    """Interquartile mean and error of (N, RESAMPLES) resamples."""
+    index = np.random.default_rng(5).integers(0, x.shape[1], (RESAMPLES, x.shape[1]))
+    return trimmed_moments(x[:, index])
+
+
+METHODS = {
+    "percentile": percentile,
+    "BCa": bca,
+    "bootstrap-t": bootstrap_t,
+    "trimmed t": trimmed_t,
+    "calibrated t": calibrated_t,
+}
+
+
+def coverage(method: Callable[[np.ndarray], Ends], law: Law, n: int, simulations: int, seed: int = 0) -> float:
+    """Share of simulated studies of n seeds whose interval holds the law's interquartile mean."""
+    x = law(np.random.default_rng([seed, n]), (simulations, n))
+    low, high = method(x)
+    truth = true_iqm(law)
+    return float(((low <= truth) & (truth <= high)).mean())
+
+
+def main(simulations: int = 4000) -> None:
+    """Print the worst coverage over the laws, by n and method."""
+    print(f"worst coverage over {', '.join(LAWS)}; {simulations} simulations, "
+          f"error {math.sqrt(LEVEL * (1 - LEVEL) / simulations):.3f}")  # fmt: skip
+    for n in (5, 8, 10, 20):
+        worst = {name: min(coverage(method, law, n, simulations) for law in LAWS.values())
+                 for name, method in METHODS.items()}  # fmt: skip
+        print(f"n = {n:2d}  " + "   ".join(f"{name} {value:.3f}" for name, value in worst.items()))
+
+
+if __name__ == "__main__":
+    main()

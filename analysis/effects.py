@@ -1,0 +1,224 @@
+"""Which factor matters: main effects and chosen interactions, with the seed as a block and Holm's correction.
+
+``y = μ + Σ factors + Σ interactions + seed + ε``, by least squares (statsmodels) on the values, or on their ranks
+where a diverged run makes a value infinite; for "diverged: yes or no" by Firth's logistic regression
+(:mod:`analysis.firth`), without the block: paired seeds then make the test a little conservative.
+
+Columns are centred, so a coefficient is *this level minus the reference, averaged over the other factors*, also in
+the presence of interactions. One F or likelihood-ratio test per factor; Holm's correction over all of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis import firth, intervals
+from analysis.intervals import LEVEL, Interval
+from twinrl.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one level of a factor changes.
+
+    Attributes:
+        factor: its name, ``a × b`` for an interaction.
+        contrast: ``level − reference`` in words.
+        interval: difference of the outcome (ranks: of its rank; yes/no: log odds ratio).
+        p: of the whole factor, all levels together. p_holm: corrected for the number of factors tested.
+        scale: values, ranks or log odds.
+    """
+
+    factor: str
+    contrast: str
+    interval: Interval
+    p: float
+    p_holm: float
+    scale: str
+
+    @property
+    def named(self) -> bool:
+        """Whether the factor is found at 5 % family-wise."""
+        return self.p_holm < 1 - LEVEL
+
+
+@dataclass(frozen=True)
+class Block:
+    """The columns (n, k) of one factor or interaction, each with its contrast in words."""
+
+    name: str
+    columns: np.ndarray
+    contrasts: tuple[str, ...]
+
+
+def main_effects(
+    trials: "pd.DataFrame",
+    outcome: str,
+    factors: Sequence[str],
+    interactions: Sequence[tuple[str, str]] = (),
+    reference: dict[str, object] | None = None,
+) -> list[Effect]:
+    """Effects of ``factors`` on a numeric column of ``trials``, the factors in order of their p-values.
+
+    Arguments:
+        trials: one row a run, with ``seed``, the factors' levels and the outcome (±inf for a diverged run).
+        interactions: pairs to be tested as well. reference: the base's level of each factor; default: the first.
+
+    Raises:
+        InputError: a column is missing, or the design cannot tell the factors apart.
+    """
+    blocks = design(trials, [outcome], factors, interactions, reference or {})
+    y = trials[outcome].to_numpy(float)
+    scale = "values" if np.isfinite(y).all() else "ranks"
+    return corrected(_least_squares(blocks, _seed_block(trials, blocks), y if scale == "values" else _ranks(y), scale))
+
+
+def odds_effects(
+    trials: "pd.DataFrame",
+    factors: Sequence[str],
+    outcome: str = "diverged",
+    interactions: Sequence[tuple[str, str]] = (),
+    reference: dict[str, object] | None = None,
+) -> list[Effect]:
+    """As :func:`main_effects`, for a yes/no column; no effects where all outcomes are the same."""
+    blocks = design(trials, [outcome], factors, interactions, reference or {})
+    y = trials[outcome].to_numpy(float)
+    if len(set(y)) < 2:
+        return []
+    return corrected(_logistic(blocks, y))
+
+
+# --- designs ----------------------------------------------------------------------------------------------
+
+
+def design(
+    trials: "pd.DataFrame",
+    outcomes: Sequence[str],
+    factors: Sequence[str],
+    interactions: Sequence[tuple[str, str]],
+    reference: dict[str, object],
+) -> list[Block]:
+    """The blocks of all factors and interactions, checked to be estimable."""
+    for name in (*outcomes, *factors, *(f for pair in interactions for f in pair)):
+        if name not in trials.columns:
+            raise InputError(
+                f"the study has no column {name}", expected=f"one of {', '.join(map(str, trials.columns))}"
+            )
+    if not factors:
+        raise InputError("no factor varies in this study", expected="arms that differ in a setting")
+    for name in factors:
+        if trials[name].nunique() < 2:
+            raise InputError(f"factor {name} has one level among these {len(trials)} runs", expected="two or more")
+    mains = {name: factor_block(name, trials[name], reference.get(name)) for name in factors}
+    blocks = [*mains.values(), *(_interaction(mains[a], mains[b]) for a, b in interactions)]
+    _check_estimable(blocks, len(trials))
+    return blocks
+
+
+def factor_block(name: str, levels: "pd.Series", reference: object = None) -> Block:
+    """Centred indicator columns of all levels but the reference."""
+    values = [str(level) for level in levels]
+    present = list(dict.fromkeys(values))
+    base = str(reference) if reference is not None and str(reference) in present else present[0]
+    others = [level for level in present if level != base]
+    indicators = np.array([[value == level for level in others] for value in values], dtype=float)
+    columns = indicators.reshape(len(values), len(others)) - 1 / max(1, len(present))
+    return Block(name, columns, tuple(f"{level} − {base}" for level in others))
+
+
+def _interaction(a: Block, b: Block) -> Block:
+    columns = np.einsum("ni,nj->nij", a.columns, b.columns).reshape(len(a.columns), -1)
+    contrasts = tuple(f"({left}) × ({right})" for left in a.contrasts for right in b.contrasts)
+    return Block(f"{a.name} × {b.name}", columns, contrasts)
+
+
+def _check_estimable(blocks: Sequence[Block], n: int) -> None:
+    """Raises InputError naming the first factor that the ones before it already determine."""
+    seen = np.ones((n, 1))
+    for block in blocks:
+        joined = np.concatenate([seen, block.columns], axis=1)
+        if np.linalg.matrix_rank(joined) < joined.shape[1]:
+            raise InputError(
+                f"the effect of {block.name} cannot be told from the other factors'",
+                fix="add arms in which it varies alone, or leave it out",
+            )
+        seen = joined
+
+
+def _seed_block(trials: "pd.DataFrame", blocks: Sequence[Block]) -> np.ndarray:
+    """Centred seed indicators, as many as the factors leave room for; none if no seed is in two runs."""
+    columns = factor_block("seed", trials["seed"]).columns
+    if columns.shape[1] + 1 >= len(trials):
+        return columns[:, :0]
+    joined = np.concatenate([np.ones((len(trials), 1)), *(block.columns for block in blocks)], axis=1)
+    whole = np.concatenate([joined, columns], axis=1)
+    if whole.shape[1] < len(trials) and np.linalg.matrix_rank(whole) == whole.shape[1]:
+        return columns
+    kept = []
+    for k in range(columns.shape[1]):
+        wider = np.concatenate([joined, columns[:, [k]]], axis=1)
+        if np.linalg.matrix_rank(wider) == wider.shape[1] < len(trials):
+            joined = wider
+            kept.append(k)
+    return columns[:, kept]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    from scipy import stats
+
+    return stats.rankdata(values)
+
+
+# --- tests ------------------------------------------------------------------------------------------------
+
+
+def _least_squares(blocks: Sequence[Block], seeds: np.ndarray, y: np.ndarray, scale: str) -> list[Effect]:
+    import statsmodels.api as sm
+
+    x = np.concatenate([np.ones((len(y), 1)), *(block.columns for block in blocks), seeds], axis=1)
+    if x.shape[1] >= len(y):
+        raise InputError(
+            "too few runs for so many factors",
+            got=f"{len(y)} runs",
+            expected=f"more than {x.shape[1]}",
+            fix="add seeds",
+        )
+    result = sm.OLS(y, x).fit()
+    bounds = result.conf_int(1 - LEVEL)
+    effects, first = [], 1
+    for block in blocks:
+        index = range(first, first + block.columns.shape[1])
+        first = index.stop
+        p = float(result.f_test(np.eye(x.shape[1])[list(index)]).pvalue)
+        for k, contrast in zip(index, block.contrasts, strict=True):
+            interval = Interval(result.params[k], bounds[k, 0], bounds[k, 1], len(y), "least squares, seed as block")
+            effects.append(Effect(block.name, contrast, interval, p, p, scale))
+    return effects
+
+
+def _logistic(blocks: Sequence[Block], y: np.ndarray) -> list[Effect]:
+    x = np.concatenate([np.ones((len(y), 1)), *(block.columns for block in blocks)], axis=1)
+    full = firth.fit(x, y)
+    effects, first = [], 1
+    for block in blocks:
+        index = list(range(first, first + block.columns.shape[1]))
+        first = index[-1] + 1
+        p = firth.p_value(x, y, index, full)
+        for k, contrast in zip(index, block.contrasts, strict=True):
+            low, high = firth.profile_interval(x, y, k, full, LEVEL)
+            interval = Interval(float(full.beta[k]), low, high, len(y), "Firth, profile of the penalised likelihood")
+            effects.append(Effect(block.name, contrast, interval, p, p, "log odds"))
+    return effects
+
+
+def corrected(effects: list[Effect]) -> list[Effect]:
+    """The effects with ``p_holm`` over the distinct factors, the smallest p first."""
+    p = {effect.factor: effect.p for effect in effects}
+    p_holm = dict(zip(p, intervals.holm(list(p.values())), strict=True))
+    filled = [replace(effect, p_holm=float(p_holm[effect.factor])) for effect in effects]
+    return sorted(filled, key=lambda effect: effect.p)

@@ -1,0 +1,103 @@
+"""MLflow on both sides: a study read from an experiment, and the addresses of published runs."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from analysis.frames import BOOKKEEPING, Run, Study, assemble, is_outcome
+from twinrl.errors import InputError
+from twinrl.tracking import mlflow_state, store, ui
+
+FACTOR = "factor."
+LOCAL = "http://127.0.0.1:5000"
+
+
+def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """(name, address) of a page that overlays the runs' losses, and of every run; empty if none was published.
+
+    A store that cannot be reached gives no links: the report does not depend on it.
+    """
+    published = {run.name: state for run in runs if (state := _state(run)) and state.get("run_id")}
+    stores = {str(state["store"]) for state in published.values()}
+    if len(stores) != 1:
+        return []
+    uri = stores.pop()
+    if _is_gone(uri):
+        return []
+    base = uri if uri.startswith("http") else LOCAL
+    failures: tuple[type[Exception], ...] = store.failures()
+    try:
+        with store.impatient():
+            client = store.connect(uri)
+            experiments = {
+                name: client.get_run(state["run_id"]).info.experiment_id for name, state in published.items()
+            }
+    except failures:
+        return []
+    ids = [state["run_id"] for state in published.values()]
+    overlay = ("all curves", ui.compare_url(base, next(iter(experiments.values())), ids))
+    return [overlay, *((n, ui.run_url(base, experiments[n], state["run_id"])) for n, state in published.items())]
+
+
+def _is_gone(uri: str) -> bool:
+    """Whether a sqlite store does not exist; connecting would make it."""
+    database = store.sqlite_path(uri)
+    return database is not None and not database.is_file()
+
+
+def _state(run: Run) -> dict[str, str] | None:
+    file = run.path / mlflow_state.STATE_NAME
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+# --- reading ----------------------------------------------------------------------------------------------
+
+
+def from_mlflow(uri: str, experiment: str, base: str | None = None) -> Study:
+    """A study from an MLflow experiment: finished runs with tags ``arm`` and ``seed``, last metrics, params.
+
+    Arguments:
+        uri: the store. experiment: its name, or ``experiment/study`` for the runs with that tag ``study``.
+        base: as for a study in files.
+
+    *When to use*: where only the MLflow store is at hand; it has neither events nor non-finite values.
+
+    Raises:
+        InputError: the store is away, or has no such experiment or no such runs.
+    """
+    if _is_gone(uri):
+        raise InputError(f"there is no MLflow store at {uri}", fix="check --tracking-uri")
+    try:
+        with store.impatient():
+            client = store.connect(uri)
+            name, _, study = experiment.partition("/")
+            found = client.get_experiment_by_name(name)
+            runs = list(client.search_runs([found.experiment_id], max_results=5000)) if found else []
+    except store.failures() as error:
+        raise InputError("MLflow cannot be reached", got=str(error).splitlines()[0], fix="check the store") from error
+    seeds = [run for run in runs if "seed" in run.data.tags and run.data.tags.get("study", "") in (study, "")]
+    lines = [_from_mlflow_run(run) for run in seeds if run.info.status != "RUNNING"]
+    if not lines:
+        raise InputError(f"MLflow has no finished runs of {experiment!r}", expected="runs with a tag seed", got=uri)
+    params = {key for line in lines for key in line if "." in key}
+    params = {key for key in params if key.startswith(FACTOR)} or params
+    varying = sorted(key for key in params if len({line.get(key) for line in lines}) > 1)
+    kept = [{k: v for k, v in line.items() if "." not in k or k in varying} for line in lines]
+    return assemble(experiment, kept, varying, base=base)
+
+
+def _from_mlflow_run(run: Any) -> dict[str, Any]:
+    tags, params = run.data.tags, run.data.params
+    step = int(run.data.metrics.get("step", params.get("train.steps", 1)))
+    settings = {k: v for k, v in params.items() if "." in k and k.split(".")[0] not in BOOKKEEPING}
+    diverged = run.info.status == "FAILED"
+    base = {
+        "arm": tags.get("arm") or tags.get("config_hash", "run"),
+        "seed": int(tags["seed"]),
+        "config_hash": tags.get("config_hash", ""),
+        "status": "diverged" if diverged else "finished",
+        "step": step, "planned": int(params.get("train.steps", step)),
+        "diverged": diverged, "time": float(step), "kind": "", "seconds": math.nan, "directory": "",
+    }  # fmt: skip
+    return settings | base | {name: float(value) for name, value in run.data.metrics.items() if is_outcome(name)}

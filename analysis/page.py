@@ -1,0 +1,207 @@
+"""A report as a list of blocks, written as Markdown and as one HTML page that needs nothing from elsewhere."""
+
+import base64
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from analysis.intervals import Interval, number
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STYLE = """
+:root{color-scheme:light}
+body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#202124;
+  background:#fff;max-width:70rem;margin:2.5rem auto;padding:0 1.25rem}
+h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem} h2{font-size:1.25rem;margin:2.6rem 0 .6rem;
+  border-top:1px solid #e3e5e8;padding-top:1.4rem} h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
+p{margin:.5rem 0 .8rem;max-width:46rem} .note{color:#5f6368;font-size:.88rem}
+.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.88rem;margin:.6rem 0;font-variant-numeric:tabular-nums}
+th,td{padding:.32rem .75rem;text-align:left;border-bottom:1px solid #e8eaed;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom;border-bottom:2px solid #bdc1c6;font-weight:600} td.n,th.n{text-align:right}
+figure{margin:1rem 0} figure img{max-width:100%;height:auto} figcaption{color:#5f6368;font-size:.86rem;max-width:46rem}
+.grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:1.2rem;align-items:start}
+.grids figure{margin:0} a{color:#0b57d0} code{font-size:.9em;background:#f1f3f4;padding:.05em .3em;border-radius:3px}
+@media print{body{margin:0;max-width:none} h2{break-after:avoid} figure{break-inside:avoid}}
+"""
+MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg"}
+
+
+@dataclass(frozen=True)
+class Heading:
+    """A heading of level 2 or 3."""
+
+    text: str
+    level: int = 2
+
+
+@dataclass(frozen=True)
+class Text:
+    """A paragraph of plain text, without markup; ``note`` is for remarks on method."""
+
+    text: str
+    note: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; numbers are shown with three digits."""
+
+    frame: "pd.DataFrame"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file with a caption."""
+
+    path: Path
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Image files side by side, each with its caption."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class Links:
+    """Addresses with their names."""
+
+    targets: Sequence[tuple[str, str]]
+
+
+Block: TypeAlias = Heading | Text | Table | Picture | Gallery | Links
+
+
+@dataclass
+class Page:
+    """A titled list of blocks."""
+
+    title: str
+    blocks: list[Block] = field(default_factory=list)
+
+    def add(self, *blocks: Block) -> None:
+        """Append blocks."""
+        self.blocks.extend(blocks)
+
+    def write(self, folder: Path) -> tuple[Path, Path]:
+        """Write ``report.md`` and ``report.html`` into ``folder``; returns both paths."""
+        markdown, page = folder / "report.md", folder / "report.html"
+        markdown.write_text(self.markdown(folder))
+        page.write_text(self.html())
+        return markdown, page
+
+    def markdown(self, folder: Path) -> str:
+        """The page as Markdown, its images referred to relative to ``folder``."""
+        return "\n\n".join([f"# {self.title}", *(_markdown(block, folder) for block in self.blocks)]) + "\n"
+
+    def html(self) -> str:
+        """The page as HTML with style and images inside."""
+        title = html.escape(self.title)
+        body = "\n".join(_html(block) for block in self.blocks)
+        head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+        return (
+            f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        )
+
+
+def cell(value: object) -> str:
+    """A table cell for people."""
+    if value is None:
+        return "–"
+    if isinstance(value, Interval):
+        return str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}".replace("-", "−") if value.is_integer() and abs(value) < 1e6 else number(value)
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    return str(value)
+
+
+def _is_numeric(column: "pd.Series") -> bool:
+    return all(isinstance(value, int | float | Interval) or value is None for value in column)
+
+
+# --- Markdown ---------------------------------------------------------------------------------------------
+
+
+def _markdown(block: Block, folder: Path) -> str:
+    match block:
+        case Heading(text, level):
+            return f"{'#' * level} {text}"
+        case Text(text, note):
+            return f"*{text}*" if note else text
+        case Table(frame):
+            return _markdown_table(frame)
+        case Picture(path, caption):
+            return f"![{caption}]({_relative(path, folder)})" + (f"\n\n{caption}" if caption else "")
+        case Gallery(pictures):
+            return "\n\n".join(_markdown(picture, folder) for picture in pictures)
+        case Links(targets):
+            return "\n".join(f"- [{name}]({address})" for name, address in targets)
+
+
+def _markdown_table(frame: "pd.DataFrame") -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+
+    rule = ["--:" if _is_numeric(frame[name]) else ":--" for name in frame.columns]
+    rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
+    return "\n".join(line(row) for row in [[str(name) for name in frame.columns], rule, *rows])
+
+
+def _relative(path: Path, folder: Path) -> str:
+    import os
+
+    return os.path.relpath(path, folder).replace(os.sep, "/").replace(" ", "%20")
+
+
+# --- HTML -------------------------------------------------------------------------------------------------
+
+
+def _html(block: Block) -> str:
+    match block:
+        case Heading(text, level):
+            return f"<h{level}>{html.escape(text)}</h{level}>"
+        case Text(text, note):
+            return f"<p{' class=note' if note else ''}>{html.escape(text)}</p>"
+        case Table(frame):
+            return _html_table(frame)
+        case Picture(path, caption):
+            below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+            return f'<figure><img alt="{html.escape(caption, quote=True)}" src="{data_uri(path)}">{below}</figure>'
+        case Gallery(pictures):
+            return f"<div class=grids>{''.join(_html(picture) for picture in pictures)}</div>"
+        case Links(targets):
+            items = (
+                f'<li><a href="{html.escape(to, quote=True)}">{html.escape(name)}</a></li>' for name, to in targets
+            )
+            return f"<ul>{''.join(items)}</ul>"
+
+
+def _html_table(frame: "pd.DataFrame") -> str:
+    marks = [" class=n" if _is_numeric(frame[name]) else "" for name in frame.columns]
+    head = "".join(f"<th{m}>{html.escape(str(name))}</th>" for m, name in zip(marks, frame.columns, strict=True))
+    rows = (
+        "".join(f"<td{m}>{html.escape(cell(value))}</td>" for m, value in zip(marks, row, strict=True))
+        for row in frame.itertuples(index=False)
+    )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def data_uri(path: Path) -> str:
+    """The file's content as an address, so that a page holds its images."""
+    return f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent for people."""
+    return "–" if math.isnan(share) else f"{100 * share:.0f} %"

@@ -1,0 +1,276 @@
+"""Figures that a paper could print: vector graphics, colours that colour-blind readers tell apart, no titles to crop.
+
+Each function returns a matplotlib ``Figure`` that pyplot does not know; :func:`save` writes SVG, PDF and PNG.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from analysis.effects import Effect
+from analysis.frames import Run
+from analysis.intervals import Interval, number
+from analysis.leaderboard import Line
+from analysis.spikes import Spike
+from analysis.survival import Times, kaplan_meier
+from twinrl.stability.detectors import terms_in
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+INK, GREY = "#202124", "#5f6368"
+MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write ``path`` (``*.svg``) and the same as PDF beside it; returns ``path``."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "twinrl", "pdf.fonttype": 42}):
+        figure.savefig(path, facecolor="white", metadata={"Date": None})
+        figure.savefig(path.with_suffix(".pdf"), facecolor="white", metadata={"CreationDate": None})
+    return path
+
+
+def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> "tuple[Figure, np.ndarray]":
+    """A figure with a (rows, columns) array of quiet axes; sizes in inches, text 9 pt."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="0.92", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8, color="0.6")
+    return figure, axes
+
+
+def colour(index: int) -> str:
+    """The colour of the index-th arm or term, black last."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def _label(axis: "Axes", x: str, y: str) -> None:
+    axis.set_xlabel(x, fontsize=9, color=INK)
+    axis.set_ylabel(y, fontsize=9, color=INK)
+
+
+# --- studies ----------------------------------------------------------------------------------------------
+
+
+def forest(
+    rows: Mapping[str, Interval], label: str, reference: float | None = None, log_scale: bool = False
+) -> "Figure":
+    """Estimates with intervals, one line each; open intervals end in an arrow.
+
+    Arguments:
+        rows: name → interval, drawn from the top. label: of the axis. reference: drawn as a line.
+    """
+    figure, axes = _figure(size=(6.4, 0.9 + 0.34 * len(rows)))
+    axis = axes[0, 0]
+    low, high = _limits(list(rows.values()), reference, log_scale)
+    for k, interval in enumerate(rows.values()):
+        _whisker(axis, k, interval, low, high)
+    if reference is not None:
+        axis.axvline(reference, color=GREY, linewidth=1, linestyle=":")
+    axis.set_yticks(range(len(rows)), list(rows), fontsize=9)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    if log_scale:
+        axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.grid(axis="y", visible=False)
+    _label(axis, label, "")
+    return figure
+
+
+def _limits(intervals: Sequence[Interval], reference: float | None, log_scale: bool) -> tuple[float, float]:
+    """Axis limits around everything finite; very long intervals are cut so that the others stay readable."""
+    centers = [i.estimate for i in intervals if math.isfinite(i.estimate) and (i.estimate > 0 or not log_scale)]
+    ends = [e for i in intervals for e in (i.low, i.high) if math.isfinite(e) and (e > 0 or not log_scale)]
+    if reference is not None:
+        centers.append(reference)
+    values = np.array([*centers, *ends] or [1.0 if log_scale else 0.0])
+    if log_scale:
+        low, high = np.log10(values.min()), np.log10(values.max())
+        middle = np.log10(np.array(centers or [1.0]))
+        low, high = max(low, middle.min() - 2), min(high, middle.max() + 2)
+        pad = 0.06 * max(high - low, 0.5)
+        return float(10 ** (low - pad)), float(10 ** (high + pad))
+    pad = 0.06 * max(float(np.ptp(values)), 1e-9 + 0.02 * abs(float(values.max())))
+    return float(values.min() - pad), float(values.max() + pad)
+
+
+def _whisker(axis: "Axes", at: int, interval: Interval, low: float, high: float) -> None:
+    """One line of a forest; an end beyond the axis is an arrow head, a missing estimate the word for it."""
+    tint = colour(0)
+    start, end = max(interval.low, low), min(interval.high, high)
+    axis.plot([start, end], [at, at], color=tint, linewidth=1.6, solid_capstyle="butt")
+    for edge, cut, marker in ((start, interval.low < low, "<"), (end, interval.high > high, ">")):
+        axis.plot([edge], [at], marker if cut else "|", color=tint, markersize=6, clip_on=False)
+    if low <= interval.estimate <= high:
+        axis.plot([interval.estimate], [at], "o", color=tint, markersize=5)
+        return
+    text = "no estimate" if math.isnan(interval.estimate) else f"estimate {number(interval.estimate)}"
+    axis.annotate(text, (0.99, at), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=GREY)
+
+
+def arms(lines: Sequence[Line], values: Mapping[str, "pd.Series"], metric: str, better: str) -> "Figure":
+    """Every seed as a dot, the interquartile mean and its interval over it; diverged seeds at the edge."""
+    figure, axes = _figure(size=(6.4, 1.0 + 0.42 * len(lines)))
+    axis = axes[0, 0]
+    finite = np.concatenate([v[np.isfinite(v)].to_numpy(float) for v in values.values()] or [np.zeros(1)])
+    low, high = _limits([line.interval for line in lines], None, False)
+    low, high = min(low, finite.min(initial=low)), max(high, finite.max(initial=high))
+    edge = high + 0.06 * (high - low) if better == "lower" else low - 0.06 * (high - low)
+    for k, line in enumerate(lines):
+        seeds = values[line.arm].to_numpy(float)
+        kept = seeds[np.isfinite(seeds)]
+        axis.plot(kept, k + _spread(len(kept)), ".", color=GREY, alpha=0.7, markersize=5)
+        if lost := len(seeds) - len(kept):
+            axis.plot(np.full(lost, edge), k + _spread(lost), "x", color=COLOURS[1], markersize=5, clip_on=False)
+        _whisker(axis, k, line.interval, low, high)
+    if any(not np.isfinite(v).all() for v in values.values()):
+        axis.plot([], [], "x", color=COLOURS[1], label="diverged")
+        axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    axis.set_yticks(range(len(lines)), [f"{line.arm}  (n = {line.n})" for line in lines], fontsize=9)
+    axis.set_ylim(len(lines) - 0.5, -0.5)
+    axis.grid(axis="y", visible=False)
+    _label(axis, f"{metric} ({better} is better); dot: seed, line: 95 % interval of the interquartile mean", "")
+    return figure
+
+
+def _spread(n: int) -> np.ndarray:
+    """Small vertical offsets, so that equal values do not hide each other."""
+    return 0.22 * np.sin(2.4 * np.arange(n)) if n > 1 else np.zeros(n)
+
+
+def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
+    """Kaplan–Meier curves; steps, with the number of runs and of divergences in the legend."""
+    figure, axes = _figure(size=(6.4, 3.8))
+    axis = axes[0, 0]
+    shown = list(arms.items())[:MOST_ARMS]
+    widths = (
+        np.linspace(3.4, 1.4, len(shown)) if len(shown) > 1 else [1.8]
+    )  # so that equal curves show below each other
+    for k, (name, times) in enumerate(shown):
+        curve = kaplan_meier(times).survival_function_.iloc[:, 0]
+        x, y = np.append(curve.index, max(horizon, curve.index[-1])), np.append(curve, curve.iloc[-1])
+        label = f"{name}: {times.events} of {times.n} diverged"
+        axis.step(x, y, where="post", color=colour(k), linewidth=widths[k], label=label)
+        cut = times.time[~times.event & (times.time < horizon)]
+        axis.plot(cut, np.interp(cut, x, y), "+", color=colour(k), markersize=7)
+    axis.set_ylim(-0.03, 1.05)
+    axis.set_xlim(0, horizon * 1.02)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _label(axis, "training step", "share of runs not diverged")
+    return figure
+
+
+def effects(found: Sequence[Effect], label: str) -> "Figure":
+    """Main effects and interactions with their intervals; found ones (5 % family-wise) are starred."""
+    rows = {f"{'★ ' if e.named else ''}{e.factor}: {e.contrast}": e.interval for e in found}
+    return forest(rows, label, reference=0.0)
+
+
+def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "Figure":
+    """Two metrics against each other, a dot a seed: whether reward was bought with recall."""
+    figure, axes = _figure(size=(6.4, 3.8))
+    axis = axes[0, 0]
+    for k, arm in enumerate(list(order)[:MOST_ARMS]):
+        rows = trials[trials["arm"] == arm]
+        marker = "osD^vP*X"[k % 8]
+        axis.plot(rows[x], rows[y], marker, color=colour(k), alpha=0.75, markersize=5, label=arm, linestyle="none")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _label(axis, x, y)
+    return figure
+
+
+def prompts(accuracy: "pd.DataFrame") -> "Figure":
+    """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades."""
+    height, width = accuracy.shape
+    figure, axes = _figure(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
+    axis = axes[0, 0]
+    axis.grid(visible=False)
+    axis.imshow(accuracy.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(accuracy.to_numpy(float)):
+        ink = "black" if value > 0.6 else "white"
+        axis.text(column, row, number(value, 2), ha="center", va="center", fontsize=8, color=ink)
+    axis.set_xticks(range(width), list(accuracy.columns), fontsize=8, rotation=30, ha="right")
+    axis.set_yticks(range(height), list(accuracy.index), fontsize=8)
+    return figure
+
+
+# --- runs -------------------------------------------------------------------------------------------------
+
+
+def norms(run: Run, spikes: Sequence[Spike]) -> "Figure":
+    """Gradient norms of the total and of every term before clipping, with the spikes marked."""
+    frame = run.frame()
+    terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
+    series = {"total": names.GRAD_TOTAL_RAW} | {term: names.grad(term, "norm_raw") for term in terms}
+    figure, axes = _figure(size=(7.2, 3.8))
+    axis = axes[0, 0]
+    for k, (label, name) in enumerate(series.items()):
+        values = frame[name].astype(float)
+        tint = INK if k == 0 else colour(k - 1)
+        axis.plot(frame["step"], values.where(np.isfinite(values)), color=tint, label=label,
+                  linewidth=0.9, alpha=0.9, zorder=3 - 0.1 * k)  # fmt: skip
+    for spike in spikes:
+        axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.35, zorder=0)
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _label(axis, "training step (vertical lines: spikes)", "gradient norm before clipping")
+    return figure
+
+
+def close_up(run: Run, spike: Spike, before: int = 30, after: int = 15) -> "Figure":
+    """The steps around one spike: each term's norm over its median there, and the shares."""
+    frame = run.frame()
+    near = frame[(frame["step"] >= spike.step - before) & (frame["step"] <= spike.step + after)]
+    terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
+    figure, axes = _figure(2, 1, (6.4, 4.4))
+    for k, term in enumerate(["total", *terms]):
+        norm = near[names.grad(term, "norm_raw")].astype(float)
+        usual = float(norm[near["step"] < spike.step - 10].median())
+        tint = INK if k == 0 else colour(k - 1)
+        if not usual > 0:  # a term that is switched off has no usual norm
+            continue
+        axes[0, 0].plot(near["step"], norm / usual, ".-", color=tint, linewidth=1.2, markersize=3, label=term)
+        if (share := names.grad(term, "share")) in near:
+            axes[1, 0].plot(near["step"], near[share], ".-", color=tint, linewidth=1.2, markersize=3)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    for axis in axes.flat:
+        axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.5)
+    _label(axes[0, 0], "", "norm / usual")
+    _label(axes[1, 0], "training step", "share of the gradient")
+    return figure
+
+
+def against_arm(run: Run, others: Sequence[Run], metric: str = names.GRAD_TOTAL_RAW) -> "Figure":
+    """One run's series over the median and 10–90 % band of the other seeds of its arm."""
+    import pandas as pd
+
+    figure, axes = _figure(size=(6.4, 3.4))
+    axis = axes[0, 0]
+    columns = [other.frame().drop_duplicates("step", keep="last").set_index("step")[metric] for other in others]
+    band = pd.concat(columns, axis=1).astype(float).quantile([0.1, 0.5, 0.9], axis=1).T
+    axis.fill_between(band.index, band[0.1], band[0.9], color=colour(0), alpha=0.2, linewidth=0)
+    axis.plot(
+        band.index, band[0.5], color=colour(0), linewidth=1.2, label=f"median and 10–90 % of {len(others)} others"
+    )
+    frame = run.frame()
+    values = frame[metric].astype(float)
+    axis.plot(frame["step"], values.where(np.isfinite(values)), color=COLOURS[1], linewidth=0.9, label="this run")
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
+    _label(axis, "training step", metric)
+    return figure

@@ -1,0 +1,88 @@
+"""``twinrl analyze`` and ``twinrl ablate report``: one page about a run or a study, as Markdown and as HTML.
+
+    <out>/report.html      everything in one file        <out>/report.md      the same as Markdown
+    <out>/figures/*.svg    and *.pdf, for papers         <out>/trials.csv     a study's table
+
+``metrics.parquet`` is written beside every run's log.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis import foreign, run_page, study_page
+from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
+from analysis.mlflow_store import from_mlflow
+from analysis.page import Page
+from twinrl.errors import InputError
+from twinrl.tracking import runlog
+
+FOLDER = "report"
+
+
+def report(
+    path: Path | str,
+    out: Path | str | None = None,
+    *,
+    metric: str | None = None,
+    base: str | None = None,
+    effect: float = 1.0,
+    interactions: Sequence[tuple[str, str]] = (),
+    mapping: Mapping[str, str] | None = None,
+    tracking_uri: str | None = None,
+    index: Mapping[str, Any] | None = None,
+) -> Path:
+    """Analyze a run directory, a study (folder or ledger) or a foreign log; returns the HTML page.
+
+    Arguments:
+        path: what to analyze. out: folder of the report; default: ``report`` in it, or beside a file.
+        metric: what arms are ranked by; default: the study's own, else ``val/quality``.
+        base: arm that others are compared with. effect: difference worth finding, in standard deviations.
+        interactions: pairs of factors. mapping: our name → column, for a foreign log.
+        tracking_uri: read ``path`` as the name of an experiment in this MLflow store.
+        index: names of a study's arms, as for :func:`analysis.frames.load_study`; default: ``study.json``.
+
+    Raises:
+        InputError: there is nothing to analyze, or it cannot be compared; one line says what is missing.
+    """
+    path = Path(path)
+    if tracking_uri:
+        folder = Path(out) if out else Path(f"{path.name}-{FOLDER}")
+        study = from_mlflow(tracking_uri, str(path), base)
+        page = study_page.build(study, _made(folder / "figures"), metric, effect, interactions)
+        return page.write(folder)[1]
+    if not path.exists():
+        raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
+    folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
+    figures = folder / "figures"
+    if mapping:
+        page = run_page.build(Run(path, {}, foreign.read(path, mapping)), [], _made(figures))
+    elif path.is_dir() and is_run(path):
+        page = _of_run(path, _made(figures))
+    else:
+        study = load_study(path, base, index)
+        page = _of_study(study, _made(figures), metric, effect, interactions)
+        study.trials.to_csv(folder / "trials.csv", index=False)
+    return page.write(folder)[1]
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written", got=error.strerror, fix="name another --out") from error
+    return folder
+
+
+def _of_run(path: Path, figures: Path) -> Page:
+    run = load_run(path)
+    runlog.write_parquet(path)
+    return run_page.build(run, siblings(run), figures)
+
+
+def _of_study(
+    study: Study, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
+) -> Page:
+    for run in study.runs.values():
+        runlog.write_parquet(run.path)
+    return study_page.build(study, figures, metric, effect, interactions)

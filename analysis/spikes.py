@@ -1,0 +1,199 @@
+"""Anatomy of one run's spikes: which term led, by how many steps, and what could be seen before.
+
+Found with the detectors that the trainer uses (:mod:`twinrl.stability.detectors`), so analysis and events agree.
+An episode joins spikes and non-finite values of all gradient norms that follow one another; the term that was
+found first leads it. Clustering asks whether the same data rows, or the same leading term, come back.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from analysis.frames import Run
+from twinrl.errors import InputError
+from twinrl.stability import detectors
+from twinrl.stability.events import NONFINITE, SPIKE
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEAD = 20
+"""Steps before a spike in which its causes are looked for."""
+BEFORE = 50
+"""Steps before that, which say what is usual."""
+INDICATORS = (names.RMS_MAX, names.UPDATE_RATIO, names.CLAMP_RCGM, names.CLAMP_DELTA_V, names.DELTA_V_RMS)
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Spike:
+    """One episode.
+
+    Attributes:
+        step: where the total norm stood out first; where nothing but a term did, the term's first step.
+        kind: nonfinite if anything was not finite, else spike.
+        series: the norm that the next two are of: the total's, or the leader's if the total never stood out.
+        value, reference: largest norm of the episode (non-finite ones above all), and the rolling median before it.
+        leader: term that was found first; empty if no term stood out.
+        lead: steps from that to the total, negative if it came after; NaN if one of them never stood out.
+        share: the leader's signed share of the gradient where it was found first; NaN if not measured.
+        cosines: mean cosine of each pair of terms in the steps before.
+        indicators: largest value of each leading indicator in the steps before, over its usual value.
+    """
+
+    step: int
+    kind: str
+    series: str
+    value: float
+    reference: float
+    leader: str = ""
+    lead: float = math.nan
+    share: float = math.nan
+    cosines: Mapping[str, float] = field(default_factory=dict)
+    indicators: Mapping[str, float] = field(default_factory=dict)
+
+
+def find(rows: Sequence[Row]) -> list[Spike]:
+    """All spikes of a log, in order.
+
+    Raises:
+        InputError: the log has no total gradient norm.
+    """
+    if not any(names.GRAD_TOTAL_RAW in row for row in rows):
+        raise InputError(
+            f"the log has no {names.GRAD_TOTAL_RAW}", fix="map the column that holds the gradient norm before clipping"
+        )
+    numbered = [{**row, "step": k} for k, row in enumerate(rows)]  # a rollback repeats steps, not rows
+    return [_dissect(episode, rows) for episode in detectors.episodes(detectors.scan(numbered))]
+
+
+def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike:
+    """The spike that an episode is; its findings' steps are positions in ``rows``."""
+    totals = [finding for finding in episode if finding.series == names.GRAD_TOTAL_RAW]
+    shown = totals or [finding for finding in episode if finding.series == episode[0].series]
+    at = shown[0].step
+    leading = detectors.leading_term(episode)
+    window, usual = rows[max(0, at - LEAD) : at], rows[max(0, at - LEAD - BEFORE) : max(0, at - LEAD)]
+    return Spike(
+        step=int(rows[at]["step"]),
+        kind=NONFINITE if any(finding.kind == NONFINITE for finding in episode) else SPIKE,
+        series=shown[0].series,
+        value=max((finding.value for finding in shown), key=_height),
+        reference=math.nan if shown[0].reference is None else shown[0].reference,
+        leader=leading.term if leading else "",
+        lead=math.nan if leading is None or leading.lead is None else leading.lead,
+        share=float(rows[leading.step].get(names.grad(leading.term, "share"), math.nan)) if leading else math.nan,
+        cosines=_means(window),
+        indicators={name: _rise(window, usual, name) for name in INDICATORS if any(name in row for row in rows)},
+    )
+
+
+def _height(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _means(window: Sequence[Row]) -> dict[str, float]:
+    """Mean of each logged cosine, ``a·b`` → value; non-finite ones make the mean NaN."""
+    columns: dict[str, list[float]] = {}
+    for row in window:
+        for name, value in row.items():
+            if name.startswith("grad/cos/"):
+                columns.setdefault(name.removeprefix("grad/cos/").replace("__", "·"), []).append(float(value))
+    return {pair: sum(values) / len(values) for pair, values in columns.items()}
+
+
+def _rise(window: Sequence[Row], usual: Sequence[Row], name: str) -> float:
+    """Largest value before the spike over the median of what was usual; NaN where either was not measured."""
+    import numpy as np
+
+    before = [float(row[name]) for row in window if name in row]
+    normal = [float(row[name]) for row in usual if name in row]
+    if not before or not normal:
+        return math.nan
+    middle = float(np.median(normal))
+    return max(before) / middle if middle else math.nan
+
+
+def table(spikes: Sequence[Spike]) -> "pd.DataFrame":
+    """One row a spike, for the report."""
+    import pandas as pd
+
+    columns = ["step", "kind", "series", "value", "times usual", "leader", "lead (steps)", "share"]
+    lines = []
+    for s in spikes:
+        line = [s.step, s.kind, s.series, s.value, s.value / s.reference, s.leader or "none", s.lead]
+        ratios = {f"{name} rise": ratio for name, ratio in s.indicators.items()}
+        lines.append(dict(zip(columns, [*line, s.share], strict=True)) | ratios)
+    return pd.DataFrame(lines, columns=None if lines else columns)
+
+
+# --- clusters ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """A data row that was in the batch of several events.
+
+    Attributes:
+        row: index into the training split. count: events it was in, of ``events``.
+        expected: events it would be in by chance. p: P(count or more), corrected for the number of rows.
+    """
+
+    row: int
+    count: int
+    events: int
+    expected: float
+    p: float
+
+
+def recurring_rows(run: Run, kinds: Sequence[str] = (SPIKE, NONFINITE)) -> list[Recurrence]:
+    """Data rows that events share more often than batches drawn at random would (5 %, Bonferroni), worst first.
+
+    The number of rows in the training split is taken to be the largest row seen + 1; a batch's rows are those
+    that the event kept (at most 64).
+    """
+    from scipy import stats
+
+    batches = [set(event["rows"]) for event in run.events if event["kind"] in kinds and event.get("rows")]
+    if len(batches) < 2:
+        return []
+    rows = 1 + max(max(batch) for batch in batches)
+    chance = sum(map(len, batches)) / len(batches) / rows
+    counts = Counter(row for batch in batches for row in batch)
+    n = len(batches)
+    found = [
+        Recurrence(row, count, n, n * chance, min(1.0, rows * float(stats.binom.sf(count - 1, n, chance))))
+        for row, count in counts.items()
+        if count > 1
+    ]
+    return sorted((r for r in found if r.p < 0.05), key=lambda r: (r.p, r.row))
+
+
+def leaders(spikes: Sequence[Spike], config: Mapping[str, Any]) -> "pd.DataFrame":
+    """How often each term led, its median lead in steps, and the branches whose rows it sees."""
+    import pandas as pd
+
+    terms = config.get("terms") or {}
+    lines = []
+    for leader, count in Counter(spike.leader or "none" for spike in spikes).most_common():
+        leads = [s.lead for s in spikes if s.leader == leader and not math.isnan(s.lead)]
+        branches = (terms.get(leader) or {}).get("branches") or []
+        lead = statistics.median(leads) if leads else math.nan
+        lines.append({"leader": leader, "spikes": count, "median lead (steps)": lead, "branches": ", ".join(branches)})
+    return pd.DataFrame(lines, columns=["leader", "spikes", "median lead (steps)", "branches"])
+
+
+def gaps(spikes: Sequence[Spike]) -> float:
+    """Coefficient of variation of the steps between spikes: 1 if they come at random, above if in bursts.
+
+    NaN with fewer than three spikes.
+    """
+    import numpy as np
+
+    steps = np.diff([spike.step for spike in spikes])
+    return float(steps.std() / steps.mean()) if len(steps) > 1 and steps.mean() > 0 else math.nan

@@ -1,0 +1,169 @@
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis import frames
+from analysis.frames import load_run, load_study
+from tests.analysis import simulated
+from twinrl.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated.make_study(tmp_path_factory.mktemp("studies"), seeds=3)
+
+
+def record(config_hash: str, seed: int, **more: object) -> dict[str, object]:
+    """A ledger's line."""
+    return {
+        "format": "twinrl-ledger/1",
+        "config_hash": config_hash,
+        "seed": seed,
+        "fingerprint": "f",
+        "status": "finished",
+        "step": 400,
+        "message": "",
+        "metrics": {"val/quality": 0.1},
+        "diverged": None,
+        "seconds": 3.0,
+        "where": {},
+        **more,
+    }
+
+
+def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_run_reads_back(tmp_path: Path) -> None:
+    run = load_run(simulated.make_run(tmp_path, seed=3, diverges_at=200))
+    line = frames.trial_of(run)
+    assert (line["seed"], line["config_hash"], line["status"], line["step"]) == (3, "0a1b2c3d", "finished", 400)
+    assert (line["diverged"], line["time"], line["kind"]) == (True, 200.0, "val/quality")
+    assert line["val/quality"] == 0.9
+    assert line["seconds"] == pytest.approx(4.0)
+    assert len(run.frame()) == 400
+
+
+def test_the_runs_own_margins_decide_about_divergence(tmp_path: Path) -> None:
+    lenient = {"stability": {"divergence": {"absolute": 5.0}}}
+    run = load_run(simulated.make_run(tmp_path, diverges_at=200, settings=lenient))
+    assert frames.run_divergence(run) is None
+
+
+def test_arms_and_factors_come_from_the_configurations(study_folder: Path) -> None:
+    study = load_study(study_folder)
+    assert (study.arms, study.base) == (["base", "clip", "ema"], "base")
+    assert study.factors == ("clip", "teacher")
+    assert set(study.arm("ema")["teacher"]) == {"ema"}
+    assert len(study.trials) == len(study.runs) == 9
+    assert study.trials["seed"].tolist() == [0, 1, 2] * 3
+
+
+def test_settings_that_always_change_together_are_one_factor(tmp_path: Path) -> None:
+    for k, kind in enumerate(("adam", "muon")):
+        simulated.make_run(
+            tmp_path, name=kind, config_hash=f"0000000{k}", settings={"optim": {"kind": kind, "momentum": k}}
+        )
+    assert load_study(tmp_path).factors == ("optim.kind",)
+
+
+def test_study_json_names_arms_levels_and_base(study_folder: Path, tmp_path: Path) -> None:
+    arms = [{"name": f"arm-{k}", "config_hash": arm["hash"], "levels": {"k": str(k)}, "steps": 400}
+            for k, arm in enumerate(simulated.ARMS.values())]  # fmt: skip
+    (tmp_path / "study.json").write_text(
+        json.dumps({"name": "named", "base": "arm-1", "question": "why?", "arms": arms})
+    )
+    ledger = [record(str(arm["config_hash"]), seed) for arm in arms for seed in range(2)] + [record("ffffffff", 0)]
+    write_lines(tmp_path / "host.jsonl", ledger)
+    study = load_study(tmp_path)
+    assert (study.name, study.base, study.question) == ("named", "arm-1", "why?")
+    assert study.arms == ["arm-0", "arm-1", "arm-2"]
+    assert study.factors == ("k",)
+    assert set(study.trials["planned"]) == {400}
+    assert len(study.trials) == 6  # the stranger is another study's
+
+
+def test_ledger_lines_keep_divergence_and_non_finite_numbers(tmp_path: Path) -> None:
+    broken = record("b", 0, status="diverged", step=90, diverged={"step": 80, "kind": "nonfinite"})
+    broken["metrics"] = {"val/quality": "nan"}
+    pruned, failed = record("b", 1, status="pruned", step=50), record("b", 2, status="failed")
+    trials = load_study(write_lines(tmp_path / "l.jsonl", [broken, pruned, failed, record("a", 0)])).trials
+    by_key = trials.set_index(["arm", "seed"])
+    assert by_key.loc[("b", 0), ["time", "diverged", "kind"]].tolist() == [80.0, True, "nonfinite"]
+    assert math.isnan(by_key.loc[("b", 0), "val/quality"])
+    assert by_key.loc[("b", 1), "time"] == 50
+    assert ("b", 2) not in by_key.index
+
+
+def test_a_trial_in_both_is_read_from_its_run_directory(tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path, config_hash="00000001", quality=0.3)
+    write_lines(tmp_path / "l.jsonl", [record("00000001", 0), record("00000002", 0)])
+    trials = load_study(tmp_path).trials
+    assert len(trials) == 2
+    assert trials.loc[trials["config_hash"] == "00000001", "directory"].item() == str(run)
+
+
+def test_fingerprints_keep_versions_of_the_code_apart(tmp_path: Path) -> None:
+    for version in ("old", "new"):
+        simulated.make_run(tmp_path / version, config_hash="00000001", quality=0.1 if version == "new" else 0.9)
+    with pytest.raises(InputError, match="twinflow-00000001-s0 is there twice"):
+        load_study(tmp_path)
+    arms = [{"name": "a", "config_hash": "00000001", "fingerprint": "new"}]
+    study = load_study(tmp_path, index={"name": "s", "arms": arms})
+    assert Path(study.trials["directory"].item()).parent.name == "new"
+
+
+def test_unfinished_runs_are_watched_but_have_no_verdict(tmp_path: Path) -> None:
+    line = frames.trial_of(load_run(simulated.make_run(tmp_path, finished=False)))
+    assert (line["status"], line["diverged"], line["time"]) == ("unfinished", False, 400.0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher"),
+    [("val/quality", False), ("val/recall_1nfe", True), ("val/score/x_2nfe", True), ("val/fd_4nfe", False)],
+)
+def test_direction_of_metrics(metric: str, higher: bool) -> None:
+    assert frames.higher_is_better(metric) is higher
+
+
+def test_mixed_protocols_are_refused_by_key(tmp_path: Path) -> None:
+    simulated.make_run(tmp_path, config_hash="00000001")
+    simulated.make_run(tmp_path, config_hash="00000002", evaluation={"n": 500})
+    with pytest.raises(InputError, match=r"evaluation\.n is 1000 .* got 500"):
+        load_study(tmp_path)
+
+
+def test_mixed_data_are_refused(tmp_path: Path) -> None:
+    simulated.make_run(tmp_path, config_hash="00000001")
+    simulated.make_run(tmp_path, config_hash="00000002", settings={"data": {"source": "mnist"}})
+    with pytest.raises(InputError, match=r"data\.source"):
+        load_study(tmp_path)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, study_folder: Path) -> None:
+    with pytest.raises(InputError, match="holds no trials"):
+        load_study(tmp_path)
+    with pytest.raises(InputError, match="no arm best; expected one of base, clip, ema"):
+        load_study(study_folder, "best")
+    with pytest.raises(InputError, match="is no ledger"):
+        load_study(write_lines(tmp_path / "x.jsonl", [{"a": 1}]))
+    with pytest.raises(InputError, match="not a run directory"):
+        load_run(tmp_path)
+
+
+def test_an_empty_log_is_refused(tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path, steps=2)
+    (run / "log.jsonl").write_text("")
+    with pytest.raises(InputError, match="no steps yet"):
+        load_run(run)
+
+
+def test_a_renamed_directory_keeps_its_arm(tmp_path: Path) -> None:
+    one, other = (load_run(simulated.make_run(tmp_path, seed=s, steps=3).rename(tmp_path / f"r{s}")) for s in (0, 1))
+    assert one.config_hash == other.config_hash
+    assert isinstance(one.frame(), pd.DataFrame)

@@ -1,0 +1,259 @@
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from analysis import cli, plots
+from analysis.page import Gallery, Heading, Links, Page, Picture, Table, Text, cell
+from analysis.report import report
+from tests.analysis import simulated
+from twinrl.errors import InputError
+from twinrl.tracking import runlog
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated.make_study(tmp_path_factory.mktemp("studies"), seeds=6)
+
+
+@pytest.fixture(scope="module")
+def study_page(study_folder: Path) -> Path:
+    return report(study_folder)
+
+
+class Addresses(HTMLParser):
+    """Everything that a page would fetch, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [value or "" for name, value in attrs if name == "src" or (tag == "link" and name == "href")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_needs_nothing_from_elsewhere(study_page: Path) -> None:
+    page = Addresses(study_page.read_text())
+    assert len(page.fetched) >= 8
+    assert all(address.startswith("data:image/") for address in page.fetched)
+
+
+def test_the_page_says_what_is_planted(study_page: Path) -> None:
+    text = Addresses(study_page.read_text()).text
+    assert "3 arms, 6 seeds an arm, 400 steps; base: base" in text
+    assert "0 of 6 diverged in clip, ema, which excludes only rates above 46 % (95 %)." in text
+    assert "Below 50 % accuracy: base: zero, one, two." in text
+    assert "With 6 common seeds no difference can pass Wilcoxon's test in 2 comparisons; 7 seeds could." in text
+    for heading in ("Ranking", "Time to divergence", "Factors", "Reward against recall", "Prompts", "Cost", "Samples"):
+        assert heading in text
+
+
+def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: Path) -> None:
+    folder = study_page.parent
+    images = re.findall(r"!\[.*?\]\((.+?)\)", (folder / "report.md").read_text())
+    assert len(images) >= 8
+    assert all((folder / image).is_file() for image in images)
+    assert {path.stem for path in folder.glob("figures/*.svg")} == {path.stem for path in folder.glob("figures/*.pdf")}
+    assert len(pd.read_csv(folder / "trials.csv")) == 18
+    assert len(list(study_folder.glob(f"*/{runlog.PARQUET_NAME}"))) == 18
+
+
+def test_a_report_can_be_repeated_and_figures_are_the_same(
+    study_page: Path, study_folder: Path, tmp_path: Path
+) -> None:
+    again = report(study_folder, tmp_path)
+    for path in (study_page.parent / "figures").glob("*.svg"):
+        assert path.read_bytes() == (tmp_path / "figures" / path.name).read_bytes()
+    assert again.parent == tmp_path
+
+
+def test_one_seed_gives_a_report_without_a_ranking(tmp_path: Path) -> None:
+    page = report(simulated.make_study(tmp_path, seeds=1)).read_text()
+    assert "There is no ranking: arm base has 1 finished seed" in page
+    assert "run 13 more" in page
+    assert "Time to divergence" in page
+
+
+def test_a_run_and_its_arm(tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path, spikes_at=(120, 200, 330), diverges_at=340)
+    simulated.make_run(tmp_path, seed=1)
+    text = Addresses(report(run).read_text()).text
+    assert "It finished after 400 steps. Diverged at step 340 (val/quality). 3 spikes" in text
+    assert "rectify led, 3 steps before the total. Mean cosines before: base·rectify 0.2" in text
+    assert "twinflow-0a1b2c3d-s1" in text
+    assert "17" in text
+    assert (run / runlog.PARQUET_NAME).is_file()
+
+
+def test_learning_rates_as_a_factor_give_critical_ones(tmp_path: Path) -> None:
+    rates = ("0.001", "0.002", "0.004", "0.008", "0.016")
+    arms = [{"name": f"{t} {lr}", "config_hash": f"{t}{lr}", "levels": {"teacher": t, "optim.lr": lr}, "steps": 100}
+            for t in ("live", "ema") for lr in rates]  # fmt: skip
+    limit = {"live": 0.003, "ema": 0.006}
+    lines = []
+    for arm in arms:
+        for seed in range(4):
+            levels = arm["levels"]
+            assert isinstance(levels, dict)
+            broken = float(levels["optim.lr"]) > limit[levels["teacher"]]
+            lines.append({
+                "format": "twinrl-ledger/1", "config_hash": arm["config_hash"], "seed": seed, "fingerprint": "f",
+                "status": "diverged" if broken else "finished", "step": 40 if broken else 100, "message": "",
+                "metrics": {} if broken else {"val/quality": 0.1 + 0.01 * seed}, "seconds": 1.0, "where": {},
+                "diverged": {"step": 40, "kind": "nonfinite"} if broken else None,
+            })  # fmt: skip
+    (tmp_path / "study.json").write_text(json.dumps({"name": "lr", "metric": "val/quality", "arms": arms}))
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    markdown = report(tmp_path).with_suffix(".md").read_text()
+    assert "| teacher=ema | 4 of 4 | 0.00566 | 1 [1, 1] |" in markdown
+    assert "change of val/quality (ranks)" in markdown
+    assert "| live 0.016 | 4 | ∞ [−∞, ∞] |" in markdown
+
+
+def test_a_ledger_alone_is_enough(tmp_path: Path) -> None:
+    lines = [
+        {"format": "twinrl-ledger/1", "config_hash": arm, "seed": seed, "fingerprint": "f", "status": "finished",
+         "step": 100, "message": "", "metrics": {"val/quality": quality + 0.01 * seed}, "diverged": None,
+         "seconds": 1.0, "where": {}}
+        for arm, quality in (("a", 0.1), ("b", 0.5)) for seed in range(6)
+    ]  # fmt: skip
+    ledger = tmp_path / "host.jsonl"
+    ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(ledger, base="b").read_text()
+    assert "better than the base at 5 % family-wise: a" in page
+    assert "No run diverged." in page
+    assert (tmp_path / "host-report" / "report.md").is_file()
+
+
+@pytest.mark.slow
+def test_mlflow_experiments_are_studies(tmp_path: Path) -> None:
+    from twinrl.tracking.mlflow_view import publish
+
+    folder, uri = tmp_path / "runs", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    for k, kind in enumerate(("base", "ema")):
+        for seed in range(2):
+            run = simulated.make_run(folder, name=kind, config_hash=f"0000000{k}", seed=seed, steps=40,
+                                     quality=0.3 - 0.2 * k, settings={"teacher": {"kind": kind}})  # fmt: skip
+            publish(run, uri, "lab", {"arm": kind, "seed": seed, "config_hash": f"0000000{k}"}, final=True)
+    page = report("lab", tmp_path / "out", tracking_uri=uri).read_text()
+    assert "2 arms, 2 seeds an arm, 40 steps; base: base" in page
+    assert "teacher.kind" in page
+    linked = report(folder, tmp_path / "linked").read_text()
+    assert linked.count('<a href="http://127.0.0.1:5000/#/') == 5
+    with pytest.raises(InputError, match="no finished runs of 'nothing'"):
+        report("nothing", tmp_path / "out", tracking_uri=uri)
+    with pytest.raises(InputError, match="no MLflow store at"):
+        report("lab", tmp_path / "out", tracking_uri=f"sqlite:///{tmp_path}/gone.db")
+    assert not (tmp_path / "gone.db").exists()
+
+
+# --- bad input, command line ------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(study_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing at"):
+        report(tmp_path / "absent")
+    with pytest.raises(InputError, match="holds no trials"):
+        report(tmp_path)
+    with pytest.raises(InputError, match="no run logged val/fid; expected one of"):
+        report(study_folder, tmp_path, metric="val/fid")
+    simulated.make_run(tmp_path / "one")
+    with pytest.raises(InputError, match="got one arm, twinflow; expected two or more"):
+        report(tmp_path / "one")
+
+
+def app() -> typer.Typer:
+    command = typer.Typer()
+    command.command()(lambda: None)
+    cli.register(command)
+    return command
+
+
+def test_the_command_prints_where_the_report_is(tmp_path: Path) -> None:
+    rows = "\n".join(f"{k},{50 if k == 90 else 1 + 0.01 * (k % 7)}" for k in range(120))
+    (tmp_path / "log.csv").write_text(f"s,norm\n{rows}\n")
+    arguments = ["analyze", str(tmp_path / "log.csv"), "--column", "step=s", "--column", "grad/total/norm_raw=norm"]
+    done = CliRunner().invoke(app(), arguments)
+    assert done.exit_code == 0, done.output
+    assert f"report: {tmp_path}/log-report/report.html" in done.output.replace("\n", "")
+    assert "1 spikes" not in (page := (tmp_path / "log-report/report.html").read_text())
+    assert "1 spike" in page
+
+
+def test_a_pair_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app(), ["analyze", str(tmp_path), "--interaction", "lr"])
+    assert isinstance(done.exception, InputError)
+    assert "'lr' is no pair" in str(done.exception)
+
+
+def test_registering_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, analysis.cli; heavy = {'pandas', 'matplotlib', 'scipy', 'torch', 'mlflow'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_analysis_never_imports_torch_or_ray(tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path, steps=60)
+    code = (
+        f"import sys, analysis.study_page; from analysis.report import report; report({str(run)!r}); "
+        "print(sorted({'torch', 'ray'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+# --- pages ------------------------------------------------------------------------------------------------
+
+
+def test_text_cannot_break_a_page(tmp_path: Path) -> None:
+    picture = tmp_path / "a b.png"
+    picture.write_bytes(b"png")
+    table = pd.DataFrame({"arm|x": ["<b>|"], "value": [0.5]})
+    page = Page("<t>", [Heading("a<b"), Text("x & y", note=True), Table(table), Gallery([Picture(picture, '"q"')]),
+                        Links([("here", 'http://x/"y')])])  # fmt: skip
+    html = page.html()
+    assert "<b>" not in html
+    assert "&lt;b&gt;|" in html
+    assert 'href="http://x/&quot;y"' in html
+    markdown = page.markdown(tmp_path)
+    assert "| arm\\|x | value |" in markdown
+    assert "](a%20b.png)" in markdown
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (3.0, "3"), (0.12345, "0.123"), (12345, "12,345"), ("x", "x")]
+)
+def test_cells(value: object, text: str) -> None:
+    assert cell(value) == text
+
+
+def test_open_intervals_are_drawn_as_arrows(tmp_path: Path) -> None:
+    from math import inf, nan
+
+    from analysis.intervals import Interval
+
+    rows = {
+        "a": Interval(1.0, 0.5, 2.0, 5, ""),
+        "b": Interval(nan, 0.0, inf, 5, ""),
+        "c": Interval(inf, -inf, inf, 5, ""),
+    }
+    figure = plots.forest(rows, "hazard ratio", reference=1.0, log_scale=True)
+    markers = [line.get_marker() for line in figure.axes[0].lines]
+    assert markers.count(">") == 2
+    texts = {text.get_text() for text in figure.axes[0].texts}
+    assert texts == {"no estimate", "estimate ∞"}
+    assert plots.save(figure, tmp_path / "f.svg").read_text().startswith("<?xml")

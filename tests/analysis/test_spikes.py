@@ -1,0 +1,161 @@
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis import foreign, spikes
+from analysis.frames import load_run
+from tests.analysis import simulated
+from twinrl.errors import InputError
+
+AT = (120, 200, 260, 330)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated.make_run(tmp_path_factory.mktemp("runs"), spikes_at=AT)
+
+
+def test_planted_spikes_their_leader_and_lead_are_found(run_folder: Path) -> None:
+    found = spikes.find(load_run(run_folder).rows)
+    assert [s.step for s in found] == list(AT)
+    assert {s.leader for s in found} == {simulated.LEADER}
+    assert {s.lead for s in found} == {simulated.LEAD}
+    assert all(s.value > 100 * s.reference for s in found)
+    assert all(0.9 < s.share <= 1 for s in found)
+
+
+def test_what_came_before_is_measured(run_folder: Path) -> None:
+    for spike in spikes.find(load_run(run_folder).rows):
+        assert spike.cosines["base·rectify"] == pytest.approx(0.2, abs=0.05)
+        assert 2 < spike.indicators["opt/rms_max"] < 2.6  # 1.2 → 2.7 while the leader stands out
+
+
+def test_nothing_is_found_where_nothing_is_planted(tmp_path: Path) -> None:
+    run = load_run(simulated.make_run(tmp_path))
+    assert spikes.find(run.rows) == []
+    assert spikes.recurring_rows(run) == []
+    assert len(spikes.table([])) == 0
+
+
+def test_non_finite_norms_are_spikes_of_their_own_kind(run_folder: Path) -> None:
+    rows = load_run(run_folder).rows[:100]
+    rows[60] = rows[60] | {"grad/total/norm_raw": math.inf, "grad/base/norm_raw": math.nan}
+    (found,) = spikes.find(rows)
+    assert (found.step, found.kind, found.leader) == (61, "nonfinite", "base")
+    assert math.isinf(found.value)
+
+
+def test_a_term_may_spike_alone(run_folder: Path) -> None:
+    rows = load_run(run_folder).rows[:110]
+    rows[80] = rows[80] | {"grad/adversarial/norm_raw": 40.0}
+    (found,) = spikes.find(rows)
+    assert (found.step, found.leader, found.series) == (81, "adversarial", "grad/adversarial/norm_raw")
+    assert found.value == 40.0
+    assert math.isnan(found.lead)
+
+
+def test_steps_repeated_after_a_rollback_are_told_apart(run_folder: Path) -> None:
+    rows = load_run(run_folder).rows
+    found = spikes.find(rows[:220] + rows[150:220])
+    assert [s.step for s in found] == [120, 200, 200]
+
+
+def test_the_guilty_data_row_is_named_and_no_other(run_folder: Path) -> None:
+    found = spikes.recurring_rows(load_run(run_folder))
+    assert [(r.row, r.count, r.events) for r in found] == [(simulated.GUILTY_ROW, 4, 4)]
+
+
+def test_random_batches_name_no_row(tmp_path: Path) -> None:
+    run = load_run(simulated.make_run(tmp_path, steps=3))
+    rng, named = np.random.default_rng(0), 0
+    for _ in range(300):
+        run.events[:] = [{"kind": "spike", "rows": rng.choice(500, 32, replace=False).tolist()} for _ in range(12)]
+        named += bool(spikes.recurring_rows(run))
+    assert named / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+def test_leaders_and_gaps(run_folder: Path) -> None:
+    run = load_run(run_folder)
+    found = spikes.find(run.rows)
+    table = spikes.leaders(found, {"terms": {"rectify": {"branches": ["e2e"]}}})
+    assert table.iloc[0].tolist() == ["rectify", 4, 3.0, "e2e"]
+    assert spikes.gaps(found) < 0.5  # planted at regular distances
+    assert math.isnan(spikes.gaps(found[:2]))
+
+
+def test_a_log_without_norms_is_refused() -> None:
+    with pytest.raises(InputError, match="no grad/total/norm_raw"):
+        spikes.find([{"step": 1, "iteration": 0, "loss/total": 1.0}])
+
+
+# --- foreign logs -----------------------------------------------------------------------------------------
+
+MAPPING = {"step": "global_step", "grad/total/norm_raw": "train/grad_norm", "loss/total": "train/loss"}
+
+
+def columns() -> list[dict[str, object]]:
+    """A foreign history with one spike at step 150, and an evaluation row that repeats a step."""
+    rng = np.random.default_rng(1)
+    records: list[dict[str, object]] = [
+        {"global_step": k, "train/grad_norm": (50.0 if k == 150 else 1.0) * math.exp(0.1 * rng.standard_normal()),
+         "train/loss": "NaN" if k == 170 else 0.5}
+        for k in range(200)
+    ]  # fmt: skip
+    return [*records, {"global_step": 199, "eval/loss": 0.4}]
+
+
+def as_csv(path: Path) -> Path:
+    names = ["global_step", "train/grad_norm", "train/loss", "eval/loss"]
+    lines = [",".join(str(record.get(name, "")) for name in names) for record in columns()]
+    path.write_text("\n".join([",".join(names), *lines]))
+    return path
+
+
+def as_wandb_json(path: Path) -> Path:
+    path.write_text(json.dumps(columns()))
+    return path
+
+
+def as_json_lines(path: Path) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in columns()))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "name"), [(as_csv, "log.csv"), (as_wandb_json, "history.json"), (as_json_lines, "history.jsonl")]
+)
+def test_foreign_logs_are_analyzed_like_ours(write, name: str, tmp_path: Path) -> None:
+    rows = foreign.read(write(tmp_path / name), MAPPING)
+    assert [row["step"] for row in rows] == list(range(200))
+    found = spikes.find(rows)
+    assert [(s.step, s.kind) for s in found] == [(150, "spike"), (170, "nonfinite")]
+    assert math.isnan(rows[170]["loss/total"])
+
+
+def test_foreign_bad_input_is_one_line(tmp_path: Path) -> None:
+    path = as_csv(tmp_path / "log.csv")
+    with pytest.raises(InputError, match="which column is the step"):
+        foreign.read(path, {"loss/total": "train/loss"})
+    with pytest.raises(InputError, match="no column grads; expected one of eval/loss, global_step"):
+        foreign.read(path, {"step": "global_step", "grad/total/norm_raw": "grads"})
+    with pytest.raises(InputError, match="unknown format"):
+        foreign.read(path.rename(tmp_path / "log.xml"), MAPPING)
+
+
+def test_tensorboard_needs_its_reader(tmp_path: Path) -> None:
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(InputError, match="pip install tensorboard"):
+            foreign.read(tmp_path, MAPPING)
+        return
+    from tensorboardX import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for k in range(5):
+            writer.add_scalar("train/loss", 1.0 / (k + 1), k)
+    rows = foreign.read(tmp_path, {"step": "step", "loss/total": "train/loss"})
+    assert rows[4]["loss/total"] == pytest.approx(0.2)

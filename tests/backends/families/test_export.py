@@ -1,0 +1,131 @@
+"""Train a little, export, sample with nothing but diffusers: the image is our sampler's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from tests.backends.families.conftest import disturbed
+from tests.backends.families.test_networks import T, at
+from twinrl.backends.families import load_family
+from twinrl.backends.families.export import export
+from twinrl.backends.families.lora import LoraSettings
+from twinrl.errors import InputError
+from twinrl.sampling import few_step, keyed_noise, sample
+from twinrl.sampling.scheduler import TwinFlowScheduler
+
+SCRIPT = """
+from twinrl.compat import ensure_torchvision; ensure_torchvision()  # for machines without torchvision's native part
+import twinrl
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({folder!r})
+image = pipeline("a red cat", num_inference_steps=2, guidance_scale=0, {more}).images[0]
+"""
+
+
+def trained(case, steps=8, **settings):
+    """A student after a few steps towards one-step samples of a fixed target and another fake velocity."""
+    network, z, told = case.network(**settings), case.noise(), case.condition
+    target, zero = case.noise(1), torch.zeros(2)
+    ones, losses = torch.ones(2), []
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-3)
+    for _ in range(steps):
+        jump = (network(z, ones, zero, told) - (z - target)).square().mean()
+        fake = (network(z, -T, -T, told) - target).square().mean()
+        optimizer.zero_grad()
+        (jump + fake).backward()
+        optimizer.step()
+        losses.append(float((jump + fake).detach()))
+    return network, losses
+
+
+def few(case, network, z, steps):
+    """Our sampler's result, with the injected noise laid out as the pipeline holds its latents."""
+    shape = case.family.to_pipeline(z).shape
+    noise = lambda step: case.family.from_pipeline(keyed_noise(shape, 0, step), case.shape)  # noqa: E731
+    return sample(network, z, case.condition, few_step(steps), noise=noise)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
+def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
+    network, losses = trained(case, lora=lora)
+    assert losses[-1] < losses[0]
+    before = at(network, case, -T, 0 * T)
+    export(network, case.family, tmp_path / "student", TwinFlowScheduler(), base="owner/base")
+    assert torch.equal(at(network, case, -T, 0 * T), before)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    for steps in (1, 2, 4):
+        z = case.noise(steps)
+        told = {"num_inference_steps": steps, "guidance_scale": 0, "output_type": "latent"}
+        theirs = case.family.from_pipeline(case.call(pipeline, z, **told), case.shape)
+        # float32 cannot hold 1 − 0.999 to more than 4 digits, and Z-Image is told 1000·(1 − t)
+        atol = 2e-4 if case.name == "z_image" else 1e-5
+        torch.testing.assert_close(theirs, few(case, network, z, steps), atol=atol, rtol=0)
+
+
+def test_images_are_equal_to_the_last_bit_of_a_pixel(case, tmp_path):
+    network, _ = trained(case)
+    export(network, case.family, tmp_path / "student", TwinFlowScheduler(), base="owner/base")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
+    z = case.noise()
+    theirs = case.call(pipeline, z, num_inference_steps=1, guidance_scale=0, output_type="np")
+    ours = case.family.decode(few(case, network, z, 1)).detach()
+    ours = ((ours / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
+    assert torch.equal((torch.from_numpy(theirs) * 255).round(), ours)
+
+
+def test_an_exported_folder_is_a_start_again(case, tmp_path):
+    """Second time and sign come back from the weights, by the same path as any folder."""
+    network = disturbed(case.network())
+    export(network, case.family, tmp_path / "student", TwinFlowScheduler(), base="owner/base")
+    config = case.config.model_copy(update={"path": str(tmp_path / "student")})
+    again = load_family(case.name, config).network(config)
+    assert torch.equal(at(again, case, -T, 0 * T), at(network, case, -T, 0 * T))
+
+
+def test_index_card_and_scheduler(sd3, tmp_path):
+    scheduler = TwinFlowScheduler(style="any", seed=5)
+    export(sd3.network(), sd3.family, tmp_path / "s", scheduler, base="owner/base", dtype=torch.bfloat16)
+    index = json.loads((tmp_path / "s" / "model_index.json").read_text())
+    assert index["transformer"] == ["twinrl", "SD3TwinFlowTransformer"]
+    assert index["scheduler"] == ["twinrl", "TwinFlowScheduler"]
+    assert index["vae"] == ["diffusers", "AutoencoderKL"]
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "base_model: owner/base" in card
+    assert 'from_pretrained("s")' in card
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "s")
+    assert loaded.scheduler.config["seed"] == 5
+    saved = json.loads((tmp_path / "s" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["style"] == "any"
+
+
+def test_dtype_of_the_written_weights(sd3, tmp_path):
+    from safetensors.torch import load_file
+
+    network = sd3.network()
+    export(network, sd3.family, tmp_path / "s", TwinFlowScheduler(), base="b", dtype=torch.bfloat16)
+    weights = load_file(tmp_path / "s" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+    assert network.transformer.dtype == torch.float32
+
+
+def test_a_folder_in_use_is_left_alone(sd3, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match="is in use"):
+        export(sd3.network(), sd3.family, tmp_path, TwinFlowScheduler(), base="b")
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+def test_the_three_line_script(sd3, tmp_path):
+    """In a fresh interpreter, with nothing imported but ``twinrl`` and diffusers."""
+    export(sd3.network(), sd3.family, tmp_path / "s", TwinFlowScheduler(), base="b")
+    more = "height=16, width=16, max_sequence_length=16"
+    script = SCRIPT.format(folder=str(tmp_path / "s"), more=more) + "assert image.size == (16, 16)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

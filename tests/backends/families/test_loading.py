@@ -1,0 +1,180 @@
+"""What goes in: folders, hub names, published TwinFlow weights; and one line on what is wrong with the rest."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.backends.families.test_networks import T, at
+from twinrl.backends.families import FAMILIES, family_class, load_family
+from twinrl.backends.families.family import FamilyConfig
+from twinrl.errors import InputError
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def folder(sd3, tmp_path):
+    """A copy of SD3's folder to damage."""
+    return shutil.copytree(sd3.folder, tmp_path / "sd3")
+
+
+def load(folder, name="sd3"):
+    config = FamilyConfig(path=str(folder))
+    return load_family(name, config).network(config)
+
+
+def refused(folder, name="sd3"):
+    with pytest.raises(InputError) as caught:
+        load(folder, name)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_family_is_registered_under_its_name():
+    assert [family_class(name).NAME for name in FAMILIES] == list(FAMILIES)
+
+
+def test_unknown_family_lists_the_known():
+    with pytest.raises(InputError, match="unknown family 'sdxl'; expected one of sd3, qwen_image"):
+        family_class("sdxl")
+
+
+def test_neither_folder_nor_hub_name(tmp_path):
+    assert refused(tmp_path / "none").endswith("expected a diffusers folder or a hub name like owner/name")
+
+
+def test_a_hub_name_without_network(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "the model hub cannot be reached" in refused("owner/model")
+
+
+def test_a_hub_name_in_the_cache_is_used_without_network(sd3, monkeypatch, tmp_path):
+    """The cache's layout: a reference to a revision, and its snapshot."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--tiny"
+    shutil.copytree(sd3.folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert torch.equal(at(load("owner/tiny"), sd3), at(sd3.network(), sd3))
+
+
+def test_an_ordinary_folder(tmp_path):
+    assert refused(tmp_path) == f"{tmp_path} is no diffusers pipeline; expected a file model_index.json in it"
+
+
+def test_another_familys_folder(folder):
+    message = refused(folder, "flux")
+    assert "got StableDiffusion3Pipeline; expected FluxPipeline" in message
+
+
+@pytest.mark.parametrize("component", ["vae", "text_encoder_3", "transformer"])
+def test_a_missing_component(folder, component):
+    shutil.rmtree(folder / component)
+    assert f"lacks a component; got no folder {component}" in refused(folder)
+
+
+def test_a_damaged_index(folder):
+    (folder / "model_index.json").write_text("{")
+    assert "model_index.json is missing or damaged" in refused(folder)
+
+
+def test_a_transformer_without_configuration(folder):
+    (folder / "transformer" / "config.json").unlink()
+    assert "config.json is missing or damaged" in refused(folder)
+
+
+def test_damaged_weights(folder):
+    (folder / WEIGHTS).write_bytes(b"no weights")
+    assert "transformer cannot be loaded" in refused(folder)
+
+
+def test_missing_weights_are_not_made_up(folder):
+    weights = load_file(folder / WEIGHTS)
+    del weights["proj_out.bias"]
+    save_file(weights, folder / WEIGHTS)
+    assert "lacks weights; got no proj_out.bias (1 in all)" in refused(folder)
+
+
+def test_variants_that_cannot_be_trained(cases, tmp_path):
+    changes = {"qwen_image": "use_additional_t_cond", "sana": "guidance_embeds"}
+    for name, option in changes.items():
+        copied = shutil.copytree(cases(name).folder, tmp_path / name)
+        pipeline = cases(name).pipeline
+        config = {k: v for k, v in pipeline.transformer.config.items() if not k.startswith("_")}
+        type(pipeline.transformer)(**config | {option: True}).save_pretrained(copied / "transformer")
+        assert option in refused(copied, name) or "SANA-Sprint" in refused(copied, name)
+
+
+# --- published TwinFlow checkpoints ---------------------------------------------------------------------
+
+
+def published(case, folder, names=lambda name: True):
+    """``folder`` with a second time module as public code saves it, and no sign."""
+    network = case.network()
+    second = {n: p for n, p in network.transformer.twin_parameters().items() if n != "twin_sign"}
+    second = {n: torch.randn_like(p).detach() for n, p in second.items() if names(n)}
+    save_file(load_file(folder / WEIGHTS) | second, folder / WEIGHTS)
+    return second
+
+
+def test_published_second_times_load_and_the_missing_sign_is_said(case, tmp_path, caplog):
+    folder = shutil.copytree(case.folder, tmp_path / "published")
+    second = published(case, folder)
+    with caplog.at_level(logging.INFO, logger="twinrl"):
+        network = load(folder, case.name)
+    loaded = network.transformer.twin_parameters()
+    assert all(torch.equal(loaded[name], value) for name, value in second.items())
+    assert loaded["twin_sign"].abs().sum() == 0
+    assert "has no sign embedding" in caplog.text
+    assert "has no second time embedding" not in caplog.text
+    assert torch.equal(at(network, case), at(case.network(), case))
+    assert torch.equal(at(network, case, -T, -T), at(network, case, T, T))
+
+
+def test_what_published_second_times_mean(sd3, tmp_path):
+    """temb + temb₂(1000·r)·(t − r), as the public SD3 transformer has it."""
+    folder = shutil.copytree(sd3.folder, tmp_path / "published")
+    published(sd3, folder)
+    network, r = load(folder), 0.4 * T
+    transformer, pooled = network.transformer, sd3.condition["pooled"]
+    stock = sd3.pipeline.transformer.time_text_embed
+    expected = stock(1000 * T, pooled) + transformer.time_text_embed_2(1000 * r, pooled) * (T - r)[:, None]
+    with transformer.at(T, r):
+        torch.testing.assert_close(transformer.time_text_embed(1000 * T, pooled), expected)
+
+
+def test_a_stock_checkpoint_says_that_both_are_new(sd3, caplog):
+    with caplog.at_level(logging.INFO, logger="twinrl"):
+        sd3.network()
+    assert "has no second time embedding: it starts without effect" in caplog.text
+    assert "has no sign embedding" in caplog.text
+
+
+def test_half_a_second_time_is_refused(sd3, folder):
+    published(sd3, folder, names=lambda name: "text_embedder" in name)
+    assert "has a part of time_text_embed_2 only" in refused(folder)
+
+
+def test_content_hash_is_the_weights_not_the_place(sd3, folder):
+    family = load_family("sd3", FamilyConfig(path=str(folder)))
+    before = family.content_hash
+    assert before == sd3.family.content_hash
+    weights = load_file(folder / WEIGHTS)
+    save_file(weights | {"proj_out.bias": weights["proj_out.bias"] + 1}, folder / WEIGHTS)
+    assert family.content_hash != before
+
+
+def test_settings_are_checked():
+    from pydantic import ValidationError
+
+    with pytest.raises(ValidationError):
+        FamilyConfig(path="x", dtype="fp8")
+    fields = FamilyConfig.model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
+    assert json.loads(FamilyConfig(path="x", lora={"rank": 8}).model_dump_json())["lora"]["rank"] == 8

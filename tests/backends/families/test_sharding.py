@@ -1,0 +1,54 @@
+"""FSDP2 around a family's network: hooks, times and gradients survive sharding and its mixed precision."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from tests.backends.families.conftest import disturbed
+from tests.backends.families.test_networks import T
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    """A process group of one."""
+    file = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", store=dist.FileStore(str(file), 1), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def sharded(case, mesh, policy):
+    """Blocks first, then the transformer: the root has to be inside the network, whose times must stay exact."""
+    network = disturbed(case.network())
+    blocks = case.family.block_classes(network)
+    for module in network.modules():
+        if type(module) in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(network.transformer, mesh=mesh, mp_policy=policy)
+    return network
+
+
+def gradients(case, network):
+    velocity = network(case.noise(), -T, 0.5 * -T, case.condition)
+    velocity.square().mean().backward()
+    grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+    return velocity.detach(), whole
+
+
+def test_sharded_equals_whole(case, mesh):
+    expected = gradients(case, disturbed(case.network()))
+    torch.testing.assert_close(gradients(case, sharded(case, mesh, MixedPrecisionPolicy())), expected)
+
+
+def test_times_stay_exact_under_its_mixed_precision(case, mesh):
+    network = sharded(case, mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    transformer, seen = network.transformer, []
+    getattr(transformer, transformer.TIME).register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    t = torch.tensor([0.999, 1.0])
+    with torch.no_grad():
+        network(case.noise(), t, t, case.condition)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(transformer.level(seen[0]), t, atol=1e-7, rtol=0)

@@ -1,0 +1,74 @@
+"""What Adam's state says, against numbers made by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from twinrl.gradients import telemetry
+
+ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+
+
+def parameter(*values: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", ADAMS)
+def test_rms_by_hand(kind: str) -> None:
+    """β₂ = 0.9. Gradients 1 then 3: v = 0.9·0.1 + 0.1·9 = 0.99, v̂ = 0.99/(1 − 0.81) = 5.2105, g²/v̂ = 1.7273."""
+    p = parameter(1.0)
+    optimizer = ADAMS[kind]([p], lr=0.1, betas=(0.5, 0.9))
+    found = []
+    for gradient in (1.0, 3.0):
+        p.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+        found.append(telemetry.rms(optimizer)[p].item())
+    assert found == pytest.approx([1, math.sqrt(9 / (0.99 / 0.19))], rel=1e-12)
+
+
+def test_rms_is_a_mean_over_the_tensor_and_bounded_by_eps() -> None:
+    """An entry that never had a gradient counts 0; one of 1e-12 with eps = 1e-8 counts 1e-8, not 1."""
+    p = parameter(1.0, 1.0, 1.0)
+    optimizer = torch.optim.AdamW([p], betas=(0.5, 0.9), eps=1e-8)
+    p.grad = torch.tensor([2.0, 0.0, 1e-12], dtype=torch.float64)
+    optimizer.step()
+    assert telemetry.rms(optimizer)[p].item() == pytest.approx(math.sqrt((1 + 0 + 1e-8) / 3), rel=1e-12)
+
+
+def test_rms_shows_a_spike_after_a_calm_past() -> None:
+    p = parameter(1.0)
+    optimizer = torch.optim.AdamW([p], betas=(0.9, 0.99))
+    for gradient in [1.0] * 50 + [20.0]:
+        p.grad = torch.tensor([gradient], dtype=torch.float64)
+        optimizer.step()
+    assert telemetry.rms(optimizer)[p] > 2.3
+
+
+def test_frozen_parameters_have_no_rms() -> None:
+    p, frozen = parameter(1.0), parameter(1.0)
+    optimizer = torch.optim.AdamW([p, frozen])
+    assert telemetry.rms(optimizer) == {}
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert list(telemetry.rms(optimizer)) == [p]
+
+
+def test_nan_is_the_largest() -> None:
+    values = [torch.tensor(value) for value in (1.0, 3.0, 2.0)]
+    assert telemetry.largest(values) == 3
+    assert telemetry.largest([*values, torch.tensor(math.nan)]).isnan()
+    assert telemetry.largest([]) == 0
+
+
+def test_update_over_weight() -> None:
+    """‖(3, 4)‖ / ‖(6, 8)‖ over two parameters together."""
+    parameters, before = [parameter(9.0), parameter(12.0)], [parameter(6.0), parameter(8.0)]
+    assert telemetry.update_ratio(parameters, before).item() == pytest.approx(0.5)
+    assert telemetry.update_ratio(before, before) == 0
+
+
+def test_finite_parameters() -> None:
+    assert telemetry.all_finite([parameter(1.0), parameter(2.0)])
+    assert not telemetry.all_finite([parameter(1.0), parameter(2.0, math.inf)])

@@ -1,0 +1,183 @@
+"""A second time and a sign for a pretrained diffusers transformer, without touching its forward pass.
+
+    e(t, r) = e₁(|t|, …) + (|t| − |r|)·e₂(|r|, …) + [t < 0]·s
+
+e₁ is the transformer's own time module. e₂ has the same structure, the sign s is one vector; e₂'s last layers and s
+start at zero, so a new student equals its teacher everywhere, and it stays equal at r = t ≥ 0 whatever they learn.
+The factor (|t| − |r|) is zero on both branches at r = t, so s alone tells (t, t) from (−t, −t).
+
+e₂ keeps the names of the published TwinFlow checkpoints (``time_text_embed_2.*``, ``time_embed_2.*``,
+``t_embedder_2.*``) and their meaning, so that their weights load. Those tell the branches apart by the sign of the time
+given to e₁ instead, or not at all; they bring no s, which then starts at zero.
+
+Everything enters through two hooks on the time module: one replaces the time it is given, which forward passes round to
+the weights' precision, by the exact one; the other adds e₂ and s to its result. A forward pass outside :meth:`at`,
+as stock pipelines make it, uses the time it was given and r = 0: few-step sampling.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from twinrl.backends.embedding import at_least_single
+
+_log = logging.getLogger(__name__)
+
+
+class TwinTimes(nn.Module):
+    """Mixin for diffusers transformers, before the transformer's class in the bases.
+
+    Attributes:
+        TIME: name of the transformer's time module; the second one is ``TIME + "_2"``.
+        OUTPUTS: the linear layers inside it whose widths are those of the tensors it returns, in order.
+        SILENT: further layers inside it that must be zero for its output to be zero.
+        twin: False hides e₂ and s (see :meth:`as_pretrained`).
+    """
+
+    TIME: ClassVar[str] = "time_text_embed"
+    OUTPUTS: ClassVar[tuple[str, ...]] = ("timestep_embedder.linear_2",)
+    SILENT: ClassVar[tuple[str, ...]] = ()
+    config: Any  # diffusers' own
+    twin: bool = True
+    _times: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        first = getattr(self, self.TIME)
+        setattr(self, self.second_name, copy.deepcopy(first))  # before the hooks, which are not for the copy
+        self.twin_widths = tuple(first.get_submodule(name).out_features for name in self.OUTPUTS)
+        weight = first.get_submodule(self.OUTPUTS[0]).weight
+        self.twin_sign = nn.Parameter(torch.zeros(sum(self.twin_widths), dtype=weight.dtype, device=weight.device))
+        self._silence()
+        first.register_forward_pre_hook(self._give_exact_time, with_kwargs=True)
+        first.register_forward_hook(self._add_second, with_kwargs=True)
+
+    # --- the family's time scale ------------------------------------------------------------------------
+
+    def module_time(self, level: Tensor) -> Tensor:
+        """What the time module is given at noise level |t| in [0, 1]."""
+        return 1000 * level
+
+    def level(self, module_time: Tensor) -> Tensor:
+        """The inverse of :meth:`module_time`."""
+        return module_time / 1000
+
+    def second_time(self, level: Tensor, target: Tensor) -> Tensor:
+        """What the second time module is given: by default |r|, scaled as the first one's time."""
+        return self.module_time(target)
+
+    # --- one forward pass -------------------------------------------------------------------------------
+
+    @contextmanager
+    def at(self, t_b: Tensor, r_b: Tensor) -> Iterator[None]:
+        """Forward passes inside see t in [−1, 1] (negative = fake branch) and |r| ≤ |t|, both (B,), exactly.
+
+        Times come this way and not as arguments because wrappers for mixed precision (FSDP2) round floating-point
+        arguments.
+        """
+        self._times = at_least_single(t_b), at_least_single(r_b)
+        try:
+            yield
+        finally:
+            self._times = None
+
+    def _give_exact_time(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._times is None:
+            return None
+        return (self.module_time(self._times[0].abs()), *args[1:]), kwargs
+
+    def _add_second(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not self.twin:
+            return output
+        level, target, fake = self._levels(args[0])
+        second = getattr(self, self.second_name)(self.second_time(level, target), *args[1:], **kwargs)
+        if isinstance(output, Tensor):
+            return self._sum(output, second, self.twin_sign, level - target, fake)
+        signs = self.twin_sign.split(self.twin_widths)
+        return tuple(self._sum(*each, level - target, fake) for each in zip(output, second, signs, strict=True))
+
+    def _levels(self, module_time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """|t|, |r| and whether the branch is the fake one, each (B,)."""
+        if self._times is None:
+            level = self.level(at_least_single(module_time))
+            return level, torch.zeros_like(level), torch.zeros_like(level, dtype=torch.bool)
+        t, r = self._times
+        return t.abs(), r.abs(), t < 0
+
+    @staticmethod
+    def _sum(first: Tensor, second: Tensor, sign: Tensor, length: Tensor, fake: Tensor) -> Tensor:
+        return first + second * length.to(first.dtype)[:, None] + sign.to(first.dtype) * fake.to(first.dtype)[:, None]
+
+    # --- parameters -------------------------------------------------------------------------------------
+
+    @property
+    def second_name(self) -> str:
+        """Attribute name of the second time module."""
+        return f"{self.TIME}_2"
+
+    def twin_parameters(self) -> dict[str, nn.Parameter]:
+        """The second time module's parameters and the sign, by their names in the transformer."""
+        second = {f"{self.second_name}.{n}": p for n, p in getattr(self, self.second_name).named_parameters()}
+        return {**second, "twin_sign": self.twin_sign}
+
+    def _silence(self) -> None:
+        """Zero the second time module's output layers."""
+        second = getattr(self, self.second_name)
+        layers = [second.get_submodule(n) for n in (*self.OUTPUTS, *self.SILENT) if _has(second, n)]
+        with torch.no_grad():
+            for parameter in (p for layer in layers for p in layer.parameters()):
+                parameter.zero_()
+
+    def complete(self, source: str) -> None:
+        """Give values to what a checkpoint did not bring (left on the meta device by loading), and log what.
+
+        Raises:
+            ValueError: the checkpoint brought a part of the second time module.
+        """
+        absent = {name for name, p in self.twin_parameters().items() if p.is_meta}
+        brought = set(self.twin_parameters()) - absent - {"twin_sign"}
+        if brought and absent - {"twin_sign"}:
+            raise ValueError(f"{source} has a part of {self.second_name} only; missing {', '.join(sorted(absent))}")
+        if not brought:
+            self._new_second()
+            _log.info("%s has no second time embedding: it starts without effect", source)
+        if "twin_sign" in absent:
+            self.twin_sign = nn.Parameter(self._like_first(self.twin_sign).zero_())
+            _log.info("%s has no sign embedding: it starts at zero, so both branches start alike", source)
+
+    def _new_second(self) -> None:
+        """The second time module as a silent copy of the first."""
+        first, second = getattr(self, self.TIME), getattr(self, self.second_name)
+        weight = first.get_submodule(self.OUTPUTS[0]).weight
+        second.to_empty(device=weight.device).to(weight.dtype).load_state_dict(first.state_dict())
+        self._silence()
+
+    def _like_first(self, parameter: Tensor) -> Tensor:
+        weight = getattr(self, self.TIME).get_submodule(self.OUTPUTS[0]).weight
+        return torch.empty_like(parameter, dtype=weight.dtype, device=weight.device)
+
+    @contextmanager
+    def as_pretrained(self) -> Iterator[None]:
+        """Inside, the transformer is the pretrained one: no second time, no sign, adapters off.
+
+        *When to use*: a frozen teacher under LoRA, at no cost in memory.
+        """
+        adapted = bool(getattr(self, "peft_config", None))
+        self.twin = False
+        if adapted:
+            self.disable_adapters()  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.twin = True
+            if adapted:
+                self.enable_adapters()  # type: ignore[operator]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    return name in dict(module.named_modules())

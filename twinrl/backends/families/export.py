@@ -1,0 +1,165 @@
+"""A student as a diffusers folder: stock pipelines then sample it in one to four steps.
+
+The folder holds the pipeline with the student's transformer, which takes r = 0 where nobody says otherwise, and a
+few-step scheduler. diffusers loads components of foreign classes only from modules that are already imported, and looks
+them up by the library's name in ``model_index.json``: that is ``twinrl``, so ``import twinrl`` suffices.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinrl.backends.families.family import Family, FamilyNetwork
+from twinrl.backends.families.loading import INDEX
+from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
+from twinrl.errors import InputError
+
+LIBRARY = "twinrl"
+
+
+def export(
+    network: FamilyNetwork,
+    family: Family,
+    folder: Path,
+    scheduler: Any,
+    *,
+    base: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the student as a diffusers pipeline; adapters are merged into the weights.
+
+    Arguments:
+        network: the student; left as it is. Its transformer is copied where it has adapters.
+        family: brings text encoders, tokenizers and VAE.
+        folder: must not exist, or be empty.
+        scheduler: a ``TwinFlowScheduler``; it decides style and seed of the samples.
+        base: name of the pretrained model, for the model card.
+        dtype: of the written transformer; None keeps the student's.
+
+    Raises:
+        InputError: the folder is in use.
+
+    *When to use*: at the end of a run, to use or to publish the student without twinrl's trainer. For a small file
+    beside an unchanged base model see :func:`export_lora`.
+    """
+    _claim(folder)
+    transformer = _merged(network.transformer)
+    if dtype is not None and dtype != transformer.dtype:
+        transformer = copy.deepcopy(transformer).to(dtype)
+    parts = family.pipeline.components | {"transformer": transformer, "scheduler": scheduler}
+    type(family.pipeline)(**parts).save_pretrained(folder)
+    _name_library(folder / INDEX)
+    (folder / "README.md").write_text(card(family, base, folder.name))
+
+
+def export_lora(network: FamilyNetwork, family: Family, folder: Path, *, base: str) -> None:
+    """Write the adapters in diffusers' LoRA format, and beside them the second time embedding and the sign.
+
+    Raises:
+        InputError: the student has no adapters, or the folder is in use.
+
+    *When to use*: many students of one large base model. Load them with :func:`with_lora`: a stock transformer reads
+    the adapters but has no second time.
+    """
+    if not is_adapted(network.transformer):
+        raise InputError("the student has no adapters", fix="export the whole model, or train with model.lora")
+    _claim(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_lora(network.transformer, type(family.pipeline), folder)
+    (folder / "README.md").write_text(lora_card(family, base))
+
+
+def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNetwork:
+    """``network``, freshly loaded without adapters, with those that :func:`export_lora` wrote; changed in place.
+
+    Raises:
+        InputError: the folder holds no LoRA student, or another model's.
+    """
+    load_lora(network.transformer, folder)
+    return network
+
+
+def _claim(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} is in use", expected="a new or empty folder")
+
+
+def _merged(transformer: Any) -> Any:
+    """The transformer itself, or a copy whose adapters are part of the weights."""
+    if not is_adapted(transformer):
+        return transformer
+    merged = copy.deepcopy(transformer)
+    merged.fuse_lora()
+    merged.unload_lora()
+    return merged
+
+
+def _name_library(index: Path) -> None:
+    """diffusers records the full module path of our classes, which ``import twinrl`` would not have imported."""
+    entries = json.loads(index.read_text())
+    for name, entry in entries.items():
+        if isinstance(entry, list) and isinstance(entry[0], str) and entry[0].startswith(f"{LIBRARY}."):
+            entries[name] = [LIBRARY, entry[1]]
+    index.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def card(family: Family, base: str, name: str) -> str:
+    """The model card of an exported folder."""
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {base}
+tags:
+- twinflow
+- few-step
+---
+# {name}
+
+A few-step student of `{base}` (pipeline `{family.PIPELINE}`), trained with TwinFlow (arXiv:2512.05150) by `twinrl`.
+
+```python
+import twinrl
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("{name}")
+image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).images[0]
+```
+
+- 1–4 steps. Guidance is part of the training target: switch it off (`guidance_scale=0`).
+- The scheduler is `TwinFlowScheduler`: its `seed` decides the noise between steps, the pipeline's `generator` the
+  start.
+- diffusers loads classes of other libraries from local folders only: download the repository first.
+- The transformer has a second time embedding (`{family.TRANSFORMER.TIME}_2`) and a sign of the branch (`twin_sign`),
+  which a stock transformer would ignore.
+- The licence of the base model applies.
+"""
+
+
+def lora_card(family: Family, base: str) -> str:
+    """The model card of exported adapters."""
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {base}
+tags:
+- twinflow
+- lora
+---
+Adapters of a few-step student of `{base}`, trained with TwinFlow (arXiv:2512.05150) by `twinrl`.
+
+`pytorch_lora_weights.safetensors` is in diffusers' format. `twin_times.safetensors` holds the second time embedding and
+the sign; without it the student does not know that it is asked for a jump.
+
+```python
+from pathlib import Path
+from twinrl.backends.families import load_family
+from twinrl.backends.families.export import with_lora
+from twinrl.backends.families.family import FamilyConfig
+
+config = FamilyConfig(path="{base}")
+family = load_family("{family.NAME}", config)
+student = with_lora(family.network(config), family, Path("this folder"))
+```
+"""

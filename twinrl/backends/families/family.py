@@ -1,0 +1,256 @@
+"""What a family of pretrained models brings: one protocol over transformer, VAE, text encoders and pipeline.
+
+A *family* is one architecture with its diffusers pipeline (SD3, Qwen-Image, …). It offers
+
+- ``network(config)``: a student ``F(x, t, r, c)`` in twinrl's conventions (t = 1 noise, v = noise − data),
+- ``encode_prompts`` and ``null_condition``: conditions whose tensors all have B rows, whatever the texts' lengths,
+- ``encode``, ``decode``, ``latent_shape``: the space of the flow,
+- ``LORA_TARGETS`` and ``block_classes``: what to adapt, and what to shard.
+
+To add one, write its file (a transformer with ``TwinTimes``, a ``FamilyNetwork``, a ``Family``) and one line in
+``twinrl.backends.families.FAMILIES``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from twinrl.backends.dit import patchify, unpatchify
+from twinrl.backends.families import loading
+from twinrl.backends.families.embedding import TwinTimes
+from twinrl.backends.families.lora import LoraSettings, add_lora
+from twinrl.conditions import Condition
+from twinrl.config import Settings
+from twinrl.draws import generator
+from twinrl.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+class FamilyConfig(Settings):
+    """A pretrained diffusers model as the start of a student."""
+
+    path: str = Field(description="folder of a diffusers pipeline, or its name on the hub")
+    lora: LoraSettings | None = Field(None, description="train adapters only; null = all parameters")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    dtype: Literal["float32", "bf16"] = Field("float32", description="weights of the transformer")
+    frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="weights of text encoders and VAE")
+    embedded_guidance: float = Field(3.5, ge=0, description="guidance that FLUX.1-dev is told; others have none")
+
+
+class FamilyNetwork(nn.Module, ABC):
+    """``F(x, t, r, condition)`` around a family's transformer.
+
+    Arguments:
+        transformer: with ``TwinTimes``; the only submodule.
+    """
+
+    def __init__(self, transformer: TwinTimes):
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x_bchw: Tensor, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
+        """Latents (B, C, H, W), t in [−1, 1] (negative = fake branch), |r| ≤ |t| → velocity in x's dtype."""
+        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
+        told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
+        with self.transformer.at(t_b, r_b):
+            return self.velocity(x_bchw.to(dtype), t_b.abs(), told).to(x_bchw.dtype)
+
+    @abstractmethod
+    def velocity(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        """The transformer's velocity noise − data (B, C, H, W) at noise level |t|; all in the transformer's dtype."""
+
+
+class FrozenTeacher(nn.Module):
+    """The pretrained model inside a student: its network with adapters, second time and sign switched off.
+
+    *When to use*: a frozen teacher of a LoRA student; it needs no copy of the weights. Under full-parameter training
+    it would change with the student: use a copy there.
+    """
+
+    def __init__(self, student: FamilyNetwork):
+        super().__init__()
+        self._student = (student,)  # a tuple, so that the student's parameters are not this module's
+
+    @torch.no_grad()
+    def forward(self, x_bchw: Tensor, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
+        """As the pretrained network at (x, t, t); r and the sign of t are ignored."""
+        with self._student[0].transformer.as_pretrained():
+            return self._student[0](x_bchw, t_b, r_b, condition)
+
+
+class Family(ABC):
+    """A loaded pipeline without its transformer, in twinrl's terms; made by :meth:`load`.
+
+    Arguments:
+        folder: of the pipeline.
+        pipeline: the diffusers pipeline; its transformer is not loaded.
+
+    Attributes:
+        NAME: in ``FAMILIES``.
+        PIPELINE: the diffusers pipeline's class name.
+        TRANSFORMER: our subclass of its transformer.
+        NETWORK: the network around it.
+        LORA_TARGETS: linear layers that adapters go to by default (suffixes of module names).
+        BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.
+        TOKENS: most text tokens of a prompt; longer ones are cut.
+    """
+
+    NAME: ClassVar[str]
+    PIPELINE: ClassVar[str]
+    TRANSFORMER: ClassVar[type[TwinTimes]]
+    NETWORK: ClassVar[type[FamilyNetwork]]
+    LORA_TARGETS: ClassVar[tuple[str, ...]]
+    BLOCKS: ClassVar[tuple[str, ...]]
+    TOKENS: ClassVar[int] = 512
+    PATCH: ClassVar[int] = 2
+
+    def __init__(self, folder: Path, pipeline: Any):
+        self.folder, self.pipeline = folder, pipeline
+        self.device = torch.device("cpu")
+        for module in self.frozen_modules():
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, config: FamilyConfig) -> "Family":
+        """The family of the pipeline at ``config.path``: everything but the transformer.
+
+        Raises:
+            InputError: no such folder or hub name, another family's folder, a missing or damaged component.
+        """
+        folder = loading.resolve(config.path)
+        pipeline = loading.load_pipeline(folder, cls.PIPELINE, DTYPES[config.frozen_dtype])
+        return cls(folder, pipeline)
+
+    def network(self, config: FamilyConfig, seed: int = 0) -> FamilyNetwork:
+        """A new student with the pretrained weights (and those of a published TwinFlow checkpoint, if it is one).
+
+        ``seed`` decides the initial adapters, the only random weights; the global random state is left untouched.
+
+        Raises:
+            InputError: the transformer cannot be loaded, or is a variant that the family cannot train.
+        """
+        self.check_variant(loading.transformer_config(self.folder))
+        transformer = loading.load_transformer(self.folder, self.TRANSFORMER, DTYPES[config.dtype])
+        self.configure(transformer, config)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        if config.lora is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(generator(seed, "adapters").initial_seed())
+                add_lora(transformer, config.lora, self.LORA_TARGETS)
+        return self.NETWORK(transformer)
+
+    def check_variant(self, described: Mapping[str, Any]) -> None:  # noqa: B027 (most families have one variant)
+        """Raises InputError where the transformer's configuration is that of a variant that cannot be trained."""
+
+    def configure(self, transformer: Any, config: FamilyConfig) -> None:  # noqa: B027
+        """Apply settings that only this family has."""
+
+    @property
+    def content_hash(self) -> str:
+        """Hex digest of the pretrained files, for a run's provenance."""
+        return loading.content_hash(self.folder)
+
+    # --- prompts ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of B prompts: (B, ...) tensors, padded so that conditions of any prompts can be joined."""
+        return self._encode_prompts(list(prompts))
+
+    @abstractmethod
+    def _encode_prompts(self, prompts: list[str]) -> Condition: ...
+
+    def null_condition(self, n: int) -> Condition:
+        """The empty condition ∅, the empty prompt, n rows."""
+        return {k: v.expand(n, *v.shape[1:]) for k, v in self.encode_prompts([""]).items()}
+
+    # --- pixels and latents -----------------------------------------------------------------------------
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of height × width pixels.
+
+        Raises:
+            InputError: the size does not divide into the transformer's patches.
+        """
+        factor = self.pipeline.vae_scale_factor
+        step = factor * self.PATCH
+        if height % step or width % step:
+            raise InputError(f"size does not fit {self.NAME}", got=f"{height}×{width}", expected=f"multiples of {step}")
+        return self.channels, height // factor, width // factor
+
+    @property
+    def channels(self) -> int:
+        """C of the latents."""
+        return self.pipeline.vae.config.latent_channels
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w), the posterior's mean; differentiable."""
+        vae = self.pipeline.vae
+        mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()
+        return ((mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor).to(pixels.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents → pixels, not clamped; differentiable."""
+        vae = self.pipeline.vae
+        z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        return vae.decode(z, return_dict=False)[0].to(latents.dtype)
+
+    # --- the pipeline's own layout ----------------------------------------------------------------------
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the pipeline holds them; noise that a scheduler injects has that layout too."""
+        return latents
+
+    def from_pipeline(self, state: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+        """The inverse of :meth:`to_pipeline`."""
+        return state
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """Text encoders and VAE."""
+        named = self.pipeline.components.items()
+        return [part for name, part in named if isinstance(part, nn.Module) and name != "transformer"]
+
+    def block_classes(self, network: FamilyNetwork) -> set[type[nn.Module]]:
+        """The classes of the repeated blocks: units for sharding and checkpointing."""
+        return {type(m) for m in network.modules() if type(m).__name__ in self.BLOCKS}
+
+    def to(self, device: torch.device | str) -> "Family":
+        """Text encoders and VAE on ``device``, in place."""
+        self.device = torch.device(device)
+        for module in self.frozen_modules():
+            module.to(self.device)
+        return self
+
+
+class Packed:
+    """Mixin of families whose pipelines hold latents as patch tokens (B, h·w/4, 4·C)."""
+
+    def to_pipeline(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) → (B, h·w/4, 4·C)."""
+        return patchify(latents, 2)
+
+    def from_pipeline(self, state: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
+        """(B, h·w/4, 4·C) → (B, C, h, w)."""
+        return unpatchify(state, state.new_empty(len(state), *latent_shape), 2)
+
+
+def pad_tokens(text: Tensor, length: int) -> Tensor:
+    """(B, L, ...) cut or padded with zeros to (B, length, ...)."""
+    text = text[:, :length]
+    missing = text.new_zeros(len(text), length - text.shape[1], *text.shape[2:])
+    return torch.cat([text, missing], dim=1)
+
+
+def trimmed(condition: Condition) -> tuple[Tensor, Tensor | None]:
+    """Text (B, L, D) and mask (B, L) without columns that are padding in every row; no mask where nothing is padded."""
+    mask = condition["mask"]
+    longest = max(1, int(mask.sum(dim=1).max()))
+    text, mask = condition["text"][:, :longest], mask[:, :longest]
+    return text, None if bool(mask.all()) else mask

@@ -1,0 +1,182 @@
+"""From a folder or hub name to a checked pipeline: what is wrong with the input is said in one line."""
+
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twinrl.compat import ensure_torchvision
+from twinrl.errors import InputError
+
+INDEX = "model_index.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(path: str) -> Path:
+    """The local folder of a diffusers pipeline given by folder or hub name; the latter is downloaded once.
+
+    Raises:
+        InputError: neither, or the hub cannot be reached and the pipeline is not in its cache.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not HUB_NAME.fullmatch(path):
+        raise InputError(f"no folder {path}", expected="a diffusers folder or a hub name like owner/name")
+    return _download(path)
+
+
+def _download(name: str) -> Path:
+    """The cached folder of a hub repository, with the components that its index names and nothing else."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[INDEX]))
+        parts = [f"{part}/*" for part in components(read_index(folder))]
+        return Path(snapshot_download(name, allow_patterns=[INDEX, *parts]))
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{name} is no folder here, and the model hub cannot be reached",
+            fix="give the folder of a downloaded pipeline, or fill the hub cache on a machine with network",
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise InputError(f"the hub gives no {name}", got=str(error).splitlines()[0]) from error
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """``model_index.json`` of a pipeline folder.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    if not (folder / INDEX).is_file():
+        raise InputError(f"{folder} is no diffusers pipeline", expected=f"a file {INDEX} in it")
+    return _described(folder / INDEX)
+
+
+def transformer_config(folder: Path) -> dict[str, Any]:
+    """``transformer/config.json`` of a pipeline folder.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    return _described(folder / "transformer" / "config.json")
+
+
+def _described(file: Path) -> dict[str, Any]:
+    """A JSON description of a diffusers class."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is missing or damaged", got=error) from error
+    if not isinstance(found, dict) or "_class_name" not in found:
+        raise InputError(f"{file} is damaged", expected="an object with _class_name")
+    return found
+
+
+def components(index: dict[str, Any]) -> list[str]:
+    """The names of the components that a pipeline has; optional ones may be null."""
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] != [None]]
+
+
+def left_out(index: dict[str, Any]) -> list[str]:
+    """The names of the components that are null in the index; loading wants to be told so."""
+    return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
+
+
+def check(folder: Path, pipeline: str) -> None:
+    """Raises InputError where ``folder`` is not a complete pipeline of the class named ``pipeline``."""
+    index = read_index(folder)
+    if index["_class_name"] != pipeline:
+        raise InputError(
+            f"{folder} is another family's", got=index["_class_name"], expected=pipeline, fix="change model.family"
+        )
+    for name in components(index):
+        if not (folder / name).is_dir():
+            raise InputError(
+                f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
+            )
+
+
+def content_hash(folder: Path, sample: int = 2**20) -> str:
+    """Hex digest of a pipeline: names and sizes of the files of its components, and their first and last MiB.
+
+    Weights of tens of gigabytes are sampled, not read: the start holds the index of a safetensors file, so other
+    shapes, dtypes or versions differ, and so does almost every retraining.
+    """
+    digest = hashlib.sha256()
+    parts = components(read_index(folder))
+    for file in sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(sample))
+            stream.seek(max(0, size - sample))
+            digest.update(stream.read(sample))
+    return digest.hexdigest()
+
+
+def load_pipeline(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
+    """The pipeline of ``folder`` without transformer and scheduler, which twinrl brings.
+
+    Raises:
+        InputError: see :func:`check`; a component that cannot be read.
+    """
+    check(folder, pipeline)
+    ensure_torchvision()
+    import diffusers
+
+    parts = dict.fromkeys(["transformer", "scheduler", *left_out(read_index(folder))])
+    try:
+        with _quiet():
+            return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Any:
+    """The transformer of ``folder`` as our subclass, with a second time and a sign.
+
+    Raises:
+        InputError: it cannot be read, or its weights do not fit.
+    """
+    try:
+        with _quiet():
+            loaded = transformer.from_pretrained(folder / "transformer", torch_dtype=dtype)
+        loaded.complete(str(folder))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreadable(folder / "transformer", error) from error
+    absent = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
+    if absent:
+        raise InputError(f"{folder / 'transformer'} lacks weights", got=f"no {absent[0]} ({len(absent)} in all)")
+    return loaded
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' remarks on weights that are not in a checkpoint: ``complete`` and the check after it say more.
+
+    Nor on ``torch_dtype``, which newer versions call ``dtype`` and older ones know under no other name.
+    """
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*")
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _unreadable(folder: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{folder} cannot be loaded", got=str(error).splitlines()[0] if str(error) else type(error).__name__
+    )

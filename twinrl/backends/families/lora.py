@@ -1,0 +1,95 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) through peft, in diffusers' file format.
+
+A LoRA student trains the adapters, the second time embedding and the sign; everything else is frozen. Its frozen
+teacher is the same network with all three switched off (``twinrl.backends.families.family.FrozenTeacher``).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from twinrl.config import Settings
+from twinrl.errors import InputError
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
+TWIN_FILE = "twin_times.safetensors"
+
+
+class LoraSettings(Settings):
+    """Adapters."""
+
+    rank: int = Field(64, ge=1, description="rank of the update")
+    alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; null = rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
+    targets: tuple[str, ...] | None = Field(None, description="suffixes of module names; null = the family's")
+
+
+def add_lora(transformer: Any, settings: LoraSettings, family_targets: Sequence[str]) -> None:
+    """Freeze ``transformer`` and add trainable adapters, which leave its output as it is at first.
+
+    Raises:
+        InputError: a target names no layer.
+    """
+    from peft import LoraConfig
+
+    targets = list(settings.targets or family_targets)
+    names = [name for name, _ in transformer.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise InputError("lora.targets names no layer", got=target, expected="the end of a module's name")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(
+        LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha or settings.rank,
+            lora_dropout=settings.dropout,
+            init_lora_weights="gaussian",
+            target_modules=targets,
+        )
+    )
+    for parameter in transformer.twin_parameters().values():
+        parameter.requires_grad_(True)
+
+
+def is_adapted(transformer: Any) -> bool:
+    """Whether adapters were added."""
+    return bool(getattr(transformer, "peft_config", None))
+
+
+def save_lora(transformer: Any, pipeline_class: Any, folder: Path) -> None:
+    """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them."""
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline_class.save_lora_weights(
+        save_directory=folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=_metadata(transformer),
+    )
+    save_file({n: p.detach().contiguous().cpu() for n, p in transformer.twin_parameters().items()}, folder / TWIN_FILE)
+
+
+def _metadata(transformer: Any) -> dict[str, Any]:
+    described = transformer.peft_config["default"].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}
+
+
+def load_lora(transformer: Any, folder: Path) -> None:
+    """Give ``transformer`` the adapters, second time embedding and sign that :func:`save_lora` wrote.
+
+    Raises:
+        InputError: no such file, or it is another model's.
+    """
+    file = folder / TWIN_FILE
+    if not file.is_file() or not (folder / ADAPTER_FILE).is_file():
+        raise InputError(f"{folder} is no LoRA student", expected=f"files {ADAPTER_FILE} and {TWIN_FILE}")
+    saved: dict[str, Tensor] = load_file(file)
+    wanted = transformer.twin_parameters()
+    shapes = {name: tuple(value.shape) for name, value in saved.items()}
+    if shapes != {name: tuple(value.shape) for name, value in wanted.items()}:
+        raise InputError(f"{file} belongs to another transformer", got=shapes.get("twin_sign"))
+    transformer.load_state_dict(saved, strict=False)
+    transformer.load_lora_adapter(folder, weight_name=ADAPTER_FILE)
