@@ -1,0 +1,82 @@
+"""``twinrl ablate``: parsing only; heavy imports come with the command."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Ablation studies: plan, run, look, find the critical learning rate.")
+
+StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="a study's YAML file, or a shipped study's name")]
+Seeds = Annotated[int | None, typer.Option(help="seeds 0 to N−1 instead of the file's; more extend a study")]
+Root = Annotated[Path, typer.Option(help="folder of run directories, outputs, ledger and MLflow store")]
+Ledgers = Annotated[
+    list[Path] | None,
+    typer.Option("--ledger", help="ledger file or folder; repeat to read several, the first is written"),
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join (host:port or auto); it needs shared storage")]
+Cpus = Annotated[int | None, typer.Option(min=1, help="cores to use on this machine; default: all")]
+Mlflow = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="publish to MLflow as trials end")]
+Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: in --root")]
+
+ROOT = Path("runs/ablations")
+
+
+def register(parent: typer.Typer) -> None:
+    """Add ``ablate`` to twinrl's command line; called through the entry point."""
+    parent.add_typer(app, name="ablate")
+
+
+@app.command()
+def plan(
+    study: StudyFile,
+    seeds: Seeds = None,
+    root: Root = ROOT,
+    ledger: Ledgers = None,
+    cpus: Cpus = None,
+    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="measure a few steps for the cost")] = True,
+) -> None:
+    """Show arms and trials, what is done, and what the rest costs. Starts nothing."""
+    from ablations.commands import plan as command
+
+    raise typer.Exit(command(study, seeds, root, ledger, cpus, timing))
+
+
+@app.command()
+def run(
+    study: StudyFile,
+    seeds: Seeds = None,
+    root: Root = ROOT,
+    ledger: Ledgers = None,
+    address: Address = None,
+    cpus: Cpus = None,
+    mlflow: Mlflow = True,
+    uri: Uri = None,
+) -> None:
+    """Run what is missing. Kill it at any moment: the same command goes on."""
+    from ablations.commands import run as command
+
+    raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri))
+
+
+@app.command()
+def status(study: StudyFile, seeds: Seeds = None, root: Root = ROOT, ledger: Ledgers = None) -> None:
+    """Show what is done, what failed and what is missing."""
+    from ablations.commands import status as command
+
+    raise typer.Exit(command(study, seeds, root, ledger))
+
+
+@app.command()
+def margin(
+    study: StudyFile,
+    seeds: Seeds = None,
+    root: Root = ROOT,
+    ledger: Ledgers = None,
+    address: Address = None,
+    cpus: Cpus = None,
+) -> None:
+    """Find the largest learning rate at which each arm stays healthy, by bisection."""
+    from ablations.commands import margin as command
+
+    raise typer.Exit(command(study, seeds, root, ledger, address, cpus))

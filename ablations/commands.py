@@ -1,0 +1,120 @@
+"""What ``twinrl ablate``'s commands do, free of their parsing."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from ablations import margin as margins
+from ablations import plan as plans
+from ablations import runner, table
+from ablations import study as studies
+from ablations.plan import Plan, Workspace
+from ablations.publish import StudyView
+from ablations.runner import Machine, Runner
+from ablations.study import Study
+from twinrl.commands import program
+
+FAILED, INTERRUPTED = 1, 130
+
+
+def plan(
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, timing: bool
+) -> int:
+    """``twinrl ablate plan``."""
+    console, made = Console(), _plan(name, seeds, root, ledgers)
+    study = made.study
+    if study.config.question:
+        console.print(f"[italic]{escape(study.config.question)}[/]")
+    console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
+    console.print(table.arms_table(made))
+    missing = len(made.missing)
+    console.print(
+        f"{len(study.arms)} arms × {len(study.config.seeds)} seeds = {len(made.trials)} trials, "
+        f"{len(made.trials) - missing} done, {missing} to run"
+    )
+    if timing and missing:
+        _print_cost(made, cpus, console)
+    return 0
+
+
+def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
+    resources = made.study.config.resources
+    slots = max(1, (cpus or runner.usable_cores()) // (resources.cpus * resources.workers))
+    with console.status("timing a few steps"):
+        timing = plans.measure(made)
+    total = plans.remaining_seconds(made, timing, slots)
+    console.print(
+        f"measured on this machine: {timing.step:.3f} s a step, {timing.fixed:.1f} s besides; about "
+        f"{table.duration(total)} with {slots} at a time (validations during training not counted)",
+        soft_wrap=True,
+    )
+
+
+def run(
+    name: str,
+    seeds: int | None,
+    root: Path,
+    ledgers: Sequence[Path] | None,
+    address: str | None,
+    cpus: int | None,
+    mlflow: bool,
+    uri: str | None,
+) -> int:
+    """``twinrl ablate run``."""
+    console, made = Console(), _plan(name, seeds, root, ledgers)
+    view = StudyView(made, uri) if mlflow else None
+    with Runner(Machine(address, cpus), console) as runs, ThreadPoolExecutor(1) as publisher:
+        ended = (lambda trial: publisher.submit(view.try_trial, trial)) if view else None
+        made, failures = runs.run(made, ended)
+    if view is not None and (problem := view.try_summaries()):
+        console.print(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
+    return _conclude(made, failures, name, console)
+
+
+def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console) -> int:
+    """The table, what failed and how to go on; the exit code."""
+    console.print(table.arms_table(made))
+    for line in failures:
+        console.print(line, soft_wrap=True)
+    again = f"{program()} ablate run {name}"
+    if runner.interrupted(made):
+        console.print(f"interrupted; trials are checkpointed, continue with: {again}")
+        return INTERRUPTED
+    if made.missing:
+        console.print(f"{len(made.missing)} trials left, continue with: {again}")
+    return FAILED if failures else 0
+
+
+def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> int:
+    """``twinrl ablate status``."""
+    console, made = Console(), _plan(name, seeds, root, ledgers)
+    console.print(table.arms_table(made))
+    for trial in made.trials:
+        if made.state(trial) == "failed":
+            console.print(f"[red]failed[/] {escape(trial.title)}: {escape(made.records[trial.key].message)}")
+    return 0
+
+
+def margin(
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, address: str | None, cpus: int | None
+) -> int:
+    """``twinrl ablate margin``."""
+    console, study, workspace = Console(), margins.fifo(studies.load(name, seeds)), _workspace(root, ledgers)
+    with Runner(Machine(address, cpus), console) as runs:
+        brackets, failures = margins.Search(study, workspace, runs.run).complete()
+    console.print(margins.margin_table(study, brackets))
+    for line in failures:
+        console.print(line, soft_wrap=True)
+    return FAILED if failures else 0
+
+
+def _plan(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> Plan:
+    study: Study = studies.load(name, seeds)
+    return plans.make(study, _workspace(root, ledgers))
+
+
+def _workspace(root: Path, ledgers: Sequence[Path] | None) -> Workspace:
+    return Workspace(root, tuple(ledgers or ()))

@@ -1,0 +1,198 @@
+"""The ledger: one JSON line for each finished trial, append-only, so that no finished trial is ever repeated.
+
+A trial is its configuration's hash, its seed and the fingerprint of what else decides its numbers. Where and when
+it ran is provenance. Ledgers of several machines are merged by reading them together (or by concatenating the
+files, or by git): a key stands for the same numbers wherever it was computed.
+
+Appending is atomic: one ``write`` of one line under a file lock, undone if the disk takes only a part of it. What a
+killed writer leaves without its newline is no line, and the next writer cuts it off.
+"""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twinrl.errors import InputError
+from twinrl.tracking import runlog
+
+FORMAT = "twinrl-ledger/1"
+FINAL = ("finished", "stopped", "diverged")
+"""How a run ends by its own rules; also what the study's halving prunes and what failed is on record."""
+RANK = {"failed": 0, "pruned": 1} | dict.fromkeys(FINAL, 2)
+PATIENCE_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Record:
+    """The outcome of a trial.
+
+    Attributes:
+        config_hash, seed, fingerprint: what it is.
+        status: finished, stopped, diverged; pruned (by halving); failed (no result, to be tried again).
+        step: optimizer steps made.
+        message: why, where the status alone does not say it.
+        metrics: final table and last validation, flat; non-finite values are kept.
+        diverged: step and kind of the divergence, if there was one.
+        seconds: of training, summed over the log.
+        where: host, revision, directory and time; provenance.
+    """
+
+    config_hash: str
+    seed: int
+    fingerprint: str
+    status: str
+    step: int = 0
+    message: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    diverged: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+    where: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What identifies the trial."""
+        return f"{self.config_hash}-s{self.seed}-{self.fingerprint}"
+
+    @property
+    def final(self) -> bool:
+        """Whether the run ended by its own rules."""
+        return self.status in FINAL
+
+    def line(self) -> str:
+        """The record as strict JSON without newline."""
+        content = asdict(self) | {"metrics": {name: runlog.encode(value) for name, value in self.metrics.items()}}
+        return json.dumps({"format": FORMAT, **content}, allow_nan=False)
+
+
+def provenance(directory: Path, revision: str | None) -> dict[str, Any]:
+    """Where and when a trial ended, for :attr:`Record.where`."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"host": socket.gethostname(), "revision": revision, "directory": str(directory), "at": now}
+
+
+class Ledger:
+    """Records in one or several files.
+
+    Arguments:
+        paths: files, or folders whose ``*.jsonl`` are all read. The first is written to; in a folder that is the
+            file named after this machine, so that several machines' work can be committed side by side.
+
+    Raises:
+        InputError: a file is not a ledger, or can't be read.
+    """
+
+    def __init__(self, *paths: Path):
+        self.paths = paths
+        first = paths[0]
+        self.own = first if first.suffix == ".jsonl" else first / f"{socket.gethostname()}.jsonl"
+
+    def read(self) -> dict[str, Record]:
+        """Key → record, of all files; a final record goes before a pruned and that before a failed one."""
+        found: dict[str, Record] = {}
+        for path in self._files():
+            for record in _records(path):
+                known = found.get(record.key)
+                if known is None or RANK[record.status] > RANK[known.status]:
+                    found[record.key] = record
+        return found
+
+    def _files(self) -> Iterable[Path]:
+        for path in self.paths:
+            if path.suffix != ".jsonl":
+                yield from sorted(path.glob("*.jsonl"))
+            elif path.exists():
+                yield path
+            elif path != self.own:
+                raise InputError(f"no ledger at {path}", expected="a .jsonl file or a folder of them")
+
+    def append(self, record: Record) -> None:
+        """Write one record to the first file, durably.
+
+        Raises:
+            OSError: the disk is full or read-only; the file is as before.
+            InputError: another process has held the file for half a minute.
+        """
+        append(self.own, record)
+
+    def check_writable(self) -> None:
+        """Raises InputError where the first file can't be written, before any trial starts."""
+        try:
+            self.own.parent.mkdir(parents=True, exist_ok=True)
+            with self.own.open("ab") as file:
+                _lock(file.fileno(), self.own)
+        except OSError as error:
+            raise InputError(f"the ledger {self.own} can't be written", got=error.strerror) from error
+
+
+def append(path: Path, record: Record) -> None:
+    """:meth:`Ledger.append` for a process that only knows the file."""
+    line = record.line().encode() + b"\n"
+    with open(path, "ab+", buffering=0) as file:
+        _lock(file.fileno(), path)
+        length = path.read_bytes().rfind(b"\n") + 1
+        file.truncate(length)
+        write_line(file, line, length)
+
+
+def write_line(file: io.FileIO, line: bytes, length: int) -> None:
+    """Put ``line`` on disk behind ``length`` bytes of an unbuffered file, all of it or nothing.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError:
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.truncate(length)
+        raise
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Take the file's lock, waiting for other writers, who hold it for milliseconds."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise InputError(f"the ledger {path} is locked by another process", fix="end that process") from error
+            time.sleep(0.01)
+
+
+def _records(path: Path) -> Iterable[Record]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"the ledger {path} can't be read", got=error.strerror) from error
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # what has no newline is no line
+        yield _parse(line, path, number)
+
+
+def _parse(line: bytes, path: Path, number: int) -> Record:
+    try:
+        content = json.loads(line)
+        if content.pop("format") != FORMAT:
+            raise ValueError("another format")
+        content["metrics"] = {name: runlog.decode(value) for name, value in content["metrics"].items()}
+        record = Record(**content)
+        if record.status not in RANK:
+            raise ValueError(f"unknown status {record.status}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}, line {number}, is not a ledger's", got=repr(line[:60]), expected=f"a record of {FORMAT}",
+            fix="name another --ledger, or delete the line",
+        ) from error  # fmt: skip
+    return record

@@ -1,0 +1,236 @@
+"""From a study to its trials: what is done, what is begun, what is missing, and what the rest costs."""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from ablations.fingerprint import fingerprint, sources
+from ablations.ledger import Ledger, Record
+from ablations.study import Arm, Resources, Study
+from ablations.trial import Task, environment, last_line
+from twinrl.data import SOURCES
+from twinrl.errors import InputError
+from twinrl.runs import RunDirectory, dump
+from twinrl.schema import RunConfig
+from twinrl.tracking import names, runlog
+from twinrl.tracking.environment import git_state
+
+DEFAULT_ROOT = Path("runs/ablations")
+LEDGER_NAME = "ledger.jsonl"
+TIMED_STEPS = 6
+TIMING_PATIENCE_SECONDS = 900
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Where studies keep what they make.
+
+    Run directories are shared by all studies of a workspace, one folder for each fingerprint, so that a common arm
+    is one run, and changed code never continues or overwrites a run of older code.
+
+    Attributes:
+        root: folder of run directories, logs and, unless named otherwise, the ledger and the MLflow store.
+        ledgers: files or folders to read; the first is written. Empty: ``ledger.jsonl`` in ``root``.
+    """
+
+    root: Path = DEFAULT_ROOT
+    ledgers: tuple[Path, ...] = ()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger."""
+        return Ledger(*(self.ledgers or (self.root / LEDGER_NAME,)))
+
+    def study_folder(self, study: Study) -> Path:
+        """Configurations and outputs of a study's trials."""
+        return self.root / "studies" / study.name
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm with one seed, ready to be run.
+
+    Attributes:
+        arm: name of the arm. levels: its factor levels.
+        settings: the whole configuration, with seed, threads, device and folder.
+        fingerprint: what else decides its numbers.
+    """
+
+    arm: str
+    levels: Mapping[str, str]
+    settings: RunConfig
+    fingerprint: str
+
+    @property
+    def title(self) -> str:
+        """Arm and seed, for people and file names."""
+        return f"{self.arm} s{self.settings.seed}"
+
+    @property
+    def key(self) -> str:
+        """As in the ledger."""
+        return f"{self.settings.hash}-s{self.settings.seed}-{self.fingerprint}"
+
+    @property
+    def run(self) -> RunDirectory:
+        """Its run directory."""
+        return RunDirectory(self.settings.directory)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study's trials with what the ledger knows about them.
+
+    Attributes:
+        study: the study. workspace: where it lives.
+        trials: every arm with every seed, seed by seed, so that an interrupted study has complete seeds first.
+        records: key → record, of all ledgers.
+        sources: hash of twinrl's sources that the trials' fingerprints were made with.
+    """
+
+    study: Study
+    workspace: Workspace
+    trials: list[Trial]
+    records: Mapping[str, Record] = field(default_factory=dict)
+    sources: str = field(default_factory=sources)
+
+    def record(self, trial: Trial) -> Record | None:
+        """The outcome of a trial, if it needs no further running."""
+        found = self.records.get(trial.key)
+        pruned = found is not None and found.status == "pruned" and self.study.config.stop.kind == "asha"
+        return found if found is not None and (found.final or pruned) else None
+
+    @property
+    def missing(self) -> list[Trial]:
+        """Trials that still have to run, in order."""
+        return [trial for trial in self.trials if self.record(trial) is None]
+
+    def state(self, trial: Trial) -> str:
+        """finished, stopped, diverged, pruned; else begun, failed or missing."""
+        if (record := self.record(trial)) is not None:
+            return record.status
+        failed = trial.key in self.records
+        return "failed" if failed else "begun" if trial.run.exists else "missing"
+
+    def reread(self) -> "Plan":
+        """The same trials after the ledger has grown."""
+        return replace(self, records=self.workspace.ledger.read())
+
+
+def make(study: Study, workspace: Workspace) -> Plan:
+    """The plan of a study. Loads its data (for the content's hash), which the first time may build them."""
+    trials = [
+        trial_of(arm, seed, study.config.resources, workspace) for seed in study.config.seeds for arm in study.arms
+    ]
+    return Plan(study, workspace, trials, workspace.ledger.read())
+
+
+def trial_of(arm: Arm, seed: int, resources: Resources, workspace: Workspace) -> Trial:
+    """The trial of an arm and a seed on this study's resources."""
+    settings = arm.settings
+    device = settings.machine.device
+    if device == "auto":
+        device = "cuda" if resources.gpus else "cpu"
+    machine = settings.machine.model_copy(update={"device": device, "threads": resources.cpus})
+    tracking = settings.tracking.model_copy(update={"mlflow": False})  # the study publishes, with its own tags
+    settings = settings.model_copy(update={"seed": seed, "machine": machine, "tracking": tracking})
+    found = fingerprint(settings, content_hash(settings.data.source, settings.data.root))
+    place = settings.run.model_copy(update={"dir": workspace.root / found[:8]})
+    return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found)
+
+
+@cache
+def content_hash(source: str, root: Path | None) -> str:
+    """Hash of a source's content; loading it takes seconds."""
+    return SOURCES[source](root).content_hash
+
+
+def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
+    """The trial as its process needs it; writes the configuration that the process reads."""
+    folder = plan.workspace.study_folder(plan.study)
+    name = trial.run.path.name
+    config = folder / "configs" / trial.fingerprint[:8] / f"{name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(dump(trial.settings))
+    resources, stop = plan.study.config.resources, plan.study.config.stop
+    steps = trial.settings.train.steps
+    return Task(
+        title=trial.title, config_hash=trial.settings.hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
+        sources=plan.sources, revision=revision(), directory=str(trial.run.path), config=str(config.resolve()),
+        output=str((folder / "outputs" / f"{trial.fingerprint[:8]}-{name}.txt").resolve()),
+        ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
+        metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
+        stop=str((folder / "stop").resolve()), deadline=deadline,
+        rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
+    )  # fmt: skip
+
+
+@cache
+def revision() -> str | None:
+    """Git revision of the code, with a mark where files differ from it; provenance."""
+    state = git_state(Path(__file__).parent)
+    return None if state is None else f"{state['revision']}{'+changes' if state['dirty'] else ''}"
+
+
+def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
+    """Steps at which successive halving decides: grace · reduction^k, below the run's end."""
+    while grace < steps:
+        yield grace
+        grace *= reduction
+
+
+# --- cost -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured cost of the base configuration on this machine.
+
+    Attributes:
+        step: seconds of one optimizer step (median).
+        fixed: seconds of a run besides its steps: start, data, last validation, final table, pictures.
+    """
+
+    step: float
+    fixed: float
+
+    def trial(self, steps: int) -> float:
+        """Seconds of a trial; validations during training are not counted."""
+        return self.fixed + steps * self.step
+
+
+def measure(plan: Plan) -> Timing:
+    """Train the first arm for a few steps in a throw-away folder.
+
+    Raises:
+        InputError: it can't be trained; gives the reason.
+    """
+    settings = plan.trials[0].settings
+    with tempfile.TemporaryDirectory() as folder:
+        path, output = Path(folder, "timing.yaml"), Path(folder, "output.txt")
+        train = settings.train.model_copy(update={"steps": TIMED_STEPS})
+        place = settings.run.model_copy(update={"dir": Path(folder)})
+        short = settings.model_copy(update={"train": train, "run": place})
+        path.write_text(dump(short))
+        started = time.monotonic()
+        with output.open("wb") as file:
+            subprocess.run(
+                [sys.executable, "-m", "twinrl", "train", str(path)], stdout=file, stderr=file, check=False,
+                env=environment(settings.machine.threads or 1), timeout=TIMING_PATIENCE_SECONDS,
+            )  # fmt: skip
+        elapsed = time.monotonic() - started
+        if RunDirectory(short.directory).result is None:
+            raise InputError(f"arm {plan.trials[0].arm} can't be trained", got=last_line(output))
+        seconds = [row[names.STEP_SECONDS] for row in runlog.read(short.directory / runlog.LOG_NAME)]
+    return Timing(statistics.median(seconds[1:]), elapsed - sum(seconds))
+
+
+def remaining_seconds(plan: Plan, timing: Timing, slots: int) -> float:
+    """Wall-clock seconds for what is missing, ``slots`` trials at a time."""
+    return sum(timing.trial(trial.settings.train.steps) for trial in plan.missing) / max(1, slots)

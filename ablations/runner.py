@@ -1,0 +1,332 @@
+"""Ray Tune over the trials that the ledger lacks.
+
+Nothing of a study's state lives in Ray: the ledger says what is finished and each run directory where it stands, so
+whatever is killed, ``run`` again plans what is missing and goes on. Tune schedules, retries, halves and, on a
+cluster, finds the machines. Ray's own files of an experiment are scratch and are removed.
+"""
+
+import fcntl
+import logging
+import os
+import pickle
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+from rich.console import Console
+from rich.live import Live
+
+from ablations import ledger
+from ablations.ledger import Record
+from ablations.plan import Plan, Trial, task_of
+from ablations.study import Resources
+from ablations.table import Board, failure_lines
+from ablations.trial import RayTrial, Task, TrialError, environment, record
+from twinrl.errors import InputError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+"""No usage reports, no tables, no files of its own."""
+PROBE_SECONDS = 5
+STORE_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where trials run.
+
+    Attributes:
+        address: of a Ray cluster (``host:port`` or ``auto``); None starts one on this machine.
+        cpus: cores to use on this machine; None: all that this process may use.
+    """
+
+    address: str | None = None
+    cpus: int | None = None
+
+
+class Runner:
+    """Runs plans, one after the other, in one Ray session that starts when the first trial has to.
+
+    Arguments:
+        machine: where. console: shows the live table.
+
+    *When to use*: as a context manager; leaving it ends the session, unless Ray was running before.
+    """
+
+    def __init__(self, machine: Machine, console: Console):
+        os.environ.update(QUIET)
+        self.machine, self.console = machine, console
+        self.began, self.started, self.owns_session = time.time(), 0, False
+
+    def __enter__(self) -> "Runner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.owns_session:
+            ray.shutdown()
+
+    def run(self, plan: Plan, ended: Callable[[Trial], object] | None = None) -> tuple[Plan, list[str]]:
+        """Run what is missing of a plan, within its study's budget.
+
+        Arguments:
+            plan: what is wanted. ended: told about each trial that has got its result.
+
+        Returns:
+            The plan after that, and one line for each trial that failed.
+
+        Raises:
+            InputError: no trial was started: another study runs in this workspace, the ledger can't be written,
+                the cluster is out of reach or too small.
+        """
+        with exclusive(plan.workspace.root):
+            plan.workspace.ledger.check_writable()
+            request = stop_request(plan)
+            request.unlink(missing_ok=True)
+            plan = _harvest(plan)
+            budget = plan.study.config.budget
+            trials = plan.missing[: None if budget.trials is None else max(0, budget.trials - self.started)]
+            if not trials:
+                return plan, []
+            slots = self._slots(plan.study.config.resources)
+            self.started += len(trials)
+            deadline = None if budget.minutes is None else self.began + 60 * budget.minutes
+            board = Board(plan, _tasks(plan, trials, deadline), self.console)
+            with _stoppable(request), self._scratch(plan) as scratch:
+                _tune(plan, board, ended or (lambda trial: None), slots, scratch)
+            return plan.reread(), failure_lines(board.failures)
+
+    def _scratch(self, plan: Plan) -> tempfile.TemporaryDirectory[str]:
+        """A folder for Tune's own files: not on the workspace's disk, which may be full, unless machines share it."""
+        shared = None if self.machine.address is None else plan.workspace.study_folder(plan.study).resolve()
+        return tempfile.TemporaryDirectory(prefix="ray-", dir=shared, ignore_cleanup_errors=True)
+
+    def _slots(self, resources: Resources) -> int:
+        """How many trials fit at once; starts or joins Ray."""
+        if not ray.is_initialized():
+            _connect(self.machine)
+            self.owns_session = True
+        return _slots(ray.cluster_resources(), resources)
+
+
+@contextmanager
+def exclusive(root: Path) -> Iterator[None]:
+    """One study at a time in a workspace. Raises InputError where another process has it, or it can't be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / ".lock").open("w")
+    except OSError as error:
+        raise InputError(f"the workspace {root} can't be written", got=error.strerror) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"another study is running in {root}", fix="wait for it to end, or name another --root"
+            ) from error
+        yield
+
+
+def _harvest(plan: Plan) -> Plan:
+    """Record runs that ended while nobody was left to write their line."""
+    for trial in plan.missing:
+        if trial.run.result is not None:
+            plan.workspace.ledger.append(record(task_of(trial, plan)))
+    return plan.reread()
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str, Task]:
+    """The trials' tasks by key. Raises InputError where their configurations can't be written."""
+    try:
+        return {trial.key: task_of(trial, plan, deadline) for trial in trials}
+    except OSError as error:
+        raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
+
+
+# --- Ray --------------------------------------------------------------------------------------------------
+
+
+def _connect(machine: Machine) -> None:
+    """Start Ray, or join the cluster."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial is one line of the table
+    options: dict[str, Any] = {"runtime_env": {"env_vars": QUIET | {"PYTHONPATH": environment(1)["PYTHONPATH"]}}}
+    if machine.address is None:
+        cores = machine.cpus or usable_cores()
+        options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    elif machine.address != "auto":
+        _probe(machine.address)
+    try:
+        ray.init(address=machine.address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise InputError(
+            f"no Ray cluster at {machine.address or 'this machine'}", got=str(error).splitlines()[0],
+            fix="check that it runs and that its authentication token is set here, or leave --address out",
+        ) from error  # fmt: skip
+
+
+def _probe(address: str) -> None:
+    """Raises InputError within seconds where nothing listens; Ray itself would retry for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise InputError(f"--address {address!r} is no address", expected="host:port, or auto")
+    try:
+        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster at {address}", got=error, fix="start one (`ray start --head`), or leave --address out"
+        ) from error
+
+
+def _slots(available: dict[str, float], resources: Resources) -> int:
+    needed = {"CPU": resources.cpus * resources.workers, "GPU": resources.gpus * resources.workers}
+    for kind, amount in needed.items():
+        if amount > available.get(kind, 0):
+            raise InputError(
+                f"one trial needs more {kind}s than there are", got=f"{available.get(kind, 0):g}",
+                expected=f"{amount:g} (resources of the study)",
+            )  # fmt: skip
+    return int(min(available[kind] // amount for kind, amount in needed.items() if amount))
+
+
+def bundles(resources: Resources) -> list[dict[str, float]]:
+    """One bundle for each process of a trial; they are placed on one machine."""
+    gpus = {"GPU": resources.gpus} if resources.gpus else {}
+    return [{"CPU": resources.cpus} | gpus] * resources.workers
+
+
+def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int, scratch: str) -> None:
+    """Run the board's trials to their ends."""
+    config, console = plan.study.config, board.console
+    placement = tune.PlacementGroupFactory(bundles(config.resources), strategy="STRICT_PACK")
+    tuner = tune.Tuner(
+        tune.with_resources(RayTrial, placement),
+        param_space={"task": tune.grid_search([asdict(task) for task in board.tasks.values()])},
+        tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True, max_concurrent_trials=slots),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=scratch, verbose=0,
+            failure_config=tune.FailureConfig(max_failures=config.retries),
+            callbacks=[Follow(plan, board, ended)],
+        ),
+    )  # fmt: skip
+    with Live(board, console=console, auto_refresh=console.is_terminal, refresh_per_second=1, transient=True):
+        tuner.fit()
+
+
+def _scheduler(plan: Plan) -> Any:
+    """Successive halving where the study asks for it (Li et al., arXiv:1810.05934); else first in, first out."""
+    stop = plan.study.config.stop
+    if stop.kind != "asha":
+        return FIFOScheduler()
+    longest = max(trial.settings.train.steps for trial in plan.trials)
+    return ASHAScheduler(
+        time_attr="step", metric="compared", mode="min", max_t=max(longest, stop.grace_steps),
+        grace_period=stop.grace_steps, reduction_factor=stop.reduction, stop_last_trials=False,
+    )  # fmt: skip
+
+
+def stop_request(plan: Plan) -> Path:
+    """The file whose existence asks the study's trials, wherever they run, to checkpoint and end."""
+    return plan.workspace.study_folder(plan.study) / "stop"
+
+
+def interrupted(plan: Plan) -> bool:
+    """Whether the last run of the study was asked to stop."""
+    return stop_request(plan).exists()
+
+
+@contextmanager
+def _stoppable(request: Path) -> Iterator[None]:
+    """Ctrl-C and SIGTERM make the request; a second one ends at once."""
+
+    def ask(signum: int, frame: Any) -> None:
+        request.touch()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Follow(tune.Callback):
+    """Keeps the board, and the ledger's lines that no trial can write itself.
+
+    Arguments:
+        plan: what is run. board: shown meanwhile. ended: told about trials that have their result.
+    """
+
+    def __init__(self, plan: Plan, board: Board, ended: Callable[[Trial], object]):
+        self.plan, self.board, self.ended = plan, board, ended
+        self.trials = {trial.key: trial for trial in plan.trials}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune stores callbacks to restore an experiment, and these experiments are never restored."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.board.start(_task(trial).key)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        task, last = _task(trial), trial.last_result
+        pruned = last.get("reason") == "rung"
+        if pruned:
+            _note(self.plan, task, "pruned", f"halved at step {last['step']}", last["step"])
+        self.board.end(task.key, "pruned" if pruned else last.get("reason", "ended"))
+        if task.ended:
+            self.ended(self.trials[task.key])
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        task, message = _task(trial), _message(trial.pickled_error_file)
+        _note(self.plan, task, "failed", message, 0)
+        self.board.fail(task.key, message)
+
+
+def _task(trial: Any) -> Task:
+    return Task(**trial.config["task"])
+
+
+def _message(file: str | None) -> str:
+    """What the exception that Tune stored in ``file`` says, in one line."""
+    if file is None:
+        return "the trial could not be started"
+    error = pickle.loads(Path(file).read_bytes())
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its Ray worker died"
+    cause = getattr(error, "cause", error)
+    lines = str(cause).strip().splitlines() or [""]
+    return (lines[-1] if isinstance(cause, TrialError) else f"{type(cause).__name__}: {lines[0]}")[:300]
+
+
+def _note(plan: Plan, task: Task, status: str, message: str, step: int) -> None:
+    """A ledger line for a trial without a result; a full disk must not end the study."""
+    outcome = Record(
+        task.config_hash, task.seed, task.fingerprint, status, step, message,
+        where=ledger.provenance(Path(task.directory), task.revision),
+    )  # fmt: skip
+    try:
+        plan.workspace.ledger.append(outcome)
+    except OSError as error:
+        print(f"{task.title} {status}; the ledger can't take the line: {error.strerror}", flush=True)

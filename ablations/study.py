@@ -1,0 +1,282 @@
+"""A study's YAML and the arms that it stands for.
+
+    base: lab                        # a preset or a YAML file
+    set: {train.steps: 1000}         # for every arm
+    factors:
+      teacher:
+        live: {teacher.decay: 0.0, teacher.allow_live: true}
+        ema:  {teacher.decay: 0.995}
+      rate:
+        full:  {optim.lr: 1.0e-3}
+        tenth: {optim.lr: 1.0e-4}
+    design: {kind: grid}
+    seeds: 3
+
+The seed is a factor that crosses every arm. All of twinrl's draws are keyed by (seed, purpose, step), so arms of one
+seed are paired: the same initial weights, data order, times and noise.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from ablations.design import DESIGNS, Factors
+from twinrl import schema
+from twinrl.config import PRESETS, Settings, build, component, nearest, read_yaml, validate
+from twinrl.errors import InputError
+from twinrl.schema import RunConfig
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    DesignSettings: TypeAlias = Any
+else:
+    DesignSettings = component(DESIGNS, "design")
+
+STUDIES = Path(__file__).parent / "studies"
+BOOKKEEPING = ("seed", "name", "run", "tracking", "machine")
+"""First keys of the configuration that a study sets by itself."""
+
+
+class Resources(Settings):
+    """What one trial occupies."""
+
+    cpus: int = Field(1, ge=1, description="CPU cores, and threads, of each process")
+    gpus: float = Field(0, ge=0, description="GPUs of each process; below 1, trials share one")
+    workers: int = Field(1, ge=1, description="processes; more than one run under torchrun on one machine")
+
+
+class Budget(Settings):
+    """When `run` stops starting trials; what is in flight is checkpointed, and the next `run` goes on."""
+
+    trials: int | None = Field(None, ge=1, description="most new trials of one `run`")
+    minutes: float | None = Field(None, gt=0, description="wall-clock minutes of one `run`")
+
+
+class Stop(Settings):
+    """What may end a trial before its last step."""
+
+    kind: Literal["divergence", "asha"] = Field(
+        "divergence",
+        description="divergence: only the trainer's own policies; asha: also successive halving, which censors",
+    )
+    grace_steps: int = Field(500, ge=1, description="asha: steps that no trial is denied")
+    reduction: int = Field(3, ge=2, description="asha: one in this many goes on at each rung")
+
+
+class Margin(Settings):
+    """Bisection for the largest healthy learning rate (`ablate margin`)."""
+
+    low: float = Field(1e-5, gt=0, description="a learning rate believed healthy")
+    high: float = Field(1e-1, gt=0, description="a learning rate believed too large")
+    tolerance: float = Field(1.25, gt=1, description="ends when the bracket's ratio is below this")
+    steps: int = Field(1000, ge=1, description="steps that an arm must survive")
+    warmup_steps: int = Field(
+        0, ge=0, description="steps of the base configuration that every probe of a seed starts from; 0: its own start"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Margin":
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        return self
+
+
+class StudyConfig(Settings):
+    """What a study's YAML may say."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="default: the file's name")
+    question: str = Field("", description="what the study is to answer, in a sentence")
+    base: str = Field("lab", description="preset or YAML file that every arm starts from")
+    set: dict[str, Any] = Field(default_factory=dict, description="key.path: value for every arm")
+    factors: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="factor → level → {key.path: value}"
+    )
+    design: DesignSettings = Field(default="grid", validate_default=True, description="which combinations to run")
+    seeds: list[int] = Field([0], description="seeds of every arm: a number of them, or a list")
+    metric: str = Field(names.VAL_QUALITY, description="logged metric shown for each arm; smaller is better")
+    resources: Resources = Resources()
+    budget: Budget = Budget()
+    stop: Stop = Stop()
+    retries: int = Field(1, ge=0, description="further attempts for a trial whose process failed")
+    margin: Margin = Margin()
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _a_number_of_seeds(cls, value: object) -> object:
+        return seed_list(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("seeds")
+    @classmethod
+    def _usable_seeds(cls, value: list[int]) -> list[int]:
+        if not value or min(value) < 0 or len(set(value)) < len(value):
+            raise ValueError(f"expected distinct seeds ≥ 0, at least one, got {value}")
+        return value
+
+    @field_validator("factors")
+    @classmethod
+    def _several_levels(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for factor, levels in value.items():
+            if len(levels) < 2:
+                raise ValueError(f"factor {factor} has {len(levels)} level, expected two or more")
+            if factor == "seed":
+                raise ValueError("seed is no factor of its own; `seeds: 5` crosses every arm with seeds 0 to 4")
+        return value
+
+
+def seed_list(number: int) -> list[int]:
+    """Seeds 0 … number − 1. Raises InputError for less than one."""
+    if number < 1:
+        raise InputError("a study needs seeds", got=number, expected="1 or more")
+    return list(range(number))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One configuration of a study, whatever the seed.
+
+    Attributes:
+        name: in tables and MLflow.
+        levels: factor → level, as far as the arm has them.
+        settings: its configuration with seed 0, before anything that belongs to the machine.
+    """
+
+    name: str
+    levels: Mapping[str, str]
+    settings: RunConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A validated study: every arm's configuration loads, and no two are equal.
+
+    Arguments:
+        config: as written.
+        folder: of its file; ``base`` may be a file beside it.
+    """
+
+    config: StudyConfig
+    folder: Path = field(default_factory=Path)
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.config.name
+
+    @property
+    def factors(self) -> Factors:
+        """Factor → names of its levels."""
+        return {factor: tuple(levels) for factor, levels in self.config.factors.items()}
+
+    @cached_property
+    def design(self) -> Any:
+        """The design."""
+        return build(DESIGNS, self.config.design, "design")
+
+    @cached_property
+    def arms(self) -> list[Arm]:
+        """The arms in the design's order. Raises InputError where one can't be built, or two are equal."""
+        arms = [self._arm(name, chosen) for name, chosen in self.design.arms(self.factors).items()]
+        self._check_levels_differ(arms[0])
+        _check_distinct(arms)
+        return arms
+
+    def base(self, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """The configuration that arms start from, with ``{key.path: value}`` laid over it."""
+        beside = self.folder / self.config.base
+        preset = (PRESETS / f"{self.config.base}.yaml").is_file()
+        base = str(beside) if not preset and beside.is_file() else self.config.base
+        return schema.load(base, [_assignment(k, v) for k, v in {**self.config.set, **(overrides or {})}.items()])
+
+    def _arm(self, name: str, chosen: Mapping[str, Any]) -> Arm:
+        levels = {factor: str(level) for factor, level in chosen.items() if factor in self.factors}
+        own = {key: value for key, value in chosen.items() if key not in self.factors}
+        return Arm(name, levels, self._load(f"arm {name}", self._overrides(levels) | own))
+
+    def _overrides(self, levels: Mapping[str, str]) -> dict[str, Any]:
+        """The levels' overrides, later factors over earlier ones where two set the same key."""
+        parts = (self.config.factors[factor][level] for factor, level in levels.items())
+        return {key: value for part in parts for key, value in part.items()}
+
+    def _load(self, where: str, overrides: Mapping[str, Any]) -> RunConfig:
+        try:
+            return self.base(overrides)
+        except InputError as error:
+            raise InputError(f"study {self.name}, {where}: {error}") from error
+
+    def _check_levels_differ(self, arm: Arm) -> None:
+        """Raises InputError where two levels of a factor give one configuration, all else as in ``arm``."""
+        for factor in arm.levels:
+            seen: dict[str, str] = {}
+            for level in self.config.factors[factor]:
+                levels = {**arm.levels, factor: level}
+                found = self._load(f"factor {factor}, level {level}", self._overrides(levels)).hash
+                if found in seen:
+                    raise InputError(
+                        f"study {self.name}: level {level} of factor {factor} changes nothing",
+                        got=f"the same configuration as level {seen[found]}, all else as in arm {arm.name}",
+                        fix="give it other values, or remove it",
+                    )  # fmt: skip
+                seen[found] = level
+
+
+def _check_distinct(arms: list[Arm]) -> None:
+    for a, b in combinations(arms, 2):
+        if a.settings.hash == b.settings.hash:
+            raise InputError(
+                f"arms {a.name} and {b.name} are equal", got=f"the same configuration {a.settings.hash}",
+                fix="remove one, or let them differ",
+            )  # fmt: skip
+
+
+def _assignment(key: str, value: Any) -> str:
+    """``key.path=value`` as the command line takes it; JSON is YAML."""
+    if key.split(".")[0] in BOOKKEEPING:
+        raise InputError(f"a study can't set {key}", fix="use seeds, resources and the command line's options")
+    try:
+        return f"{key}={json.dumps(value, allow_nan=False)}"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the value of {key} can't be used", got=value, expected="finite numbers and text") from error
+
+
+def shipped() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load(name: str, seeds: int | None = None) -> Study:
+    """The study of a YAML file or of a shipped study's name; ``seeds`` replaces the file's by 0 … seeds − 1.
+
+    Raises:
+        InputError: one line saying what is wrong with it.
+    """
+    path = STUDIES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        raise InputError(f"no study {name!r}", fix=f"{nearest(name, dict.fromkeys(shipped()))}, or name a YAML file")
+    mapping = read_yaml(path)
+    mapping.setdefault("name", path.stem)
+    if seeds is not None:
+        mapping["seeds"] = seed_list(seeds)
+    study = Study(validate(StudyConfig, mapping), path.parent)
+    _ = study.arms
+    _check_halving(study)
+    return study
+
+
+def _check_halving(study: Study) -> None:
+    """Raises InputError where successive halving would wait for validations that never come in time."""
+    stop = study.config.stop
+    for arm in study.arms if stop.kind == "asha" else []:
+        every = arm.settings.evaluation.every
+        if every == 0 or every > stop.grace_steps:
+            raise InputError(
+                f"study {study.name}: asha compares validations, and arm {arm.name} has none within grace_steps",
+                got=f"evaluation.every {every}", expected=f"1 to {stop.grace_steps}",
+            )  # fmt: skip

@@ -1,0 +1,149 @@
+"""What a person sees of a study: the plan, a live table while trials run, and the outcome of each arm."""
+
+import math
+import re
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
+from rich.table import Table
+
+from ablations.ledger import Record
+from ablations.plan import Plan, Trial
+from ablations.trial import Task, checkpointed
+
+TAIL_BYTES = 4096
+FAILURES_SHOWN = 10
+LEFT = ("begun", "failed", "missing")
+
+
+def duration(seconds: float) -> str:
+    """``"1 h 05 min"``, ``"4 min 10 s"``, ``"12 s"``."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def by_arm(plan: Plan) -> dict[str, list[Trial]]:
+    """Arm → its trials, one for each seed."""
+    found: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        found.setdefault(trial.arm, []).append(trial)
+    return found
+
+
+def arms_table(plan: Plan, running: Mapping[str, str] | None = None) -> Table:
+    """One line for each arm: how many of its seeds are where, and the median of the study's metric.
+
+    Arguments:
+        running: key → step, of trials in flight.
+    """
+    running, metric = running or {}, plan.study.config.metric
+    table = Table(title=f"study {plan.study.name}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("arm", overflow="fold")
+    for heading in ("done", "diverged", "left", f"median {metric}", "accuracy, 1 NFE"):
+        table.add_column(heading, justify="right")
+    if running:
+        table.add_column("running")
+    for arm, trials in by_arm(plan).items():
+        records = [record for trial in trials if (record := plan.record(trial)) is not None]
+        active = ", ".join(f"s{t.settings.seed} {running[t.key]}" for t in trials if t.key in running)
+        cells = [
+            f"{len(records)}/{len(trials)}",
+            str(sum(record.diverged is not None for record in records) or "–"),
+            _left(plan, trials),
+            median(records, metric),
+            median(records, "test/accuracy_1nfe"),
+        ]
+        table.add_row(escape(arm), *cells, *([active] if running else []))
+    return table
+
+
+def _left(plan: Plan, trials: Sequence[Trial]) -> str:
+    states = [plan.state(trial) for trial in trials]
+    return ", ".join(f"{states.count(state)} {state}" for state in LEFT if state in states) or "–"
+
+
+def median(records: Sequence[Record], metric: str) -> str:
+    """Median over the records that have the metric; a value that is not finite counts as the largest."""
+    values = [record.metrics[metric] for record in records if metric in record.metrics]
+    values = [value if math.isfinite(value) else math.inf for value in values]
+    return f"{statistics.median(values):.4g}" if values else "–"
+
+
+class Board:
+    """The live table of a study in progress, and its plain lines where the console is no terminal.
+
+    Arguments:
+        plan: as it was before the start. tasks: what is to run now, by key.
+    """
+
+    def __init__(self, plan: Plan, tasks: Mapping[str, Task], console: Console):
+        self.plan, self.tasks, self.console = plan, dict(tasks), console
+        self.running: set[str] = set()
+        self.ended: set[str] = set()
+        self.failures: list[tuple[Task, str]] = []
+        self.began = time.monotonic()
+
+    def start(self, key: str) -> None:
+        """A trial has begun."""
+        self.running.add(key)
+
+    def end(self, key: str, note: str) -> None:
+        """A trial has ended, or was stopped."""
+        self.running.discard(key)
+        self.ended.add(key)
+        if not self.console.is_terminal:
+            counted = f"{len(self.ended)}/{len(self.tasks)}"
+            self.console.print(
+                f"{counted}  {escape(self.tasks[key].title)}: {escape(note)}; {self.eta()}", soft_wrap=True
+            )
+        self.plan = self.plan.reread()
+
+    def fail(self, key: str, message: str) -> None:
+        """A trial has failed for the last time."""
+        self.failures.append((self.tasks[key], message))
+        self.end(key, f"failed: {message}")
+
+    def eta(self) -> str:
+        """How much is left, from the pace since the start."""
+        work = len(self.ended) + sum(fraction(self.tasks[key]) for key in self.running)
+        left = len(self.tasks) - work
+        pace = (time.monotonic() - self.began) / work if work > 0 else math.nan
+        return f"{duration(left * pace)} left" if left > 0 else "all ended"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        running = {key: f"{round(100 * fraction(self.tasks[key]))}%" for key in self.running}
+        yield arms_table(self.plan, running)
+        yield f"{len(self.ended)} of {len(self.tasks)} trials ended, {len(self.running)} running; {self.eta()}"
+        yield from failure_lines(self.failures)
+
+
+def failure_lines(failures: Sequence[tuple[Task, str]]) -> list[str]:
+    """One line for each failed trial, with its output's file."""
+    lines = [
+        f"[red]failed[/] {escape(task.title)}: {escape(message)} ({escape(task.output)})" for task, message in failures
+    ]
+    more = len(lines) - FAILURES_SHOWN
+    return lines[:FAILURES_SHOWN] + ([f"… and {more} more"] if more > 0 else [])
+
+
+def fraction(task: Task) -> float:
+    """Share of a trial's steps that are made, from its output or its newest checkpoint."""
+    shown = re.findall(r"step +(\d+)", _tail(Path(task.output)))
+    return min(1.0, max(checkpointed(task.path), int(shown[-1]) if shown else 0, 0) / task.steps)
+
+
+def _tail(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""

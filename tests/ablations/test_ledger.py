@@ -1,0 +1,91 @@
+"""The ledger: atomic appends by several processes, merging, and what it does with torn and foreign files."""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ablations import ledger
+from ablations.ledger import Ledger, Record
+from twinrl.errors import InputError
+
+DONE = Record("12345678", 0, "f" * 16, "finished", 20, metrics={"val/quality": 0.5})
+
+WRITER = """
+import sys
+from pathlib import Path
+from ablations.ledger import Record, append
+for i in range(50):
+    append(Path(sys.argv[1]), Record(sys.argv[2], i, "f" * 16, "finished", message="x" * 3000))
+"""
+
+
+def test_records_survive_exactly_non_finite_ones_too(tmp_path: Path) -> None:
+    record = replace(
+        DONE, status="diverged", metrics={"a": math.inf, "b": -math.inf, "c": 0.1}, diverged={"step": 7, "kind": "x"}
+    )
+    book = Ledger(tmp_path / "a.jsonl")
+    book.append(record)
+    assert book.read() == {record.key: record}
+    book.append(replace(record, seed=1, metrics={"a": math.nan}))
+    assert math.isnan(book.read()[replace(record, seed=1).key].metrics["a"])
+
+
+def test_processes_append_at_once_without_loss(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in ("aaaaaaaa", "bbbbbbbb")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    assert len(Ledger(path).read()) == path.read_bytes().count(b"\n") == 100
+
+
+def test_a_torn_last_line_counts_for_nothing_and_is_cut_off(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "a.jsonl")
+    book.append(DONE)
+    with book.own.open("a") as file:
+        file.write(DONE.line()[:40])
+    assert list(book.read()) == [DONE.key]
+    other = replace(DONE, seed=1)
+    book.append(other)
+    assert list(book.read()) == [DONE.key, other.key]
+
+
+def test_a_full_disk_is_an_error_of_the_trial() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    with Path("/dev/full").open("ab", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        ledger.write_line(full, b"line\n", 0)
+
+
+def test_ledgers_of_several_machines_add_up(tmp_path: Path) -> None:
+    failed, pruned = replace(DONE, status="failed", metrics={}), replace(DONE, seed=1, status="pruned")
+    mine, other = Ledger(tmp_path / "mine.jsonl"), Ledger(tmp_path / "shared" / "there.jsonl")
+    other.own.parent.mkdir()
+    mine.append(failed)
+    mine.append(pruned)
+    other.append(DONE)
+    merged = Ledger(mine.own, tmp_path / "shared").read()
+    assert merged == {DONE.key: DONE, pruned.key: pruned}
+    concatenated = tmp_path / "both.jsonl"
+    concatenated.write_bytes(other.own.read_bytes() + mine.own.read_bytes() * 2)
+    assert Ledger(concatenated).read() == merged
+
+
+def test_foreign_and_missing_ledgers_are_refused(tmp_path: Path) -> None:
+    foreign = tmp_path / "log.jsonl"
+    foreign.write_text('{"step": 1}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl, line 1, is not a ledger's"):
+        Ledger(foreign).read()
+    with pytest.raises(InputError, match="no ledger at"):
+        Ledger(tmp_path / "own.jsonl", tmp_path / "absent.jsonl").read()
+
+
+def test_a_held_lock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "PATIENCE_SECONDS", 0.05)
+    path = tmp_path / "a.jsonl"
+    with path.open("ab") as file:
+        ledger._lock(file.fileno(), path)
+        with pytest.raises(InputError, match="locked by another process"):
+            Ledger(path).append(DONE)

@@ -1,0 +1,78 @@
+"""Studies: what a file means, and the one line that a wrong one gets before anything starts."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ablations import study as studies
+from twinrl.errors import InputError
+
+RATES = {"small": {"optim.lr": 1e-4}, "large": {"optim.lr": 1e-3}}
+
+
+def write(folder: Path, **content: object) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({"base": "twinflow", "factors": {"rate": RATES}} | content, sort_keys=False))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", studies.shipped())
+def test_shipped_studies_load(name: str) -> None:
+    assert len(studies.load(name).arms) > 1
+
+
+def test_levels_become_settings(tmp_path: Path) -> None:
+    study = studies.load(write(tmp_path, set={"train.steps": 7}, seeds=3))
+    assert study.name == "mine"
+    assert study.config.seeds == [0, 1, 2]
+    assert {arm.name: (arm.settings.optim.lr, arm.settings.train.steps) for arm in study.arms} == {
+        "rate=small": (1e-4, 7), "rate=large": (1e-3, 7),
+    }  # fmt: skip
+
+
+def test_arms_mix_factors_and_overrides(tmp_path: Path) -> None:
+    arms = {"mine": {"rate": "large", "train.batch": 32}, "plain": {"train.batch": 64}}
+    mine, plain = studies.load(write(tmp_path, design={"kind": "arms", "arms": arms})).arms
+    assert (mine.settings.optim.lr, mine.settings.train.batch, dict(mine.levels)) == (1e-3, 32, {"rate": "large"})
+    assert (plain.settings.train.batch, dict(plain.levels)) == (64, {})
+
+
+def test_base_may_lie_beside_the_study(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("extends: twinflow\ntrain: {batch: 48}\n")
+    assert studies.load(write(tmp_path, base="base.yaml")).arms[0].settings.train.batch == 48
+
+
+WRONG = {
+    "unknown key teacher.deccay": {"factors": {"teacher": {"a": {"teacher.deccay": 0.5}, "b": {}}}},
+    "level same of factor rate changes nothing": {"factors": {"rate": RATES | {"same": {"optim.lr": 1e-4}}}},
+    "level b of factor place changes nothing": {"factors": {"place": {"a": {}, "b": {"checkpoint.every": 7}}}},
+    "a study can't set seed": {"factors": {"s": {"a": {"seed": 1}, "b": {"seed": 2}}}},
+    "has 1 level, expected two": {"factors": {"rate": {"only": {"optim.lr": 1e-4}}}},
+    "arms a and b are equal": {"design": {"kind": "arms", "arms": {"a": {"rate": "small"}, "b": {"optim.lr": 1e-4}}}},
+    "got 0; expected 1 or more": {"seeds": 0},
+    "distinct seeds": {"seeds": [1, 1]},
+    "unknown design 'latin'": {"design": {"kind": "latin"}},
+    "no fraction of 1": {"design": {"kind": "fractional_factorial"}},
+    "unknown key sedes; did you mean seeds": {"sedes": 3},
+    "no preset or file 'twinflo'": {"base": "twinflo"},
+    "asha compares validations": {"set": {"evaluation.every": 0}, "stop": {"kind": "asha"}},
+    "low must be below high": {"margin": {"low": 1.0, "high": 0.1}},
+    "finite numbers": {"set": {"optim.eps": float("nan")}},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_studies_are_refused_in_one_line(message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as raised:
+        studies.load(write(tmp_path, **WRONG[message]))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_and_malformed_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="did you mean example"):
+        studies.load("exampel")
+    (tmp_path / "torn.yaml").write_text("factors: {a: [")
+    with pytest.raises(InputError, match="not valid YAML"):
+        studies.load(str(tmp_path / "torn.yaml"))

@@ -1,0 +1,20 @@
+"""A study of lab runs of a few seconds, shared by the tests that run trials."""
+
+from pathlib import Path
+
+import yaml
+
+TINY = {
+    "train.steps": 20,
+    "train.batch": 16,
+    "checkpoint.every": 4,
+    "evaluation": {"every": 0, "n": 20, "nfe": [1], "teacher_steps": 1, "velocity_rows": 5, "grid_samples": 1},
+}
+RATES = {"small": {"optim.lr": 1e-4}, "large": {"optim.lr": 1e-3}}
+
+
+def write(path: Path, **content: object) -> str:
+    """A study file: base twinflow, 20 steps, the factor ``rate``, unless ``content`` says otherwise."""
+    whole = {"base": "twinflow", "set": TINY, "factors": {"rate": RATES}, "seeds": 2, "retries": 0} | content
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return str(path)
