@@ -68,6 +68,21 @@ def status(study: StudyFile, seeds: Seeds = None, root: Root = ROOT, ledger: Led
 
 
 @app.command()
+def report(
+    study: StudyFile,
+    seeds: Seeds = None,
+    root: Root = ROOT,
+    ledger: Ledgers = None,
+    base: Annotated[str | None, typer.Option(help="arm that the others are compared with")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the report; default: in --root")] = None,
+) -> None:
+    """Answer the study's question: ranking, effects, survival, sample grids, as Markdown and one HTML page."""
+    from ablations.commands import report as command
+
+    raise typer.Exit(command(study, seeds, root, ledger, base, out))
+
+
+@app.command()
 def margin(
     study: StudyFile,
     seeds: Seeds = None,

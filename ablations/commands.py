@@ -16,6 +16,7 @@ from ablations.publish import StudyView
 from ablations.runner import Machine, Runner
 from ablations.study import Study
 from twinrl.commands import program
+from twinrl.errors import InputError
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -95,6 +96,40 @@ def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | N
     for trial in made.trials:
         if made.state(trial) == "failed":
             console.print(f"[red]failed[/] {escape(trial.title)}: {escape(made.records[trial.key].message)}")
+    return 0
+
+
+def report(
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
+) -> int:
+    """``twinrl ablate report``."""
+    from analysis.report import report as write
+
+    console, made = Console(), _plan(name, seeds, root, ledgers)
+    study = made.study
+    if len(made.missing) == len(made.trials):
+        raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {name}")
+    arms = {trial.arm: trial for trial in made.trials}
+    index = {
+        "name": study.name,
+        "question": study.config.question,
+        "metric": study.config.metric,
+        "base": base,
+        "arms": [
+            {
+                "name": arm,
+                "config_hash": trial.settings.hash,
+                "levels": dict(trial.levels),
+                "steps": trial.settings.train.steps,
+                "fingerprint": trial.fingerprint,
+            }
+            for arm, trial in arms.items()
+        ],
+    }
+    page = write(root, out or made.workspace.study_folder(study) / "report", base=base, index=index)
+    if made.missing:
+        console.print(f"{len(made.missing)} of {len(made.trials)} trials are missing")
+    console.print(f"report: {page}", soft_wrap=True)
     return 0
 
 

@@ -114,7 +114,7 @@ class Floor:
 
     @staticmethod
     def _inputs(trainer: Trainer, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Condition]:
-        x = torch.randn(rows, *trainer.latents.shape[1:], device=trainer.device)
+        x = torch.randn(rows, *trainer.source.latent_shape, device=trainer.device)
         t = torch.rand(rows, device=trainer.device)
         condition = trainer.source.condition(trainer.source.prompts(torch.arange(rows) % 10, 0, 0))
         return x, t, t / 2, condition
