@@ -14,6 +14,7 @@ from twinrl.errors import InputError
 
 PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, init="random", cost_ratio=2.5)
 TINY = ["--width", "8", "--batch", "8", "--horizons", "2", "4", "--points", "2", "--lrs", "1e-3", "2e-3", "--n", "20"]
+TINY += ["--init", "random"]
 
 
 class Quadrants(nn.Module):
