@@ -195,11 +195,31 @@ def test_zclip_continues_from_a_checkpoint_bit_for_bit(at: int) -> None:
     assert second.state() == whole.state()
 
 
+def test_match_brings_to_a_scheduled_share_of_the_others() -> None:
+    """‖others‖ = 10; a ramp from 0 to 0.4 over 100 steps is at 0.1 after 25."""
+    ratio = {"kind": "linear", "initial": 0, "final": 0.4, "end": 100}
+    match = rule("match", ratio=ratio)
+    for size in (1e-9, 1.0, 1e9):
+        gradient = vector([3.0 * size, 0.0], [4.0 * size])
+        match(gradient, Surroundings(others=vector([6.0, 0.0], [8.0]), step=25, steps=100))
+        assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-12)
+    silent = vector([0.0], [0.0])
+    match(silent, Surroundings(others=vector([6.0], [8.0]), step=25, steps=100))
+    assert numbers(silent) == [0, 0]
+
+
+def test_match_is_not_infected_by_others_that_are_not_finite() -> None:
+    gradient = vector([3.0], [4.0])
+    rule("match", ratio=0.5)(gradient, beside([math.nan], [1.0]))
+    assert numbers(gradient) == [3, 4]
+
+
 # --- every rule -------------------------------------------------------------------------------------------------
 
 INFINITE = {
     "clip": {"max_norm": math.inf}, "zclip": {"z": math.inf, "warmup": 2}, "agc": {"ratio": math.inf},
     "relative": {"ratio": math.inf}, "scale": {"factor": 1.0}, "project": {},
+    "match": {"ratio": 1.0},  # others of the same norm
 }  # fmt: skip
 
 

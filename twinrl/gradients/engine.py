@@ -116,10 +116,9 @@ class Engine:
         whole = passes[0].losses() if len(passes) == 1 else None
         losses: Losses = [{} for _ in passes] if whole is None else [_detached(whole)]
         account = _Account(self._keeps(step), self._several_wait)
-        last = list(self.owners)[-1]
         for name, owners in self.owners.items():
             if whole is not None:
-                _backward(_parts(whole, owners, name), retain_graph=name != last)
+                _backward(_parts(whole, owners, name), retain_graph=self._still_needed(name, passes[0]))
             else:
                 for one, known in zip(passes, losses, strict=True):
                     found = {owner: one.loss(owner) for owner in owners if owner in one.queries()}
@@ -131,6 +130,15 @@ class Engine:
             one.release()
         measures = account.measures | self._geometry(account, step)
         return losses, measures | self._finish(account.sum)
+
+    def _still_needed(self, name: str, one: Pass) -> bool:
+        """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
+        points = {
+            key: {one.queries()[o][1].point for o in owners if o in one.queries()}
+            for key, owners in self.owners.items()
+        }
+        later = list(self.owners)[list(self.owners).index(name) + 1 :]
+        return any(points[name] & points[other] for other in later)
 
     # --- output space -------------------------------------------------------------------------------------------
 

@@ -136,7 +136,8 @@ class Match(Transform):
         ratio = self.config.ratio.value(around.step, around.steps, around.renoise_end)
         norm = gradient.norm
         coefficient = ratio * around.others.norm / norm
-        gradient.scale_(coefficient.where(norm.isfinite() & (norm > 0), 1.0))
+        usable = norm.isfinite() & coefficient.isfinite()  # else there is nothing to match, or nothing to match it to
+        gradient.scale_(coefficient.where(usable, 1.0))
 
 
 class Project(Transform):
