@@ -57,11 +57,13 @@ def side_by_side(result: Replay) -> Table:
     leading = result.event.terms[:1]
     series = {"loss": names.LOSS_TOTAL, "‖g‖": names.GRAD_TOTAL_RAW}
     series |= {f"‖g {name}‖": names.grad(name, "norm_raw") for name in leading}
-    table = Table(title=f"event: {result.event.message}")
+    letters = dict(zip("AB", (trace.label for trace in result.traces), strict=False))
+    caption = ", ".join(f"{letter}: {label}" for letter, label in letters.items())
+    table = Table(title=f"event: {result.event.message}", caption=caption)
     table.add_column("step", justify="right")
-    for trace in result.traces:
+    for letter in letters:
         for label in series:
-            table.add_column(f"{trace.label}\n{label}", justify="right")
+            table.add_column(f"{letter} {label}", justify="right", no_wrap=True)
     at = result.event.iteration
     for rows in zip(*(trace.rows for trace in result.traces), strict=True):
         if -SHOWN_BEFORE <= rows[0]["iteration"] - at <= SHOWN_AFTER:
