@@ -197,7 +197,7 @@ def test_a_change_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     trainer = finish(planted(tmp_path))
     with pytest.raises(InputError, match=r"the change does not fit"):
         replay(trainer.run, 1, ["model.network.width=8"], load)
-    with pytest.raises(InputError, match="unknown key terms.planted.sise"):
+    with pytest.raises(InputError, match=r"unknown key terms\.planted\.sise"):
         replay(trainer.run, 1, ["terms.planted.sise=8"], load)
 
 
