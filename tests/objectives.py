@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from twinrl import config as configuration
 from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.branches import Batch, BatchDraws, divide
@@ -14,6 +15,9 @@ from twinrl.config import build
 from twinrl.objective import Objective, TermLoss
 from twinrl.teacher import Teacher
 from twinrl.terms import TERMS
+
+LAB_PRESETS = [name for name in configuration.presets() if schema.load(name).model.family is None]
+"""Those with a network of one's own; the others train a pretrained family with the same terms."""
 
 
 @dataclass(frozen=True)

@@ -149,9 +149,9 @@ def test_missing_part(saved: Path) -> None:
         ("[1]", "[1]"),
         ("null", "None"),
         ("\x00\x01", "state.json"),
-        ('{"format": 2}', "format 2"),
+        ('{"format": 1}', "format 1"),
         ("{}", "format None"),
-        ('{"format": 1, "step": 3, "parts": []}', "config"),
+        ('{"format": 2, "step": 3, "parts": []}', "config"),
     ],
 )
 def test_state_of_something_else(saved: Path, content: str, word: str) -> None:

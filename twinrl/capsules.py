@@ -14,6 +14,7 @@ from pathlib import Path
 from twinrl import checkpoints
 from twinrl.checkpoints import Checkpoint
 from twinrl.errors import InputError
+from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.stability.events import Event
 from twinrl.stability.policy import CapsuleConfig
 
@@ -29,10 +30,12 @@ class Capsules:
     Attributes:
         run: the run directory.
         config: how often, how many.
+        ranks: who holds the states.
     """
 
     run: Path
     config: CapsuleConfig
+    ranks: Ranks = ALONE
 
     def due(self, step: int) -> bool:
         """Whether the state before ``step`` belongs into the ring."""
@@ -40,14 +43,17 @@ class Capsules:
 
     def remember(self, step: int, checkpoint: Checkpoint) -> None:
         """Put a state into the ring."""
-        checkpoints.save(self.run / RING, step, checkpoint, KEPT)
+        self.ranks.save(self.run / RING, step, checkpoint, KEPT)
 
     def forget_after(self, step: int) -> None:
         """Drop states of steps that will be made again."""
-        checkpoints.drop_after(self.run / RING, step)
+        self.ranks.on_first(lambda: checkpoints.drop_after(self.run / RING, step))
 
     def keep(self, number: int, event: Event) -> Path | None:
-        """The capsule of event ``number``; None if there is no state before it, or enough capsules."""
+        """The capsule of event ``number``; None if there is no state before it, enough capsules, or another process
+        keeps it."""
+        if not self.ranks.first:
+            return None
         folder = self.run / CAPSULES / f"event-{number}"
         if folder.exists():  # of a stretch that was cut off by a resume
             shutil.rmtree(folder)

@@ -3,13 +3,19 @@
 A checkpoint is a folder ``step-00000500/`` with one ``<part>.safetensors`` for each part (student, ema, …,
 optimizer) and ``state.json``. It is written beside its final place and renamed, so a kill during a save never
 leaves a half one under its name. No pickle anywhere.
+
+Where several processes train one model, the tensors lie in ``shards/`` instead (:mod:`twinrl.fsdp.checkpoint`); they
+are read here too.
 """
 
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +28,7 @@ from torch import Tensor, nn
 from twinrl.errors import InputError
 
 FORMAT = 2
+STATE, SHARDS = "state.json", "shards"
 STATE_KEYS = {
     "step", "iteration", "attempt", "event_count", "log_offset", "events_offset", "teacher_decay", "lr_policy",
     "early_stop", "gradients", "monitor", "reward", "content_hash", "config", "parts",
@@ -68,18 +75,32 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         OSError: the disk is full or read-only; older checkpoints are untouched.
     """
+    with publishing(directory, step, keep) as unfinished:
+        write(unfinished, checkpoint)
+    return directory / folder_of(step)
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into ``folder``, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, tensors in checkpoint.tensors.items():
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            folder / f"{part}.safetensors",
+        )
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+
+
+@contextmanager
+def publishing(directory: Path, step: int, keep: int) -> Iterator[Path]:
+    """A folder to write a checkpoint into; at the end of the block it takes its place at once and old ones go."""
     final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.new"
     replaced = directory / f".{folder_of(step)}.old"
     for leftover in directory.glob(".step-*"):  # of a process that was killed while saving
         shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
-        for part, tensors in checkpoint.tensors.items():
-            save_file(
-                {name: t.detach().contiguous() for name, t in tensors.items()},
-                unfinished / f"{part}.safetensors",
-            )
-        (unfinished / "state.json").write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+        yield unfinished
         _sync(unfinished)
         if final.exists():
             final.rename(replaced)
@@ -94,12 +115,14 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(replaced, ignore_errors=True)
     for old in available(directory)[:-keep]:
         shutil.rmtree(old)
-    return final
 
 
 def _sync(folder: Path) -> None:
-    """Put every file of a folder on disk."""
+    """Put every file of a folder and of those in it on disk."""
     for path in folder.iterdir():
+        if path.is_dir():
+            _sync(path)
+            continue
         with path.open("rb") as file:
             os.fsync(file.fileno())
     _sync_folder(folder)
@@ -141,7 +164,10 @@ def load(path: Path) -> Checkpoint:
         InputError: a file is missing, truncated or not of a checkpoint; names it and the remedy.
     """
     state = load_state(path)
-    tensors = {file.stem: _load_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    if (path / SHARDS).is_dir():
+        tensors = _load_shards(path / SHARDS)
+    else:
+        tensors = {file.stem: _load_tensors(file) for file in sorted(path.glob("*.safetensors"))}
     missing = sorted(set(state["parts"]) - set(tensors))
     if missing:
         raise _corrupted(path, f"{missing[0]}.safetensors is missing")
@@ -151,15 +177,15 @@ def load(path: Path) -> Checkpoint:
 def load_state(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint in folder ``path``; errors as for :func:`load`."""
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise _corrupted(path / "state.json", error) from error
+        raise _corrupted(path / STATE, error) from error
     if not isinstance(state, dict):
-        raise _corrupted(path / "state.json", f"{state!r:.40}")
+        raise _corrupted(path / STATE, f"{state!r:.40}")
     if state.get("format") != FORMAT:
-        raise _corrupted(path / "state.json", f"format {state.get('format')}")
+        raise _corrupted(path / STATE, f"format {state.get('format')}")
     if absent := sorted(STATE_KEYS - set(state)):
-        raise _corrupted(path / "state.json", f"no {', '.join(absent)}")
+        raise _corrupted(path / STATE, f"no {', '.join(absent)}")
     return state
 
 
@@ -168,6 +194,38 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise _corrupted(path, error) from error
+
+
+def shard_metadata(folder: Path) -> dict[str, Any]:
+    """Key (``<part>/<name>``) → what is known of a tensor in a folder of shards.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    from torch.distributed.checkpoint import FileSystemReader
+
+    try:
+        return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _corrupted(folder, error) from error
+
+
+def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors of a folder of shards, in this process alone, by part and name."""
+    from torch.distributed import checkpoint
+
+    flat = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in shard_metadata(folder).items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
+            checkpoint.load(flat, storage_reader=checkpoint.FileSystemReader(str(folder)), no_dist=True)
+    except (OSError, checkpoint.CheckpointException) as error:
+        raise _corrupted(folder, str(error).splitlines()[0]) from error
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        part, _, name = key.partition("/")
+        tensors.setdefault(part, {})[name] = value
+    return tensors
 
 
 def _corrupted(path: Path, reason: object) -> InputError:
@@ -184,8 +242,14 @@ def _corrupted(path: Path, reason: object) -> InputError:
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Load weights strictly. Raises InputError naming the keys or shapes that differ, and where they came from."""
     own = module.state_dict()
-    missing, foreign = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    shapes = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    check_fit({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in tensors.items()}, origin)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: str) -> None:
+    """Raises InputError where names or shapes of a module's tensors differ from those given."""
+    missing, foreign = sorted(set(own) - set(given)), sorted(set(given) - set(own))
+    shapes = [name for name in own if name in given and own[name] != given[name]]
     if missing or foreign or shapes:
         described = [
             f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
@@ -197,7 +261,6 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -
             got=f"keys {'; '.join(described)}",
             fix="use the model.network settings that they were trained with",
         )
-    module.load_state_dict(dict(tensors))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -217,13 +280,20 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tenso
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
+        parameter_of(key, value.shape, parameters, origin)
         index, _, name = key.partition(".")
-        known = index.isdecimal() and int(index) < len(parameters)
-        if not known or (value.ndim and value.shape != parameters[int(index)].shape):
-            raise InputError(
-                f"the optimizer's state in {origin} belongs to another network",
-                got=f"key {key} of shape {tuple(value.shape)}",
-                fix="use the model.network settings that it was made with",
-            )
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], origin: str) -> Tensor:
+    """The parameter to which an entry of an optimizer's state belongs. Raises InputError where there is none."""
+    index, _, _ = key.partition(".")
+    known = index.isdecimal() and int(index) < len(parameters)
+    if not known or (shape and shape != parameters[int(index)].shape):
+        raise InputError(
+            f"the optimizer's state in {origin} belongs to another network",
+            got=f"key {key} of shape {tuple(shape)}",
+            fix="use the model.network settings that it was made with",
+        )
+    return parameters[int(index)]

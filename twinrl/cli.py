@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 130 interrupted with a checkpoint written.
 """
 
+import os
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -142,6 +143,39 @@ def ui(
     raise typer.Exit(serve(store.resolve(uri, runs), port))
 
 
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(help="folder to write; new or empty")],
+    lora: Annotated[bool, typer.Option("--lora", help="write the adapters alone, for a run with model.lora")] = False,
+    dtype: Annotated[
+        Literal["float32", "bf16"] | None, typer.Option(help="of the transformer; default: as trained")
+    ] = None,
+    push_to: Annotated[
+        str | None, typer.Option("--push-to", metavar="OWNER/NAME", help="also upload, with the token in $HF_TOKEN")
+    ] = None,
+    step: Step = None,
+) -> None:
+    """Write a run's student as a diffusers pipeline that stock code samples, with a model card.
+
+    Adapters are merged unless --lora keeps them apart. A new repository on the hub is private.
+    """
+    from twinrl.commands.export import export as command
+
+    raise typer.Exit(command(run, folder, lora, dtype, push_to, step, _console()))
+
+
+@app.command("import-simpletuner")
+def import_simpletuner(
+    config: Annotated[Path, typer.Argument(help="SimpleTuner's config.json with twinflow_enabled")],
+    out: Annotated[Path | None, typer.Option("-o", help="YAML file to write; default: CONFIG's name here")] = None,
+) -> None:
+    """Turn a SimpleTuner configuration into one of twinrl, and say what differs."""
+    from twinrl.commands.simpletuner import import_simpletuner as command
+
+    raise typer.Exit(command(config, out, _console()))
+
+
 data = typer.Typer(no_args_is_help=True, help="Prepare images and captions for a pretrained model.")
 app.add_typer(data, name="data")
 
@@ -168,9 +202,21 @@ def data_prepare(
 
 @app.command()
 def doctor(
+    overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="print every configuration key with its meaning")] = False,
+    plan: Annotated[
+        str | None, typer.Option("--plan", metavar="CONFIG", help="estimate a run's memory before loading anything")
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="of --plan: processes that share the model")] = 1,
 ) -> None:
-    """Check this machine: versions, devices, caches, presets."""
+    """Check this machine: versions, devices, caches, presets; or plan a run's memory."""
+    if plan is not None:
+        from twinrl.schema import load
+
+        settings = load(plan, overrides or [])
+        from twinrl.commands.plan import print_plan
+
+        raise typer.Exit(print_plan(settings, processes, _console()))
     from twinrl.commands.doctor import doctor as command
 
     raise typer.Exit(command(schema, _console()))
@@ -189,10 +235,14 @@ def _register_subcommands() -> None:
 
 
 def main() -> None:
-    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2."""
+    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2.
+
+    Of the processes of a torchrun all end with 2 and the first one writes the line.
+    """
     try:
         _register_subcommands()
         app()
     except InputError as error:
-        print(f"twinrl: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"twinrl: {error}", file=sys.stderr)
         sys.exit(2)

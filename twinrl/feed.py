@@ -1,15 +1,16 @@
 """The global batch of a step: data rows, conditions, times and noise, each a function of (seed, step)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from twinrl import conditions, draws
-from twinrl.branches import Batch, BatchDraws, TimeMap, divide
+from twinrl import conditions
+from twinrl.branches import Batch, BatchDraws, Rows, TimeMap, allocate, divide
 from twinrl.conditions import Condition
 from twinrl.config import build
-from twinrl.data.source import Source
+from twinrl.data.reading import Reader
+from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
 from twinrl.renoise import RENOISE, Renoise, TimeDistribution
 from twinrl.schema import RunConfig
@@ -21,28 +22,37 @@ class Feed:
 
     Attributes:
         settings: the configuration.
-        source: the data.
+        reader: gives rows of the split.
         objective: whose student makes the samples of image-free training.
-        latents: (N, C, H, W) of the split, on the device.
-        split: whose rows, ``train`` or ``validation``.
+        ranks: who shares the batch.
+
+    Raises:
+        InputError: a branch would be left without rows in the smallest batch of the data.
     """
 
     settings: RunConfig
-    source: Source
+    reader: Reader
     objective: Objective
-    latents: Tensor
-    split: str = "train"
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        allocate(self.settings.branches, min(self.reader.sizes(self.settings.train.batch)))
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Rows of each branch in the global batch of which ``batch`` is a part."""
+        return allocate(self.settings.branches, batch.rows.global_batch)
 
     def batch(self, step: int, seed: int) -> tuple[Tensor, Batch]:
-        """The rows of the split and the global batch of ``step``."""
-        settings, source = self.settings, self.source
-        at = draws.shuffled_rows(len(self.latents), settings.train.batch, seed, step)
-        prompts = source.prompts(getattr(source, self.split).labels[at], seed, step)
-        drawn = BatchDraws(seed, step, (len(at), *self.latents.shape[1:]))
-        c = self._cast(source.condition(prompts))
-        x = self.latents[at.to(self.latents.device)] if settings.data.images else self._generated(drawn, c)
+        """The rows of the split behind the global batch of ``step``, and this process's rows of that batch."""
+        settings, reader = self.settings, self.reader
+        at = reader.rows(settings.train.batch, seed, step)
+        prompts, c = reader.captioned(at, seed, step)
+        drawn = BatchDraws(seed, step, (len(at), *reader.shape(at)))
+        x = reader.latents(at)
         null = self._null(c, drawn)
-        return at, divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), self._shaped(step))
+        whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), self._shaped(step))
+        batch = self.ranks.share(whole)
+        return at, batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
 
     def _shaped(self, step: int) -> dict[str, TimeMap]:
         """Placement → law of its times, where renoise shapes them."""
@@ -56,19 +66,16 @@ class Feed:
         law: Renoise = build(RENOISE, self.settings.renoise, "renoise")
         return law.at(step, self.settings.train.steps)
 
-    def _generated(self, drawn: BatchDraws, c: Condition) -> Tensor:
-        """Image-free data: the student's own one-step samples of the prompts, without gradient."""
-        z = drawn.normal("image-free sample").to(self.latents)
+    def _generated(self, rows: Rows) -> Rows:
+        """Image-free: the rows with the student's own one-step samples of the prompts as data, without gradient."""
+        z = rows.normal("image-free sample")
         one = z.new_ones(len(z))
         with torch.no_grad():
-            return z - self.objective.call(self.objective.teacher.student, z, one, torch.zeros_like(one), c)
+            F = self.objective.call(self.objective.teacher.student, z, one, torch.zeros_like(one), rows.c)
+        return replace(rows, x=z - F)
 
     def _null(self, c: Condition, drawn: BatchDraws) -> Condition:
-        n = self.settings.train.batch
         if self.settings.guidance.empty == "source":
-            return self._cast(self.source.null_condition(n))
+            return self.reader.null(conditions.size(c))
         order = drawn.uniform("null permutation").argsort()
         return conditions.rows(c, order)
-
-    def _cast(self, c: Condition) -> Condition:
-        return conditions.to(c, self.latents.device, self.latents.dtype)

@@ -22,11 +22,15 @@ MOST_STEPS = 4
 def refuse(mapping: Mapping[str, Any], prefix: str = "") -> None:
     """Raises InputError where a configuration, at any depth, has a key that begins like one of ``REFUSED``."""
     for key, value in mapping.items():
-        for name, reason in REFUSED.items():
-            if str(key).startswith(name):
-                raise InputError(f"{prefix}{key} cannot be combined with TwinFlow: {reason}", fix="remove the key")
+        if why := reason(str(key)):
+            raise InputError(f"{prefix}{key} cannot be combined with TwinFlow: {why}", fix="remove the key")
         if isinstance(value, Mapping):
             refuse(value, f"{prefix}{key}.")
+
+
+def reason(key: str) -> str | None:
+    """Why a key is refused; None where it is not."""
+    return next((why for name, why in REFUSED.items() if key.startswith(name)), None)
 
 
 def check_steps(nfe: Iterable[int]) -> None:

@@ -16,7 +16,7 @@ import torch
 from twinrl import config, schema
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
@@ -72,7 +72,7 @@ def replay(
     run: RunDirectory,
     number: int,
     overrides: list[str],
-    source: Callable[[RunConfig], tuple[Source, torch.device]],
+    source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
 ) -> Replay:
     """Run the steps around event ``number`` again: unchanged, and with ``overrides`` if there are any.
@@ -109,7 +109,7 @@ def _trace(
     settings: RunConfig,
     checkpoint: Checkpoint,
     steps: int,
-    source: Callable[[RunConfig], tuple[Source, torch.device]],
+    source: Callable[[RunConfig], tuple[Data, torch.device]],
 ) -> Trace:
     """Run ``steps`` steps from a state; whatever is found is recorded and nothing acts."""
     quiet: dict[str, Any] = {

@@ -30,6 +30,23 @@ class EventLog(runlog.RunLog):
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
+class NoLog:
+    """In the place of a log for processes that do not write: accepts everything, keeps nothing."""
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Written by the first process."""
+
+    def sync(self) -> int:
+        """Nothing is on disk."""
+        return 0
+
+    def trim(self, offset: int) -> None:
+        """There is nothing to cut."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class RunDirectory:
     """The files of one run.
 

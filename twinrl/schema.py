@@ -10,11 +10,15 @@ from pydantic import Field, field_validator, model_validator
 from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
+from twinrl.backends.families import FAMILIES
+from twinrl.backends.families.family import FamilyConfig
+from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, build, component, resolve
-from twinrl.data import SOURCES
+from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
+from twinrl.fsdp.config import FSDPConfig
 from twinrl.gradients import GradientsConfig
 from twinrl.guidance import GuidanceConfig
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
@@ -27,18 +31,22 @@ from twinrl.terms.term import check_branches
 
 if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
     Network: TypeAlias = Any
+    NetworkOrNone: TypeAlias = Any
     Renoise: TypeAlias = Any
     Term: TypeAlias = Any
     Optimizer: TypeAlias = Any
     LearningRate: TypeAlias = Any
     SourceName: TypeAlias = str
+    FamilyName: TypeAlias = str
 else:
     Network = component(NETWORKS, "network")
+    NetworkOrNone = Network | None
     Renoise = component(RENOISE, "renoise")
     Term = component(TERMS, "term")
     Optimizer = component(OPTIMIZERS, "optimizer")
     LearningRate = component(LR_POLICIES, "learning-rate policy")
-    SourceName = Literal[tuple(SOURCES)]
+    SourceName = Literal[(*SOURCES, *FAMILY_SOURCES)]
+    FamilyName = Literal[tuple(FAMILIES)]
 
 
 def _with_kind(value: object, kind: str) -> object:
@@ -63,10 +71,47 @@ class TrainConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """The network and how it is called."""
+    """The network and how it is called: a network of one's own, or a family of pretrained models."""
 
-    network: Network = Field(default="mlp", validate_default=True, description="architecture by kind")
+    network: NetworkOrNone = Field(
+        default="mlp", validate_default=True, description="architecture by kind; null where a family is trained"
+    )
     target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
+    family: FamilyName | None = Field(None, description=f"pretrained model to train: {', '.join(FAMILIES)}")
+    path: str | None = Field(None, description="family: folder of its diffusers pipeline, or its name on the hub")
+    lora: LoraSettings | None = Field(None, description="family: train adapters only; null = all parameters")
+    gradient_checkpointing: bool = Field(False, description="family: recompute blocks in the backward pass")
+    dtype: Literal["float32", "bf16"] = Field(
+        "float32", description="family: the transformer's weights; adapters are float32 always"
+    )
+    frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="family: weights of text encoders and VAE")
+    embedded_guidance: float = Field(3.5, ge=0, description="family: guidance that FLUX.1-dev is told")
+
+    @property
+    def pretrained(self) -> FamilyConfig:
+        """The family's settings."""
+        return FamilyConfig(**self.model_dump(include=set(FamilyConfig.model_fields)))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_family_has_its_own_network(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("family") is not None:
+            return {"network": None, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> "ModelConfig":
+        if self.family is None:
+            stray = [name for name in FAMILY_KEYS if getattr(self, name) != ModelConfig.model_fields[name].default]
+            if stray:
+                raise ValueError(f"{stray[0]} needs a pretrained family; fix: family={', '.join(FAMILIES)}")
+            if self.network is None:
+                raise ValueError("network is null; expected an architecture, or a family")
+        elif self.network is not None:
+            raise ValueError(f"network has no effect with family {self.family}; fix: remove it")
+        elif self.path is None:
+            raise ValueError(f"path is missing; expected the folder or hub name of a {self.family} pipeline")
+        return self
 
     @field_validator("network", mode="before")
     @classmethod
@@ -74,14 +119,30 @@ class ModelConfig(Settings):
         return _with_kind(value, configuration.IMPLIED_KINDS["network"])
 
 
+FAMILY_KEYS = tuple(FamilyConfig.model_fields)
+
+
 class DataConfig(Settings):
     """Where samples come from."""
 
-    source: SourceName = Field("digits", description="digits (embedded lab) or mnist")
+    source: SourceName = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
     images: bool = Field(
         True, description="false: image-free training on the student's own one-step samples of the prompts"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompts_have_no_images(cls, value: object) -> object:
+        if isinstance(value, dict) and value.get("source") == "prompts":
+            return {"images": False, **value}
+        return value
+
+    @model_validator(mode="after")
+    def _images_where_there_are_some(self) -> "DataConfig":
+        if self.source == "prompts" and self.images:
+            raise ValueError("images is true, but data.source=prompts has none; fix: data.images=false")
+        return self
 
 
 class CheckpointConfig(Settings):
@@ -139,6 +200,7 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     machine: MachineConfig = MachineConfig()
+    fsdp: FSDPConfig = FSDPConfig()
     run: RunSection = RunSection()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -184,6 +246,7 @@ class RunConfig(Settings):
                 f"stability: rollback has no checkpoint to return to; checkpoint.every {self.checkpoint.every} is not "
                 f"below train.steps {self.train.steps}"
             )
+        self._check_family()
         self._check_reward()
         self.gradients.check_terms(tuple(self.pulls))
         try:
@@ -191,6 +254,18 @@ class RunConfig(Settings):
         except InputError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def _check_family(self) -> None:
+        """Raises ValueError where model, data and start do not belong together."""
+        family, source = self.model.family, self.data.source
+        if (family is None) != (source in SOURCES):
+            wanted = SOURCES if family is None else FAMILY_SOURCES
+            raise ValueError(
+                f"data.source is {source}, which does not go with model.family={family or 'null'}; "
+                f"expected {' or '.join(wanted)}"
+            )
+        if family is not None and self.train.init == "random":
+            raise ValueError("train.init is random, but a family starts from its pretrained weights; fix: teacher")
 
     def _check_reward(self) -> None:
         """Raises ValueError where reward, terms and schedules do not belong together."""
@@ -231,7 +306,11 @@ class RunConfig(Settings):
 
     def numeric(self) -> dict[str, Any]:
         """The settings that change a run's numbers, as plain JSON values; the seed is not among them."""
-        return self.model_dump(mode="json", exclude=NOT_NUMERIC)
+        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC)
+        plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
+        unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
+        plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
+        return plain
 
     @property
     def directory(self) -> Path:
@@ -239,8 +318,12 @@ class RunConfig(Settings):
         return self.run.dir / f"{self.name}-{self.hash}-s{self.seed}"
 
 
-# data.root is where the data lie, not what they are: checkpoints compare the content's hash
-NOT_NUMERIC = dict.fromkeys(("name", "seed", "run", "tracking", "checkpoint", "machine"), True) | {"data": {"root"}}
+# data.root and model.path are where things lie, not what they are: checkpoints compare the content's hash
+_BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "fsdp")
+NOT_NUMERIC = dict.fromkeys(_BOOKKEEPING, True) | {
+    "data": {"root"},
+    "model": {"path", "gradient_checkpointing"},
+}
 
 
 def load(name: str, overrides: list[str] | None = None) -> RunConfig:

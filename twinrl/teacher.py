@@ -4,7 +4,7 @@ Two roles: the *recursion*'s F̄ and the *guidance*'s F̄ (classifier-free guida
 student (default), a frozen copy of its initial weights, or the live student itself.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Literal
@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from twinrl.config import Settings
 
@@ -40,21 +41,40 @@ class TeacherConfig(Settings):
         return self
 
 
+def copy_of(student: nn.Module) -> nn.Module:
+    """A copy without gradients. What the student does not train is shared with it: under LoRA a copy costs its
+    adapters and no more."""
+    shared = {id(p): p for p in student.parameters() if not p.requires_grad}
+    return deepcopy(student, shared).requires_grad_(False)
+
+
 class Teacher:
     """Holds the copies that the configured roles need and keeps the EMA.
 
     Arguments:
         student: the network being trained; copies start from its present weights.
         config: which roles need which copy.
+        copy: makes a copy without gradients; of a sharded student, one that is sharded alike.
+        pretrained: takes the place of the frozen copy: the model under a student's adapters.
     """
 
-    def __init__(self, student: nn.Module, config: TeacherConfig):
+    def __init__(
+        self,
+        student: nn.Module,
+        config: TeacherConfig,
+        copy: Callable[[nn.Module], nn.Module] = copy_of,
+        pretrained: nn.Module | None = None,
+    ):
         self.config = config
         self.student = student
         self.decay = 0.0  # ramped up by every update
         roles = {config.kind, config.guidance or config.kind}
-        self.ema = _copy(student) if "ema" in roles else None
-        self.frozen = _copy(student) if "frozen" in roles else None
+        self.ema = copy(student) if "ema" in roles else None
+        self.frozen = (pretrained or copy(student)) if "frozen" in roles else None
+        # kept, since a sharded module shows other tensors while it is gathered
+        averages = list(self.ema.parameters()) if self.ema is not None else []
+        pairs = [(v, a) for v, a in zip(student.parameters(), averages, strict=False) if v is not a]
+        self._values, self._averages = [v for v, _ in pairs], [a for _, a in pairs]
 
     @property
     def recursion(self) -> nn.Module:
@@ -81,14 +101,15 @@ class Teacher:
         """One EMA update towards the student: parameters only; then the ramp ``d ← d + (1−d)(decay−d)/2`` from 0."""
         if self.ema is None:
             return
-        averages = [p.detach() for p in self.ema.parameters()]
-        values = [p.detach() for p in self.student.parameters()]
+        averages, values = ([_own(p) for p in tensors] for tensors in (self._averages, self._values))
         torch._foreach_lerp_(averages, values, 1 - self.decay)
         self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
 
 
-def _copy(student: nn.Module) -> nn.Module:
-    return deepcopy(student).requires_grad_(False)
+def _own(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter; an average needs nothing else."""
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 # --- random state ---------------------------------------------------------------------------------------

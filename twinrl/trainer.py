@@ -14,13 +14,14 @@ from twinrl.branches import Batch
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
 from twinrl.config import build, resolve
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.feed import Feed
+from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.gradients import Engine, Losses, is_due, telemetry
 from twinrl.memory import keep_freed_memory
 from twinrl.objective import Objective
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
-from twinrl.runs import EventLog, RunDirectory, check_unchanged
+from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
 from twinrl.stability.events import NONFINITE, SPIKE, Event, nonfinite
@@ -80,11 +81,12 @@ class Trainer:
         validate: called every ``evaluation.every`` steps and at the end.
         observers: told about steps, checkpoints and events.
         start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
+        ranks: the processes that train this run together; each has a trainer, of which the first one writes.
     """
 
     settings: RunConfig
     run: RunDirectory
-    source: Source
+    source: Data
     device: torch.device
     validate: Validation
     observers: list[Observer] = field(default_factory=list)
@@ -96,33 +98,36 @@ class Trainer:
     kinds: set[str] = field(default_factory=set)  # of everything found at the last step
     interrupted: bool = False
     saved: int | None = None  # iteration of the newest checkpoint
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         settings = self.settings
         if self.device.type == "cpu":
             keep_freed_memory()
         begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
-        student = assembly.student_of(settings, self.source, self.device, self.start_weights and not begun)
+        start_weights = self.start_weights and not begun
+        student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
         self.guide = assembly.guide_of(settings, self.source, self.device)
-        self.objective: Objective = assembly.objective_of(settings, student, self.guide)
+        self.objective: Objective = assembly.objective_of(settings, student, self.guide, self.ranks)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
-        self.optimizer: torch.optim.Optimizer = optimizer.build(settings.optim, student.parameters())
+        self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
+            optimizer.build(settings.optim, student.parameters())
+        )
         self.engine = Engine(
             settings.gradients, student.parameters(), self.objective.terms,
-            steps=settings.train.steps, renoise_end=settings.renoise_end(),
+            total=self.ranks.total, steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
-        self.feed, self.held_out_feed = (
-            Feed(settings, self.source, self.objective, self._latents(split), split)
-            for split in ("train", "validation")
-        )
-        self.capsules = Capsules(self.run.path, settings.stability.capsules)
-        self.log, self.events = RunLog(self.run.log), EventLog(self.run.events)
+        self.feed = self._feed("train")
+        self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
+        self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
+        self.events: EventLog | NoLog = EventLog(self.run.events) if self.ranks.first else NoLog()
 
-    def _latents(self, split: str) -> Tensor:
-        return self.source.latents(split).to(self.device, assembly.DTYPES[self.settings.train.precision])
+    def _feed(self, split: str) -> Feed:
+        reader = assembly.reader_of(self.settings, self.source, split, self.device)
+        return Feed(self.settings, reader, self.objective, self.ranks)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -143,7 +148,7 @@ class Trainer:
             return Outcome("finished", self.step)
         if self.early_stop.reached:
             return Outcome("stopped", self.step, "no improvement in validation quality")
-        if self.interrupted:
+        if self.ranks.anywhere(self.interrupted):
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self.capsules.remember(self.step, self.state(self.log.sync(), self.events.sync()))
@@ -168,11 +173,11 @@ class Trainer:
     def train_step(self) -> tuple[Row, Event | None, Decision]:
         """One optimizer step; the log row, the last event that began at it, and what to do about what was found."""
         started = time.perf_counter()
-        assembly.seed_stream(self.seed, "dropout", self.step)
+        assembly.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
         data_rows, batch = self.feed.batch(self.step, self.seed)
         self.objective.teacher.update()
         losses, scalars = self._backward(batch)
-        values = _to_floats(scalars) | self._schedules()
+        values = self.ranks.agree(_to_floats(scalars)) | self._schedules()
         events, self.kinds = self.monitor.step(
             self.step + 1, self.iteration, values, lambda term: conspicuous_rows(losses, term, data_rows)
         )
@@ -194,10 +199,10 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
-        counts = {name: len(rows) for name, rows in batch.branch.items()}
         chunks = batch.chunks(self.settings.train.micro_batch or len(batch.rows))
-        passes = [self.objective.evaluate(chunk, counts, self.engine.separate) for chunk in chunks]
-        losses, measures = self.engine.backward(passes, self.step)
+        passes = [self.objective.evaluate(chunk, self.feed.counts(batch), self.engine.separate) for chunk in chunks]
+        own, measures = self.engine.backward(passes, self.step)
+        losses = self.ranks.merge(own)
         return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
 
     def _update(self) -> dict[str, float]:
@@ -210,7 +215,7 @@ class Trainer:
             measures[names.RMS_MAX] = telemetry.largest(list(telemetry.rms(self.optimizer).values()))
         if before is not None:
             measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
-        values = _to_floats(measures) if measures else {}
+        values = self.ranks.agree(_to_floats(measures)) if measures else {}
         if nonfinite(values) and not telemetry.all_finite(parameters):
             values[NONFINITE_PARAMETERS] = 1.0
         return values
@@ -238,8 +243,7 @@ class Trainer:
         step, asked = self.step, []
         for self.step in range(step, step + batches):
             _, batch = self.feed.batch(self.step, self.seed)
-            counts = {name: len(rows) for name, rows in batch.branch.items()}
-            evaluation = self.objective.evaluate(batch, counts)
+            evaluation = self.objective.evaluate(batch, self.feed.counts(batch))
             with evaluation.random_state.replayed():
                 asked += [query for _, query in evaluation.queries().values()]
         self.step = step
@@ -254,7 +258,7 @@ class Trainer:
         """
         every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
         if last or (every > 0 and self.step % every == 0):
-            row.update(self.validate(self.objective.teacher.best, self.step))
+            row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
             if self.settings.evaluation.objective:
                 row[names.VAL_OBJECTIVE] = self.objective_on_validation()
             quality = float(row[names.VAL_QUALITY])
@@ -273,13 +277,12 @@ class Trainer:
         reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
         quality; ``val/quality`` is.
         """
-        values = []
+        values, feed = [], self._feed("validation")
         for number in range(batches):
-            _, batch = self.held_out_feed.batch(self.step, self.settings.evaluation.seed + number)
-            counts = {name: len(rows) for name, rows in batch.branch.items()}
-            evaluation = self.objective.evaluate(batch, counts)
+            _, batch = feed.batch(self.step, self.settings.evaluation.seed + number)
+            evaluation = self.objective.evaluate(batch, feed.counts(batch))
             with evaluation.random_state.replayed():
-                total = torch.stack([part.loss for part in evaluation.losses().values()]).sum()
+                total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
             values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         return float(torch.stack(values).mean())
 
@@ -304,9 +307,9 @@ class Trainer:
         if self.attempt >= config.rollbacks:
             return Outcome("diverged", self.step, f"{event.message}; {self.attempt} rollbacks did not help")
         iteration, attempt, count = self.iteration, self.attempt, self.event_count
-        self.restore(checkpoints.load(healthy[-1]), str(healthy[-1]))
+        self.restore(self.ranks.load(healthy[-1]), str(healthy[-1]))
         self.iteration, self.attempt, self.event_count = iteration, attempt + 1, count
-        checkpoints.drop_after(self.run.checkpoints, self.step)
+        self.ranks.on_first(lambda: checkpoints.drop_after(self.run.checkpoints, self.step))
         self.capsules.forget_after(self.step)
         self.save()
         return None
@@ -319,7 +322,7 @@ class Trainer:
         """Write a checkpoint of the present state and tell the observers."""
         offset = self.log.sync()
         state = self.state(offset, self.events.sync())
-        checkpoints.save(self.run.checkpoints, self.step, state, self.settings.checkpoint.keep)
+        self.ranks.save(self.run.checkpoints, self.step, state, self.settings.checkpoint.keep)
         self.saved = self.iteration
         self._tell("after_checkpoint", offset)
 
@@ -357,7 +360,7 @@ class Trainer:
             self.log.trim(0)
             self.events.trim(0)
             return
-        checkpoint = checkpoints.load(newest)
+        checkpoint = self.ranks.load(newest)
         check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
         self.restore(checkpoint, str(newest))
         self.saved = self.iteration
@@ -378,8 +381,8 @@ class Trainer:
         """
         state = checkpoint.state
         for name, module in assembly.parts_of(self.objective).items():
-            checkpoints.load_module(module, checkpoint.part(name), f"{origin}/{name}.safetensors")
-        checkpoints.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
+            self.ranks.load_module(module, checkpoint.part(name), f"{origin}/{name}.safetensors")
+        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
         self.objective.teacher.decay = state["teacher_decay"]
         self.lr_policy.load(state["lr_policy"])
         self.early_stop.load(state["early_stop"])
@@ -427,7 +430,10 @@ def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
         for part in losses.values():
             for metric, values in part.aux.items():
                 aux.setdefault(metric, []).append(values)
-    return scalars | {metric: torch.cat(values).mean() for metric, values in aux.items()}
+    means = {metric: torch.cat(values).mean() for metric, values in aux.items()}
+    if len(aux.get(names.REWARD_STD, ())) > 1:  # the spread over parts of the batch is not that over the whole
+        means[names.REWARD_STD] = torch.cat(aux[names.REWARD_MEAN]).std(unbiased=False)
+    return scalars | means
 
 
 def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from twinrl import draws
 from twinrl.commands.inspect import load
 from twinrl.data.source import Source
+from twinrl.errors import InputError
 from twinrl.sampling import SamplerConfig, euler, few_step, nfe, sample
 
 LATENCY_BATCH, THROUGHPUT_BATCH = 1, 10
@@ -144,10 +145,12 @@ def as_dict(lines: Sequence[Line]) -> dict[str, Any]:
 def bench(path: Path, rounds: int, step: int | None, console: Console) -> int:
     """Time a run's judged network, print the table and write ``bench.json`` beside it."""
     settings, run, source, network = load(path, step)
+    if settings.model.family is not None:
+        raise InputError(f"{path} trains a family", expected="a run of the lab or MNIST, whose sampling can be timed")
     if settings.machine.threads:
         torch.set_num_threads(settings.machine.threads)
     config = settings.evaluation
-    lines = measure(network, source, config.nfe, config.teacher_steps, rounds)
+    lines = measure(network, cast(Source, source), config.nfe, config.teacher_steps, rounds)
     device = next(network.parameters()).device
     console.print(rich_table(lines, f"{path.name} on {device}, {torch.get_num_threads()} CPU threads"))
     (run.path / "bench.json").write_text(json.dumps(as_dict(lines), indent=1) + "\n")

@@ -6,9 +6,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from twinrl import assembly, checkpoints, draws
+from twinrl import assembly, checkpoints, conditions, draws
 from twinrl.commands.train import judge
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.evaluation.grids import diversity_grid, sample_grid
 from twinrl.runs import RunDirectory, check_content
@@ -17,8 +17,12 @@ from twinrl.sampling import sample as draw
 from twinrl.schema import RunConfig
 
 
-def load(path: Path, step: int | None = None) -> tuple[RunConfig, RunDirectory, Source, nn.Module]:
+def load(
+    path: Path, step: int | None = None, device: torch.device | None = None
+) -> tuple[RunConfig, RunDirectory, Data, nn.Module]:
     """A run's configuration, directory, source and judged network (the EMA where there is one), in eval mode.
+
+    ``step`` chooses a checkpoint instead of the newest, ``device`` another than the configured one.
 
     Raises:
         InputError: no run, no checkpoint (of that step), or a corrupted one.
@@ -27,11 +31,11 @@ def load(path: Path, step: int | None = None) -> tuple[RunConfig, RunDirectory, 
     settings = run.settings()
     folder = run.newest_checkpoint() if step is None else _checkpoint_of(run, step)
     checkpoint = checkpoints.load(folder)
-    device = assembly.device_of(settings)
+    device = device or assembly.device_of(settings)
     source = assembly.load_source(settings, device)
     check_content(source.content_hash, checkpoint.state, settings.data.source)
     network = assembly.new_network(settings, source)
-    checkpoints.load_module(network, {name: t.float() for name, t in checkpoint.judged.items()}, str(folder))
+    checkpoints.load_module(network, checkpoint.judged, str(folder))
     return settings, run, source, network.to(device).eval()
 
 
@@ -47,13 +51,15 @@ def sample(
     path: Path, prompts: list[str], nfe: int, n: int, seed: int, out: Path, step: int | None, console: Console
 ) -> int:
     """Write a picture of ``n`` samples for each prompt; one prompt alone becomes a diversity grid."""
-    _, _, source, network = load(path, step)
+    settings, _, source, network = load(path, step)
     device = next(network.parameters()).device
     noise = draws.normal((n, *source.latent_shape), seed, "sample").to(device)
     rows = []
-    for prompt in prompts or source.prompts(torch.arange(len(source.classes)), seed, 0):
-        z = draw(network, noise, source.condition([prompt] * n), few_step(nfe), seed=seed)
-        rows.append((prompt, source.decode(z).detach()))
+    for prompt in prompts or assembly.example_prompts(settings, source, seed):
+        c = conditions.rows(source.condition([prompt]), torch.zeros(n, dtype=torch.long))
+        with torch.no_grad():
+            z = draw(network, noise, c, few_step(nfe), seed=seed)
+            rows.append((prompt, torch.cat([source.decode(each[None]) for each in z])))
     if len(rows) == 1:
         picture = diversity_grid(rows[0][1], rows[0][0], nfe=nfe)
     else:

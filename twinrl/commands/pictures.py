@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from twinrl.evaluation import Protocol
-from twinrl.evaluation.isolation import undisturbed
+from twinrl.assembly import inner_of
+from twinrl.backends.families.family import FamilyNetwork
+from twinrl.evaluation import PromptProtocol, Protocol
 from twinrl.runs import RunDirectory
-from twinrl.sampling import few_step, sample
+from twinrl.sampling import few_step
 from twinrl.tracking import names
+
+AnyProtocol = Protocol | PromptProtocol
 
 
 class Validator:
@@ -24,7 +27,7 @@ class Validator:
         run: whose ``samples/`` gets the grids.
     """
 
-    def __init__(self, protocol: Protocol, run: RunDirectory):
+    def __init__(self, protocol: AnyProtocol, run: RunDirectory):
         self.protocol, self.run = protocol, run
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
@@ -40,12 +43,15 @@ class Validator:
 
 
 def in_single_precision(network: nn.Module) -> nn.Module:
-    """The network if it is in float32, as the protocol's inputs are; else a copy that is."""
-    single = all(p.dtype == torch.float32 for p in network.parameters())
-    return network if single else deepcopy(network).float()
+    """The network if it takes float32, as the protocol's inputs are; else a copy that does.
+
+    Families take any precision and compute in their own.
+    """
+    mixed = isinstance(inner_of(network), FamilyNetwork) or all(p.dtype == torch.float32 for p in network.parameters())
+    return network if mixed else deepcopy(network).float()
 
 
-def save_grid(protocol: Protocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
+def save_grid(protocol: AnyProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
     """Write a grid of samples (a row for each class, the same noise in a column); returns its pixels."""
     from twinrl.evaluation.grids import sample_grid
 
@@ -54,27 +60,23 @@ def save_grid(protocol: Protocol, network: nn.Module, nfe: int, path: Path, titl
     return images
 
 
-def save_final(protocol: Protocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
+def save_final(protocol: AnyProtocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
     """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE."""
     evaluations = protocol.config.nfe
     paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
     for nfe, path in zip(evaluations, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
     save_diversity(protocol, network, evaluations[0], folder / "diversity.png")
-    save_over_training(run, protocol.source.classes, folder / "over-training.png")
+    save_over_training(run, protocol.row_names, folder / "over-training.png")
     save_curves(run, protocol, folder / "curves.png")
     return paths[0]
 
 
-def save_diversity(protocol: Protocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
+def save_diversity(protocol: AnyProtocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
     """One prompt, other noise: whether the student still varies."""
     from twinrl.evaluation.grids import diversity_grid
 
-    prompt = protocol.grid_prompts()[len(protocol.source.classes) // 3]
-    with undisturbed(network, seed=protocol.config.seed, device=protocol.device):
-        condition = protocol.source.condition([prompt] * n)
-        z = sample(network, protocol.noise(n, "evaluation diversity"), condition, few_step(nfe))
-        images = protocol.source.decode(z)
+    prompt, images = protocol.diversity(network, few_step(nfe), n)
     diversity_grid(images, prompt, nfe=nfe).save(path)
 
 
@@ -100,7 +102,7 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, 
     training_grid(snapshots, steps, list(classes)).save(path)
 
 
-def save_curves(run: RunDirectory, protocol: Protocol, path: Path) -> None:
+def save_curves(run: RunDirectory, protocol: AnyProtocol, path: Path) -> None:
     """Losses and quality against steps, the real-against-real floor dotted."""
     from twinrl.evaluation import figures
     from twinrl.tracking import runlog

@@ -1,8 +1,9 @@
 """``twinrl train`` and ``twinrl resume``."""
 
 import signal
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from rich.console import Console
 
 from twinrl import assembly
+from twinrl.branches import allocate
 from twinrl.commands import pictures, program
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.errors import InputError
-from twinrl.evaluation import FinalTable, Protocol, final_table
+from twinrl.evaluation import FinalTable, PromptProtocol, PromptTable, final_table
+from twinrl.fsdp import mesh
+from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import runlog
@@ -27,15 +31,18 @@ FAILED, INTERRUPTED = 1, 130
 def train(settings: RunConfig, fresh: bool, console: Console) -> int:
     """Start a new run and train it to its end; the exit code."""
     run = RunDirectory(settings.directory)
-    if not fresh:
-        run.refuse_existing()
-    device, source = machine_and_data(settings)  # before the directory, so that bad input leaves no half-made run
-    run.start(settings, fresh)
-    with run.locked():
+    with _launched(settings) as (ranks, device), ExitStack() as stack:
+        if not fresh:
+            ranks.on_first(run.refuse_existing)
+        source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
+        ranks.on_first(lambda: run.start(settings, fresh))
+        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        console = _of_rank(console, ranks)
         try:
-            trainer = _trainer(settings, run, source, device)
+            trainer = _trainer(settings, run, source, device, stack, ranks)
         except InputError:
-            run.discard()
+            if ranks.first:
+                run.discard()
             raise
         console.print(f"run directory [bold]{run.path}[/]")
         return _continue(trainer, console)
@@ -48,33 +55,78 @@ def resume(path: Path, console: Console) -> int:
     if (result := run.result) is not None:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
-    with run.locked():
-        device, source = machine_and_data(settings)
-        return _continue(_trainer(settings, run, source, device), console)
+    with _launched(settings) as (ranks, device), ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        source = ranks.together(lambda: assembly.load_source(settings, device))
+        trainer = _trainer(settings, run, source, device, stack, ranks)
+        return _continue(trainer, _of_rank(console, ranks))
 
 
-def machine_and_data(settings: RunConfig) -> tuple[torch.device, Source]:
+@contextmanager
+def _launched(settings: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
+    """The processes that train together, as torchrun has started them, and this one's device."""
+    device = mesh.local_device(_device(settings))
+    if mesh.world_size() == 1:
+        yield ALONE, device
+        return
+    from twinrl.fsdp.sharded import Sharded, check_equal_shares
+
+    if settings.model.family is not None:
+        raise InputError(
+            "a family is trained by one process so far",
+            got=f"{mesh.world_size()} processes",
+            fix="start without torchrun",
+        )
+
+    check_equal_shares(allocate(settings.branches, settings.train.batch), mesh.world_size())
+    if settings.train.precision == "float64":
+        raise InputError("train.precision=float64 is for one process", fix="use float32, or start without torchrun")
+    low = torch.bfloat16 if settings.train.precision == "bf16" else None
+    with mesh.process_group(device):
+        yield Sharded(settings.fsdp, device, low_precision=low), device
+
+
+def _of_rank(console: Console, ranks: Ranks) -> Console:
+    return console if ranks.first else Console(quiet=True)
+
+
+def machine_and_data(settings: RunConfig) -> tuple[torch.device, Data]:
     """Device and data source; the number of threads is set on the way."""
-    if settings.machine.threads:
-        torch.set_num_threads(settings.machine.threads)
-    device = assembly.device_of(settings)
+    device = _device(settings)
     return device, assembly.load_source(settings, device)
 
 
-def _trainer(settings: RunConfig, run: RunDirectory, source: Source, device: torch.device) -> Trainer:
-    """The trainer in the state of the newest checkpoint, or at the start, of which the first pictures are drawn."""
-    judges = assembly.held_out_rewards(settings, source, device)
-    validator = pictures.Validator(Protocol(source, settings.evaluation, "validation", device, judges), run)
-    trainer = Trainer(settings, run, source, device, validator)
+def _device(settings: RunConfig) -> torch.device:
+    if settings.machine.threads:
+        torch.set_num_threads(settings.machine.threads)
+    return assembly.device_of(settings)
+
+
+def _trainer(
+    settings: RunConfig, run: RunDirectory, source: Data, device: torch.device, stack: ExitStack, ranks: Ranks
+) -> Trainer:
+    """The trainer in the state of the newest checkpoint, or at the start, of which the first pictures are drawn.
+
+    Every process takes part in making samples; what other than the first one draws of them is thrown away.
+    """
+    shown = run if ranks.first else _scratch(stack)
+    validator = pictures.Validator(assembly.protocol_of(settings, source, "validation", device), shown)
+    trainer = Trainer(settings, run, source, device, validator, ranks=ranks)
     trainer.resume()
     if trainer.step == 0:
         validator.save_snapshot(trainer.objective.teacher.best, 0)
-        pictures.save_times(trainer.times(), run.samples / "times.png")
+        pictures.save_times(trainer.times(), shown.samples / "times.png")
     return trainer
 
 
+def _scratch(stack: ExitStack) -> RunDirectory:
+    scratch = RunDirectory(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+    scratch.samples.mkdir()
+    return scratch
+
+
 def _continue(trainer: Trainer, console: Console) -> int:
-    view = _view(trainer.settings, trainer.run)
+    view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
     outcome = _train(trainer, view, console)
     return _conclude(trainer, outcome, view, console)
 
@@ -90,11 +142,10 @@ def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outco
     """The loop under a progress bar; Ctrl-C and SIGTERM end it at the next step, with a checkpoint."""
     if trainer.step:
         console.print(f"resuming at step {trainer.step}")
-    with (
-        ConsoleObserver(console, trainer.settings.train.steps, trainer.step) as shown,
-        _interruptible(trainer),
-    ):
-        trainer.observers.append(shown)
+    with _interruptible(trainer), ExitStack() as stack:
+        if trainer.ranks.first:
+            shown = ConsoleObserver(console, trainer.settings.train.steps, trainer.step)
+            trainer.observers.append(stack.enter_context(shown))
         if view is not None:
             trainer.observers.append(MLflowObserver(view))
         return trainer.train()
@@ -129,14 +180,18 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         return INTERRUPTED
     result: dict[str, Any] = {"status": outcome.status, "step": outcome.step, "message": outcome.message}
     if outcome.status != "diverged":
-        table, grid = judge(trainer.settings, trainer.source, trainer.objective.teacher.best, run, console, run.samples)
+        with ExitStack() as stack:
+            folder = run.samples if trainer.ranks.first else _scratch(stack).samples
+            best = trainer.objective.teacher.best
+            table, grid = judge(trainer.settings, trainer.source, best, run, console, folder, trainer.ranks)
         result["table"] = table.as_dict()
         console.print(table.rich())
         console.print(table.rich_scores())
         console.print(f"samples: {grid}")
-    pictures.save_norms(run, run.samples / "norms.png")
-    runlog.write_parquet(run.path)
-    run.finish(result)
+    if trainer.ranks.first:
+        pictures.save_norms(run, run.samples / "norms.png")
+        runlog.write_parquet(run.path)
+        run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
         console.print(f"curves and grids: {program()} ui {run.path.parent}")
     if outcome.status == "diverged":
@@ -146,16 +201,25 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
 
 
 def judge(
-    settings: RunConfig, source: Source, network: torch.nn.Module, run: RunDirectory, console: Console, folder: Path
-) -> tuple[FinalTable, Path]:
+    settings: RunConfig,
+    source: Data,
+    network: torch.nn.Module,
+    run: RunDirectory,
+    console: Console,
+    folder: Path,
+    ranks: Ranks = ALONE,
+) -> tuple[FinalTable | PromptTable, Path]:
     """The final table on the test split; sample grids, diversity and curves go to ``folder``."""
     device = next(network.parameters()).device
     with console.status("judging samples of the student and its teacher on the test split"):
-        judges = assembly.held_out_rewards(settings, source, device)
-        protocol = Protocol(source, settings.evaluation, "test", device, judges)
+        protocol = assembly.protocol_of(settings, source, "test", device)
         network = pictures.in_single_precision(network)
-        from_teacher = settings.train.init == "teacher"
-        teacher = assembly.pretrained_teacher(settings, source, device) if from_teacher else None
-        table = final_table(protocol, network, teacher)
+        table: FinalTable | PromptTable
+        if isinstance(protocol, PromptProtocol):
+            table = PromptTable.of(protocol, network)
+        else:
+            from_teacher = settings.train.init == "teacher"
+            teacher = assembly.pretrained_teacher(settings, source, device, ranks) if from_teacher else None
+            table = final_table(protocol, network, teacher)
         grid = pictures.save_final(protocol, network, run, folder)
     return table, grid

@@ -1,7 +1,8 @@
 """What a run needs from its data, whatever they are: the contract between data and everything above.
 
-A *source* (the digits lab, MNIST, later image folders with a diffusers pipeline) brings data splits, a codec
-between pixels and the space in which the flow lives, the conditioning, and judges that training never sees.
+A *source* brings data splits, a codec between pixels and the space in which the flow lives, and the
+conditioning. The digits lab and MNIST are a :class:`Source`: in memory, labelled, with judges that training never
+sees. A prepared folder with a pretrained family is :class:`Data` and no more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,34 +51,22 @@ class Scorer(Protocol):
         ...
 
 
-class Source(Protocol):
-    """A data set with everything that training and evaluation need.
+class Data(Protocol):
+    """What every run needs of its data, wherever they lie: a codec, conditions, an identity.
 
     Attributes:
         name: as in ``data.source``.
         content_hash: hex digest of what decides a run's numbers (pixels, captions, frozen models' weights).
-        latent_shape: (C, H, W) of the space of the flow.
-        classes: names of the classes, in label order.
-        train, validation, test: the fixed splits.
-        judge: classifier for quality metrics.
-        scorers: reward models by name, the held-out ones included (``held_out`` names those).
+        latent_shape: (C, H, W) of the space of the flow; of the commonest size where there are several.
+        scorers: reward models that come with the data, by name, the held-out ones included.
         held_out: names of scorers that training must never use.
     """
 
     name: str
     content_hash: str
     latent_shape: tuple[int, int, int]
-    classes: tuple[str, ...]
-    train: Split
-    validation: Split
-    test: Split
-    judge: Judge
     scorers: Mapping[str, Scorer]
     held_out: frozenset[str]
-
-    def latents(self, split: str) -> Tensor:
-        """(N, C, H, W) latents of a split, encoded once."""
-        ...
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w)."""
@@ -87,16 +76,40 @@ class Source(Protocol):
         """Normalised latents → pixels, not clamped."""
         ...
 
-    def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
-        """One caption for each label, template drawn by (seed, step); from the held-out templates if asked."""
-        ...
-
     def condition(self, prompts: Sequence[str]) -> Condition:
         """The network's condition for B prompts, (B, ...) tensors on the source's device."""
         ...
 
     def null_condition(self, n: int) -> Condition:
         """The empty condition ∅, n rows."""
+        ...
+
+    def to(self, device: str) -> "Data":
+        """Codec, judges and scorers on ``device``."""
+        ...
+
+
+class Source(Data, Protocol):
+    """A labelled data set in memory, with judges: the digits lab, MNIST.
+
+    Attributes:
+        classes: names of the classes, in label order.
+        train, validation, test: the fixed splits.
+        judge: classifier for quality metrics.
+    """
+
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    judge: Judge
+
+    def latents(self, split: str) -> Tensor:
+        """(N, C, H, W) latents of a split, encoded once."""
+        ...
+
+    def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
+        """One caption for each label, template drawn by (seed, step); from the held-out templates if asked."""
         ...
 
     def teacher_weights(self, network: nn.Module, key: str) -> Mapping[str, Tensor]:

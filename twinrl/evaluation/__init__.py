@@ -2,12 +2,15 @@
 
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.prdc import prdc
+from twinrl.evaluation.prompts import PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import EvaluationConfig, Protocol
 from twinrl.evaluation.table import FinalTable, final_table
 
 __all__ = [
     "EvaluationConfig",
     "FinalTable",
+    "PromptProtocol",
+    "PromptTable",
     "Protocol",
     "final_table",
     "frechet_distance",

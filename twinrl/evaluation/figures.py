@@ -152,7 +152,11 @@ def gradient_norms(rows: Frame, events: Sequence[Mapping[str, Any]] = (), *, tit
 def _per_term(frame: "DataFrame", quantity: str) -> dict[str, str]:
     """Term → column of a gradient quantity; the total last."""
     prefix, suffix = names.grad("\n", quantity).split("\n")
-    found = {str(c)[len(prefix) : -len(suffix)]: str(c) for c in frame if str(c).startswith(prefix) and str(c).endswith(suffix)}
+    found = {
+        str(c)[len(prefix) : -len(suffix)]: str(c)
+        for c in frame
+        if str(c).startswith(prefix) and str(c).endswith(suffix)
+    }
     return dict(sorted(found.items(), key=lambda item: item[0] == "total"))
 
 

@@ -237,6 +237,19 @@ class Protocol:
         """One prompt per class, in class order: the labels of the grid's rows."""
         return self.source.prompts(torch.arange(len(self.source.classes)), self.config.seed, 2)
 
+    @property
+    def row_names(self) -> tuple[str, ...]:
+        """Short names of the rows of a grid: the classes."""
+        return self.source.classes
+
+    def diversity(self, network: Network, sampler: SamplerConfig, n: int) -> tuple[str, Tensor]:
+        """One prompt and (n, C, H, W) images of it from other noise."""
+        prompt = self.grid_prompts()[len(self.source.classes) // 3]
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            condition = self.source.condition([prompt] * n)
+            z = sample(network, self.noise(n, "evaluation diversity"), condition, sampler)
+            return prompt, self.source.decode(z)
+
     # --- judgements -------------------------------------------------------------------------------------
 
     def judge(self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None) -> Judged:

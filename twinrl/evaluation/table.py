@@ -70,7 +70,7 @@ class FinalTable:
 
     def write(self, path: Path) -> None:
         """The table as JSON, keys as in :meth:`as_dict`."""
-        path.write_text(json.dumps(self.as_dict(), indent=1, allow_nan=False) + "\n")
+        write_json(self.as_dict(), path)
 
     def rich(self) -> "Table":
         """The table for the terminal, 80 columns wide; intervals under their values."""
@@ -199,6 +199,11 @@ def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -
     metrics["accuracy"] = proportion_interval(reference.correct)
     metrics |= {_score(n): Estimate(value) for n, value in protocol.scores(reference).items()}
     return Row(name, 0, metrics)
+
+
+def write_json(plain: Mapping[str, Any], path: Path) -> None:
+    """A table's plain values as a file."""
+    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def _score(scorer: str) -> str:

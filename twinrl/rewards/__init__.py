@@ -7,7 +7,7 @@ have its gradient in latent space is the business of :mod:`twinrl.rewards.latent
 from typing import Any
 
 from twinrl.config import build
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.rewards.aesthetic import Aesthetic
 from twinrl.rewards.analytic import Brightness, Compressibility, Quadratic, Sharpness
 from twinrl.rewards.clipscore import CLIPScore
@@ -47,7 +47,7 @@ REWARDS.update(
 __all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward", "nonfinite_images"]
 
 
-def build_reward(config: Any, source: Source | None = None, key: str = "reward", training: bool = True) -> Reward:
+def build_reward(config: Any, source: Data | None = None, key: str = "reward", training: bool = True) -> Reward:
     """The reward that ``config`` describes, on the CPU (``.to(device)`` moves it).
 
     Arguments:

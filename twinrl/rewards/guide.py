@@ -14,7 +14,7 @@ from torch import Tensor
 
 from twinrl.branches import Rows
 from twinrl.config import Settings
-from twinrl.data.source import Source
+from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
 from twinrl.rewards.reward import Reward, RewardSettings
@@ -54,7 +54,7 @@ class Guide:
     """
 
     def __init__(
-        self, config: RewardConfig, reward: Reward, codec: Source, steps: int, renoise_end: Fraction | None = None
+        self, config: RewardConfig, reward: Reward, codec: Data, steps: int, renoise_end: Fraction | None = None
     ):
         self.config, self.reward, self.codec = config, reward, codec
         self.latent = LatentReward(config.gradient)

@@ -95,7 +95,9 @@ class TwinTimes(nn.Module):
         if not self.twin:
             return output
         level, target, fake = self._levels(args[0])
-        second = getattr(self, self.second_name)(self.second_time(level, target), *args[1:], **kwargs)
+        module = getattr(self, self.second_name)
+        told, named = _in(next(module.parameters()).dtype, args[1:], kwargs)
+        second = module(self.second_time(level, target), *told, **named)
         if isinstance(output, Tensor):
             return self._sum(output, second, self.twin_sign, level - target, fake)
         signs = self.twin_sign.split(self.twin_widths)
@@ -111,7 +113,11 @@ class TwinTimes(nn.Module):
 
     @staticmethod
     def _sum(first: Tensor, second: Tensor, sign: Tensor, length: Tensor, fake: Tensor) -> Tensor:
-        return first + second * length.to(first.dtype)[:, None] + sign.to(first.dtype) * fake.to(first.dtype)[:, None]
+        return (
+            first
+            + second.to(first.dtype) * length.to(first.dtype)[:, None]
+            + sign.to(first.dtype) * fake.to(first.dtype)[:, None]
+        )
 
     # --- parameters -------------------------------------------------------------------------------------
 
@@ -119,6 +125,11 @@ class TwinTimes(nn.Module):
     def second_name(self) -> str:
         """Attribute name of the second time module."""
         return f"{self.TIME}_2"
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """The pretrained weights' dtype; what is trained beside them may have another."""
+        return getattr(self, self.TIME).get_submodule(self.OUTPUTS[0]).weight.dtype
 
     def twin_parameters(self) -> dict[str, nn.Parameter]:
         """The second time module's parameters and the sign, by their names in the transformer."""
@@ -177,6 +188,18 @@ class TwinTimes(nn.Module):
             self.twin = True
             if adapted:
                 self.enable_adapters()  # type: ignore[operator]
+
+
+def _in(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """What a time module is told beside the time, in its own precision; a second one that is trained may have another
+    than the frozen first one."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return dtype
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
 
 
 def _has(module: nn.Module, name: str) -> bool:

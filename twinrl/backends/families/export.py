@@ -47,7 +47,7 @@ def export(
     """
     _claim(folder)
     transformer = _merged(network.transformer)
-    if dtype is not None and dtype != transformer.dtype:
+    if dtype is not None and any(p.dtype != dtype for p in transformer.parameters()):
         transformer = copy.deepcopy(transformer).to(dtype)
     parts = family.pipeline.components | {"transformer": transformer, "scheduler": scheduler}
     type(family.pipeline)(**parts).save_pretrained(folder)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from twinrl.backends.dit import patchify, unpatchify
 from twinrl.backends.families import loading
 from twinrl.backends.families.embedding import TwinTimes
-from twinrl.backends.families.lora import LoraSettings, add_lora
+from twinrl.backends.families.lora import LoraSettings, add_lora, is_adapted
 from twinrl.conditions import Condition
 from twinrl.config import Settings
 from twinrl.draws import generator
@@ -46,6 +46,8 @@ class FamilyConfig(Settings):
 class FamilyNetwork(nn.Module, ABC):
     """``F(x, t, r, condition)`` around a family's transformer.
 
+    Under LoRA its state dict is what it trains (adapters, second time, sign), not the pretrained weights.
+
     Arguments:
         transformer: with ``TwinTimes``; the only submodule.
     """
@@ -53,10 +55,12 @@ class FamilyNetwork(nn.Module, ABC):
     def __init__(self, transformer: TwinTimes):
         super().__init__()
         self.transformer = transformer
+        self.register_state_dict_post_hook(_leave_out_frozen)
+        self.register_load_state_dict_post_hook(_frozen_may_be_missing)
 
     def forward(self, x_bchw: Tensor, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
         """Latents (B, C, H, W), t in [−1, 1] (negative = fake branch), |r| ≤ |t| → velocity in x's dtype."""
-        dtype: torch.dtype = self.transformer.dtype  # type: ignore[assignment]
+        dtype = self.transformer.base_dtype
         told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         with self.transformer.at(t_b, r_b):
             return self.velocity(x_bchw.to(dtype), t_b.abs(), told).to(x_bchw.dtype)
@@ -64,6 +68,24 @@ class FamilyNetwork(nn.Module, ABC):
     @abstractmethod
     def velocity(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """The transformer's velocity noise − data (B, C, H, W) at noise level |t|; all in the transformer's dtype."""
+
+
+def _trained(network: FamilyNetwork, name: str) -> bool:
+    """Whether a parameter of an adapted network is trained, by its name; copies for teachers have no gradients."""
+    return "lora_" in name or name.endswith(
+        tuple(f"transformer.{twin}" for twin in network.transformer.twin_parameters())
+    )
+
+
+def _leave_out_frozen(network: FamilyNetwork, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    if is_adapted(network.transformer):
+        for name in [n for n in state if n.startswith(f"{prefix}transformer.") and not _trained(network, n)]:
+            del state[name]
+
+
+def _frozen_may_be_missing(network: FamilyNetwork, keys: Any) -> None:
+    if is_adapted(network.transformer):
+        keys.missing_keys[:] = [name for name in keys.missing_keys if _trained(network, name)]
 
 
 class FrozenTeacher(nn.Module):
@@ -144,6 +166,9 @@ class Family(ABC):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(generator(seed, "adapters").initial_seed())
                 add_lora(transformer, config.lora, self.LORA_TARGETS)
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:  # few, and bf16 would swallow the updates of an average
+                    parameter.data = parameter.data.float()
         return self.NETWORK(transformer)
 
     def check_variant(self, described: Mapping[str, Any]) -> None:  # noqa: B027 (most families have one variant)

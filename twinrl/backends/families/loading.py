@@ -134,7 +134,7 @@ def load_pipeline(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
 
     parts = dict.fromkeys(["transformer", "scheduler", *left_out(read_index(folder))])
     try:
-        with _quiet():
+        with quiet():
             return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreadable(folder, error) from error
@@ -147,7 +147,7 @@ def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Any:
         InputError: it cannot be read, or its weights do not fit.
     """
     try:
-        with _quiet():
+        with quiet():
             loaded = transformer.from_pretrained(folder / "transformer", torch_dtype=dtype)
         loaded.complete(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
@@ -159,7 +159,7 @@ def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without diffusers' remarks on weights that are not in a checkpoint: ``complete`` and the check after it say more.
 
     Nor on ``torch_dtype``, which newer versions call ``dtype`` and older ones know under no other name.

@@ -78,6 +78,10 @@ class CachedDataset:
         """The embeddings of the empty prompt, n rows."""
         return pad([self._prompts[EMPTY_PROMPT]] * n, self._lengths)
 
+    def bucket_of(self, index: int) -> str:
+        """The bucket of a row."""
+        return self._entries[index].bucket
+
     def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
         """The rows' captions."""
         return [entry.caption for entry in self._at(indices)]

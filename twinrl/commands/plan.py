@@ -1,0 +1,221 @@
+"""``twinrl doctor --plan``: what a run will hold in memory, before any weight is loaded.
+
+Networks are built on the meta device, which has shapes and no values, so bytes of tensors are exact. Activations are a
+rule of thumb: 34·s·b·h bytes a block in 16 bits with fused attention (s tokens, b rows, h width; arXiv:2205.05198,
+eq. 2 without the attention matrix), and with recomputation 2·s·b·h a block plus one whole block. Sizes of reward models
+are those of their papers' architectures.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from twinrl import assembly
+from twinrl.backends.families import family_class
+from twinrl.backends.families.family import DTYPES
+from twinrl.backends.families.loading import INDEX, components, quiet, read_index, transformer_config
+from twinrl.backends.families.lora import add_lora
+from twinrl.data.folders.prepare import MANIFEST
+from twinrl.errors import InputError
+from twinrl.schema import RunConfig
+
+META = torch.device("meta")
+REWARD_PARAMETERS = {
+    "hpsv2": 986e6, "pickscore": 986e6, "clipscore": 151e6, "imagereward": 447e6, "aesthetic": 428e6,
+}  # fmt: skip
+DEFAULT_PIXELS = 1024
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that is held in memory.
+
+    Attributes:
+        name: what.
+        bytes: in all processes together.
+        shared: divided over the processes (sharded), else each has its own.
+        exact: whether the bytes are those of tensors, or a rule of thumb.
+        host: in the host's memory instead of the device's.
+    """
+
+    name: str
+    bytes: int
+    shared: bool = True
+    exact: bool = True
+    host: bool = False
+
+    def each(self, processes: int) -> int:
+        """Bytes in one of ``processes``."""
+        return math.ceil(self.bytes / processes) if self.shared else self.bytes
+
+
+def plan(settings: RunConfig) -> list[Item]:
+    """What the configured run holds in memory.
+
+    Raises:
+        InputError: the model's description cannot be read.
+    """
+    if settings.model.family is None:
+        source = assembly.load_source(settings, torch.device("cpu"))
+        with META:
+            network = assembly.new_network(settings, source)
+        network.to(dtype=assembly.dtype_of(settings))
+        return list(_of_training(settings, network))
+    folder = described(str(settings.model.path))
+    network = meta_family(settings, folder)
+    items = [*_of_training(settings, network), *_frozen(settings, folder)]
+    return [*items, _activations(settings, network, folder), *_rewards(settings)]
+
+
+def described(path: str) -> Path:
+    """A folder with the pipeline's descriptions; of a hub name these alone are fetched.
+
+    Raises:
+        InputError: the hub cannot be reached and has no copy here.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=[INDEX, "*/config.json"]))
+    except (OSError, HfHubHTTPError, HTTPError, ValueError) as error:
+        raise InputError(
+            f"the description of {path} cannot be fetched", got=str(error).splitlines()[0] if str(error) else None,
+            fix="give the folder of a downloaded pipeline as model.path",
+        ) from error  # fmt: skip
+
+
+def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
+    """The student as :meth:`Family.network` makes it, without values."""
+    model = settings.model
+    family = family_class(str(model.family))
+    with META, quiet():
+        transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder))  # type: ignore[attr-defined]
+        transformer.to(DTYPES[model.dtype])
+        if model.lora is not None:
+            add_lora(transformer, model.lora, family.LORA_TARGETS)
+            for parameter in transformer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+    return family.NETWORK(transformer)
+
+
+def _of_training(settings: RunConfig, network: nn.Module) -> Iterator[Item]:
+    parameters = list(network.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])
+    yield Item("student", size_of([*parameters, *network.buffers()]))
+    yield Item("gradients", size_of(trained))
+    yield Item("optimizer", 2 * size_of(trained) + 4 * len(trained))  # two moments, and a step of 4 bytes each
+    teacher = settings.teacher
+    roles = {teacher.kind, teacher.guidance or teacher.kind}
+    buffers = size_of(network.buffers()) if len(trained) < len(parameters) else 0
+    if "ema" in roles:
+        yield Item("average (EMA)", own + buffers)
+    if "frozen" in roles and settings.model.lora is None:
+        yield Item("frozen teacher", own)
+    if settings.gradients.terms:
+        yield Item("gradient of one term", size_of(trained), exact=False)
+
+
+def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
+    """VAE on the device, text encoders on the host."""
+    dtype = DTYPES[settings.model.frozen_dtype]
+    for name in components(read_index(folder)):
+        module = _meta_component(folder, name)
+        if module is not None:
+            # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
+            held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
+            yield Item(name, size_of(held), shared=False, host=name != "vae")
+
+
+def _meta_component(folder: Path, name: str) -> nn.Module | None:
+    """A frozen component without values; None for the transformer, tokenizers and schedulers."""
+    import diffusers
+    import transformers
+
+    library, cls = read_index(folder)[name]
+    file = folder / name / "config.json"
+    if name == "transformer" or not file.is_file():
+        return None
+    with META:
+        if library == "diffusers":
+            return getattr(diffusers, cls).from_config(json.loads(file.read_text()))
+        return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
+
+
+def _activations(settings: RunConfig, network: Any, folder: Path) -> Item:
+    """One micro-batch's, by the rule of thumb of the module's docstring."""
+    family = family_class(str(settings.model.family))
+    blocks = sum(type(module).__name__ in family.BLOCKS for module in network.modules())
+    config = network.transformer.config
+    width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
+    rows = settings.train.micro_batch or settings.train.batch
+    positions = (_latent_positions(settings, folder) // family.PATCH**2 + family.TOKENS) * rows * width
+    wide = 1 if settings.train.precision == "bf16" or settings.model.dtype == "bf16" else 2
+    recomputed = 2 * blocks + 34 if settings.model.gradient_checkpointing else 34 * blocks
+    return Item("activations, about", recomputed * positions * wide, shared=False, exact=False)
+
+
+def _latent_positions(settings: RunConfig, folder: Path) -> int:
+    """h·w of the largest bucket's latents; of 1024² pixels compressed 8× where no data are prepared."""
+    root = settings.data.root
+    if root is not None and (root / MANIFEST).is_file():
+        shapes = [row["latent_shape"] for row in json.loads((root / MANIFEST).read_text())["buckets"]]
+        return max(height * width for _, height, width in shapes)
+    factor = 32 if settings.model.family == "sana" else 8
+    return (DEFAULT_PIXELS // factor) ** 2
+
+
+def _rewards(settings: RunConfig) -> Iterator[Item]:
+    """Reward models; the followed one is there twice, for training and for validation."""
+    if settings.reward is None:
+        return
+    for name, model, copies in [
+        ("reward", settings.reward.model, 2), *((n, m, 1) for n, m in settings.reward.held_out.items()),
+    ]:  # fmt: skip
+        size = copies * int(_reward_bytes(model))
+        if size:
+            yield Item(f"{name} ({model.kind}), about", size, shared=False, exact=False)
+
+
+def _reward_bytes(model: Any) -> float:
+    inner = [member.reward for member in getattr(model, "rewards", {}).values()]
+    inner += [model.reward] if hasattr(model, "reward") else []
+    width = 2 if getattr(model, "dtype", "float32") == "bf16" else 4
+    return REWARD_PARAMETERS.get(model.kind, 0) * width + sum(map(_reward_bytes, inner))
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes of tensors."""
+
+    def one(tensor: Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    return sum(map(one, tensors))
+
+
+def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
+    """Print what each process holds; 0."""
+    if settings.model.family is not None and processes > 1:
+        raise InputError("a family is trained by one process so far", got=f"{processes} processes", fix="--processes 1")
+    items = plan(settings)
+    table = Table("held by each process", "MiB", "where", box=None, pad_edge=False)
+    for item in items:
+        table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", "host" if item.host else "device")
+    total = sum(item.each(processes) for item in items if not item.host)
+    table.add_section()
+    table.add_row("all on the device", f"{total / 2**20:,.1f}", "")
+    console.print(table)
+    console.print("Tensors are exact; activations and reward models are estimates. Decoding large images comes on top.")
+    return 0

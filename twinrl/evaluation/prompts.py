@@ -1,0 +1,299 @@
+"""The fixed validation protocol of pretrained families: fixed prompts, noise and held-out latents, no class judge.
+
+A folder has no labels, so nothing judges whether a sample shows its class. What is measured instead:
+
+    val/latent_kid   kernel distance (KID, arXiv:1801.01401) between latents of samples and of held-out images, both
+                     averaged over a 4×4 grid of regions: C·16 numbers an image, whatever its bucket
+    val/score, val/held_out_score   mean of the reward that training follows, and of those that it does not
+    val/velocity_mse as for labelled data
+
+``val/quality`` is the latent kernel distance at the first NFE: it exists without any reward model, and it gets worse
+when a reward is hacked, which a reward's mean does not. It sees layout and colour, not detail: read it as a watchdog,
+and judge results by held-out rewards and by eye. Data without images have no such distance; there ``val/quality`` is
+the negative mean of the first held-out reward, or of the training reward where that is the only one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from twinrl import draws, transport
+from twinrl.conditions import Condition
+from twinrl.data.source import Scorer
+from twinrl.errors import InputError
+from twinrl.evaluation.distances import kernel_distance
+from twinrl.evaluation.isolation import undisturbed
+from twinrl.evaluation.protocol import VELOCITY_TIMES, EvaluationConfig
+from twinrl.evaluation.table import write_json
+from twinrl.sampling import Network, SamplerConfig, few_step, sample
+from twinrl.tracking import names
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from twinrl.data.folders.training import FolderRows, FolderSource
+
+REGIONS = 4
+SHOWN = 8
+
+
+class Chunk(NamedTuple):
+    """Rows of one bucket that are sampled together.
+
+    Attributes:
+        rows: (B,) of the validation split.
+        prompts: B captions.
+        condition: theirs.
+        noise: (B, C, h, w) start noise.
+        key: of the noise injected on the way.
+    """
+
+    rows: Tensor
+    prompts: list[str]
+    condition: Condition
+    noise: Tensor
+    key: int
+
+
+class PromptProtocol:
+    """Validation of a family on captions of the validation split.
+
+    Arguments:
+        source: data and codec, already on ``device``.
+        config: sizes, seed, NFE and guided samples; what is about judges and captions has no meaning here.
+        device: where the networks are.
+        judges: rewards that training never follows, by name.
+        followed: the reward that training follows, by name, if there is one.
+
+    Attributes:
+        n: prompts judged.
+        floor: latent kernel distance of other held-out images, if there are enough of them.
+        row_names: short names of the rows of a grid.
+
+    Raises:
+        InputError: the validation split is too small, or nothing is there to measure quality by.
+    """
+
+    def __init__(
+        self,
+        source: "FolderSource",
+        config: EvaluationConfig,
+        device: torch.device | str = "cpu",
+        judges: Mapping[str, Scorer] | None = None,
+        followed: Mapping[str, Scorer] | None = None,
+    ):
+        self.source, self.config, self.device = source, config, torch.device(device)
+        self.scorers = {**(judges or {}), **(followed or {})}
+        self.held_out = frozenset(judges or {})
+        self.data: FolderRows = source.reader("validation", self.device, torch.float32, {"any": 1.0})
+        self.has_images = source.splits["validation"].has_images
+        found = len(self.data.dataset)
+        if found < 2:
+            raise InputError(
+                "the validation split is too small", got=f"{found} rows", expected="2 or more",
+                fix="raise `validation` of `twinrl data prepare`, or add data",
+            )  # fmt: skip
+        if not self.has_images and not self.scorers:
+            raise InputError(
+                "nothing measures quality: the data are prompts, and there is no reward",
+                fix="set reward.held_out, or train on images",
+            )
+        order = torch.randperm(found, generator=draws.generator(config.seed, "evaluation prompts"))
+        self.n = min(config.n, found)
+        self.rows, self.others = order[: self.n].sort().values, order[self.n : 2 * self.n].sort().values
+        self.reference = self._features_of(self.rows) if self.has_images else None
+        self.floor = self._floor()
+        self.row_names = tuple(_short(prompt) for prompt in self.grid_prompts())
+
+    def _floor(self) -> dict[str, float]:
+        if self.reference is None or len(self.others) < 2:
+            return {}
+        return {"latent_kid": kernel_distance(self.reference, self._features_of(self.others))}
+
+    # --- rows -------------------------------------------------------------------------------------------
+
+    def _buckets(self, rows: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """The rows of each bucket."""
+        for name, members in self.data.dataset.members.items():
+            if len(inside := rows[torch.isin(rows, members)]):
+                yield name, inside
+
+    def _parts(self, rows: Tensor) -> Iterator[Tensor]:
+        """Rows of one bucket, at most ``evaluation.batch`` at once."""
+        for _, inside in self._buckets(rows):
+            yield from inside.split(self.config.batch)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        for at in self._parts(self.rows):
+            prompts, condition = self.data.captioned(at, 0, 0)
+            yield Chunk(at, prompts, condition, self._noise(at, "evaluation noise"), int(at[0]))
+
+    def _noise(self, at: Tensor, purpose: str) -> Tensor:
+        """Noise that belongs to the rows, however they are chunked."""
+        shape = self.data.shape(at)
+        return torch.stack([draws.normal(shape, self.config.seed, purpose, int(i)) for i in at]).to(self.device)
+
+    def _features_of(self, rows: Tensor) -> Tensor:
+        return torch.cat([_features(self.data.dataset.latents(at).float()) for at in self._parts(rows)])
+
+    # --- samples ----------------------------------------------------------------------------------------
+
+    def _sampled(self, network: Network, sampler: SamplerConfig, chunk: Chunk, guidance: float = 0.0) -> Tensor:
+        null, seed = self.data.null(len(chunk.noise)) if guidance else None, self.config.seed + chunk.key
+        return sample(network, chunk.noise, chunk.condition, sampler, seed=seed, guidance=guidance, null=null)
+
+    def _grid_rows(self) -> Tensor:
+        largest = max(self._buckets(self.rows), key=lambda found: len(found[1]))[1]
+        return largest[:SHOWN]
+
+    def grid_prompts(self) -> list[str]:
+        """The captions of the grid's rows: of the bucket with most of them, so that all images have one size."""
+        return self.data.dataset.captions(self._grid_rows())
+
+    def grid(self, network: Network, sampler: SamplerConfig) -> Tensor:
+        """(rows, K, C, H, W) pixels: a row for each prompt, the same noise in a column; K ≤ 4."""
+        columns = min(4, self.config.grid_samples)
+        return torch.stack([self._of_prompt(network, sampler, row, columns) for row in self._grid_rows()])
+
+    def diversity(self, network: Network, sampler: SamplerConfig, n: int) -> tuple[str, Tensor]:
+        """One prompt and images of it from other noise; ``evaluation.grid_samples`` of them."""
+        row = self._grid_rows()[0]
+        return self.grid_prompts()[0], self._of_prompt(network, sampler, row, min(n, self.config.grid_samples))
+
+    def _of_prompt(self, network: Network, sampler: SamplerConfig, row: Tensor, n: int) -> Tensor:
+        prompts, condition = self.data.captioned(row[None], 0, 0)
+        shape, images = self.data.shape(row[None]), []
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            for number in range(n):
+                noise = draws.normal((1, *shape), self.config.seed, "evaluation grid", number).to(self.device)
+                images.append(self._pixels(self._sampled(network, sampler, Chunk(row, prompts, condition, noise, 0))))
+        return torch.cat(images)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        """Decoded one by one: large images take gigabytes in the decoder."""
+        return torch.cat([self.source.decode(each[None]) for each in z])
+
+    # --- metrics ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quality(self, network: Network, sampler: SamplerConfig, guidance: float = 0.0) -> dict[str, float]:
+        """Latent kernel distance, mean scores and the share of non-finite samples, by plain names."""
+        features, finite, scores = [], [], {name: [] for name in self.scorers}  # type: ignore[var-annotated]
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            for chunk in self._chunks():
+                z = self._sampled(network, sampler, chunk, guidance)
+                features.append(_features(z.float()).cpu())
+                finite.append(z.isfinite().flatten(1).all(1).cpu())
+                if self.scorers:
+                    pixels = self._pixels(z).clamp(-1, 1)
+                    for name, scorer in self.scorers.items():
+                        scores[name].append(scorer(pixels, chunk.prompts).double().cpu())
+        found = {} if self.reference is None else {"latent_kid": kernel_distance(self.reference, torch.cat(features))}
+        means = {f"score/{name}": torch.cat(values).mean().item() for name, values in scores.items()}
+        return {**found, **means, "nonfinite_frac": (~torch.cat(finite)).double().mean().item()}
+
+    def evaluate(self, network: Network) -> dict[str, float]:
+        """One evaluation in training: metrics at every NFE, ``val/quality``, ``val/velocity_mse`` where there are
+        images."""
+        found = {evaluations: self.quality(network, few_step(evaluations)) for evaluations in self.config.nfe}
+        metrics = {self._metric(q, n): value for n, values in found.items() for q, value in values.items()}
+        if (guided := self.config.guided) is not None:
+            values = self.quality(network, few_step(guided.nfe), guided.strength)
+            metrics |= {names.guided(quantity, guided.nfe): value for quantity, value in values.items()}
+        first = found[self.config.nfe[0]]
+        ranked = [*sorted(self.held_out), *(name for name in self.scorers if name not in self.held_out)]
+        quality = first["latent_kid"] if self.has_images else -first[f"score/{ranked[0]}"]
+        mse = {names.VAL_VELOCITY_MSE: self.velocity_mse(network)} if self.has_images else {}
+        return {names.VAL_QUALITY: quality, **mse, **metrics}
+
+    def _metric(self, quantity: str, evaluations: int) -> str:
+        kind, _, scorer = quantity.partition("/")
+        return names.score(scorer, evaluations, scorer in self.held_out) if scorer else names.val(kind, evaluations)
+
+    @torch.no_grad()
+    def velocity_mse(self, network: Network) -> float:
+        """``mean ‖F(x_t, t, t) − (z − x)‖²`` per element, on fixed images, noise and times."""
+        total, count = 0.0, 0
+        with undisturbed(network, seed=self.config.seed, device=self.device):
+            for at in self._parts(self.rows[: self.config.velocity_rows]):
+                x = self.data.dataset.latents(at).to(self.device, torch.float32)
+                _, condition = self.data.captioned(at, 0, 0)
+                z = self._noise(at, "evaluation velocity")
+                for time in VELOCITY_TIMES:
+                    t = torch.full((len(x),), time, device=self.device)
+                    F = network(transport.interpolate(x, z, t), t, t, condition)
+                    total += (F - transport.velocity(x, z)).double().square().sum().item()
+                    count += x.numel()
+        return total / count
+
+
+def _features(latents: Tensor) -> Tensor:
+    """(B, C·16) means over a 4×4 grid of regions of latents (B, C, h, w)."""
+    return adaptive_avg_pool2d(latents, REGIONS).flatten(1)
+
+
+def _short(prompt: str, most: int = 24) -> str:
+    return prompt if len(prompt) <= most else f"{prompt[: most - 1]}…"
+
+
+@dataclass(frozen=True)
+class PromptTable:
+    """The final table of a family: a row for each NFE.
+
+    Attributes:
+        rows: network evaluations → metrics by plain names.
+        n: prompts behind each row.
+        floor: what other held-out images get, where there are any.
+        held_out: names of scores that training did not follow.
+    """
+
+    rows: Mapping[int, Mapping[str, float]]
+    n: int
+    floor: Mapping[str, float] = field(default_factory=dict)
+    held_out: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, protocol: PromptProtocol, network: Network) -> "PromptTable":
+        """The student at every NFE of the protocol."""
+        rows = {evaluations: protocol.quality(network, few_step(evaluations)) for evaluations in protocol.config.nfe}
+        return cls(rows, protocol.n, protocol.floor, tuple(sorted(protocol.held_out)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain mappings and lists; non-finite numbers as the strings "nan", "inf", "-inf"."""
+        from twinrl.tracking import runlog
+
+        rows = {str(n): {k: runlog.encode(v) for k, v in values.items()} for n, values in self.rows.items()}
+        return asdict(self) | {"rows": rows}
+
+    def write(self, path: Path) -> None:
+        """The table as JSON, keys as in :meth:`as_dict`."""
+        write_json(self.as_dict(), path)
+
+    def rich(self) -> "Table":
+        """Distances for the terminal."""
+        return self._table("Latents of samples against held-out images", lambda name: not name.startswith("score/"))
+
+    def rich_scores(self) -> "Table":
+        """Rewards for the terminal; held-out ones are marked."""
+        return self._table("Mean rewards", lambda name: name.startswith("score/"))
+
+    def _table(self, title: str, wanted: Any) -> "Table":
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        columns = [name for name in next(iter(self.rows.values())) if wanted(name)]
+        table = Table(title=f"{title} ({self.n} prompts)", box=SIMPLE_HEAD, pad_edge=False)
+        marks = {name: " (held out)" if name.removeprefix("score/") in self.held_out else "" for name in columns}
+        for heading in ("NFE", *(name.removeprefix("score/") + marks[name] for name in columns)):
+            table.add_column(heading, justify="right")
+        for evaluations, values in self.rows.items():
+            table.add_row(str(evaluations), *(f"{values[name]:.4g}" for name in columns))
+        if any(name in self.floor for name in columns):
+            cells = (f"{self.floor[name]:.4g}" if name in self.floor else "" for name in columns)
+            table.add_row("real", *cells)
+        return table

@@ -1,0 +1,123 @@
+"""Sharded checkpoints: every rank writes its part, any number of ranks reads them.
+
+A checkpoint is the folder of :mod:`twinrl.checkpoints` with ``shards/`` (torch.distributed.checkpoint) in the place of
+the safetensors files; ``state.json`` is the same. All ranks write beside the final place; when the last one is done,
+rank 0 renames. Both kinds are read by either reader, and :func:`convert` makes one of the other.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from twinrl import checkpoints
+from twinrl.checkpoints import SHARDS, Checkpoint
+from twinrl.fsdp.agreement import on_first
+from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
+
+
+def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
+    """Write a checkpoint of sharded tensors, all ranks together, and remove all but the ``keep`` newest.
+
+    Raises:
+        InputError, OSError or CheckpointException: it could not be written; older checkpoints are untouched.
+    """
+    with ExitStack() as publication:
+        folder = directory / f".{checkpoints.folder_of(step)}.new"
+        on_first(lambda: _begin(publication, directory, step, keep))
+        dcp.save(_flat(checkpoint.tensors), checkpoint_id=str(folder / SHARDS))
+        on_first(lambda: _describe(folder, checkpoint.state))
+        on_first(publication.close)
+
+
+def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> None:
+    publication.enter_context(checkpoints.publishing(directory, step, keep))
+
+
+def _describe(folder: Path, state: Mapping[str, Any]) -> None:
+    (folder / checkpoints.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
+
+
+def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {f"{part}/{name}": tensor.detach() for part, found in tensors.items() for name, tensor in found.items()}
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in folder ``path``, of either kind; tensors are read where they are put to use."""
+    state = checkpoints.load_state(path)
+    parts: dict[str, Mapping[str, Tensor]]
+    if (path / SHARDS).is_dir():
+        parts = {part: ShardedPart(path / SHARDS, part) for part in state["parts"]}
+    else:
+        parts = {part: SafetensorsPart([path / f"{part}.safetensors"]) for part in state["parts"]}
+    return Checkpoint(parts, state)
+
+
+class ShardedPart(Stored):
+    """One part of a checkpoint of torch.distributed.checkpoint, resharded as it is read."""
+
+    def __init__(self, folder: Path, part: str):
+        self.reader, self.part = dcp.FileSystemReader(str(folder)), part
+        self._metadata = checkpoints.shard_metadata(folder)
+
+    def _of_part(self) -> dict[str, Any]:
+        start = f"{self.part}/"
+        return {key.removeprefix(start): found for key, found in self._metadata.items() if key.startswith(start)}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: found.size for name, found in self._of_part().items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._of_part()[name]
+        whole = torch.empty(found.size, dtype=found.properties.dtype)
+        self.read_into({name: whole})
+        return whole
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        wanted = {f"{self.part}/{name}": tensor.detach() for name, tensor in targets.items()}
+        dcp.load(wanted, storage_reader=self.reader, no_dist=not dist.is_initialized())
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """As :func:`twinrl.checkpoints.load_optimizer`, into state that is sharded as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = tensors.shapes() if isinstance(tensors, Stored) else {n: t.shape for n, t in tensors.items()}
+    targets = {key: _target(key, shape, parameters, origin) for key, shape in shapes.items()}
+    read_into(targets, tensors)
+    checkpoints.load_optimizer(optimizer, targets, origin)
+
+
+def _target(key: str, shape: torch.Size, parameters: list[Tensor], origin: str) -> Tensor:
+    """An empty tensor for one entry of the state: sharded as its parameter if it has its shape."""
+    parameter = checkpoints.parameter_of(key, shape, parameters, origin)
+    if isinstance(parameter, DTensor) and parameter.shape == shape:
+        return torch.empty_like(parameter.detach())
+    dtype = torch.float32 if key.endswith(".step") else parameter.dtype
+    return torch.empty(shape, dtype=dtype)
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write a checkpoint of either kind as safetensors files into the folder ``target``, in one process.
+
+    *When to use*: to hand weights on. `twinrl resume`, `sample` and the others read both kinds by themselves.
+    """
+    found = checkpoints.load(source)
+    checkpoints.write(target, found)
+
+
+def shard_checkpoint(source: Path, target: Path) -> None:
+    """Write a checkpoint of either kind as a sharded one into the folder ``target``, in one process."""
+    found = checkpoints.load(source)
+    target.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
+        dcp.save(_flat(found.tensors), checkpoint_id=str(target / SHARDS), no_dist=True)
+    _describe(target, {key: value for key, value in found.state.items() if key != "format"})

@@ -1,0 +1,174 @@
+"""Building a sharded network of which no rank ever holds the whole.
+
+Three ways, all ending in the local parts that FSDP keeps:
+
+- *outline*: the network is built on the meta device, which stores shapes alone, and weights are read from files part
+  by part;
+- *streamed*: where the constructor's random numbers are the weights, it runs as in a single process, with the same
+  numbers in the same order, and every block is cut down to this rank's part the moment it joins its list;
+- *copy*: teachers start from the student's local parts, without communication.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from twinrl import checkpoints
+from twinrl.fsdp.wrap import local, own_part, part
+
+META = torch.device("meta")
+Build = Callable[[], nn.Module]
+
+
+def outline(build: Build) -> nn.Module:
+    """The network on the meta device: shapes and structure, no values."""
+    with META:
+        return build()
+
+
+def streamed(build: Build, blocks: Iterable[str], ranks: int, rank: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network on the meta device, and this rank's parts of what its constructor gave the parameters.
+
+    At most one block and what lies outside the blocks exist at a time. Buffers are returned whole.
+
+    Arguments:
+        build: constructs the network on the CPU.
+        blocks: names of the classes of blocks.
+        ranks, rank: parts that a parameter is divided into, and this rank's.
+
+    Raises:
+        RuntimeError: a block was written to after it had joined its list, so its values are not known.
+    """
+    kept: dict[Tensor, Tensor] = {}
+    names = frozenset(blocks)
+
+    def cut_down(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        if type(module).__name__ in names and isinstance(parent, nn.ModuleList):
+            _empty(module, kept, ranks, rank)  # type: ignore[arg-type]
+
+    hook = register_module_module_registration_hook(cut_down)
+    try:
+        network = build()
+    finally:
+        hook.remove()
+    changed = [p for p in kept if p._version]
+    if changed:
+        raise RuntimeError(f"a block of {', '.join(sorted(names))} is initialised again after it was added to a list")
+    _empty(network, kept, ranks, rank)
+    return network, {name: kept[tensor] for name, tensor in _tensors(network) if tensor in kept}
+
+
+def _empty(module: nn.Module, kept: dict[Tensor, Tensor], ranks: int, rank: int) -> None:
+    """Move a module's values to ``kept``, cut down to this rank's part, and the module to the meta device."""
+    for child in module.modules():
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None and parameter.device != META:
+                hollow = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
+                whole = parameter.detach()
+                kept[hollow] = whole[part(len(whole), ranks, rank)].clone() if whole.ndim else whole.clone()
+                child._parameters[name] = hollow
+        for name, buffer in list(child._buffers.items()):
+            if buffer is not None and buffer.device != META:
+                child._buffers[name] = torch.empty_like(buffer, device=META)
+                kept[child._buffers[name]] = buffer  # type: ignore[index]
+
+
+def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and all buffers by name."""
+    yield from network.named_parameters()
+    yield from network.named_buffers()
+
+
+def has_hidden_buffers(network: nn.Module) -> bool:
+    """Whether buffers exist that no checkpoint holds, so that only the constructor knows their values."""
+    return any(child._non_persistent_buffers_set for child in network.modules())
+
+
+@torch.no_grad()
+def fill(network: nn.Module, parts: Mapping[str, Tensor]) -> None:
+    """Write this rank's parts into a sharded network."""
+    for name, tensor in _tensors(network):
+        if name in parts:
+            local(tensor).copy_(parts[name])
+
+
+@torch.no_grad()
+def copy_parts(source: nn.Module, target: nn.Module) -> None:
+    """Give ``target`` the values of a network that is sharded alike; nothing is sent."""
+    for (_, mine), (_, theirs) in zip(_tensors(target), _tensors(source), strict=True):
+        local(mine).copy_(local(theirs))
+
+
+def load_parts(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Load weights strictly into a sharded network; of lazily read ones (:class:`Stored`) this rank's parts alone.
+
+    Raises:
+        InputError: keys or shapes differ; names them and ``origin``.
+    """
+    own: dict[str, Tensor] = network.state_dict()
+    shapes = tensors.shapes() if isinstance(tensors, Stored) else {n: t.shape for n, t in tensors.items()}
+    checkpoints.check_fit({name: tensor.shape for name, tensor in own.items()}, shapes, origin)
+    read_into(own, tensors)
+
+
+@torch.no_grad()
+def read_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Write values by name into (sharded) tensors of the same shapes, in place."""
+    if isinstance(tensors, Stored):
+        tensors.read_into(targets)
+        return
+    for name, target in targets.items():
+        rows = own_part(target)
+        local(target).copy_(tensors[name] if rows is None else tensors[name][rows])
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors in files, of which a rank reads what it needs. Subclasses read one kind of file."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Name → shape, without reading a tensor."""
+        raise NotImplementedError
+
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        """Fill (sharded) tensors of the same shapes; called by all ranks together."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes())
+
+    def __len__(self) -> int:
+        return len(self.shapes())
+
+
+class SafetensorsPart(Stored):
+    """The tensors of one or several safetensors files, e.g. a pretrained model's.
+
+    Arguments:
+        paths: the files.
+        rename: name in the file → name here.
+    """
+
+    def __init__(self, paths: Iterable[Any], rename: Callable[[str], str] = lambda name: name):
+        from safetensors import safe_open
+
+        self._where: dict[str, tuple[Any, str]] = {}
+        for path in paths:
+            file = safe_open(path, framework="pt")
+            self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118  not a mapping
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: torch.Size(file.get_slice(key).get_shape()) for name, (file, key) in self._where.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, key = self._where[name]
+        return file.get_tensor(key)
+
+    @torch.no_grad()
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        for name, target in targets.items():
+            file, key = self._where[name]
+            rows = own_part(target)
+            local(target).copy_(file.get_tensor(key) if rows is None else file.get_slice(key)[rows])

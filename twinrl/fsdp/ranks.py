@@ -1,0 +1,123 @@
+"""What training asks of the processes that it runs on. One process answers trivially.
+
+The trainer knows nothing of process groups: it asks its ``ranks`` for its rows of a batch, for sums, for agreement,
+and to make, save and load networks. :class:`Ranks` are the answers of a single process,
+:class:`twinrl.fsdp.sharded.Sharded` those of several.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from twinrl import checkpoints
+from twinrl.backends import tells_branches_apart
+from twinrl.branches import Batch
+from twinrl.checkpoints import Checkpoint
+from twinrl.conditions import Condition
+from twinrl.gradients import Losses
+from twinrl.teacher import copy_of
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A single process.
+
+    Attributes:
+        rank, world: this process's number, and how many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes logs, events, samples and the console."""
+        return self.rank == 0
+
+    def own(self, purpose: str) -> str:
+        """The purpose of random numbers that are not of the global batch but of this process's passes (dropout)."""
+        return purpose
+
+    # --- a step -----------------------------------------------------------------------------------------------
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a global batch: an equal number of every branch's."""
+        return batch
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return value
+
+    def merge(self, losses: Losses) -> Losses:
+        """The losses of all processes."""
+        return losses
+
+    def agree(self, values: dict[str, float]) -> dict[str, float]:
+        """Numbers that every process has in the same way, equal to the last bit."""
+        return values
+
+    def anywhere(self, flag: bool) -> bool:
+        """Whether a flag is set in any process."""
+        return flag
+
+    def on_first(self, action: Callable[[], Any]) -> None:
+        """Do something in the first process while the others wait; its InputError is everybody's."""
+        action()
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something that needs no other process; an InputError of any process is everybody's."""
+        return action()
+
+    # --- networks and optimizers ----------------------------------------------------------------------------------
+
+    def network(self, build: Callable[[], nn.Module], random: bool, trained: bool = True) -> nn.Module:
+        """The network that ``build`` constructs; the values it constructs matter only if ``random``.
+
+        Arguments:
+            build: makes it, with its initial weights.
+            random: False where other weights are loaded at once.
+            trained: whether it is the student; others never see a backward pass.
+        """
+        return build()
+
+    def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+        """The network where it is trained, in the dtype of its parameters; None: as they are."""
+        return network.to(device=device, dtype=dtype)
+
+    def copy(self, student: nn.Module) -> nn.Module:
+        """A copy without gradients, for a teacher."""
+        return copy_of(student)
+
+    def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
+        """See :func:`twinrl.backends.tells_branches_apart`."""
+        return tells_branches_apart(network, shape, condition)
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """The optimizer, fit for the networks' tensors."""
+        return optimizer
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
+        """See :func:`twinrl.checkpoints.save`."""
+        checkpoints.save(directory, step, checkpoint, keep)
+
+    def load(self, path: Path) -> Checkpoint:
+        """See :func:`twinrl.checkpoints.load`."""
+        return checkpoints.load(path)
+
+    def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """See :func:`twinrl.checkpoints.load_module`."""
+        checkpoints.load_module(module, tensors, origin)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+        """See :func:`twinrl.checkpoints.load_optimizer`."""
+        checkpoints.load_optimizer(optimizer, tensors, origin)
+
+
+ALONE = Ranks()
+"""One process."""

@@ -1,0 +1,173 @@
+"""The answers of several processes that train one sharded model; see :mod:`twinrl.fsdp.ranks`."""
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from twinrl.backends import tells_branches_apart
+from twinrl.branches import Batch
+from twinrl.checkpoints import Checkpoint
+from twinrl.conditions import Condition
+from twinrl.errors import InputError
+from twinrl.fsdp import agreement, initial, mesh, wrap
+from twinrl.fsdp import checkpoint as storage
+from twinrl.fsdp.config import FSDPConfig
+from twinrl.fsdp.ranks import Ranks, T
+from twinrl.gradients import Losses
+
+
+class Sharded(Ranks):
+    """All processes of the default group, each with its part of every network.
+
+    Arguments:
+        config: how networks are sharded.
+        device: of this process.
+        dtype: of the parameters.
+        low_precision: dtype in which parameters are gathered and used; None: as they are.
+
+    Raises:
+        InputError: the configured copies do not divide the processes.
+    """
+
+    def __init__(
+        self,
+        config: FSDPConfig,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        low_precision: torch.dtype | None = None,
+    ):
+        self.config, self.device, self.dtype, self.low_precision = config, device, dtype, low_precision
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.mesh = mesh.mesh_of(device, config.replicate)
+        self._outline: nn.Module | None = None  # of the student, from which teachers are made
+
+    def own(self, purpose: str) -> str:
+        return f"{purpose} of rank {self.rank}" if self.rank else purpose
+
+    # --- a step -----------------------------------------------------------------------------------------------
+
+    def share(self, batch: Batch) -> Batch:
+        return shared(batch, self.world, self.rank)
+
+    def total(self, value: Tensor) -> Tensor:
+        return wrap.all_reduced(value)
+
+    def merge(self, losses: Losses) -> Losses:
+        return agreement.merged(losses, self.device)
+
+    def agree(self, values: dict[str, float]) -> dict[str, float]:
+        return agreement.of_first(values, self.device)
+
+    def anywhere(self, flag: bool) -> bool:
+        return agreement.anywhere(flag, self.device)
+
+    def on_first(self, action: Callable[[], Any]) -> None:
+        agreement.on_first(action)
+
+    def together(self, action: Callable[[], T]) -> T:
+        return agreement.together(action)
+
+    # --- networks and optimizers ----------------------------------------------------------------------------------
+
+    def network(self, build: Callable[[], nn.Module], random: bool, trained: bool = True) -> nn.Module:
+        hollow = initial.outline(build)
+        parts: dict[str, Tensor] = {}
+        if random or initial.has_hidden_buffers(hollow):
+            classes = wrap.block_classes(hollow, self.config.blocks)
+            shards = self.mesh[mesh.SHARD]
+            hollow, parts = initial.streamed(build, classes, shards.size(), shards.get_local_rank())
+        hollow.to(self.dtype)
+        if trained:
+            self._outline = deepcopy(hollow)
+        network = self._sharded(hollow, trained)
+        initial.fill(network, parts)
+        if trained:
+            wrap.reduce_whole_parameters(network, wrap.all_reduced)
+        return network
+
+    def _sharded(self, hollow: nn.Module, trained: bool) -> nn.Module:
+        """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
+        wrap.shard(hollow, self.config, self.mesh, self.low_precision, trained)
+        if not self.config.cpu_offload:
+            return hollow.to_empty(device=self.device)
+        hollow.to_empty(device="cpu")
+        for module in hollow.modules():  # what is not sharded is not offloaded either
+            for name, buffer in list(module._buffers.items()):
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+            for parameter in module._parameters.values():
+                if parameter is not None and not isinstance(parameter, DTensor):
+                    parameter.data = parameter.data.to(self.device)
+        return hollow
+
+    def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+        return network
+
+    def copy(self, student: nn.Module) -> nn.Module:
+        assert self._outline is not None, "the student was not made by these ranks"
+        copied = self._sharded(deepcopy(self._outline).requires_grad_(False), trained=False)
+        initial.copy_parts(student, copied)
+        return copied
+
+    def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
+        return tells_branches_apart(network, shape, condition, self._plain_copy)
+
+    def _plain_copy(self, network: nn.Module) -> nn.Module:
+        """A copy of a network that may have no weights yet: matrices zero, vectors (as of norms) one."""
+        copied = self.copy(network)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                wrap.local(parameter).fill_(0.0 if parameter.ndim > 1 else 1.0)
+        return copied
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if len({isinstance(p, DTensor) for p in parameters}) > 1:
+            for group in optimizer.param_groups:
+                group["foreach"] = False  # torch does not join sharded and whole tensors in one operation
+        return optimizer
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
+        storage.save(directory, step, checkpoint, keep)
+
+    def load(self, path: Path) -> Checkpoint:
+        return storage.load(path)
+
+    def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+        for unit in wrap.sharded_modules(module):
+            unit.reshard()  # what is gathered would be out of date
+        initial.load_parts(module, tensors, origin)
+
+    def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+        storage.load_optimizer(optimizer, tensors, origin)
+
+
+def shared(batch: Batch, world: int, rank: int) -> Batch:
+    """The rows of a global batch that belong to one of ``world`` ranks: an equal, consecutive part of every branch."""
+    mine = {name: at[wrap.part(len(at), world, rank)] for name, at in batch.branch.items()}
+    keep = torch.cat(list(mine.values())).sort().values
+    return Batch(batch.rows.select(keep), {name: torch.searchsorted(keep, at) for name, at in mine.items()})
+
+
+def check_equal_shares(counts: Mapping[str, int], world: int) -> None:
+    """Raises InputError where the rows of a branch cannot be shared over the ranks equally.
+
+    Ranks with unequal rows would make different forward passes, and wait for each other for ever.
+    """
+    uneven = {name: count for name, count in counts.items() if count % world}
+    if uneven:
+        name, count = next(iter(uneven.items()))
+        raise InputError(
+            f"the rows of branch {name} cannot be shared by {world} processes equally",
+            got=f"{count} of {sum(counts.values())} rows, from train.batch and branches",
+            expected=f"a multiple of {world} in every branch",
+            fix="change train.batch, branches or the number of processes",
+        )
