@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from ablations.fingerprint import fingerprint, sources
 from ablations.ledger import Ledger, Record
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
-from twinrl.data import SOURCES
+from twinrl.assembly import load_source
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory, dump
 from twinrl.schema import RunConfig
@@ -140,15 +142,20 @@ def trial_of(arm: Arm, seed: int, resources: Resources, workspace: Workspace) ->
     machine = settings.machine.model_copy(update={"device": device, "threads": resources.cpus})
     tracking = settings.tracking.model_copy(update={"mlflow": False})  # the study publishes, with its own tags
     settings = settings.model_copy(update={"seed": seed, "machine": machine, "tracking": tracking})
-    found = fingerprint(settings, content_hash(settings.data.source, settings.data.root))
+    found = fingerprint(settings, content_hash(settings))
     place = settings.run.model_copy(update={"dir": workspace.root / found[:8]})
     return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found)
 
 
-@cache
-def content_hash(source: str, root: Path | None) -> str:
-    """Hash of a source's content; loading it takes seconds."""
-    return SOURCES[source](root).content_hash
+_HASHES: dict[tuple[str, ...], str] = {}
+
+
+def content_hash(settings: RunConfig) -> str:
+    """Hash of the content of a configuration's data; loading it takes seconds, so once for each data set."""
+    key = (settings.data.source, str(settings.data.root), str(settings.model.family), str(settings.model.path))
+    if key not in _HASHES:
+        _HASHES[key] = load_source(settings, torch.device("cpu")).content_hash
+    return _HASHES[key]
 
 
 def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:

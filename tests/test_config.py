@@ -390,7 +390,9 @@ def replaced(value: Any, path: tuple[Any, ...], leaf: Any) -> Any:
 @pytest.mark.parametrize("preset", ["tutorial", "twinflow", "simpletuner"])
 def test_every_number_and_switch_changes_the_hash(preset: str) -> None:
     """Each numeric leaf outside the bookkeeping, altered alone, gives a new hash."""
-    loaded = schema.load(preset, ["gradients.total.clip.max_norm=1", "terms.rectify.clamp=1", "lr_policy=plateau", "train.micro_batch=4"])
+    loaded = schema.load(
+        preset, ["gradients.total.clip.max_norm=1", "terms.rectify.clamp=1", "lr_policy=plateau", "train.micro_batch=4"]
+    )
     dumped, hashes, tried = loaded.model_dump(mode="json"), {loaded.hash}, []
     for path, value in leaves(dumped):
         if path[0] in schema.NOT_NUMERIC:

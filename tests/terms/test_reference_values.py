@@ -124,7 +124,8 @@ def test_twinflow(name: str, regime: str) -> None:
 
 
 PUBLISHED = [
-    "guidance.strength=0.8", "reward.model=lab_hps", "terms.adversarial.reward=fake_row", "terms.adversarial.reward_constant=0.05",
+    "guidance.strength=0.8", "reward.model=lab_hps", "terms.adversarial.reward=fake_row",
+    "terms.adversarial.reward_constant=0.05",
     *(f"terms.{t}.loss={{kind: barron, max_ratio: 1e6}}" for t in ("base", "adversarial", "rectify")),
     "terms.base.time_weight=clamped",
 ]  # fmt: skip
