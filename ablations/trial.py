@@ -255,7 +255,8 @@ def divergence(run: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
     events = runlog.read(run / EVENTS) if (run / EVENTS).is_file() else []
     verdict = next((event for event in events if event["kind"] == "diverged"), None)
     if verdict is not None:
-        return {"step": verdict["step"], "kind": "diverged"}
+        kind = "quality" if verdict.get("series") == names.VAL_QUALITY else "nonfinite"
+        return {"step": verdict["step"], "kind": kind}
     if result["status"] != "diverged":
         return None
     return {"step": result["step"], "kind": events[-1]["kind"] if events else "unknown"}

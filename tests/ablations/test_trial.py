@@ -54,12 +54,12 @@ def test_non_finite_metrics_are_the_worst_at_a_rung(value: float, tmp_path: Path
 
 
 def test_divergence_is_the_trainers_verdict_or_what_stopped_the_run(tmp_path: Path) -> None:
-    spike, verdict = {"step": 5, "kind": "spike"}, {"step": 8, "kind": "diverged"}
+    spike, verdict = {"step": 5, "kind": "spike"}, {"step": 8, "kind": "diverged", "series": "val/quality"}
     (tmp_path / "events.jsonl").write_text(json.dumps(spike) + "\n")
     assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) is None
     assert trial.divergence(tmp_path, {"status": "diverged", "step": 6}) == {"step": 6, "kind": "spike"}
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (spike, verdict)))
-    assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) == verdict
+    assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
 
 
 def test_an_arms_curve_is_the_median_of_the_living() -> None:
