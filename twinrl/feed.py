@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from twinrl import conditions
+from twinrl import conditions, draws
 from twinrl.branches import Batch, BatchDraws, Rows, TimeMap, allocate, divide
 from twinrl.conditions import Condition
 from twinrl.config import build
@@ -53,6 +53,14 @@ class Feed:
         whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), self._shaped(step))
         batch = self.ranks.share(whole)
         return at, batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
+
+    def renoise_times(self, seed: int, moments: int = 6, rows: int = 2000) -> dict[float, Tensor]:
+        """Share of the run → (rows,) renoise times drawn there, for a picture; empty where there is no renoise."""
+        last = self.settings.train.steps - 1
+        shares = [i / (moments - 1) for i in range(moments)]
+        laws = {share: self.renoise(round(share * last)) for share in shares}
+        u = draws.uniform((rows,), seed, "renoise picture")
+        return {share: law.sample(u) for share, law in laws.items() if law is not None}
 
     def _shaped(self, step: int) -> dict[str, TimeMap]:
         """Placement → law of its times, where renoise shapes them."""

@@ -1,7 +1,7 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -85,6 +85,13 @@ def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
     from twinrl.evaluation import figures
 
     figures.save(figures.time_scatter(*times), path)
+
+
+def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: Path) -> None:
+    """How the drawn renoise times move over the run."""
+    from twinrl.evaluation import figures
+
+    figures.save(figures.renoise_histograms(times, placement), path)
 
 
 def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, most: int = 10) -> None:

@@ -116,6 +116,9 @@ def _trainer(
     if trainer.step == 0:
         validator.save_snapshot(trainer.objective.teacher.best, 0)
         pictures.save_times(trainer.times(), shown.samples / "times.png")
+        if (renoise := trainer.settings.renoise) is not None:
+            times = trainer.feed.renoise_times(trainer.settings.seed)
+            pictures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
     return trainer
 
 

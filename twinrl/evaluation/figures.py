@@ -78,6 +78,25 @@ def time_scatter(t: Times, r: Times, *, title: str = "Sampled times") -> "Figure
     return figure
 
 
+def renoise_histograms(times: Mapping[float, Times], placement: Sequence[str]) -> "Figure":
+    """Histograms of drawn renoise times at several moments of the run, one above the other.
+
+    Arguments:
+        times: share of the run in [0, 1] → (N,) times drawn there.
+        placement: which times of training these are.
+    """
+    figure, axes = _figure(len(times), 1, (5.6, 0.9 * len(times) + 1.0))
+    for axis, (share, drawn) in zip(axes.flat, times.items(), strict=True):
+        axis.hist(np.asarray(drawn, dtype=float), bins=25, range=(0, 1), color=COLOURS[0], density=True)
+        axis.set_ylabel(f"{share:.0%}", rotation=0, ha="right", va="center")
+        axis.set(yticks=[], xlim=(0, 1))
+        if axis is not axes.flat[-1]:
+            axis.set_xticklabels([])
+    axes.flat[-1].set_xlabel("time (1 is noise)")
+    figure.suptitle(f"Renoise of {', '.join(placement)} over the run", fontsize=11)
+    return figure
+
+
 # --- curves ---------------------------------------------------------------------------------------------
 
 
