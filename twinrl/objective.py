@@ -310,7 +310,8 @@ def _pieces(requests: list[Request]) -> list[Request]:
             for pattern in wanted_by.unique(dim=1).unbind(1):
                 if pattern.any():
                     keep = (wanted_by == pattern[:, None]).all(0).nonzero().flatten()
-                    pieces.append((query.select(keep), rows.select(keep)))
+                    whole = len(keep) == len(rows)  # nothing to cut, hence nothing to copy
+                    pieces.append((query, rows) if whole else (query.select(keep), rows.select(keep)))
             done = torch.cat([done, rows.index])
     return pieces
 
