@@ -88,7 +88,7 @@ def make(
 
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.4, 1.0])
 def test_time_rules(ratio: float) -> None:
-    """Each branch against METHOD's rule, from the keyed uniforms themselves."""
+    """Each branch against its rule, from the keyed uniforms themselves."""
     batch = make(n=64, law=TimeLaw(consistency_ratio=ratio))
     rows, t = batch.rows, draws.uniform((64,), 0, "t", 5)
     u = {name: draws.uniform((64,), 0, f"r {name}", 5) for name in BRANCHES}

@@ -66,7 +66,7 @@ class Calls:
 
 
 def test_forwards_of_a_tutorial_step() -> None:
-    """METHOD: 4 forward+backward (own, instant, one-step, fake) and 8 forwards.
+    """4 forward+backward (own, instant, one-step, fake) and 8 forwards.
 
     The 8: guidance 2, recursion 2 for base and 2 for one-step consistency, both branches of rectify.
     """

@@ -1,6 +1,6 @@
 """Branches: how the rows of a global batch get their times.
 
-TwinFlow trains several kinds of row in one batch (METHOD: formulations). A *mix* gives each branch its share:
+TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix* gives each branch its share:
 
 - ``e2e``: (t, r) = (1, 0), the one-step jump;
 - ``mul``: ``r = t − U·t·min(0.05, λ)``, nearly instantaneous (multi-step sampling);

@@ -146,7 +146,7 @@ def test_order_2_beats_order_1_at_equal_evaluations():
 
 
 def order_2_by_hand(F, z, times, kappa):
-    """METHOD's order 2 written out for ``mul`` without noise; returns the raw x̂ of every step."""
+    """UCGM's order 2 written out for ``mul`` without noise; returns the raw x̂ of every step."""
     x, previous, predictions = z, None, []
     for i, (t, s) in enumerate(pairwise(times)):
         x_hat, z_hat = x - t * F(x, t), x + (1 - t) * F(x, t)

@@ -1,6 +1,6 @@
 """Every term of every preset on fixed inputs, as a golden number; one per preset is worked out by hand below.
 
-How the numbers of ``GOLDEN`` were made: by a transcription of METHOD's formulas (sections 2 and 3) into plain
+How the numbers of ``GOLDEN`` were made: by a transcription of the papers' formulas into plain
 Python floats, row by row and element by element, without torch and without this package. The inputs are the
 tables below: four rows of two elements and affine networks,
 
