@@ -6,8 +6,8 @@
 norm, EMA, optimizer, everything that watches it. *Floor*: the bare passes that the formulation needs, at the same
 shapes on the same network. ``tutorial``: 4 forwards with backward and 8 forwards of B rows. ``twinflow`` divides its B
 rows into e2e, mul, any (together the base rows) and adv: one forward with backward of B rows, and forwards of the
-adv rows (their fresh one-step samples), of the base rows (2 for guidance, N for the recursion) and of the e2e rows (2 for
-rectify). Both run in turn (step, floor, step, floor, …) in one process; the number is the median over pairs of
+adv rows (their fresh one-step samples), of the base rows (2 for guidance, N for the recursion) and of the e2e rows
+(2 for rectify). Both run in turn (step, floor, step, floor, …) in one process; the number is the median over pairs of
 step / floor with a 95 % bootstrap interval over pairs.
 """
 
