@@ -80,6 +80,29 @@ def test_samples_move_to_where_the_reward_points(tmp_path: Path, route: str, sig
     assert sign * moved > 0.02
 
 
+ESTIMATORS = {
+    "autograd": "autograd",
+    "random_direction": "{kind: random_direction, directions: 24, epsilon: 0.05}",
+    "antithetic": "{kind: antithetic, directions: 12, epsilon: 0.05}",
+    "orthogonal": "{kind: orthogonal, directions: 24, epsilon: 0.05}",
+    "spsa": "{kind: spsa, directions: 12, epsilon: 0.05}",
+}  # vae_backprop is what the test above uses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_estimator_ascends_through_both_routes(tmp_path: Path, route: str, estimator: str) -> None:
+    steps = ("train.steps=40", "evaluation.every=0", "guidance.strength=0", "optim.lr=1e-3")
+    if route == "fake_target":
+        wide = "model.network={kind: mlp, width: 64, depth: 2, condition_width: 64}"
+        steps = ("train.steps=300", "evaluation.every=0", "guidance.strength=0", "optim.lr=3e-3", wide)
+    gradient = f"reward.gradient={{estimator: {ESTIMATORS[estimator]}, eta: 30}}"
+    without = finish(rewarded(tmp_path / "a", route, *steps, "reward.schedule.weight=0"))
+    risen = brightness(finish(rewarded(tmp_path / "b", route, *steps, gradient))) - brightness(without)
+    assert risen > 0.01
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_reward_is_measured_and_clipped_under_its_own_name(tmp_path: Path, route: str) -> None:
     free = rows(finish(rewarded(tmp_path / "a", route)))
