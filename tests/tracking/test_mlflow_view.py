@@ -1,5 +1,6 @@
 """The MLflow view equals the thinned log, exactly once, whatever happened on the way."""
 
+import json
 import logging
 import os
 import shutil
@@ -219,6 +220,35 @@ def test_run_is_described(runs: Path) -> None:
     assert steps == {"samples~1nfe+step+0", "samples~1nfe+step+1000"}
     copy = client(run).download_artifacts(shown.info.run_id, "samples/1nfe_000000.png")
     assert Path(copy).read_bytes() == (run / "samples/1nfe_000000.png").read_bytes()
+
+
+def test_events_become_tags_and_a_divergence_says_when_and_why(runs: Path) -> None:
+    run = make_run(runs, rows=400)
+    events = [
+        {"step": 90, "kind": "spike", "message": "spike of grad/base/norm_raw"},
+        {"step": 95, "kind": "spike", "message": "spike of grad/base/norm_raw"},
+        {"step": 200, "kind": "diverged", "message": "val/quality is 3 times its best"},
+    ]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events[:2]))
+    publish(run)
+    assert tags_of(run) == {"events.spike": "2", "diverged": "false"}
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    publish(run)
+    assert tags_of(run) == {
+        "events.spike": "2",
+        "events.diverged": "1",
+        "diverged": "true",
+        "diverged.step": "200",
+        "diverged.why": "val/quality is 3 times its best",
+    }
+    files = {file.path for file in client(run).list_artifacts(active_runs(run)[0].info.run_id)}
+    assert "events.jsonl" in files
+
+
+def tags_of(run: Path) -> dict[str, str]:
+    """Those of the events."""
+    tags = active_runs(run)[0].data.tags
+    return {name: value for name, value in tags.items() if name.startswith(("events.", "diverged"))}
 
 
 def test_step_images_are_shown_once_after_publishing_again(runs: Path) -> None:

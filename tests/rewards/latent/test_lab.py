@@ -29,6 +29,30 @@ def test_the_preference_rises(lab, kind: str) -> None:
     assert 0.01 < measured[names.REWARD_ROUNDTRIP].mean() < 0.3  # a true autoencoder, with a true error
 
 
+ESTIMATES = {  # enough directions for a cosine that eight images show
+    "autograd": {},
+    "vae_backprop": {},
+    "random_direction": {"directions": 96},
+    "antithetic": {"directions": 48},
+    "orthogonal": {"directions": 96},
+    "spsa": {"directions": 48},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("model", ["lab_hps", "lab_clip"])
+@pytest.mark.parametrize("kind", ESTIMATES)
+def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str, sign: int) -> None:
+    """A small step along g raises the mean score, one against it lowers it, through the real decoder."""
+    z = lab.latents("validation")[:8]
+    prompts = lab.prompts(lab.validation.labels[:8], 0, 0)
+    reward = build_reward(REWARDS[model].Config(), lab)
+    found = latent_reward({"kind": kind, **ESTIMATES[kind]}).gradient(z, prompts, lab, reward, KeyedRows(0, 0, tuple(range(8))))
+    moved = z + sign * 0.3 * found.g / like(found.g.flatten(1).norm(dim=1), z)
+    assert sign * (reward(lab.decode(moved), prompts) - found.scores).mean() > 0
+
+
 @pytest.fixture
 def benchmark(monkeypatch) -> ModuleType:
     """``benchmarks/reward_gradients.py`` as a module."""
