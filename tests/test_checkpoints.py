@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import nn
 
 from twinrl import checkpoints
-from twinrl.checkpoints import Checkpoint
+from twinrl.checkpoints import Checkpoint, SaveError
 from twinrl.errors import InputError
 
 STATE = dict.fromkeys(checkpoints.STATE_KEYS, 0)
@@ -97,7 +97,7 @@ def test_an_exception_during_a_save_leaves_the_older_ones(
         return real(*arguments)
 
     monkeypatch.setattr(where, what, full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SaveError, match="No space"):
         checkpoints.save(tmp_path, step, made(99.0), keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
     for old in (5, 10):

@@ -61,6 +61,7 @@ def brightness(trainer: Trainer) -> float:
         return float(source.decode(sample(trainer.objective.teacher.student, z, condition, few_step(1))).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_samples_move_to_where_the_reward_points(tmp_path: Path, route: str, sign: int) -> None:

@@ -46,6 +46,11 @@ def test_a_spike_is_an_event_that_names_term_step_and_row(tmp_path: Path) -> Non
     assert (event.kind, event.step, event.iteration, event.terms[0]) == ("spike", AT + 1, AT, "planted")
     data_rows = draws.shuffled_rows(40, 16, seed=0, step=AT)
     assert event.rows[0] == data_rows[9]  # the largest loss first
+    _, batch = trainer.feed.batch(AT, seed=0)
+    branch = {int(data_rows[k]): name for name, at in batch.branch.items() for k in at}
+    t = dict(zip(data_rows.tolist(), batch.rows.t.tolist(), strict=True))
+    assert event.branches == tuple(branch[row] for row in event.rows)
+    assert event.t == pytest.approx([t[row] for row in event.rows], abs=1e-6)
     assert set(event.shares) == {"base", "adversarial", "rectify", "planted"}
     assert event.shares["planted"][-1] == pytest.approx(1, abs=0.05)
     assert rows(trainer)[AT][names.event("spike")] == 1
@@ -162,6 +167,8 @@ def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_p
     assert unchanged.rows[-1]["iteration"] == AT + 5
     assert (result.recurs(unchanged), result.recurs(without)) == (True, False)
     assert unchanged.found["spike"] == AT + 1
+    assert result.event.value == pytest.approx(result.peak(unchanged))
+    assert result.peak(without) is None or result.peak(without) < result.event.value / 3
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,15 @@ def test_interventions(tmp_path: Path, change: str, recurs: bool) -> None:
     if "clip" in change:
         row = result.traces[1].rows[AT - result.traces[1].rows[0]["iteration"]]
         assert row[names.grad("planted", "norm_clipped")] == pytest.approx(0.1)
+
+
+def test_another_teacher_takes_over_from_the_student_of_the_capsule(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path, "teacher={kind: live, allow_live: true}"))
+    result = replay(trainer.run, 1, ["teacher={kind: ema, decay: 0.9}"], load, after=3)
+    live, averaged = (trace.rows for trace in result.traces)
+    assert result.exact
+    assert averaged[0]["loss/rectify"] == live[0]["loss/rectify"]  # the same student, whose copy the average is
+    assert averaged[-1]["loss/base"] != live[-1]["loss/base"]
 
 
 def test_capsules_are_kept_for_the_first_events_only_and_follow_a_resume(tmp_path: Path) -> None:

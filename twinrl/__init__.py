@@ -11,6 +11,7 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "ZImageTwinFlowTransformer": "twinrl.backends.families.z_image",
     "SanaTwinFlowTransformer": "twinrl.backends.families.sana",
     "FluxTwinFlowTransformer": "twinrl.backends.families.flux",
+    "StableDiffusionTwinFlowUNet": "twinrl.backends.families.stable_diffusion",
 }
 
 

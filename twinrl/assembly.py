@@ -1,5 +1,6 @@
 """From a configuration to the objects of a run: device, source, student, teachers, objective."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from twinrl import draws
 from twinrl.backends import build_network, network_key
+from twinrl.backends.families.lora import first_values
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config import build, resolve
 from twinrl.data import FAMILY_SOURCES, SOURCES
@@ -16,6 +18,7 @@ from twinrl.data.source import Data, Source
 from twinrl.errors import InputError
 from twinrl.evaluation import PromptProtocol, Protocol
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.fsdp.initial import Outline, Pretrained, SafetensorsPart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
 from twinrl.rewards import Reward, build_reward
@@ -63,7 +66,8 @@ def load_source(settings: RunConfig, device: torch.device) -> Data:
     from twinrl.backends.families import load_family
 
     family = load_family(settings.model.family, settings.model.pretrained)
-    return FAMILY_SOURCES[settings.data.source](settings.data.root, family).to(str(device))
+    source = FAMILY_SOURCES[settings.data.source](settings.data.root, family)
+    return source.to(str(device), settings.machine.offload)
 
 
 def reader_of(settings: RunConfig, source: Data, split: str, device: torch.device) -> Reader:
@@ -71,7 +75,7 @@ def reader_of(settings: RunConfig, source: Data, split: str, device: torch.devic
     dtype = DTYPES[settings.train.precision]
     if settings.model.family is None:
         return InMemory.of(_labelled(source), split, device, dtype)
-    return _folder(source).reader(split, device, dtype, settings.branches)
+    return _folder(source).reader(split, device, dtype, settings.branches, settings.data.row_multiple)
 
 
 def _labelled(source: Data) -> Source:
@@ -104,6 +108,28 @@ def new_network(settings: RunConfig, source: Data) -> nn.Module:
     return network if settings.model.target_time else WithoutTargetTime(network)
 
 
+def pretrained_outline(settings: RunConfig, source: Data) -> Outline:
+    """A family's student as :func:`new_network` makes it, without weights, and the files that hold them.
+
+    Raises:
+        InputError: the pretrained weights cannot be read, or do not fit.
+    """
+    family, seed = _folder(source).family, settings.seed
+    inner = family.outline(settings.model.pretrained)
+    network: nn.Module = inner if settings.model.target_time else WithoutTargetTime(inner)
+    before = "transformer." if settings.model.target_time else "network.transformer."
+    stored = SafetensorsPart(family.files())
+    origins = inner.transformer.origins(stored.shapes(), family.folder / family.PART)
+    weights = Pretrained(
+        stored,
+        {before + name: origin for name, origin in origins.items()},
+        lambda name, shape: first_values(name.removeprefix(before), shape, seed),
+        family.dtype_of(settings.model.pretrained),
+    )
+    blocks = tuple(sorted(cls.__name__ for cls in family.block_classes(inner)))
+    return Outline(network, blocks, weights)
+
+
 def student_of(
     settings: RunConfig, source: Data, device: torch.device, start_weights: bool = True, ranks: Ranks = ALONE
 ) -> nn.Module:
@@ -114,7 +140,8 @@ def student_of(
             of another network.
     """
     random = start_weights and settings.train.init == "random"
-    network = ranks.network(lambda: new_network(settings, source), random)
+    outline = None if settings.model.family is None else lambda: pretrained_outline(settings, source)
+    network = ranks.network(lambda: new_network(settings, source), random, outline=outline)
     uses_sign = any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values())
     if uses_sign and settings.model.family is None:  # a family's sign is tested once for its class, not for each run
         check_branches_apart(network, source, settings.model.network.kind, ranks)
@@ -199,17 +226,29 @@ def guide_of(settings: RunConfig, source: Data, device: torch.device) -> Guide |
     """
     if settings.reward is None:
         return None
-    reward = build_reward(settings.reward.model, source, "reward.model").to(device)
-    return Guide(settings.reward, reward, source, settings.train.steps, settings.renoise_end())
+    reward = build_reward(settings.reward.model, source, "reward.model").to(_waits(settings, device))
+    end = settings.renoise_end()
+    return Guide(settings.reward, reward, source, settings.train.steps, end, _visitors(settings, source, [reward]))
+
+
+def _waits(settings: RunConfig, device: torch.device) -> torch.device:
+    """Where reward models are between uses."""
+    return torch.device("cpu") if settings.machine.offload else device
+
+
+def _visitors(settings: RunConfig, source: Data, rewards: Iterable[Reward]) -> list[nn.Module]:
+    """What has to be on the device while rewards are computed: their networks, and a family's VAE."""
+    modules = [module for reward in rewards for module in reward.modules().values()]
+    return [*modules, *(() if settings.model.family is None else _folder(source).codec)]
 
 
 def held_out_rewards(settings: RunConfig, source: Data, device: torch.device) -> dict[str, Reward]:
     """The rewards that only judge."""
     configured = {} if settings.reward is None else settings.reward.held_out
-    return {
-        name: build_reward(reward, source, f"reward.held_out.{name}", training=False).to(device)
-        for name, reward in configured.items()
-    }
+    found = {f"reward.held_out.{name}": (name, reward) for name, reward in configured.items()}
+    found |= {f"judges.{name}": (name, reward) for name, reward in settings.judges.items()}
+    place = _waits(settings, device)
+    return {name: build_reward(reward, source, key, training=False).to(place) for key, (name, reward) in found.items()}
 
 
 def example_prompts(settings: RunConfig, source: Data, seed: int) -> list[str]:
@@ -233,8 +272,17 @@ def protocol_of(settings: RunConfig, source: Data, split: HeldOut, device: torch
     followed = {}
     if settings.reward is not None:
         model = settings.reward.model
-        followed[model.kind] = build_reward(model, source, "reward.model", training=False).to(device)
-    return PromptProtocol(_folder(source), settings.evaluation, device, judges, followed)
+        reward = build_reward(model, source, "reward.model", training=False)
+        followed[model.kind] = reward.to(_waits(settings, device))
+    images = None
+    if (folder := settings.evaluation.reference) is not None:
+        from twinrl.rewards import inception
+
+        images = inception.reference(folder, settings.evaluation.inception, device)
+        images.network.to(_waits(settings, device))
+    visitors = _visitors(settings, source, [*judges.values(), *followed.values()])
+    visitors += [] if images is None else [images.network]
+    return PromptProtocol(_folder(source), settings.evaluation, device, judges, followed, images, visitors)
 
 
 def seed_stream(seed: int, purpose: str, step: int) -> None:

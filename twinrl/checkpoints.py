@@ -13,8 +13,10 @@ import os
 import pickle
 import re
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,22 @@ STATE_KEYS = {
     "early_stop", "gradients", "monitor", "reward", "content_hash", "config", "parts",
 }  # fmt: skip
 """What ``state.json`` of this format holds beside the format."""
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the message is one line with the reason and the remedy."""
+
+
+@contextmanager
+def saving(directory: Path) -> Iterator[None]:
+    """Raises SaveError where the disk under ``directory`` is full, read-only or away."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"no checkpoint can be written to {directory}; got {' '.join(str(error).split())}; those before are whole; "
+            f"fix: make room or mend the rights and resume, or set checkpoint.on_error=continue to go on without"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -73,11 +91,36 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint under ``directory`` and remove all but the ``keep`` newest.
 
     Raises:
-        OSError: the disk is full or read-only; older checkpoints are untouched.
+        SaveError: the disk is full or read-only; older checkpoints are untouched.
     """
-    with publishing(directory, step, keep) as unfinished:
+    with saving(directory), publishing(directory, step, keep) as unfinished:
         write(unfinished, checkpoint)
     return directory / folder_of(step)
+
+
+def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
+    """As :func:`save`, in the background and from a copy in memory; the result raises what it would raise."""
+    copied = {
+        part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for part, tensors in checkpoint.tensors.items()
+    }
+    return in_background(lambda: save(directory, step, Checkpoint(copied, checkpoint.state), keep))
+
+
+def in_background(action: Callable[[], object]) -> "Future[None]":
+    """Do something in a thread; a process that has to end before does not wait for it."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001  whoever waits for the result gets it
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def write(folder: Path, checkpoint: Checkpoint) -> None:

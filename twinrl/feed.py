@@ -27,7 +27,8 @@ class Feed:
         ranks: who shares the batch.
 
     Raises:
-        InputError: a branch would be left without rows in the smallest batch of the data.
+        InputError: a branch would be left without rows in a batch of the data, or with rows that the ranks cannot
+            share equally.
     """
 
     settings: RunConfig
@@ -36,7 +37,8 @@ class Feed:
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        allocate(self.settings.branches, min(self.reader.sizes(self.settings.train.batch)))
+        for size in self.reader.sizes(self.settings.train.batch):
+            self.ranks.check_shares(allocate(self.settings.branches, size))
 
     def counts(self, batch: Batch) -> dict[str, int]:
         """Rows of each branch in the global batch of which ``batch`` is a part."""

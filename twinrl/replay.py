@@ -5,8 +5,9 @@ the cause. Draws are keyed, so the unchanged replay repeats the log exactly, and
 change alone.
 """
 
+import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from twinrl.schema import RunConfig
 from twinrl.stability.events import Event
 from twinrl.tracking import runlog
 from twinrl.trainer import Row, Trainer
+
+NEAR = 5
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,15 @@ class Replay:
         """Whether what the event was happens in a trace too."""
         return self.event.kind in trace.found
 
+    def peak(self, trace: Trace) -> float | None:
+        """Largest value of the event's series within ``NEAR`` steps of it; None where the trace does not have it.
+
+        A window may hold other events, so this says more about *this* one than :meth:`recurs`.
+        """
+        near = (row for row in trace.rows if abs(row["iteration"] - self.event.iteration) <= NEAR)
+        values = [row[self.event.series] for row in near if self.event.series in row]
+        return max(values, key=lambda value: math.inf if math.isnan(value) else value, default=None)
+
 
 def _same(logged: Row, again: Row) -> bool:
     return all(
@@ -87,12 +99,24 @@ def replay(
     Raises:
         InputError: the event has no capsule, or the change does not fit its state.
     """
+    return replay_each(run, number, [overrides] if overrides else [], source, after)
+
+
+def replay_each(
+    run: RunDirectory,
+    number: int,
+    changes: Sequence[list[str]],
+    source: Callable[[RunConfig], tuple[Data, torch.device]],
+    after: int = 20,
+) -> Replay:
+    """:func:`replay` with several changes, one trace for each after the unchanged one.
+
+    *When to use*: to try a list of suspects on one event; the unchanged steps run once.
+    """
     settings = run.settings()
     event, checkpoint = Capsules(run.path, settings.stability.capsules).load(number)
     steps = event.iteration - checkpoint.state["iteration"] + 1 + after
-    versions = {"unchanged": settings}
-    if overrides:
-        versions[" ".join(overrides)] = changed(settings, overrides)
+    versions = {"unchanged": settings} | {" ".join(change): changed(settings, change) for change in changes}
     traces = [_trace(label, version, checkpoint, steps, source) for label, version in versions.items()]
     first = checkpoint.state["iteration"]
     logged = [row for row in runlog.read(run.log) if first <= row["iteration"] < first + steps]

@@ -72,8 +72,21 @@ class RunDirectory:
         path = self.path / RESULT
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def start(self, settings: schema.RunConfig, fresh: bool) -> None:
+    def begun_by(self, launch: str) -> bool:
+        """Whether the launch of that name made this run; never for a process without a launcher, whose name is ""."""
+        try:
+            began = json.loads((self.path / ENVIRONMENT).read_text()).get("launch")
+        except (OSError, ValueError):  # none, or its process was killed while writing
+            return False
+        return self.exists and bool(launch) and began == launch
+
+    def start(self, settings: schema.RunConfig, fresh: bool, launch: str = "") -> None:
         """Make the directory of a new run; ``fresh`` deletes an older one first.
+
+        Arguments:
+            settings: the configuration.
+            fresh: whether an older run may be deleted.
+            launch: name of the launch that begins it, for its restarts.
 
         Raises:
             InputError: a run exists here already (finished, to be resumed, or being trained with ``fresh``), or the
@@ -86,8 +99,10 @@ class RunDirectory:
                 self._clear()
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            (self.path / CONFIG).write_text(dump(settings))
-            (self.path / ENVIRONMENT).write_text(json.dumps(environment.describe(), indent=1))
+            (self.path / ENVIRONMENT).write_text(json.dumps(environment.describe() | {"launch": launch}, indent=1))
+            unfinished = self.path / f".{CONFIG}"
+            unfinished.write_text(dump(settings))
+            unfinished.replace(self.path / CONFIG)  # last: with it the run exists
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",

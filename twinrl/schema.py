@@ -11,19 +11,20 @@ from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
 from twinrl.backends.families import FAMILIES
-from twinrl.backends.families.family import FamilyConfig
+from twinrl.backends.families.family import FamilyConfig, check_bridge
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, build, component, resolve
 from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
-from twinrl.fsdp.config import FSDPConfig
+from twinrl.fsdp.config import FSDPConfig, LaunchConfig
 from twinrl.gradients import GradientsConfig
 from twinrl.guidance import GuidanceConfig
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.renoise import RENOISE
 from twinrl.rewards.guide import RewardConfig
+from twinrl.rewards.reward import RewardSettings
 from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dot
     Term: TypeAlias = Any
     Optimizer: TypeAlias = Any
     LearningRate: TypeAlias = Any
+    Reward: TypeAlias = Any
     SourceName: TypeAlias = str
     FamilyName: TypeAlias = str
 else:
@@ -45,6 +47,7 @@ else:
     Term = component(TERMS, "term")
     Optimizer = component(OPTIMIZERS, "optimizer")
     LearningRate = component(LR_POLICIES, "learning-rate policy")
+    Reward = RewardSettings
     SourceName = Literal[(*SOURCES, *FAMILY_SOURCES)]
     FamilyName = Literal[tuple(FAMILIES)]
 
@@ -86,6 +89,12 @@ class ModelConfig(Settings):
     )
     frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="family: weights of text encoders and VAE")
     embedded_guidance: float = Field(3.5, ge=0, description="family: guidance that FLUX.1-dev is told")
+    prediction: Literal["epsilon", "v"] | None = Field(
+        None, description="family: what a diffusion model predicts; null = the model is a flow"
+    )
+    diff2flow: bool = Field(
+        False, description="family: train a diffusion model as a flow (Diff2Flow); goes with prediction"
+    )
 
     @property
     def pretrained(self) -> FamilyConfig:
@@ -111,6 +120,11 @@ class ModelConfig(Settings):
             raise ValueError(f"network has no effect with family {self.family}; fix: remove it")
         elif self.path is None:
             raise ValueError(f"path is missing; expected the folder or hub name of a {self.family} pipeline")
+        if self.family is not None:
+            try:
+                check_bridge(self.family, self.prediction, self.diff2flow)
+            except InputError as error:
+                raise ValueError(str(error)) from error
         return self
 
     @field_validator("network", mode="before")
@@ -127,6 +141,11 @@ class DataConfig(Settings):
 
     source: SourceName = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
+    row_multiple: int = Field(
+        1, ge=1,
+        description="family: rows of each branch are multiples of this in every bucket's batch, where train.batch "
+        "allows it; set it to the number of processes",
+    )  # fmt: skip
     images: bool = Field(
         True, description="false: image-free training on the student's own one-step samples of the prompts"
     )
@@ -150,6 +169,14 @@ class CheckpointConfig(Settings):
 
     every: int = Field(500, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    asynchronous: bool = Field(
+        False, description="write while training goes on, from a copy in the host's memory; on disk at the next one"
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop",
+        description="when the disk is full or away: stop = end with exit code 1; continue = warn and train on, but "
+        "the last state of a run must be written",
+    )
 
 
 class RunSection(Settings):
@@ -171,6 +198,9 @@ class MachineConfig(Settings):
 
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, …")
     threads: int | None = Field(None, ge=1, description="CPU threads; null = torch's default")
+    offload: bool = Field(
+        False, description="families: VAE and reward models wait on the host and visit the device while they are used"
+    )
 
 
 class RunConfig(Settings):
@@ -190,6 +220,9 @@ class RunConfig(Settings):
     reward: RewardConfig | None = Field(
         None, description="the reward that terms.reward or terms.adversarial.reward use"
     )
+    judges: dict[str, Reward] = Field(
+        default_factory=dict, description="rewards by name that validation reports, beside reward.held_out"
+    )
     gradients: GradientsConfig = GradientsConfig()
     optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")
     lr_policy: LearningRate = Field(
@@ -200,6 +233,7 @@ class RunConfig(Settings):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     machine: MachineConfig = MachineConfig()
+    launch: LaunchConfig = LaunchConfig()
     fsdp: FSDPConfig = FSDPConfig()
     run: RunSection = RunSection()
     tracking: TrackingConfig = TrackingConfig()
@@ -247,6 +281,7 @@ class RunConfig(Settings):
                 f"below train.steps {self.train.steps}"
             )
         self._check_family()
+        self._check_evaluation()
         self._check_reward()
         self.gradients.check_terms(tuple(self.pulls))
         try:
@@ -266,6 +301,16 @@ class RunConfig(Settings):
             )
         if family is not None and self.train.init == "random":
             raise ValueError("train.init is random, but a family starts from its pretrained weights; fix: teacher")
+
+    def _check_evaluation(self) -> None:
+        """Raises ValueError where validation is asked for what it has not."""
+        if self.model.family is None and self.evaluation.reference is not None:
+            raise ValueError("evaluation.reference is for families; the lab's images are compared by its own judge")
+        if self.evaluation.inception is not None and self.evaluation.reference is None:
+            raise ValueError("evaluation.inception needs evaluation.reference, a folder of images")
+        twice = [name for name in self.judges if self.reward is not None and name in self.reward.held_out]
+        if twice:
+            raise ValueError(f"judges.{twice[0]} is in reward.held_out already; fix: give it another name")
 
     def _check_reward(self) -> None:
         """Raises ValueError where reward, terms and schedules do not belong together."""
@@ -310,6 +355,12 @@ class RunConfig(Settings):
         plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
         unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
+        if self.model.family is None:
+            del plain["data"]["row_multiple"]
+        if self.model.prediction is None:  # absent, as before there were diffusion models
+            plain["model"] = {k: v for k, v in plain["model"].items() if k not in ("prediction", "diff2flow")}
+        if not self.judges:
+            del plain["judges"]
         return plain
 
     @property
@@ -319,9 +370,10 @@ class RunConfig(Settings):
 
 
 # data.root and model.path are where things lie, not what they are: checkpoints compare the content's hash
-_BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "fsdp")
+_BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "launch", "fsdp")
 NOT_NUMERIC = dict.fromkeys(_BOOKKEEPING, True) | {
     "data": {"root"},
+    "evaluation": {"reference", "inception"},
     "model": {"path", "gradient_checkpointing"},
 }
 

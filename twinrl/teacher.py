@@ -73,7 +73,7 @@ class Teacher:
         self.frozen = (pretrained or copy(student)) if "frozen" in roles else None
         # kept, since a sharded module shows other tensors while it is gathered
         averages = list(self.ema.parameters()) if self.ema is not None else []
-        pairs = [(v, a) for v, a in zip(student.parameters(), averages, strict=False) if v is not a]
+        pairs = [(v, a) for v, a in zip(student.parameters(), averages, strict=False) if v is not a and v.requires_grad]
         self._values, self._averages = [v for v, _ in pairs], [a for _, a in pairs]
 
     @property

@@ -1,9 +1,12 @@
 """The training loop, and nothing else: batch → losses → gradient → optimizer → log row."""
 
+import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from twinrl import assembly, checkpoints
 from twinrl.branches import Batch
 from twinrl.capsules import Capsules
-from twinrl.checkpoints import Checkpoint
+from twinrl.checkpoints import Checkpoint, SaveError
 from twinrl.config import build, resolve
 from twinrl.data.source import Data
 from twinrl.feed import Feed
@@ -24,13 +27,14 @@ from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import NONFINITE, SPIKE, Event, nonfinite
+from twinrl.stability.events import NONFINITE, SPIKE, Event, Suspects, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
 from twinrl.tracking import names
 from twinrl.tracking.runlog import RunLog
 
 Row = dict[str, Any]
+TIME_DIGITS = 6  # of the times in events
 
 
 class Observer(Protocol):
@@ -98,6 +102,7 @@ class Trainer:
     kinds: set[str] = field(default_factory=set)  # of everything found at the last step
     interrupted: bool = False
     saved: int | None = None  # iteration of the newest checkpoint
+    pending: "tuple[Future[None], int] | None" = None  # a checkpoint being written, and the log's length in it
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -115,7 +120,8 @@ class Trainer:
         )
         self.engine = Engine(
             settings.gradients, student.parameters(), self.objective.terms,
-            total=self.ranks.total, steps=settings.train.steps, renoise_end=settings.renoise_end(),
+            total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
+            steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
@@ -136,8 +142,10 @@ class Trainer:
         outcome = None
         while outcome is None:
             outcome = self._advance()
+        self._attempt(self.settle)
         if outcome.status != "diverged" and self.saved != self.iteration:
             self.save()
+            self.settle()
         self.log.close()
         self.events.close()
         return outcome
@@ -151,7 +159,7 @@ class Trainer:
         if self.ranks.anywhere(self.interrupted):
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
-            self.capsules.remember(self.step, self.state(self.log.sync(), self.events.sync()))
+            self._attempt(lambda: self.capsules.remember(self.step, self.state(*self._synced())))
         row, event, decision = self.train_step()
         if (judged := self._validate_if_due(row)) is not None:
             event, decision = judged, self.settings.stability.decide([judged.kind])
@@ -162,7 +170,8 @@ class Trainer:
         if decision.rollback and event is not None:
             return self._roll_back(event)
         if self.step % self.settings.checkpoint.every == 0 and self.step < self.settings.train.steps:
-            self.save()
+            self._attempt(self.settle)
+            self._attempt(self.save)
         return None
 
     @property
@@ -173,13 +182,17 @@ class Trainer:
     def train_step(self) -> tuple[Row, Event | None, Decision]:
         """One optimizer step; the log row, the last event that began at it, and what to do about what was found."""
         started = time.perf_counter()
+        self.ranks.begin(self.step)
         assembly.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
         data_rows, batch = self.feed.batch(self.step, self.seed)
         self.objective.teacher.update()
         losses, scalars = self._backward(batch)
         values = self.ranks.agree(_to_floats(scalars)) | self._schedules()
         events, self.kinds = self.monitor.step(
-            self.step + 1, self.iteration, values, lambda term: conspicuous_rows(losses, term, data_rows)
+            self.step + 1,
+            self.iteration,
+            values,
+            lambda term: self._located(conspicuous(losses, term, len(data_rows)), data_rows, batch),
         )
         decision = self.settings.stability.decide(self.kinds)
         if SPIKE in {event.kind for event in events}:
@@ -192,7 +205,8 @@ class Trainer:
         values |= {names.SKIPPED: 1.0} if decision.skip else self._update()
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        events += unscored_images(losses, data_rows, self.step, self.iteration - 1)
+        if len(at := unscored(losses)):
+            events.append(unscored_images(self._located(at, data_rows, batch), self.step, self.iteration - 1))
         for event in events:
             self._record(event, row)
         return row | {names.STEP_SECONDS: time.perf_counter() - started}, events[-1] if events else None, decision
@@ -204,6 +218,22 @@ class Trainer:
         own, measures = self.engine.backward(passes, self.step)
         losses = self.ranks.merge(own)
         return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
+
+    def _located(self, at: Tensor, data_rows: Tensor, batch: Batch) -> Suspects:
+        """Data row, time and branch at positions of the global batch, of which ``batch`` is this process's part.
+
+        Every process must call it: each knows only its own rows.
+        """
+        branches, t = list(batch.branch), torch.zeros(len(data_rows), 2)
+        t[batch.rows.index, 0] = batch.rows.t.float().cpu()
+        for number, of_branch in enumerate(batch.branch.values()):
+            t[batch.rows.index[of_branch], 1] = number
+        times, numbers = self.ranks.total(t.to(self.device)).cpu()[at].unbind(1)
+        return Suspects(
+            tuple(data_rows[at].tolist()),
+            tuple(round(time, TIME_DIGITS) for time in times.tolist()),
+            tuple(branches[int(number)] for number in numbers),
+        )
 
     def _update(self) -> dict[str, float]:
         """The optimizer's step, and what it says about the step's health."""
@@ -297,6 +327,7 @@ class Trainer:
     def _roll_back(self, event: Event) -> Outcome | None:
         """Return to the last healthy checkpoint; an outcome if there is none or it happened too often."""
         config = self.settings.stability
+        self._attempt(self.settle)
         healthy = [
             path
             for path in checkpoints.available(self.run.checkpoints)
@@ -311,7 +342,7 @@ class Trainer:
         self.iteration, self.attempt, self.event_count = iteration, attempt + 1, count
         self.ranks.on_first(lambda: checkpoints.drop_after(self.run.checkpoints, self.step))
         self.capsules.forget_after(self.step)
-        self.save()
+        self._attempt(self.save)
         return None
 
     def _tell(self, what: str, *arguments: Any) -> None:
@@ -319,12 +350,50 @@ class Trainer:
             getattr(observer, what)(*arguments)
 
     def save(self) -> None:
-        """Write a checkpoint of the present state and tell the observers."""
-        offset = self.log.sync()
-        state = self.state(offset, self.events.sync())
-        self.ranks.save(self.run.checkpoints, self.step, state, self.settings.checkpoint.keep)
+        """Write a checkpoint of the present state and tell the observers, or only begin to (:meth:`settle`).
+
+        Raises:
+            SaveError: the disk is full, read-only or away; older checkpoints are untouched.
+        """
+        config, offsets = self.settings.checkpoint, self._synced()
+        where = self.run.checkpoints, self.step, self.state(*offsets), config.keep
+        if config.asynchronous:
+            self.pending = self.ranks.save_later(*where), offsets[0]
+        else:
+            self.ranks.save(*where)
+            self._tell("after_checkpoint", offsets[0])
         self.saved = self.iteration
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. Raises SaveError if it could not be."""
+        if self.pending is None:
+            return
+        (future, offset), self.pending, saved = self.pending, None, self.saved
+        self.saved = None
+        self.ranks.together(future.result)
+        self.saved = saved
         self._tell("after_checkpoint", offset)
+
+    def _synced(self) -> tuple[int, int]:
+        """Put log and events on disk; their lengths."""
+        lengths: list[int] = [0, 0]
+
+        def sync() -> None:
+            with checkpoints.saving(self.run.path):
+                lengths[:] = self.log.sync(), self.events.sync()
+
+        self.ranks.on_first(sync)
+        return lengths[0], lengths[1]
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Write, or go on without what could not be written if ``checkpoint.on_error`` says so."""
+        try:
+            action()
+        except SaveError as error:
+            if self.settings.checkpoint.on_error == "stop":
+                raise
+            if self.ranks.first:
+                logging.getLogger(__name__).warning("step %d: %s", self.step, error)
 
     def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
         """Everything that training needs to go on from here, given the length of the logs so far."""
@@ -374,16 +443,20 @@ class Trainer:
         Arguments:
             checkpoint: the state.
             origin: where it is from, for messages.
-            strict: refuse the state of a run with other terms.
+            strict: refuse the state of a run with other terms or another teacher; else what the state lacks starts
+                from it: a detector empty, an average or a frozen copy as the student, at its full decay.
 
         Raises:
             InputError: it is of another network or optimizer; ``origin`` names it.
         """
         state = checkpoint.state
+        lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
         for name, module in assembly.parts_of(self.objective).items():
-            self.ranks.load_module(module, checkpoint.part(name), f"{origin}/{name}.safetensors")
+            part = "student" if name in lacking else name
+            self.ranks.load_module(module, checkpoint.part(part), f"{origin}/{part}.safetensors")
         self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
-        self.objective.teacher.decay = state["teacher_decay"]
+        decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
+        self.objective.teacher.decay = decay
         self.lr_policy.load(state["lr_policy"])
         self.early_stop.load(state["early_stop"])
         self.engine.load(state["gradients"])
@@ -394,29 +467,34 @@ class Trainer:
         self.attempt, self.event_count = state["attempt"], state["event_count"]
 
 
-def conspicuous_rows(losses: Losses, term: str | None, data_rows: Tensor) -> tuple[int, ...]:
-    """Data rows of a step: those with a non-finite loss of the term if there are any, else all of the term's, the
-    largest loss first; the whole batch for no term in particular.
+def conspicuous(losses: Losses, term: str | None, size: int) -> Tensor:
+    """Positions in a global batch of ``size``: rows with a non-finite loss of the term if there are any, else all of
+    the term's, the largest loss first; the whole batch for no term in particular.
     """
     parts = [found[term] for found in losses if term in found] if term is not None else []
     if not parts:
-        return tuple(data_rows.tolist())
+        return torch.arange(size)
     per_row = torch.cat([part.per_row for part in parts]).cpu()
-    rows = data_rows[torch.cat([part.rows for part in parts]).cpu()]
+    rows = torch.cat([part.rows for part in parts]).cpu()
     bad = ~per_row.isfinite()
-    return tuple(rows[bad].tolist() if bad.any() else rows[per_row.argsort(descending=True)].tolist())
+    return rows[bad] if bad.any() else rows[per_row.argsort(descending=True)]
 
 
-def unscored_images(losses: Losses, data_rows: Tensor, step: int, iteration: int) -> list[Event]:
-    """An event naming the images for which the reward gave no finite number; training went on without its pull."""
+def unscored(losses: Losses) -> Tensor:
+    """Positions in the global batch of images for which the reward gave no finite number."""
     parts = [part for found in losses for part in found.values() if names.REWARD_NONFINITE in part.aux]
     at = [part.rows[part.aux[names.REWARD_NONFINITE].cpu() > 0] for part in parts]
-    rows = tuple(data_rows[torch.cat(at)].tolist()) if at else ()
-    if not rows:
-        return []
-    shown = ", ".join(map(str, rows[:3]))
+    return torch.cat(at).cpu() if at else torch.zeros(0, dtype=torch.long)
+
+
+def unscored_images(of: Suspects, step: int, iteration: int) -> Event:
+    """An event naming the images for which the reward gave no finite number; training went on without its pull."""
+    shown = ", ".join(map(str, of.rows[:3]))
     message = f"the reward is not finite for data row {shown} at step {step}; it did not pull there"
-    return [Event(step, iteration, NONFINITE, ("reward",), rows, message, series=names.REWARD_NONFINITE)]
+    return Event(
+        step, iteration, NONFINITE, ("reward",), of.rows, message,
+        series=names.REWARD_NONFINITE, t=of.t, branches=of.branches,
+    )  # fmt: skip
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:

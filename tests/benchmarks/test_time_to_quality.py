@@ -76,6 +76,7 @@ def test_the_best_rate_is_never_one_that_diverged():
     assert ttq.best_rates({"tutorial": {1e-3: math.nan, 2e-3: 5.0, 4e-3: 7.0}}) == {"tutorial": 2e-3}
 
 
+@pytest.mark.slow
 def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits, capsys):
     monkeypatch.setattr(ttq, "cost_ratio", lambda width, batch: 2.0)
     out = tmp_path / "study"

@@ -9,10 +9,11 @@ from rich.console import Console
 from tests.backends.families import tiny
 from tests.data.folders.tiny import write_pairs
 from tests.fake_source import register, small
+from tests.families_end_to_end.test_from_folder_to_pipeline import switches
 from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.commands import data
-from twinrl.commands.plan import Item, plan, size_of
+from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, plan, size_of
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
 from twinrl.trainer import Trainer
@@ -76,8 +77,8 @@ def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) 
         "full": [], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"],
     }.items():  # fmt: skip
         given = [
-            f"model={{family: {family}, path: {pipeline}}}", f"data={{source: folder, root: {prepared}}}",
-            "train.batch=4", f"run.dir={tmp_path / name}", *more,
+            f"model={{family: {family}, path: {pipeline}}}", *switches(family),
+            f"data={{source: folder, root: {prepared}}}", "train.batch=4", f"run.dir={tmp_path / name}", *more,
         ]  # fmt: skip
         settings = schema.load("twinflow", given)
         expected, found = planned(settings), held(settings)
@@ -95,3 +96,20 @@ def test_a_model_that_cannot_be_described(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="description of no/such cannot be fetched"):
         plan(schema.load("sd35", ["model.path=no/such"]))
+
+
+def test_equal_rewards_are_planned_once_and_offloading_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rewards(*more: str) -> dict[str, tuple[int, bool, bool]]:
+        given = [
+            "model.path=x", "terms.reward={branches: [e2e]}", "reward={model: pickscore, held_out: {same: pickscore}}",
+            "judges={clip: clipscore}", *more,
+        ]  # fmt: skip
+        return {item.name: (item.bytes, item.host, item.visits) for item in _rewards(schema.load("sd35", given))}
+
+    pickscore, clip = (4 * int(REWARD_PARAMETERS[kind]) for kind in ("pickscore", "clipscore"))
+    assert rewards() == {
+        "reward (pickscore), about": (pickscore, False, False),
+        "clip (clipscore), about": (clip, False, False),
+    }
+    assert rewards("machine.offload=true")["reward (pickscore), about"] == (pickscore, True, True)
+    assert "inception, about" in rewards("evaluation.reference=images")

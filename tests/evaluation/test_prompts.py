@@ -114,3 +114,30 @@ def test_too_few_rows(tmp_path: Path) -> None:
     prepare(tmp_path / "images", TinyEncoder(), settings(validation=0.0), tmp_path / "out", quiet)
     with pytest.raises(InputError, match=r"validation split is too small; got 0 rows"):
         protocol(tmp_path / "out")
+
+
+class Regions:
+    """Stands for Inception features: means over a 2×2 grid of regions."""
+
+    def __init__(self, folder: Path):
+        split = CachedDataset(folder, "validation")
+        self.features = torch.cat([self.network(split.latents(rows).float()[:, :3]) for rows in split.members.values()])
+
+    def network(self, pixels: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(pixels, 2).flatten(1)
+
+
+def test_distances_to_a_folder_of_images(folder: Path) -> None:
+    """Own images are near, noise is far; they are reported at every NFE, beside what there is without them."""
+    judge = protocol(folder, images=Regions(folder))
+    from twinrl.sampling import few_step
+
+    good, bad = judge.quality(real(judge, judge.rows), few_step(1)), judge.quality(noise, few_step(1))
+    assert abs(good["fid"]) < bad["fid"]
+    assert good["kid"] < bad["kid"]
+    found, without = judge.evaluate(noise), protocol(folder).evaluate(noise)
+    added = {f"val/{name}_{nfe}nfe" for name in ("fid", "kid") for nfe in (1, 2)}
+    assert found.keys() - without.keys() == added
+    assert {name: found[name] for name in without} == without
+    table = PromptTable.of(judge, noise)
+    assert table.rows[1]["fid"] == found["val/fid_1nfe"]

@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from tests.backends.families import tiny
-from tests.backends.families.conftest import CALL
+from tests.backends.families.conftest import CALL, SWITCHES, length
 from tests.data.folders.tiny import write_pairs
+from tests.rewards.tiny import hf_clip
 from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.backends.families.family import FrozenTeacher
@@ -22,6 +23,7 @@ from twinrl.commands import data, inspect
 from twinrl.commands.export import export
 from twinrl.commands.train import resume, train
 from twinrl.errors import InputError
+from twinrl.rewards import inception
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step, keyed_noise, sample
 from twinrl.trainer import Trainer
@@ -32,6 +34,11 @@ TOKENS = {"qwen_image": 192, "z_image": 64}  # templates are long where the toke
 SIZES = [(32, 32), (64, 32)]
 PROMPTS = ["a red cat", "b"]
 MAX_NORM = 1e-3
+
+
+def switches(name: str) -> list[str]:
+    """What a diffusion model's run says so."""
+    return [f"model.{key}={str(value).lower()}" for key, value in SWITCHES.get(name, {}).items()]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Made:
         return schema.load(
             "twinflow",
             [
-                f"model={{family: {self.name}, path: {self.pipeline}}}",
+                f"model={{family: {self.name}, path: {self.pipeline}}}", *switches(self.name),
                 f"data={{source: folder, root: {self.prepared}}}",
                 "train={steps: 20, batch: 8}", "optim.lr=1e-3", "terms.reward={branches: [e2e]}",
                 "reward={model: brightness, gradient: {eta: 50}, held_out: {edges: sharpness}}",
@@ -176,7 +183,7 @@ def assert_samples_alike(made: Made, run: RunDirectory, folder: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2):
         z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(steps))
-        size = {"height": 32, "width": 64, "max_sequence_length": family.TOKENS, "output_type": "latent"}
+        size = {"height": 32, "width": 64, "output_type": "latent"} | length(family)
         told = size | CALL[made.name] | {"num_inference_steps": steps, "guidance_scale": 0}
         theirs = pipeline(list(PROMPTS), latents=family.to_pipeline(z), **told)[0]  # Z-Image writes into its list
         packed = family.to_pipeline(z).shape
@@ -251,3 +258,38 @@ def test_sampling_a_run_and_wrong_input(made: Made, tmp_path: Path, quiet: Conso
     other = made.settings(tmp_path, "model.frozen_dtype=bf16")
     with pytest.raises(InputError, match="prepared with another encoder"):
         assembly.load_source(other, torch.device("cpu"))
+
+
+@sd3
+def test_fid_and_clipscore_of_a_run_whose_frozen_models_wait_on_the_host(
+    made: Made, tmp_path: Path, quiet: Console
+) -> None:
+    """With real networks of random weights: in the log, in the table of ``evaluate``; offloading changes no number."""
+    write_pairs(tmp_path / "others", [(40, 30)] * 4)
+    torch.save(inception.architecture().state_dict(), tmp_path / "inception.pth")
+    hf_clip().save_pretrained(tmp_path / "clip")
+    clip = f"{{kind: clipscore, checkpoint: {tmp_path / 'clip'}}}"
+    more = [
+        f"reward={{model: {clip}, gradient: {{eta: 50}}, held_out: {{same: {clip}}}}}", f"judges={{clip: {clip}}}",
+        f"evaluation.reference={tmp_path / 'others'}", f"evaluation.inception={tmp_path / 'inception.pth'}",
+        "train.steps=2", "evaluation={every: 2, n: 20, nfe: [1]}",
+    ]  # fmt: skip
+    logged = {}
+    for where in ("false", "true"):
+        settings = made.settings(tmp_path / where, *more, f"machine.offload={where}")
+        assert train(settings, False, quiet) == 0
+        logged[where] = rows(RunDirectory(settings.directory))
+    assert logged["true"] == logged["false"]
+    last = logged["true"][-1]
+    assert last["val/fid_1nfe"] > 0
+    assert math.isfinite(last["val/kid_1nfe"])
+    assert last["val/held_out_score/clip_1nfe"] == last["val/score/clipscore_1nfe"]
+    assert inspect.evaluate(settings.directory, None, quiet) == 0
+    table = json.loads((settings.directory / "evaluation" / "table.json").read_text())
+    assert table["rows"]["1"]["fid"] > 0
+    source = assembly.load_source(settings, torch.device("cpu"))
+    judges = assembly.held_out_rewards(settings, source, torch.device("cpu"))
+    followed = assembly.guide_of(settings, source, torch.device("cpu"))
+    assert followed is not None
+    networks = [reward.modules()["model"] for reward in (judges["same"], judges["clip"], followed.reward)]
+    assert networks[0] is networks[1] is networks[2]

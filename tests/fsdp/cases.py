@@ -65,14 +65,18 @@ CASES: dict[str, Case] = {
     ),
     "image-free": Case("twinflow", ("data.images=false",)),
     "micro-batches": Case("twinflow", ("train.micro_batch=2",)),
+    "micro-batches, each reduced": Case(
+        "twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=true", "evaluation.every=20")
+    ),
     "parameter space": Case("twinflow", CHAIN),
     "output space": Case("twinflow", (*CHAIN, "gradients.space=output")),
     "no space": Case("twinflow", ("gradients={space: none, each: {}, total: {clip: {max_norm: 0.1}}}",)),
     "output space, micro-batches": Case(
         "tutorial", (*RULES, "gradients.space=output", "train.micro_batch=4", "train.batch=16")
     ),
-    "hybrid": Case("twinflow", ("fsdp.replicate=2",)),
+    "hybrid": Case("twinflow", (*CHAIN, "fsdp.replicate=2", "train.micro_batch=2")),
     "recomputed activations": Case("lab", ("train.steps=20", "fsdp.checkpoint_activations=true", "fsdp.prefetch=0")),
+    "compiled": Case("lab", ("train.steps=20", "fsdp.compile=aot_eager")),
     "dit": Case(
         "twinflow",
         ("model.network={kind: dit, width: 16, depth: 3, condition_width: 16, heads: 2}", "evaluation.every=20"),
@@ -86,9 +90,17 @@ CASES: dict[str, Case] = {
     "nan on one rank": Case("twinflow", (PLANT,)),
     "rollback": Case("twinflow", (PLANT, "stability={policy: rollback, rollback_margin: 1}", "checkpoint.every=5")),
 }  # fmt: skip
+POLICIES = ("record", "zero", "skip", "cut_lr", "cut_lr+skip")
+EARLY = PLANT.replace("at: 7", "at: 3")
+CASES |= {
+    f"nan, {policy}": Case("twinflow", (EARLY, f"stability.policy={policy}", "train.steps=6", "evaluation.every=20"))
+    for policy in POLICIES
+}
 NOT_ON_4 = (
     "frozen guidance, live recursion", "image-free", "no space", "output space, micro-batches",
-    "recomputed activations", "dit", "offloaded", "bf16",
+    "recomputed activations", "compiled", "dit", "offloaded", "bf16", "rollback", "micro-batches, each reduced",
+    "micro-batches", "parameter space",  # "hybrid" has both
+    *(f"nan, {policy}" for policy in POLICIES),
 )  # fmt: skip
 NOT_ON_2 = ("hybrid",)
 

@@ -2,11 +2,13 @@
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinrl.trainer import Trainer
 
@@ -36,6 +38,25 @@ def shares(trainer: Trainer) -> dict[str, float]:
         "ema": list(teacher.ema.parameters()),
     }
     return {name: sum(map(held, group)) / sum(map(whole, group)) for name, group in groups.items()}
+
+
+def reductions(trainer: Trainer) -> int:
+    """How often gradients are summed over the processes in a step."""
+    with _Reductions() as seen:
+        trainer.train_step()
+    return seen.number
+
+
+class _Reductions(TorchDispatchMode):
+    """Counts reduce-scatters."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:  # it comes again with the parts
+            return NotImplemented
+        self.number += "reduce_scatter" in str(func)
+        return func(*args, **(kwargs or {}))
 
 
 def peak_of_building(build: Callable[[], nn.Module]) -> int:

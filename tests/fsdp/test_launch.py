@@ -11,7 +11,7 @@ import pytest
 from tests.fake_source import SMALL
 from twinrl import checkpoints
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 MAIN = """
 import sys
@@ -38,7 +38,7 @@ def together(world: int, *arguments: str) -> list[subprocess.CompletedProcess[st
         )
     results = []
     for process in started:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=120)
         results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return results
 
@@ -88,3 +88,9 @@ def test_a_run_of_two_processes(tmp_path: Path) -> None:
     sampled = alone("sample", str(run), "--out", str(picture), "-n", "2")
     assert sampled.returncode == 0, sampled.stderr
     assert picture.is_file()
+    other = "model.network={kind: mlp, width: 24, depth: 1, condition_width: 16}"
+    refused = together(2, *small(tmp_path / "other", f"train.init={run}", other))
+    assert [process.returncode for process in refused] == [2, 2]
+    (line,) = [line for line in refused[0].stderr.splitlines() if line.startswith("twinrl: ")]
+    assert "belong to another network" in line
+    assert "Traceback" not in refused[0].stderr + refused[1].stderr

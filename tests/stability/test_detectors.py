@@ -19,7 +19,7 @@ from twinrl.stability.detectors import (
     term_of,
     terms_in,
 )
-from twinrl.stability.events import Event
+from twinrl.stability.events import Event, Suspects
 from twinrl.tracking import names, runlog
 
 RMS = {"rms_limit": 2.3}
@@ -91,10 +91,11 @@ def test_rows_are_asked_for_the_first_term_and_only_for_events() -> None:
     rows[40] |= {norm("base"): 20.0, names.GRAD_TOTAL_RAW: 50.0}
     rows[45][names.LOSS_TOTAL] = math.nan
     asked: list[str | None] = []
+    suspects = Suspects((3, 1), (0.5, 1.0), ("mul", "e2e"))
     watch = Watch(Watch.Config(), TERMS)
     for row in rows:
-        for event in watch.events(row["step"], 0, row, lambda term: asked.append(term) or [3, 1]):  # type: ignore[func-returns-value]
-            assert event.rows == (3, 1)
+        for event in watch.events(row["step"], 0, row, lambda term: asked.append(term) or suspects):  # type: ignore[func-returns-value]
+            assert (event.rows, event.t, event.branches) == suspects
     assert asked == ["base", None]
 
 

@@ -24,6 +24,17 @@ def test_an_event_survives_its_file(tmp_path: Path) -> None:
     assert Event.from_dict(runlog.read(tmp_path / "events.jsonl")[0]) == event
 
 
+def test_times_and_branches_go_with_their_rows_and_old_events_have_none() -> None:
+    n = 70  # more than are kept
+    event = Event(7, 6, SPIKE, ("base",), tuple(range(n)), "m", t=tuple(k / n for k in range(n)), branches=("mul",) * n)
+    plain = event.as_dict()
+    assert len(plain["rows"]) == len(plain["t"]) == len(plain["branches"]) == 64
+    again = Event.from_dict(json.loads(json.dumps(plain)))
+    assert (again.rows, again.t, again.branches) == (event.rows[:64], event.t[:64], event.branches[:64])
+    del plain["t"], plain["branches"]
+    assert (Event.from_dict(plain).t, Event.from_dict(plain).branches) == ((), ())
+
+
 def test_nan_is_kept_as_nan() -> None:
     plain = Event(1, 0, NONFINITE, (), (), "m", {"base": (math.nan,)}, "loss/total", math.nan).as_dict()
     again = Event.from_dict(json.loads(json.dumps(plain, allow_nan=False)))

@@ -31,6 +31,7 @@ META = torch.device("meta")
 REWARD_PARAMETERS = {
     "hpsv2": 986e6, "pickscore": 986e6, "clipscore": 151e6, "imagereward": 447e6, "aesthetic": 428e6,
 }  # fmt: skip
+INCEPTION_PARAMETERS = 24_000_000
 DEFAULT_PIXELS = 1024
 
 
@@ -44,6 +45,7 @@ class Item:
         shared: divided over the processes (sharded), else each has its own.
         exact: whether the bytes are those of tensors, or a rule of thumb.
         host: in the host's memory instead of the device's.
+        visits: waits on the host and is on the device while it is used.
     """
 
     name: str
@@ -51,14 +53,15 @@ class Item:
     shared: bool = True
     exact: bool = True
     host: bool = False
+    visits: bool = False
 
     def each(self, processes: int) -> int:
         """Bytes in one of ``processes``."""
         return math.ceil(self.bytes / processes) if self.shared else self.bytes
 
 
-def plan(settings: RunConfig) -> list[Item]:
-    """What the configured run holds in memory.
+def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
+    """What the configured run holds in memory, in all of ``processes`` together.
 
     Raises:
         InputError: the model's description cannot be read.
@@ -68,11 +71,11 @@ def plan(settings: RunConfig) -> list[Item]:
         with META:
             network = assembly.new_network(settings, source)
         network.to(dtype=assembly.dtype_of(settings))
-        return list(_of_training(settings, network))
+        return list(of_training(settings, network, processes))
     folder = described(str(settings.model.path))
     network = meta_family(settings, folder)
-    items = [*_of_training(settings, network), *_frozen(settings, folder)]
-    return [*items, _activations(settings, network, folder), *_rewards(settings)]
+    items = [*of_training(settings, network, processes), *_frozen(settings, folder)]
+    return [*items, *activations(settings, network, folder), *_rewards(settings)]
 
 
 def described(path: str) -> Path:
@@ -100,7 +103,7 @@ def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
     model = settings.model
     family = family_class(str(model.family))
     with META, quiet():
-        transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder))  # type: ignore[attr-defined]
+        transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder, family.PART))  # type: ignore[attr-defined]
         transformer.to(DTYPES[model.dtype])
         if model.lora is not None:
             add_lora(transformer, model.lora, family.LORA_TARGETS)
@@ -110,7 +113,9 @@ def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
     return family.NETWORK(transformer)
 
 
-def _of_training(settings: RunConfig, network: nn.Module) -> Iterator[Item]:
+def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
+    """Student, gradients, optimizer and teachers. Several processes cannot share a LoRA's frozen base between student
+    and average, since each gathers its own."""
     parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])
@@ -121,7 +126,8 @@ def _of_training(settings: RunConfig, network: nn.Module) -> Iterator[Item]:
     roles = {teacher.kind, teacher.guidance or teacher.kind}
     buffers = size_of(network.buffers()) if len(trained) < len(parameters) else 0
     if "ema" in roles:
-        yield Item("average (EMA)", own + buffers)
+        base = size_of(p for p in parameters if not p.requires_grad) if processes > 1 else 0
+        yield Item("average (EMA)", own + base + buffers)
     if "frozen" in roles and settings.model.lora is None:
         yield Item("frozen teacher", own)
     if settings.gradients.terms:
@@ -130,23 +136,25 @@ def _of_training(settings: RunConfig, network: nn.Module) -> Iterator[Item]:
 
 def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
     """VAE on the device, text encoders on the host."""
-    dtype = DTYPES[settings.model.frozen_dtype]
+    dtype, family = DTYPES[settings.model.frozen_dtype], family_class(str(settings.model.family))
     for name in components(read_index(folder)):
-        module = _meta_component(folder, name)
+        unused = name == family.PART or name in family.LEFT_OUT
+        module = None if unused else _meta_component(folder, name)
         if module is not None:
             # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
             held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
-            yield Item(name, size_of(held), shared=False, host=name != "vae")
+            visits = name == "vae" and settings.machine.offload
+            yield Item(name, size_of(held), shared=False, host=name != "vae" or visits, visits=visits)
 
 
 def _meta_component(folder: Path, name: str) -> nn.Module | None:
-    """A frozen component without values; None for the transformer, tokenizers and schedulers."""
+    """A frozen component without values; None for tokenizers and schedulers."""
     import diffusers
     import transformers
 
     library, cls = read_index(folder)[name]
     file = folder / name / "config.json"
-    if name == "transformer" or not file.is_file():
+    if not file.is_file():
         return None
     with META:
         if library == "diffusers":
@@ -154,17 +162,19 @@ def _meta_component(folder: Path, name: str) -> nn.Module | None:
         return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
 
 
-def _activations(settings: RunConfig, network: Any, folder: Path) -> Item:
-    """One micro-batch's, by the rule of thumb of the module's docstring."""
+def activations(settings: RunConfig, network: Any, folder: Path) -> Iterator[Item]:
+    """One micro-batch's, by the rule of thumb of the module's docstring; nothing for a U-Net, which it does not fit."""
     family = family_class(str(settings.model.family))
     blocks = sum(type(module).__name__ in family.BLOCKS for module in network.modules())
     config = network.transformer.config
+    if family.PART == "unet":
+        return
     width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
     rows = settings.train.micro_batch or settings.train.batch
     positions = (_latent_positions(settings, folder) // family.PATCH**2 + family.TOKENS) * rows * width
     wide = 1 if settings.train.precision == "bf16" or settings.model.dtype == "bf16" else 2
     recomputed = 2 * blocks + 34 if settings.model.gradient_checkpointing else 34 * blocks
-    return Item("activations, about", recomputed * positions * wide, shared=False, exact=False)
+    yield Item("activations, about", recomputed * positions * wide, shared=False, exact=False)
 
 
 def _latent_positions(settings: RunConfig, folder: Path) -> int:
@@ -178,15 +188,16 @@ def _latent_positions(settings: RunConfig, folder: Path) -> int:
 
 
 def _rewards(settings: RunConfig) -> Iterator[Item]:
-    """Reward models; the followed one is there twice, for training and for validation."""
-    if settings.reward is None:
-        return
-    for name, model, copies in [
-        ("reward", settings.reward.model, 2), *((n, m, 1) for n, m in settings.reward.held_out.items()),
-    ]:  # fmt: skip
-        size = copies * int(_reward_bytes(model))
-        if size:
-            yield Item(f"{name} ({model.kind}), about", size, shared=False, exact=False)
+    """Reward models; equal ones are there once, whether training follows them or validation judges by them."""
+    followed = {} if settings.reward is None else {"reward": settings.reward.model, **settings.reward.held_out}
+    offload, known = settings.machine.offload, set()
+    for name, model in (followed | settings.judges).items():
+        size = int(_reward_bytes(model))
+        if size and (same := model.model_dump_json()) not in known:
+            known.add(same)
+            yield Item(f"{name} ({model.kind}), about", size, False, exact=False, host=offload, visits=offload)
+    if settings.evaluation.reference is not None:
+        yield Item("inception, about", 4 * INCEPTION_PARAMETERS, False, exact=False, host=offload, visits=offload)
 
 
 def _reward_bytes(model: Any) -> float:
@@ -207,15 +218,16 @@ def size_of(tensors: Any) -> int:
 
 def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
     """Print what each process holds; 0."""
-    if settings.model.family is not None and processes > 1:
-        raise InputError("a family is trained by one process so far", got=f"{processes} processes", fix="--processes 1")
-    items = plan(settings)
+    items = plan(settings, processes)
     table = Table("held by each process", "MiB", "where", box=None, pad_edge=False)
     for item in items:
-        table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", "host" if item.host else "device")
+        where = "host, visits the device" if item.visits else "host" if item.host else "device"
+        table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", where)
     total = sum(item.each(processes) for item in items if not item.host)
     table.add_section()
     table.add_row("all on the device", f"{total / 2**20:,.1f}", "")
+    if visitors := sum(item.each(processes) for item in items if item.visits):
+        table.add_row("… while rewards and pictures are made", f"{(total + visitors) / 2**20:,.1f}", "")
     console.print(table)
     console.print("Tensors are exact; activations and reward models are estimates. Decoding large images comes on top.")
     return 0

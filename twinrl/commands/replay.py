@@ -60,7 +60,7 @@ def side_by_side(result: Replay) -> Table:
     letters = dict(zip("AB", (trace.label for trace in result.traces), strict=False))
     caption = ", ".join(f"{letter}: {label}" for letter, label in letters.items())
     table = Table(title=f"event: {result.event.message}", caption=caption)
-    table.add_column("step", justify="right")
+    table.add_column("step", justify="right", no_wrap=True)
     for letter in letters:
         for label in series:
             table.add_column(f"{letter} {label}", justify="right", no_wrap=True)
@@ -84,9 +84,16 @@ def verdict(result: Replay) -> list[str]:
     unchanged, *others = result.traces
     lines = ["the unchanged replay repeats the log exactly" if result.exact else _inexact(result)]
     lines += [_says(result, trace) for trace in others or [unchanged]]
+    lines += [_peaks(result, trace) for trace in others if result.peak(trace) is not None]
     if others and not result.recurs(unchanged):
         lines.append("the event does not recur even unchanged, so the change cannot be judged from this replay")
     return lines
+
+
+def _peaks(result: Replay, trace: Trace) -> str:
+    before, after, usual = result.peak(result.traces[0]), result.peak(trace), result.event.reference
+    usually = f", usually {_number(usual)}" if usual is not None else ""
+    return f"{result.event.series} around the event: {_number(after)} instead of {_number(before)}{usually}"
 
 
 def _inexact(result: Replay) -> str:

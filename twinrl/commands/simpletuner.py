@@ -140,7 +140,8 @@ def _guards(found: Imported) -> None:
         raise InputError("twinflow_enabled is not true", fix="only TwinFlow configurations can be imported")
     if found.get("twinflow_allow_diff2flow", False) or found.get("diff2flow_enabled", False):
         raise InputError(
-            "diff2flow_enabled and twinflow_allow_diff2flow have no equivalent", fix="use a flow-matching model"
+            "diff2flow_enabled and twinflow_allow_diff2flow have no equivalent",
+            fix="start from the preset sd15: model.prediction and model.diff2flow",
         )
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,53 +14,74 @@ from rich.console import Console
 from twinrl import assembly
 from twinrl.branches import allocate
 from twinrl.commands import pictures, program
+from twinrl.commands.failures import FAILED, in_one_line
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
 from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.evaluation import FinalTable, PromptProtocol, PromptTable, final_table
-from twinrl.fsdp import mesh
+from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import runlog
 from twinrl.tracking.mlflow_view import MLflowView
-from twinrl.trainer import Outcome, Trainer
+from twinrl.trainer import Outcome, Row, Trainer
 
-FAILED, INTERRUPTED = 1, 130
+INTERRUPTED = 130
 
 
-def train(settings: RunConfig, fresh: bool, console: Console) -> int:
-    """Start a new run and train it to its end; the exit code."""
+@in_one_line
+def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None = None) -> int:
+    """Start a new run and train it to its end; the exit code. A launcher's restart of it goes on.
+
+    Arguments:
+        settings: of the run. fresh: delete an older one first.
+        console: of this process, quiet in all but the first.
+        stop: training ends with a checkpoint once this file exists, as after Ctrl-C.
+    """
     run = RunDirectory(settings.directory)
+    if settings.launch.wanted and not mesh.launched():
+        from twinrl.commands.launch import launch
+
+        return launch(settings, run, fresh, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
-        if not fresh:
+        goes_on = ranks.anywhere(ranks.first and restart.is_restart() and run.begun_by(restart.launch()))
+        if goes_on and ranks.anywhere(ranks.first and run.result is not None):
+            return _ended(run, _of_rank(console, ranks))
+        if not fresh and not goes_on:
             ranks.on_first(run.refuse_existing)
         source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
-        ranks.on_first(lambda: run.start(settings, fresh))
+        if not goes_on:
+            ranks.on_first(lambda: run.start(settings, fresh, restart.launch()))
         ranks.on_first(lambda: stack.enter_context(run.locked()))
         console = _of_rank(console, ranks)
         try:
             trainer = _trainer(settings, run, source, device, stack, ranks)
         except InputError:
-            if ranks.first:
+            if ranks.first and not goes_on:
                 run.discard()
             raise
         console.print(f"run directory [bold]{run.path}[/]")
-        return _continue(trainer, console)
+        return _continue(trainer, console, stop)
 
 
-def resume(path: Path, console: Console) -> int:
-    """Continue an unfinished run from its newest checkpoint; the exit code."""
+@in_one_line
+def resume(path: Path, console: Console, stop: Path | None = None) -> int:
+    """Continue an unfinished run from its newest checkpoint; the exit code. ``stop`` as for :func:`train`."""
     run = RunDirectory(path)
     settings = run.settings()
     if (result := run.result) is not None:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
+    if settings.launch.wanted and not mesh.launched():
+        from twinrl.commands.launch import launch
+
+        return launch(settings, run, None, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(run.locked()))
         source = ranks.together(lambda: assembly.load_source(settings, device))
         trainer = _trainer(settings, run, source, device, stack, ranks)
-        return _continue(trainer, _of_rank(console, ranks))
+        return _continue(trainer, _of_rank(console, ranks), stop)
 
 
 @contextmanager
@@ -70,20 +92,23 @@ def _launched(settings: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
         yield ALONE, device
         return
     from twinrl.fsdp.sharded import Sharded, check_equal_shares
-
-    if settings.model.family is not None:
-        raise InputError(
-            "a family is trained by one process so far",
-            got=f"{mesh.world_size()} processes",
-            fix="start without torchrun",
-        )
+    from twinrl.fsdp.watchdog import Progress, watching
 
     check_equal_shares(allocate(settings.branches, settings.train.batch), mesh.world_size())
     if settings.train.precision == "float64":
         raise InputError("train.precision=float64 is for one process", fix="use float32, or start without torchrun")
     low = torch.bfloat16 if settings.train.precision == "bf16" else None
-    with mesh.process_group(device):
-        yield Sharded(settings.fsdp, device, low_precision=low), device
+    progress = Progress()
+    with mesh.process_group(device), watching(settings.fsdp.watchdog, progress):
+        yield Sharded(settings.fsdp, device, low_precision=low, progress=progress), device
+
+
+def _ended(run: RunDirectory, console: Console) -> int:
+    """Of a launcher that has restarted a run when it was over: the exit code as before."""
+    result = run.result
+    assert result is not None
+    console.print(f"{run.path} has {result['status']} after {result['step']} steps")
+    return FAILED if result["status"] == "diverged" else 0
 
 
 def _of_rank(console: Console, ranks: Ranks) -> Console:
@@ -128,8 +153,10 @@ def _scratch(stack: ExitStack) -> RunDirectory:
     return scratch
 
 
-def _continue(trainer: Trainer, console: Console) -> int:
+def _continue(trainer: Trainer, console: Console, stop: Path | None) -> int:
     view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
+    if stop is not None:
+        trainer.observers.append(StopFile(trainer, stop))
     outcome = _train(trainer, view, console)
     return _conclude(trainer, outcome, view, console)
 
@@ -154,9 +181,29 @@ def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outco
         return trainer.train()
 
 
+class StopFile:
+    """An observer that asks the trainer to stop once a file exists."""
+
+    def __init__(self, trainer: Trainer, path: Path):
+        self.trainer, self.path = trainer, path
+
+    def after_step(self, row: Row) -> None:
+        """Look for the file."""
+        self.trainer.interrupted |= self.path.exists()
+
+    def after_checkpoint(self, offset: int) -> None:
+        """Nothing to do."""
+
+    def after_event(self, event: object) -> None:
+        """Nothing to do."""
+
+
 @contextmanager
 def _interruptible(trainer: Trainer) -> Iterator[None]:
     """SIGINT and SIGTERM ask the trainer to stop after the present step; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # in a worker of Ray, to which signals are not sent; it has a stop file
+        return
 
     def ask(signum: int, frame: Any) -> None:
         trainer.interrupted = True  # and the system's own handlers, which a background job may have had switched off:

@@ -6,6 +6,7 @@ A folder has no labels, so nothing judges whether a sample shows its class. What
                      averaged over a 4×4 grid of regions: C·16 numbers an image, whatever its bucket
     val/score, val/held_out_score   mean of the reward that training follows, and of those that it does not
     val/velocity_mse as for labelled data
+    val/fid, val/kid Fréchet and kernel distance in Inception features to a folder of images, ``evaluation.reference``
 
 ``val/quality`` is the latent kernel distance at the first NFE: it exists without any reward model, and it gets worse
 when a reward is hacked, which a reward's mean does not. It sees layout and colour, not detail: read it as a watchdog,
@@ -13,25 +14,27 @@ and judge results by held-out rewards and by eye. Data without images have no su
 the negative mean of the first held-out reward, or of the training reward where that is the only one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from twinrl import draws, transport
 from twinrl.conditions import Condition
 from twinrl.data.source import Scorer
 from twinrl.errors import InputError
-from twinrl.evaluation.distances import kernel_distance
+from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, EvaluationConfig
 from twinrl.evaluation.table import write_json
 from twinrl.sampling import Network, SamplerConfig, few_step, sample
 from twinrl.tracking import names
+from twinrl.visiting import visiting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +43,18 @@ if TYPE_CHECKING:
 
 REGIONS = 4
 SHOWN = 8
+
+
+class Images(Protocol):
+    """Images to compare with; see ``twinrl.rewards.inception.Reference``."""
+
+    @property
+    def network(self) -> Callable[[Tensor], Tensor]:
+        """Pixels (B, 3, H, W) in [−1, 1] → features (B, D)."""
+
+    @property
+    def features(self) -> Tensor:
+        """(N, D) of the images."""
 
 
 class Chunk(NamedTuple):
@@ -69,6 +84,8 @@ class PromptProtocol:
         device: where the networks are.
         judges: rewards that training never follows, by name.
         followed: the reward that training follows, by name, if there is one.
+        images: images to compare with, by their Inception features, if there are any.
+        visitors: frozen modules of source and scorers that may wait on the host.
 
     Attributes:
         n: prompts judged.
@@ -86,10 +103,12 @@ class PromptProtocol:
         device: torch.device | str = "cpu",
         judges: Mapping[str, Scorer] | None = None,
         followed: Mapping[str, Scorer] | None = None,
+        images: Images | None = None,
+        visitors: Sequence[nn.Module] = (),
     ):
         self.source, self.config, self.device = source, config, torch.device(device)
         self.scorers = {**(judges or {}), **(followed or {})}
-        self.held_out = frozenset(judges or {})
+        self.held_out, self.images, self.visitors = frozenset(judges or {}), images, visitors
         self.data: FolderRows = source.reader("validation", self.device, torch.float32, {"any": 1.0})
         self.has_images = source.splits["validation"].has_images
         found = len(self.data.dataset)
@@ -168,11 +187,17 @@ class PromptProtocol:
     def _of_prompt(self, network: Network, sampler: SamplerConfig, row: Tensor, n: int) -> Tensor:
         prompts, condition = self.data.captioned(row[None], 0, 0)
         shape, images = self.data.shape(row[None]), []
-        with undisturbed(network, seed=self.config.seed, device=self.device):
+        with self._undisturbed(network):
             for number in range(n):
                 noise = draws.normal((1, *shape), self.config.seed, "evaluation grid", number).to(self.device)
                 images.append(self._pixels(self._sampled(network, sampler, Chunk(row, prompts, condition, noise, 0))))
         return torch.cat(images)
+
+    @contextmanager
+    def _undisturbed(self, network: Network) -> Iterator[None]:
+        """For making and judging samples: what judges them is on the device."""
+        with undisturbed(network, seed=self.config.seed, device=self.device), visiting(self.visitors, self.device):
+            yield
 
     def _pixels(self, z: Tensor) -> Tensor:
         """Decoded one by one: large images take gigabytes in the decoder."""
@@ -182,18 +207,24 @@ class PromptProtocol:
 
     @torch.no_grad()
     def quality(self, network: Network, sampler: SamplerConfig, guidance: float = 0.0) -> dict[str, float]:
-        """Latent kernel distance, mean scores and the share of non-finite samples, by plain names."""
+        """Distances to held-out and other images, mean scores and the share of non-finite samples, by plain names."""
         features, finite, scores = [], [], {name: [] for name in self.scorers}  # type: ignore[var-annotated]
-        with undisturbed(network, seed=self.config.seed, device=self.device):
+        seen: list[Tensor] = []
+        with self._undisturbed(network):
             for chunk in self._chunks():
                 z = self._sampled(network, sampler, chunk, guidance)
                 features.append(_features(z.float()).cpu())
                 finite.append(z.isfinite().flatten(1).all(1).cpu())
-                if self.scorers:
+                if self.scorers or self.images is not None:
                     pixels = self._pixels(z).clamp(-1, 1)
                     for name, scorer in self.scorers.items():
                         scores[name].append(scorer(pixels, chunk.prompts).double().cpu())
+                    if self.images is not None:
+                        seen += [self.images.network(each[None]) for each in pixels]
         found = {} if self.reference is None else {"latent_kid": kernel_distance(self.reference, torch.cat(features))}
+        if self.images is not None:
+            real, made = self.images.features, torch.cat(seen)
+            found |= {"fid": frechet_distance(real, made), "kid": kernel_distance(real, made)}
         means = {f"score/{name}": torch.cat(values).mean().item() for name, values in scores.items()}
         return {**found, **means, "nonfinite_frac": (~torch.cat(finite)).double().mean().item()}
 
@@ -276,7 +307,7 @@ class PromptTable:
 
     def rich(self) -> "Table":
         """Distances for the terminal."""
-        return self._table("Latents of samples against held-out images", lambda name: not name.startswith("score/"))
+        return self._table("Samples against held-out images", lambda name: not name.startswith("score/"))
 
     def rich_scores(self) -> "Table":
         """Rewards for the terminal; held-out ones are marked."""

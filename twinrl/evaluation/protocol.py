@@ -6,6 +6,7 @@ protocol differ because the networks differ. No number involves the training obj
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -54,6 +55,12 @@ class EvaluationConfig(Settings):
     velocity_rows: int = Field(200, ge=1, description="images in val/velocity_mse, each at five times")
     grid_samples: int = Field(8, ge=1, description="samples per class in the sample grids")
     batch: int = Field(250, ge=1, description="rows per forward; the step noise at NFE ≥ 2 is keyed by it")
+    reference: Path | None = Field(
+        None, description="families: folder of images; adds FID and KID in Inception features against them"
+    )
+    inception: Path | None = Field(
+        None, description="families: file of FID's Inception weights; null = downloaded once, for evaluation.reference"
+    )
 
 
 @dataclass(frozen=True)

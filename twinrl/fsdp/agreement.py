@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from twinrl.checkpoints import SaveError
 from twinrl.errors import InputError
 from twinrl.gradients import Losses
 from twinrl.objective import TermLoss
@@ -73,20 +74,20 @@ def together(action: Callable[[], T]) -> T:
     """Do something that needs no other rank, and go on only if all ranks could.
 
     Raises:
-        InputError: on *every* rank, with the message of the first that failed; so nobody waits for one that is gone.
+        InputError or SaveError: on *every* rank, that of the first that failed; so nobody waits for one that is gone.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
-    except InputError as error:
-        message = str(error)
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    if found := [m for m in messages if m is not None]:
-        raise InputError(found[0])
+    except (InputError, SaveError) as error:
+        failure = type(error), str(error)
+    failures: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for kind, message in filter(None, failures):
+        raise kind(message)
     return result  # type: ignore[return-value]
 
 
 def on_first(action: Callable[[], object]) -> None:
-    """Do something on rank 0 while the others wait; its InputError is everybody's."""
+    """Do something on rank 0 while the others wait; its InputError or SaveError is everybody's."""
     together(action if dist.get_rank() == 0 else lambda: None)

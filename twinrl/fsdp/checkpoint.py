@@ -7,8 +7,9 @@ rank 0 renames. Both kinds are read by either reader, and :func:`convert` makes 
 
 import json
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,69 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
     """Write a checkpoint of sharded tensors, all ranks together, and remove all but the ``keep`` newest.
 
     Raises:
-        InputError, OSError or CheckpointException: it could not be written; older checkpoints are untouched.
+        SaveError: it could not be written; older checkpoints are untouched.
     """
-    with ExitStack() as publication:
-        folder = directory / f".{checkpoints.folder_of(step)}.new"
-        on_first(lambda: _begin(publication, directory, step, keep))
+    with _saving(directory), ExitStack() as publication:
+        folder = _begin(publication, directory, step, keep)
         dcp.save(_flat(checkpoint.tensors), checkpoint_id=str(folder / SHARDS))
-        on_first(lambda: _describe(folder, checkpoint.state))
-        on_first(publication.close)
+        on_first(lambda: _publish(publication, directory, folder, checkpoint.state))
 
 
-def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> None:
-    publication.enter_context(checkpoints.publishing(directory, step, keep))
+def save_later(
+    directory: Path, step: int, checkpoint: Checkpoint, keep: int, group: dist.ProcessGroup
+) -> "Future[None]":
+    """As :func:`save`, in the background and from a copy in memory of what each rank holds.
+
+    Rank 0 publishes it when all ranks have written; no other checkpoint may be begun in the directory before. What is
+    to be done about a failure must be agreed upon: a rank knows only of its own and of those while writing.
+
+    Arguments:
+        directory, step, checkpoint, keep: as for :func:`save`.
+        group: of all ranks, for the background's collectives alone.
+    """
+    publication = ExitStack()
+    folder = _begin(publication, directory, step, keep)
+    written = dcp.async_save(_flat(checkpoint.tensors), checkpoint_id=str(folder / SHARDS), process_group=group)
+    assert isinstance(written, Future)
+
+    def finish() -> None:
+        with _saving(directory), publication:
+            written.result()
+            if dist.get_rank() == 0:
+                _publish(publication, directory, folder, checkpoint.state)
+
+    return checkpoints.in_background(finish)
+
+
+def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> Path:
+    """The folder to write into, made by rank 0, which publishes it at the end."""
+
+    def make() -> None:
+        with checkpoints.saving(directory):
+            publication.enter_context(checkpoints.publishing(directory, step, keep))
+
+    on_first(make)
+    return directory / f".{checkpoints.folder_of(step)}.new"
+
+
+def _publish(publication: ExitStack, directory: Path, folder: Path, state: Mapping[str, Any]) -> None:
+    with checkpoints.saving(directory):
+        _describe(folder, state)
+        publication.close()
+
+
+@contextmanager
+def _saving(directory: Path) -> Iterator[None]:
+    """As :func:`twinrl.checkpoints.saving`, of what the ranks tell each other when one of them could not write."""
+    with checkpoints.saving(directory):
+        try:
+            yield
+        except dcp.CheckpointException as error:
+            rank, (reason, _) = next(iter(error.failures.items()))
+            if not isinstance(reason, OSError | RuntimeError):  # torch's writer fails with either
+                raise
+            why = reason if isinstance(reason, OSError) else f"torch's writer of files failed ({reason})"
+            raise OSError(f"{why} on rank {rank}") from error
 
 
 def _describe(folder: Path, state: Mapping[str, Any]) -> None:

@@ -5,6 +5,27 @@ from pydantic import Field
 from twinrl.config import Settings
 
 
+class LaunchConfig(Settings):
+    """Processes that `twinrl train` and `twinrl resume` start by themselves, through Ray Train.
+
+    Without effect where torchrun has started them already.
+    """
+
+    workers: int = Field(1, ge=1, description="processes that train together; 1 = this one, without Ray")
+    address: str | None = Field(
+        None, description="Ray cluster to train on (host:port or auto), which shares run.dir; null = this machine"
+    )
+    cpus: float = Field(1, gt=0, description="CPU cores that each process reserves")
+    retries: int = Field(
+        3, ge=0, description="restarts from the newest checkpoint after a process or its machine was lost"
+    )
+
+    @property
+    def wanted(self) -> bool:
+        """Whether Ray is to start the processes."""
+        return self.workers > 1 or self.address is not None
+
+
 class FSDPConfig(Settings):
     """Sharding over the processes that torchrun has started; without effect in a single process."""
 
@@ -17,7 +38,21 @@ class FSDPConfig(Settings):
     prefetch: int = Field(1, ge=0, description="blocks gathered ahead in forward and backward; 0 = torch's own order")
     reshard_last: bool = Field(False, description="free the last block between forward and backward too")
     checkpoint_activations: bool = Field(False, description="recompute the blocks' activations in the backward pass")
+    compile: str | None = Field(
+        None, description="torch.compile every block with this backend, e.g. inductor; null = not"
+    )
     cpu_offload: bool = Field(False, description="parameters, gradients and optimizer state in the host's memory")
+    watchdog: float | None = Field(
+        600,
+        gt=0,
+        description="seconds that processes may wait for one of them in training; then a line names it and all end "
+        "with exit code 1; null = wait",
+    )
+    reduce_every_micro_batch: bool = Field(
+        False,
+        description="sum gradients over the processes after every micro-batch, not once for all of a term's: more "
+        "messages, but no process ever holds a whole gradient",
+    )
     full_precision: tuple[str, ...] = Field(
         ("TimeEmbedding",), description="classes that keep the parameters' precision under train.precision=bf16"
     )

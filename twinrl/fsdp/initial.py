@@ -9,7 +9,9 @@ Three ways, all ending in the local parts that FSDP keeps:
 - *copy*: teachers start from the student's local parts, without communication.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -125,22 +127,37 @@ def read_into(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> N
         local(target).copy_(tensors[name] if rows is None else tensors[name][rows])
 
 
-class Stored(Mapping[str, Tensor]):
+class Stored(Mapping[str, Tensor], ABC):
     """Tensors in files, of which a rank reads what it needs. Subclasses read one kind of file."""
 
+    @abstractmethod
     def shapes(self) -> dict[str, torch.Size]:
         """Name → shape, without reading a tensor."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Fill (sharded) tensors of the same shapes; called by all ranks together."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes())
 
     def __len__(self) -> int:
         return len(self.shapes())
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A network whose weights are in files: its structure, and where each value comes from.
+
+    Attributes:
+        network: parameters on the meta device, buffers with their values.
+        blocks: classes of the modules that are sharded each for itself.
+        weights: the start value of every parameter.
+    """
+
+    network: nn.Module
+    blocks: tuple[str, ...]
+    weights: Mapping[str, Tensor]
 
 
 class SafetensorsPart(Stored):
@@ -169,6 +186,58 @@ class SafetensorsPart(Stored):
     @torch.no_grad()
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         for name, target in targets.items():
-            file, key = self._where[name]
-            rows = own_part(target)
-            local(target).copy_(file.get_tensor(key) if rows is None else file.get_slice(key)[rows])
+            self.read_into_one(name, target)
+
+    @torch.no_grad()
+    def read_into_one(self, name: str, target: Tensor, dtype: torch.dtype | None = None) -> None:
+        """Fill one (sharded) tensor, with values that are rounded to ``dtype``."""
+        file, key = self._where[name]
+        rows = own_part(target)
+        value: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
+        local(target).copy_(value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+
+
+class Pretrained(Stored):
+    """Start values of a network: tensors of files under other names, and made ones.
+
+    Arguments:
+        stored: the files.
+        origins: parameter → the name in the files; None: it is made.
+        made: gives the whole value of a parameter that is in no file, by name and shape; these are small.
+        dtype: what is in the files is rounded to this first, as where it is loaded whole.
+    """
+
+    def __init__(
+        self,
+        stored: SafetensorsPart,
+        origins: Mapping[str, str | None],
+        made: Callable[[str, torch.Size], Tensor],
+        dtype: torch.dtype,
+    ):
+        self.stored, self.origins, self.made, self.dtype = stored, origins, made, dtype
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.origins)
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of what is in the files."""
+        found = self.stored.shapes()
+        return {name: found[origin] for name, origin in self.origins.items() if origin is not None}
+
+    def __getitem__(self, name: str) -> Tensor:
+        origin = self.origins[name]
+        if origin is None:
+            raise KeyError(name)
+        return self.stored[origin]
+
+    @torch.no_grad()
+    def read_into(self, targets: Mapping[str, Tensor]) -> None:
+        for name, target in targets.items():
+            if (origin := self.origins[name]) is not None:
+                self.stored.read_into_one(origin, target, self.dtype)
+                continue
+            value, rows = self.made(name, target.shape), own_part(target)
+            local(target).copy_(value if rows is None else value[rows])

@@ -1,18 +1,26 @@
 """The process group, the device mesh, and this process's place in it."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from twinrl.errors import InputError
+from twinrl.fsdp import watchdog
 
 REPLICATE, SHARD = "replicate", "shard"
 """Names of the mesh's dimensions."""
+
+
+def launched() -> bool:
+    """Whether torchrun, or Ray Train, has started this process."""
+    return "RANK" in os.environ
 
 
 def world_size() -> int:
@@ -32,17 +40,66 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def backend_of(device: torch.device) -> str:
+    """What carries messages: gloo for tensors on the CPU, nccl for those on GPUs."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 @contextmanager
 def process_group(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
-    """Join the processes of this launch: gloo for tensors on the CPU, nccl for those on GPUs."""
+    """Join the processes of this launch: gloo for tensors on the CPU, nccl for those on GPUs.
+
+    A group that Ray Train has made is used as it is, and left to it.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout)
+    if dist.is_initialized():
+        yield
+        return
+    watchdog.record()
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    own = dist.PrefixStore(attempt(store, rank, world, timeout), store)
+    dist.init_process_group(backend_of(device), store=own, rank=rank, world_size=world, timeout=timeout)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def attempt(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name for these processes' part of the store: the same for all of them, and never used before.
+
+    torchrun keeps its store over the restarts of a launch, and with it the addresses that the processes before have
+    left there: gloo and nccl would wait for those (pytorch issue 135712). Its count of restarts is no such name, since
+    each node counts its own. So rank 0 calls with a new name, every other rank answers the call with a new name of its
+    own, and whoever finds his among the answers that rank 0 has accepted knows that this call is not an old one.
+
+    Raises:
+        InputError: some of the processes have not come in time.
+    """
+    mine, deadline = uuid4().hex, time.monotonic() + timeout.total_seconds()
+    others = [f"attempt/answer-{other}" for other in range(1, world)]
+    if rank == 0:
+        store.set("attempt/call", mine)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(others):
+            answers = [value.decode() for value in store.multi_get(others)]
+            if all(answer.startswith(mine) for answer in answers):
+                store.set("attempt/accepted", " ".join([mine, *answers]))
+                return mine
+        elif rank > 0 and store.check(["attempt/call"]):
+            store.set(others[rank - 1], f"{store.get('attempt/call').decode()}-{mine}")
+            accepted = store.get("attempt/accepted").decode().split() if store.check(["attempt/accepted"]) else []
+            if any(answer.endswith(mine) for answer in accepted):
+                return accepted[0]
+        time.sleep(0.05)
+    missing = [str(n) for n, key in enumerate(others, 1) if not store.check([key]) or mine not in str(store.get(key))]
+    raise InputError(
+        f"not all of the {world} processes have come in {timeout.total_seconds():g} s",
+        got="no answer of rank " + ", ".join(missing) if rank == 0 else "no call of rank 0",
+        fix="see what the launcher says of them",
+    )
 
 
 def mesh_of(device: torch.device, replicate: int = 1) -> DeviceMesh:

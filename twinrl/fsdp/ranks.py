@@ -6,6 +6,7 @@ and to make, save and load networks. :class:`Ranks` are the answers of a single 
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from twinrl.backends import tells_branches_apart
 from twinrl.branches import Batch
 from twinrl.checkpoints import Checkpoint
 from twinrl.conditions import Condition
+from twinrl.fsdp.initial import Outline
 from twinrl.gradients import Losses
 from twinrl.teacher import copy_of
 
@@ -44,13 +46,22 @@ class Ranks:
 
     # --- a step -----------------------------------------------------------------------------------------------
 
+    def begin(self, step: int) -> None:
+        """This process begins a step."""
+
     def share(self, batch: Batch) -> Batch:
         """This process's rows of a global batch: an equal number of every branch's."""
         return batch
 
+    def check_shares(self, counts: Mapping[str, int]) -> None:
+        """Raises InputError where the rows of a branch cannot be shared by the processes equally."""
+
     def total(self, value: Tensor) -> Tensor:
         """The sum over all processes."""
         return value
+
+    def reduce_after(self, student: nn.Module, backward: bool) -> None:
+        """Whether the student's gradient, as it has piled up, is summed over the processes after the next backward."""
 
     def merge(self, losses: Losses) -> Losses:
         """The losses of all processes."""
@@ -74,13 +85,20 @@ class Ranks:
 
     # --- networks and optimizers ----------------------------------------------------------------------------------
 
-    def network(self, build: Callable[[], nn.Module], random: bool, trained: bool = True) -> nn.Module:
+    def network(
+        self,
+        build: Callable[[], nn.Module],
+        random: bool,
+        trained: bool = True,
+        outline: Callable[[], Outline] | None = None,
+    ) -> nn.Module:
         """The network that ``build`` constructs; the values it constructs matter only if ``random``.
 
         Arguments:
             build: makes it, with its initial weights.
             random: False where other weights are loaded at once.
             trained: whether it is the student; others never see a backward pass.
+            outline: of a pretrained network: the same without values, and where these are read.
         """
         return build()
 
@@ -105,6 +123,10 @@ class Ranks:
     def save(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
         """See :func:`twinrl.checkpoints.save`."""
         checkpoints.save(directory, step, checkpoint, keep)
+
+    def save_later(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
+        """See :func:`twinrl.checkpoints.save_later`."""
+        return checkpoints.save_later(directory, step, checkpoint, keep)
 
     def load(self, path: Path) -> Checkpoint:
         """See :func:`twinrl.checkpoints.load`."""

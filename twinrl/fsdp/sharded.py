@@ -1,6 +1,7 @@
 """The answers of several processes that train one sharded model; see :mod:`twinrl.fsdp.ranks`."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twinrl.backends import tells_branches_apart
+from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.branches import Batch
 from twinrl.checkpoints import Checkpoint
 from twinrl.conditions import Condition
@@ -19,6 +21,7 @@ from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
 from twinrl.fsdp.config import FSDPConfig
 from twinrl.fsdp.ranks import Ranks, T
+from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
 
 
@@ -30,6 +33,7 @@ class Sharded(Ranks):
         device: of this process.
         dtype: of the parameters.
         low_precision: dtype in which parameters are gathered and used; None: as they are.
+        progress: is told where this process is.
 
     Raises:
         InputError: the configured copies do not divide the processes.
@@ -41,10 +45,13 @@ class Sharded(Ranks):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         low_precision: torch.dtype | None = None,
+        progress: Progress | None = None,
     ):
         self.config, self.device, self.dtype, self.low_precision = config, device, dtype, low_precision
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = mesh.mesh_of(device, config.replicate)
+        self.progress = Progress() if progress is None else progress
+        self._apart: dist.ProcessGroup | None = None
         self._outline: nn.Module | None = None  # of the student, from which teachers are made
 
     def own(self, purpose: str) -> str:
@@ -52,30 +59,54 @@ class Sharded(Ranks):
 
     # --- a step -----------------------------------------------------------------------------------------------
 
+    def begin(self, step: int) -> None:
+        self.progress.step, self.progress.doing = step, "forward and backward passes"
+
     def share(self, batch: Batch) -> Batch:
         return shared(batch, self.world, self.rank)
+
+    def check_shares(self, counts: Mapping[str, int]) -> None:
+        check_equal_shares(counts, self.world)
 
     def total(self, value: Tensor) -> Tensor:
         return wrap.all_reduced(value)
 
+    def reduce_after(self, student: nn.Module, backward: bool) -> None:
+        if not self.config.reduce_every_micro_batch:
+            for unit in wrap.sharded_modules(student)[:1]:  # the root tells the others
+                unit.set_requires_gradient_sync(backward)
+
     def merge(self, losses: Losses) -> Losses:
-        return agreement.merged(losses, self.device)
+        with self.progress.during("losses of all ranks"):
+            return agreement.merged(losses, self.device)
 
     def agree(self, values: dict[str, float]) -> dict[str, float]:
-        return agreement.of_first(values, self.device)
+        with self.progress.during("the step's numbers"):
+            return agreement.of_first(values, self.device)
 
     def anywhere(self, flag: bool) -> bool:
-        return agreement.anywhere(flag, self.device)
+        with self.progress.during("whether any rank stops"):
+            return agreement.anywhere(flag, self.device)
 
     def on_first(self, action: Callable[[], Any]) -> None:
-        agreement.on_first(action)
+        with self.progress.during("what rank 0 does alone"):
+            agreement.on_first(action)
 
     def together(self, action: Callable[[], T]) -> T:
-        return agreement.together(action)
+        with self.progress.during("what each rank does alone"):
+            return agreement.together(action)
 
     # --- networks and optimizers ----------------------------------------------------------------------------------
 
-    def network(self, build: Callable[[], nn.Module], random: bool, trained: bool = True) -> nn.Module:
+    def network(
+        self,
+        build: Callable[[], nn.Module],
+        random: bool,
+        trained: bool = True,
+        outline: Callable[[], initial.Outline] | None = None,
+    ) -> nn.Module:
+        if outline is not None:
+            return self._pretrained(outline())
         hollow = initial.outline(build)
         parts: dict[str, Tensor] = {}
         if random or initial.has_hidden_buffers(hollow):
@@ -91,9 +122,23 @@ class Sharded(Ranks):
             wrap.reduce_whole_parameters(network, wrap.all_reduced)
         return network
 
+    def _pretrained(self, outline: initial.Outline) -> nn.Module:
+        """A student that starts from files, of which every rank reads its part."""
+        self.config = self.config.model_copy(update={"blocks": self.config.blocks or outline.blocks})
+        hollow = outline.network
+        buffers = {name: buffer for name, buffer in hollow.named_buffers() if not buffer.is_meta}
+        self._outline = deepcopy(hollow)
+        network = self._sharded(hollow, trained=True)
+        initial.fill(network, buffers)
+        targets = dict(network.named_parameters()) | dict(network.named_buffers())
+        initial.read_into({name: targets[name] for name in outline.weights if name in targets}, outline.weights)
+        wrap.reduce_whole_parameters(network, wrap.all_reduced)
+        return network
+
     def _sharded(self, hollow: nn.Module, trained: bool) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
-        wrap.shard(hollow, self.config, self.mesh, self.low_precision, trained)
+        inner = hollow.network if isinstance(hollow, WithoutTargetTime) else hollow  # a LoRA teacher calls it directly
+        wrap.shard(inner, self.config, self.mesh, self.low_precision, trained)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
         hollow.to_empty(device="cpu")
@@ -136,7 +181,14 @@ class Sharded(Ranks):
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
-        storage.save(directory, step, checkpoint, keep)
+        with self.progress.during("writing a checkpoint"):
+            storage.save(directory, step, checkpoint, keep)
+
+    def save_later(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
+        if self._apart is None:  # training and the background each wait in collectives of their own
+            self._apart = dist.new_group(backend="gloo", group_desc=APART)
+        with self.progress.during("copying a checkpoint"):
+            return storage.save_later(directory, step, checkpoint, keep, self._apart)
 
     def load(self, path: Path) -> Checkpoint:
         return storage.load(path)
@@ -169,5 +221,5 @@ def check_equal_shares(counts: Mapping[str, int], world: int) -> None:
             f"the rows of branch {name} cannot be shared by {world} processes equally",
             got=f"{count} of {sum(counts.values())} rows, from train.batch and branches",
             expected=f"a multiple of {world} in every branch",
-            fix="change train.batch, branches or the number of processes",
+            fix="change train.batch, branches or the number of processes; in buckets data.row_multiple helps",
         )

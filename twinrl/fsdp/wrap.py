@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -69,6 +70,8 @@ def shard(
     classes = block_classes(network, config.blocks)
     units = [m for m in network.modules() if type(m).__name__ in (*classes, *config.full_precision)]
     blocks = _outermost(m for m in units if type(m).__name__ in classes)
+    if config.compile is not None:
+        _compile(blocks, config.compile)
     if config.checkpoint_activations and trained:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -90,6 +93,22 @@ def shard(
     if low_precision:
         network.forward = partial(_in_low_precision, network.forward, low_precision)
     return blocks
+
+
+def _compile(blocks: Iterable[nn.Module], backend: str) -> None:
+    """Compile the blocks' forward passes; gathering and freeing parameters stays outside.
+
+    Raises:
+        InputError: torch has no such backend.
+    """
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise InputError(
+            f"fsdp.compile: torch has no backend {backend}",
+            expected=f"one of {', '.join(torch.compiler.list_backends())}, or null",
+        )
+    functorch_config.donated_buffer = False  # terms go back through one forward pass one after the other
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=backend)
 
 
 def _in_low_precision(forward: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *rest: Any) -> Tensor:

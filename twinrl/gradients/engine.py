@@ -16,6 +16,7 @@ term on steps with shares or cosines in parameter space; one more where several 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Engine:
         parameters: the student's trainable parameters.
         terms: the objective's terms.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
+        reduce: told, where there are micro-batches, before each one's backward whether the gradient that has piled
+            up is summed over the ranks after it: it is after the last one of a term.
         steps: length of the run. renoise_end: step at which renoise stands still; both for scheduled rules.
     """
 
@@ -60,10 +63,11 @@ class Engine:
         parameters: Iterable[nn.Parameter],
         terms: Mapping[str, Term],
         total: Callable[[Tensor], Tensor] = lambda value: value,
+        reduce: Callable[[bool], None] = lambda last: None,
         steps: int = 1,
         renoise_end: Fraction | None = None,
     ):
-        self.config, self.total = config, total
+        self.config, self.total, self.reduce = config, total, reduce
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
         owners = pulls_of(terms)
@@ -103,7 +107,9 @@ class Engine:
 
     def _together(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
         losses = []
-        for one in passes:
+        last = _last([bool(one.queries()) for one in passes])
+        for number, one in enumerate(passes):
+            self._announce(passes, number == last)
             found = one.losses()
             _backward(part.loss for part in found.values())
             one.release()
@@ -120,7 +126,9 @@ class Engine:
             if whole is not None:
                 _backward(_parts(whole, owners, name), retain_graph=self._still_needed(name, passes[0]))
             else:
-                for one, known in zip(passes, losses, strict=True):
+                last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
+                for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
+                    self._announce(passes, number == last)
                     found = {owner: one.loss(owner) for owner in owners if owner in one.queries()}
                     _backward(_parts(found, owners, name))
                     one.release()
@@ -158,7 +166,8 @@ class Engine:
         for name, found_cotangents in cotangents.items():
             gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
             self._settle(name, gradient, account, (), step)
-        for start, one in zip(first, passes, strict=False):
+        for (start, end), one in zip(pairwise(first), passes, strict=True):
+            self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
             if again:
                 one.repeat()
             pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
@@ -166,7 +175,11 @@ class Engine:
             one.release()
         return losses, account.measures | self._geometry(account, step) | self._finish()
 
-    # --- what both share ----------------------------------------------------------------------------------------
+    # --- what they share ----------------------------------------------------------------------------------------
+
+    def _announce(self, passes: Sequence[Pass], last: bool) -> None:
+        if len(passes) > 1:
+            self.reduce(last)
 
     @property
     def _several_wait(self) -> bool:
@@ -262,6 +275,11 @@ class _Account:
 def is_due(every: int, step: int) -> bool:
     """Whether something that happens every so many steps (0 = never) happens at this one."""
     return every > 0 and step % every == 0
+
+
+def _last(adds: Sequence[bool]) -> int:
+    """Position of the last micro-batch that adds to a gradient; −1 if none does."""
+    return max((number for number, added in enumerate(adds) if added), default=-1)
 
 
 def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:

@@ -61,6 +61,7 @@ def build_reward(config: Any, source: Data | None = None, key: str = "reward", t
     """
     around = Surroundings(key=key, training=training)
     if source is not None:
-        around = Surroundings(source.scorers, source.held_out, training, key)
+        networks = getattr(source, "networks", None)  # of a family: what is followed is also judged, and large
+        around = Surroundings(source.scorers, source.held_out, training, key, networks)
     reward: Reward = build(REWARDS, config, "reward", around)
     return reward

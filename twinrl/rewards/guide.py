@@ -4,13 +4,13 @@
 context (``ctx.reward(samples, rows)``); it does not know through which route its pull enters the loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinrl.branches import Rows
 from twinrl.config import Settings
@@ -21,6 +21,7 @@ from twinrl.rewards.reward import Reward, RewardSettings
 from twinrl.schedules import RewardSchedule
 from twinrl.terms import Pull
 from twinrl.tracking import names
+from twinrl.visiting import visiting
 
 if TYPE_CHECKING:
     Model: TypeAlias = Any
@@ -51,14 +52,21 @@ class Guide:
         codec: the data source, which decodes and encodes.
         steps: length of the run.
         renoise_end: step at which the renoise schedule ends; None where there is none.
+        visitors: frozen modules of reward and codec that may wait on the host.
     """
 
     def __init__(
-        self, config: RewardConfig, reward: Reward, codec: Data, steps: int, renoise_end: Fraction | None = None
+        self,
+        config: RewardConfig,
+        reward: Reward,
+        codec: Data,
+        steps: int,
+        renoise_end: Fraction | None = None,
+        visitors: Sequence[nn.Module] = (),
     ):
         self.config, self.reward, self.codec = config, reward, codec
         self.latent = LatentReward(config.gradient)
-        self.steps, self.renoise_end = steps, renoise_end
+        self.steps, self.renoise_end, self.visitors = steps, renoise_end, visitors
         config.schedule.weight.span(steps, renoise_end)  # a ramp that ends before it starts is found now
 
     def weight(self, step: int) -> float:
@@ -89,7 +97,7 @@ class Guide:
         prompts = rows.prompts or [""] * len(rows)
         keyed = KeyedRows(rows.draws.seed, rows.draws.step, tuple(rows.index.tolist()))
         z = samples.detach().float()
-        with torch.autocast(samples.device.type, enabled=False):
+        with torch.autocast(samples.device.type, enabled=False), visiting(self.visitors, samples.device):
             found = self.latent.gradient(z, prompts, self.codec, self.reward, keyed)
             aux = self._aux(found, z, prompts, rows.draws.step)
         g = found.g.clone()

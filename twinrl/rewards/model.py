@@ -44,8 +44,16 @@ class ModelReward(Reward):
         super().__init__(config, around)
         self.dtype = DTYPES[config.dtype]
         self.precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.model = self.network().to(self.dtype).eval().requires_grad_(False)
+        self.model = self._shared()
         self.texts = TextCache()
+
+    def _shared(self) -> nn.Module:
+        """The network; rewards of equal settings in equal surroundings have one between them."""
+        weights = self.config.model_dump_json(exclude={"chunk", "recompute"})
+        networks = {} if self.around.networks is None else self.around.networks
+        if weights not in networks:
+            networks[weights] = self.network().to(self.dtype).eval().requires_grad_(False)
+        return networks[weights]
 
     @abstractmethod
     def network(self) -> nn.Module:

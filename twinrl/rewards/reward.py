@@ -11,7 +11,7 @@ differences need.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
 
@@ -39,12 +39,15 @@ class Surroundings:
         held_out: names of those that training must never see.
         training: whether the reward's gradient is followed; false for rewards that only judge.
         key: dotted key of the reward's settings, for error messages.
+        networks: frozen networks of rewards that were built before, by settings, for those of equal settings to share;
+            None shares nothing.
     """
 
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     held_out: frozenset[str] = frozenset()
     training: bool = True
     key: str = "reward"
+    networks: MutableMapping[str, nn.Module] | None = None
 
     def part(self, name: str) -> "Surroundings":
         """The same surroundings for a part whose settings are under ``name``."""

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from twinrl.config import Settings
 from twinrl.errors import InputError
-from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, Event
+from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, Event, Suspects
 from twinrl.stability.rolling import Episode
 from twinrl.stability.series import Detector, Drift, Finding, Limit, NonFinite, Spike, Values
 from twinrl.tracking import names, runlog
@@ -35,7 +35,7 @@ __all__ = [
     "terms_in",
 ]
 
-RowsOf = Callable[[str | None], Sequence[int]]
+SuspectsOf = Callable[[str | None], Suspects]
 NORM, SHARE, TOTAL = "norm_raw", "share", "total"
 
 
@@ -92,7 +92,9 @@ class Watch:
         self.found = [finding for detector in self._detectors.values() for finding in detector.observe(step, values)]
         return self.found
 
-    def events(self, step: int, iteration: int, values: Values, rows_of: RowsOf = lambda term: ()) -> list[Event]:
+    def events(
+        self, step: int, iteration: int, values: Values, rows_of: SuspectsOf = lambda term: Suspects()
+    ) -> list[Event]:
         """:meth:`observe`, with one event for each kind of trouble that begins at this step.
 
         An episode spans all series, whatever the :attr:`Finding.onset` of each: a term that spikes and, two steps
@@ -101,7 +103,8 @@ class Watch:
 
         Arguments:
             step, iteration, values: of this step; the gradient shares are taken from the values, too.
-            rows_of: data rows behind a term, or of the whole batch for None; called for an event only.
+            rows_of: data rows behind a term, or of the whole batch for None, each with its time and branch; called for
+                an event only.
         """
         shares = {term: values.get(names.grad(term, SHARE)) for term in self.terms}
         self._shares.append({term: float(share) for term, share in shares.items() if share is not None})
@@ -110,22 +113,25 @@ class Watch:
         begun = [kind for kind, episode in self._episodes.items() if episode.begins(bool(by_kind[kind]))]
         return [self._event(by_kind[kind], iteration, rows_of) for kind in begun]
 
-    def _event(self, found: list[Finding], iteration: int, rows_of: RowsOf) -> Event:
+    def _event(self, found: list[Finding], iteration: int, rows_of: SuspectsOf) -> Event:
         """One event of findings of one kind at one step: about the most conspicuous term, else about the total."""
         found = sorted(found, key=_conspicuous, reverse=True)
         terms = tuple(dict.fromkeys(term for finding in found if (term := term_of(finding.series))))
         worst = next((finding for finding in found if term_of(finding.series)), found[0])
+        suspects = rows_of(terms[0] if terms else None)
         return Event(
             worst.step,
             iteration,
             worst.kind,
             terms,
-            tuple(rows_of(terms[0] if terms else None)),
+            suspects.rows,
             _message(worst),
             shares=self.shares(),
             series=worst.series,
             value=worst.value,
             reference=worst.reference,
+            t=suspects.t,
+            branches=suspects.branches,
         )
 
     def shares(self) -> dict[str, tuple[float, ...]]:

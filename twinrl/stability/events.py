@@ -7,7 +7,7 @@ outcome. Each becomes one :class:`Event`, a line of ``events.jsonl``, from which
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from twinrl.tracking import runlog
 
@@ -16,6 +16,20 @@ SPIKE = "spike"
 DRIFT = "drift"
 DIVERGED = "diverged"
 MAX_ROWS = 64
+
+
+class Suspects(NamedTuple):
+    """Data rows behind an event, the most conspicuous first, and where in training each of them was; parallel.
+
+    Attributes:
+        rows: indices into the training split.
+        t: source times in [0, 1]; empty if not known. Branch ``adv`` is evaluated at −t.
+        branches: names of the rows' branches; empty if not known.
+    """
+
+    rows: tuple[int, ...] = ()
+    t: tuple[float, ...] = ()
+    branches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class Event:
         series: the metric that gave it away, e.g. ``grad/rectify/norm_raw``; empty if it was none in particular.
         value: that metric's value at the step; None without a series.
         reference: what the value was compared with, e.g. the rolling median; None if with nothing.
+        t, branches: source time in [0, 1] and branch of each of ``rows``; empty where not known.
     """
 
     step: int
@@ -45,19 +60,25 @@ class Event:
     series: str = ""
     value: float | None = None
     reference: float | None = None
+    t: tuple[float, ...] = ()
+    branches: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for strict JSON, non-finite numbers as "nan", "inf", "-inf"; what is not known is left out."""
         known = {name: value for name, value in vars(self).items() if value is not None}
-        plain = known | {"terms": list(self.terms), "rows": list(self.rows[:MAX_ROWS])}
+        plain = known | {"terms": list(self.terms)}
+        plain |= {name: list(getattr(self, name)[:MAX_ROWS]) for name in ("rows", "t", "branches")}
         plain["shares"] = {term: [runlog.encode(share) for share in shares] for term, shares in self.shares.items()}
         plain |= {name: runlog.encode(plain[name]) for name in ("value", "reference") if name in plain}
-        return {name: value for name, value in plain.items() if name not in ("shares", "series") or value}
+        return {
+            name: value for name, value in plain.items() if name not in ("shares", "series", "t", "branches") or value
+        }
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Event":
         """The inverse of :meth:`as_dict`: a line of ``events.jsonl`` as an event."""
-        known: dict[str, Any] = dict(plain) | {"terms": tuple(plain["terms"]), "rows": tuple(plain["rows"])}
+        lists = ("terms", "rows", "t", "branches")
+        known: dict[str, Any] = dict(plain) | {name: tuple(plain.get(name, ())) for name in lists}
         known |= {name: runlog.decode(plain[name]) for name in ("value", "reference") if name in plain}
         shares = plain.get("shares", {})
         known["shares"] = {term: tuple(runlog.decode(share) for share in shares[term]) for term in shares}

@@ -1,14 +1,12 @@
 """From a run's numbers to its events: detectors and divergence together, as the trainer uses them. Torch-free."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twinrl.stability.detectors import Watch
+from twinrl.stability.detectors import SuspectsOf, Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import NONFINITE, Event
 from twinrl.stability.policy import StabilityConfig
-
-RowsOf = Callable[[str | None], tuple[int, ...]]
 
 
 class Monitor:
@@ -25,14 +23,15 @@ class Monitor:
         self.divergence = Divergence(config.divergence, nfe)
 
     def step(
-        self, step: int, iteration: int, values: Mapping[str, float], rows_of: RowsOf
+        self, step: int, iteration: int, values: Mapping[str, float], rows_of: SuspectsOf
     ) -> tuple[list[Event], set[str]]:
         """Events that begin at a step, and the kinds of everything found at it.
 
         Arguments:
             step, iteration: of the step.
             values: its numbers, before the optimizer used them.
-            rows_of: data rows behind a term, the most conspicuous first; of the whole batch for None.
+            rows_of: data rows behind a term with their times and branches, the most conspicuous first; of the whole
+                batch for None.
         """
         events = self.watch.events(step, iteration, values, rows_of)
         return events, {finding.kind for finding in self.watch.found}

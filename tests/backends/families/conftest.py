@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.backends.families import tiny
-from twinrl.backends.families import FAMILIES, load_family
+from twinrl.backends.families import DIFFUSION_FAMILIES, FAMILIES, load_family
 from twinrl.backends.families.family import Family, FamilyConfig
 
 PROMPTS = ["a red cat", "b"]  # of different lengths
@@ -19,7 +19,10 @@ CALL: dict[str, dict[str, Any]] = {  # how each pipeline is told: no guidance
     "z_image": {"guidance_scale": 0.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
     "flux": {"guidance_scale": 3.5},
+    "stable_diffusion": {"guidance_scale": 1.0},
 }
+SWITCHES: dict[str, dict[str, Any]] = {"stable_diffusion": {"prediction": "epsilon", "diff2flow": True}}
+FLOWS = [name for name in FAMILIES if name not in DIFFUSION_FAMILIES]
 HEIGHTS = {"sana": 32}  # its pipeline takes multiples of 32
 TOKENS = {"qwen_image": 192}  # its template is a paragraph, and the tokenizer's tokens are letters
 
@@ -35,7 +38,7 @@ class Case:
 
     @property
     def config(self) -> FamilyConfig:
-        return FamilyConfig(path=str(self.folder))
+        return FamilyConfig(path=str(self.folder), **SWITCHES.get(self.name, {}))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -60,9 +63,14 @@ class Case:
     def call(self, pipeline, z, **arguments):
         """The pipeline's answer for the two prompts from the starting latents ``z``."""
         height, width = self.size
-        settings = {"height": height, "width": width, "max_sequence_length": self.family.TOKENS} | CALL[self.name]
+        settings = {"height": height, "width": width} | length(self.family) | CALL[self.name]
         pipeline.set_progress_bar_config(disable=True)
         return pipeline(list(PROMPTS), latents=self.family.to_pipeline(z), **(settings | arguments))[0]
+
+
+def length(family: Family) -> dict[str, Any]:
+    """How a family's pipeline is told the length of texts; Stable Diffusion's takes its tokenizer's."""
+    return {} if family.NAME == "stable_diffusion" else {"max_sequence_length": family.TOKENS}
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +91,12 @@ def cases(tmp_path_factory):
 
 @pytest.fixture(params=list(FAMILIES))
 def case(request, cases):
+    return cases(request.param)
+
+
+@pytest.fixture(params=FLOWS)
+def flow(request, cases):
+    """A family whose own pipeline is a flow's."""
     return cases(request.param)
 
 

@@ -63,7 +63,7 @@ def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
         told = {"num_inference_steps": steps, "guidance_scale": 0, "output_type": "latent"}
         theirs = case.family.from_pipeline(case.call(pipeline, z, **told), case.shape)
         # float32 cannot hold 1 − 0.999 to more than 4 digits, and Z-Image is told 1000·(1 − t)
-        atol = 2e-4 if case.name == "z_image" else 1e-5
+        atol = {"z_image": 2e-4, "stable_diffusion": 1e-4}.get(case.name, 1e-5)  # and 1/α is 15
         torch.testing.assert_close(theirs, few(case, network, z, steps), atol=atol, rtol=0)
 
 

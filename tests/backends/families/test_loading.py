@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.backends.families.conftest import SWITCHES
 from tests.backends.families.test_networks import T, at
 from twinrl.backends.families import FAMILIES, family_class, load_family
 from twinrl.backends.families.family import FamilyConfig
@@ -23,7 +24,7 @@ def folder(sd3, tmp_path):
 
 
 def load(folder, name="sd3"):
-    config = FamilyConfig(path=str(folder))
+    config = FamilyConfig(path=str(folder), **SWITCHES.get(name, {}))
     return load_family(name, config).network(config)
 
 
@@ -119,7 +120,8 @@ def published(case, folder, names=lambda name: True):
     network = case.network()
     second = {n: p for n, p in network.transformer.twin_parameters().items() if n != "twin_sign"}
     second = {n: torch.randn_like(p).detach() for n, p in second.items() if names(n)}
-    save_file(load_file(folder / WEIGHTS) | second, folder / WEIGHTS)
+    file = folder / case.family.PART / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | second, file)
     return second
 
 

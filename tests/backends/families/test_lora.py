@@ -45,19 +45,19 @@ def test_saved_adapters_give_the_same_student(case, tmp_path):
         torch.testing.assert_close(at(again, case, t, r), at(network, case, t, r), atol=1e-6, rtol=1e-6)
 
 
-def test_a_stock_pipeline_reads_the_adapters(case, tmp_path):
+def test_a_stock_pipeline_reads_the_adapters(flow, tmp_path):
     """The file is diffusers' own format: a stock transformer with it equals the student at r = t."""
     from tests.backends.families import tiny
 
-    network = disturbed(case.network(lora=LORA))
-    export_lora(network, case.family, tmp_path / "lora", base="owner/base")
-    pipeline = tiny.build(case.name)
+    network = disturbed(flow.network(lora=LORA))
+    export_lora(network, flow.family, tmp_path / "lora", base="owner/base")
+    pipeline = tiny.build(flow.name)
     pipeline.load_lora_weights(tmp_path / "lora")
-    pipeline.scheduler, z = tiny.euler(), case.noise()
-    theirs = case.call(pipeline, z, num_inference_steps=1, sigmas=[1.0], output_type="latent")
+    pipeline.scheduler, z = tiny.euler(), flow.noise()
+    theirs = flow.call(pipeline, z, num_inference_steps=1, sigmas=[1.0], output_type="latent")
     ones = torch.ones(2)
-    ours = z - at(network, case, ones)
-    torch.testing.assert_close(case.family.from_pipeline(theirs, case.shape), ours, atol=2e-5, rtol=0)
+    ours = z - at(network, flow, ones)
+    torch.testing.assert_close(flow.family.from_pipeline(theirs, flow.shape), ours, atol=2e-5, rtol=0)
 
 
 def test_a_frozen_teacher_pass_leaves_the_students_gradients_alone(case):

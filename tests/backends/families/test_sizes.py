@@ -4,10 +4,15 @@ Configurations: ``transformer/config.json`` of the repositories named; sizes: th
 state, to the digits that they give.
 """
 
+import json
+
 import pytest
 import torch
 
+from twinrl import schema
 from twinrl.backends.families import family_class
+from twinrl.commands.plan import meta_family
+from twinrl.config import presets
 
 SD35_MEDIUM = {  # stabilityai/stable-diffusion-3.5-medium
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
@@ -33,12 +38,18 @@ FLUX_DEV = {  # black-forest-labs/FLUX.1-dev
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
 }  # fmt: skip
+STABLE_DIFFUSION = {  # stable-diffusion-v1-5/stable-diffusion-v1-5
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
+    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3), "cross_attention_dim": 768, "attention_head_dim": 8,
+}  # fmt: skip
 MODELS = {  # family: configuration, billions of parameters without ours
     "sd3": (SD35_MEDIUM, 2.5),
     "qwen_image": (QWEN_IMAGE, 20.4),
     "z_image": (Z_IMAGE, 6.2),
     "sana": (SANA_1600M, 1.6),
     "flux": (FLUX_DEV, 11.9),
+    "stable_diffusion": (STABLE_DIFFUSION, 0.86),
 }
 
 
@@ -65,3 +76,24 @@ def test_adapters_find_their_layers_in_the_published_models(name):
     blocks = sum(type(module).__name__ in family.BLOCKS for module in transformer.modules())
     assert blocks > 0
     assert all(count >= blocks // 3 for count in found.values()), found
+
+
+@pytest.mark.parametrize("preset", [name for name in presets() if schema.load(name).model.family is not None])
+def test_presets_of_real_sizes_build_with_their_settings(preset, tmp_path):
+    """`published-qwen2512` and the others on the published dimensions: sizes, dtypes and adapters, no weights."""
+    settings = schema.load(preset)
+    family = family_class(settings.model.family)
+    config, billions = MODELS[settings.model.family]
+    (tmp_path / family.PART).mkdir()
+    described = {"_class_name": "any"} | config
+    (tmp_path / family.PART / "config.json").write_text(json.dumps(described))
+    network = meta_family(settings, tmp_path)
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    if settings.model.lora is None:
+        assert sum(p.numel() for p in trained.values()) / 1e9 == pytest.approx(billions, rel=0.13)  # positions: buffers
+    else:
+        assert sum(p.numel() for p in frozen) / 1e9 == pytest.approx(billions, rel=0.13)
+        assert {p.dtype for p in trained.values()} == {torch.float32}
+        assert sum("lora_A" in name for name in trained) >= len(family.LORA_TARGETS)
+        assert all(p.shape[0] == settings.model.lora.rank for name, p in trained.items() if "lora_A" in name)

@@ -77,11 +77,11 @@ def t5_encoder():
     return transformers.T5EncoderModel(config)
 
 
-def kl_vae():
+def kl_vae(shift=0.06):
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
-        sample_size=16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False,
+        sample_size=16, scaling_factor=1.5, shift_factor=shift, use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
 
 
@@ -177,12 +177,34 @@ def z_image():
     )  # fmt: skip
 
 
+def stable_diffusion(prediction="epsilon"):
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=16, attention_head_dim=2,
+    )  # fmt: skip
+    return diffusers.StableDiffusionPipeline(
+        unet=unet, scheduler=ddim(prediction), vae=kl_vae(None), tokenizer=clip_tokenizer(),
+        text_encoder=clip_encoder(transformers.CLIPTextModel), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def ddim(prediction="epsilon"):
+    """Stable Diffusion's schedule, all of it in as many steps."""
+    return diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[prediction],
+    )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable] = {
     "sd3": sd3,
     "qwen_image": qwen_image,
     "flux": flux,
     "sana": sana,
     "z_image": z_image,
+    "stable_diffusion": stable_diffusion,
 }
 
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -175,17 +177,17 @@ def test_prompt_lists(tmp_path: Path) -> None:
     )
 
 
-def test_huggingface_needs_its_package(tmp_path: Path) -> None:
-    try:
-        import datasets
-    except ImportError:
-        with pytest.raises(InputError, match="needs the datasets package; fix: pip install datasets"):
-            found(tmp_path, format="huggingface")
-        return
+def test_a_dataset_of_hugging_face(tmp_path: Path) -> None:
     rows = {"image": [{"bytes": data, "path": None} for data in PICTURES], "text": CAPTIONS}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
     assert found(tmp_path / "saved") == ("huggingface", EXPECTED, {})
+
+
+def test_a_dataset_of_hugging_face_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    with pytest.raises(InputError, match="needs the datasets package; fix: pip install datasets"):
+        found(tmp_path, format="huggingface")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str, sig
     z = lab.latents("validation")[:8]
     prompts = lab.prompts(lab.validation.labels[:8], 0, 0)
     reward = build_reward(REWARDS[model].Config(), lab)
-    found = latent_reward({"kind": kind, **ESTIMATES[kind]}).gradient(z, prompts, lab, reward, KeyedRows(0, 0, tuple(range(8))))
+    found = latent_reward({"kind": kind, **ESTIMATES[kind]}).gradient(
+        z, prompts, lab, reward, KeyedRows(0, 0, tuple(range(8)))
+    )
     moved = z + sign * 0.3 * found.g / like(found.g.flatten(1).norm(dim=1), z)
     assert sign * (reward(lab.decode(moved), prompts) - found.scores).mean() > 0
 

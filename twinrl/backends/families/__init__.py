@@ -18,8 +18,12 @@ FAMILIES: dict[str, str] = {
     "z_image": "twinrl.backends.families.z_image:ZImage",
     "sana": "twinrl.backends.families.sana:Sana",
     "flux": "twinrl.backends.families.flux:Flux",
+    "stable_diffusion": "twinrl.backends.families.stable_diffusion:StableDiffusion",
 }
 """``model.family`` → module and class; a class of your own is added here."""
+
+DIFFUSION_FAMILIES = frozenset({"stable_diffusion"})
+"""Those that predict noise or v and need ``model.prediction`` and ``model.diff2flow``."""
 
 
 def family_class(name: str) -> "type[Family]":

@@ -17,7 +17,7 @@ as stock pipelines make it, uses the time it was given and r = 0: few-step sampl
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends.embedding import at_least_single
+from twinrl.backends.families.lora import without_adapters
+from twinrl.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -161,6 +163,33 @@ class TwinTimes(nn.Module):
             self.twin_sign = nn.Parameter(self._like_first(self.twin_sign).zero_())
             _log.info("%s has no sign embedding: it starts at zero, so both branches start alike", source)
 
+    def origins(self, stored: Collection[str], where: object) -> dict[str, str | None]:
+        """Parameter or buffer → the name of the stored tensor that it starts from; None: it starts at zero.
+
+        What :meth:`complete` does, without a value in memory. Adapters start by ``lora.first_values``.
+
+        Raises:
+            InputError: the files ``where`` lack weights, or have a part of the second time module.
+        """
+        second = set(self.twin_parameters()) - {"twin_sign"}
+        if (brought := second & set(stored)) and brought != second:
+            raise InputError(f"{where} has a part of {self.second_name} only", got=f"no {min(second - brought)}")
+        found: dict[str, str | None] = {name: name for name in self.state_dict() if name in stored}  # buffers, too
+        for name, _ in self.named_parameters():
+            found[name] = None if "lora_" in name else self._origin(name.replace(".base_layer.", "."), stored)
+            if found[name] is None and "lora_" not in name and name not in self.twin_parameters():
+                raise InputError(f"{where} lacks weights", got=f"no {name}")
+        return found
+
+    def _origin(self, name: str, stored: Collection[str]) -> str | None:
+        if name in stored:
+            return name
+        start = f"{self.second_name}."
+        inner = name.removeprefix(start)
+        silent = any(inner.startswith(f"{layer}.") for layer in (*self.OUTPUTS, *self.SILENT))
+        first = f"{self.TIME}.{inner}"
+        return first if name.startswith(start) and not silent and first in stored else None
+
     def _new_second(self) -> None:
         """The second time module as a silent copy of the first."""
         first, second = getattr(self, self.TIME), getattr(self, self.second_name)
@@ -178,16 +207,12 @@ class TwinTimes(nn.Module):
 
         *When to use*: a frozen teacher under LoRA, at no cost in memory.
         """
-        adapted = bool(getattr(self, "peft_config", None))
         self.twin = False
-        if adapted:
-            self.disable_adapters()  # type: ignore[operator]
         try:
-            yield
+            with without_adapters(self):
+                yield
         finally:
             self.twin = True
-            if adapted:
-                self.enable_adapters()  # type: ignore[operator]
 
 
 def _in(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

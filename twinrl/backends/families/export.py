@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from twinrl.backends.families.family import Family, FamilyNetwork
-from twinrl.backends.families.loading import INDEX
+from twinrl.backends.families.loading import INDEX, quiet
 from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
 from twinrl.errors import InputError
 
@@ -49,8 +49,9 @@ def export(
     transformer = _merged(network.transformer)
     if dtype is not None and any(p.dtype != dtype for p in transformer.parameters()):
         transformer = copy.deepcopy(transformer).to(dtype)
-    parts = family.pipeline.components | {"transformer": transformer, "scheduler": scheduler}
-    type(family.pipeline)(**parts).save_pretrained(folder)
+    parts = family.pipeline.components | {family.PART: transformer, "scheduler": scheduler} | family.SETTINGS
+    with quiet():
+        type(family.pipeline)(**parts).save_pretrained(folder)
     _name_library(folder / INDEX)
     (folder / "README.md").write_text(card(family, base, folder.name))
 
@@ -68,7 +69,7 @@ def export_lora(network: FamilyNetwork, family: Family, folder: Path, *, base: s
         raise InputError("the student has no adapters", fix="export the whole model, or train with model.lora")
     _claim(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_lora(network.transformer, type(family.pipeline), folder)
+    save_lora(network.transformer, type(family.pipeline), folder, family.PART)
     (folder / "README.md").write_text(lora_card(family, base))
 
 
@@ -78,7 +79,7 @@ def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNet
     Raises:
         InputError: the folder holds no LoRA student, or another model's.
     """
-    load_lora(network.transformer, folder)
+    load_lora(network.transformer, folder, family.PART)
     return network
 
 

@@ -21,15 +21,27 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families import loading
+from twinrl.backends.families import DIFFUSION_FAMILIES, loading
 from twinrl.backends.families.embedding import TwinTimes
-from twinrl.backends.families.lora import LoraSettings, add_lora, is_adapted
+from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
 from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.draws import generator
 from twinrl.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check_bridge(family: str, prediction: str | None, diff2flow: bool) -> None:
+    """Raises InputError unless a diffusion model, and no other, is asked for as a flow by both switches."""
+    asked = f"model.prediction={prediction or 'null'} model.diff2flow={str(diff2flow).lower()}"
+    if family not in DIFFUSION_FAMILIES:
+        if prediction is not None or diff2flow:
+            raise InputError(f"{family} is a flow already", got=asked, fix="remove both switches")
+    elif prediction is None or not diff2flow:
+        raise InputError(
+            f"{family} is a diffusion model and TwinFlow trains flows", got=asked,
+            fix="model.prediction=epsilon (or v, as the model was trained) and model.diff2flow=true",
+        )  # fmt: skip
 
 
 class FamilyConfig(Settings):
@@ -41,6 +53,10 @@ class FamilyConfig(Settings):
     dtype: Literal["float32", "bf16"] = Field("float32", description="weights of the transformer")
     frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="weights of text encoders and VAE")
     embedded_guidance: float = Field(3.5, ge=0, description="guidance that FLUX.1-dev is told; others have none")
+    prediction: Literal["epsilon", "v"] | None = Field(
+        None, description="what a diffusion model predicts; null = the model is a flow"
+    )
+    diff2flow: bool = Field(False, description="train a diffusion model as a flow (Diff2Flow); needs prediction")
 
 
 class FamilyNetwork(nn.Module, ABC):
@@ -63,7 +79,11 @@ class FamilyNetwork(nn.Module, ABC):
         dtype = self.transformer.base_dtype
         told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         with self.transformer.at(t_b, r_b):
-            return self.velocity(x_bchw.to(dtype), t_b.abs(), told).to(x_bchw.dtype)
+            return self.velocity(self.latents(x_bchw), t_b.abs(), told).to(x_bchw.dtype)
+
+    def latents(self, x_bchw: Tensor) -> Tensor:
+        """The latents as :meth:`velocity` gets them: in the transformer's dtype."""
+        return x_bchw.to(self.transformer.base_dtype)
 
     @abstractmethod
     def velocity(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
@@ -121,6 +141,10 @@ class Family(ABC):
         LORA_TARGETS: linear layers that adapters go to by default (suffixes of module names).
         BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.
         TOKENS: most text tokens of a prompt; longer ones are cut.
+        PATCH: sides of latents are multiples of this.
+        PART: the pipeline's component that is trained.
+        LEFT_OUT: components that are neither loaded nor exported.
+        SETTINGS: what the pipeline's class is told beside its components.
     """
 
     NAME: ClassVar[str]
@@ -131,6 +155,9 @@ class Family(ABC):
     BLOCKS: ClassVar[tuple[str, ...]]
     TOKENS: ClassVar[int] = 512
     PATCH: ClassVar[int] = 2
+    PART: ClassVar[str] = "transformer"
+    LEFT_OUT: ClassVar[tuple[str, ...]] = ()
+    SETTINGS: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, folder: Path, pipeline: Any):
         self.folder, self.pipeline = folder, pipeline
@@ -146,7 +173,8 @@ class Family(ABC):
             InputError: no such folder or hub name, another family's folder, a missing or damaged component.
         """
         folder = loading.resolve(config.path)
-        pipeline = loading.load_pipeline(folder, cls.PIPELINE, DTYPES[config.frozen_dtype])
+        dtype = DTYPES[config.frozen_dtype]
+        pipeline = loading.load_pipeline(folder, cls.PIPELINE, dtype, cls.PART, cls.LEFT_OUT, cls.SETTINGS)
         return cls(folder, pipeline)
 
     def network(self, config: FamilyConfig, seed: int = 0) -> FamilyNetwork:
@@ -157,19 +185,55 @@ class Family(ABC):
         Raises:
             InputError: the transformer cannot be loaded, or is a variant that the family cannot train.
         """
-        self.check_variant(loading.transformer_config(self.folder))
-        transformer = loading.load_transformer(self.folder, self.TRANSFORMER, DTYPES[config.dtype])
+        check_bridge(self.NAME, config.prediction, config.diff2flow)
+        self.check_variant(loading.transformer_config(self.folder, self.PART))
+        transformer = loading.load_transformer(self.folder, self.TRANSFORMER, DTYPES[config.dtype], self.PART)
         self.configure(transformer, config)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
-        if config.lora is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(generator(seed, "adapters").initial_seed())
-                add_lora(transformer, config.lora, self.LORA_TARGETS)
-            for parameter in transformer.parameters():
-                if parameter.requires_grad:  # few, and bf16 would swallow the updates of an average
-                    parameter.data = parameter.data.float()
+        self._adapt(transformer, config, seed)
         return self.NETWORK(transformer)
+
+    def _adapt(self, transformer: Any, config: FamilyConfig, seed: int) -> None:
+        """Add the configured adapters."""
+        if config.lora is None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            add_lora(transformer, config.lora, self.LORA_TARGETS)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:  # few, and bf16 would swallow the updates of an average
+                parameter.data = parameter.data.float()
+        if not any(parameter.is_meta for parameter in transformer.parameters()):
+            initialise(transformer, seed)
+
+    def outline(self, config: FamilyConfig) -> FamilyNetwork:
+        """What :meth:`network` makes, with parameters on the meta device: shapes, no values; buffers are there.
+
+        *When to use*: several processes, each of which reads its own part (:meth:`files`, ``TwinTimes.origins``).
+        """
+        from accelerate import init_empty_weights
+
+        check_bridge(self.NAME, config.prediction, config.diff2flow)
+        described = loading.transformer_config(self.folder, self.PART)
+        self.check_variant(described)
+        with loading.quiet(), init_empty_weights():
+            transformer: Any = self.TRANSFORMER.from_config(described)  # type: ignore[attr-defined]
+            transformer.to(DTYPES[config.dtype])
+        self.configure(transformer, config)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        with init_empty_weights():
+            self._adapt(transformer, config, 0)
+        return self.NETWORK(transformer)
+
+    @staticmethod
+    def dtype_of(config: FamilyConfig) -> torch.dtype:
+        """Of the pretrained weights."""
+        return DTYPES[config.dtype]
+
+    def files(self) -> list[Path]:
+        """The safetensors files with the transformer's weights. Raises InputError where there are none."""
+        return loading.weight_files(self.folder / self.PART)
 
     def check_variant(self, described: Mapping[str, Any]) -> None:  # noqa: B027 (most families have one variant)
         """Raises InputError where the transformer's configuration is that of a variant that cannot be trained."""
@@ -240,7 +304,7 @@ class Family(ABC):
     def frozen_modules(self) -> list[nn.Module]:
         """Text encoders and VAE."""
         named = self.pipeline.components.items()
-        return [part for name, part in named if isinstance(part, nn.Module) and name != "transformer"]
+        return [part for name, part in named if isinstance(part, nn.Module) and name != self.PART]
 
     def block_classes(self, network: FamilyNetwork) -> set[type[nn.Module]]:
         """The classes of the repeated blocks: units for sharding and checkpointing."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,22 @@ def read_index(folder: Path) -> dict[str, Any]:
     return _described(folder / INDEX)
 
 
-def transformer_config(folder: Path) -> dict[str, Any]:
-    """``transformer/config.json`` of a pipeline folder.
+def transformer_config(folder: Path, part: str = "transformer") -> dict[str, Any]:
+    """``config.json`` of a pipeline folder's transformer (or whatever ``part`` is the network that is trained).
 
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    return _described(folder / "transformer" / "config.json")
+    return _described(folder / part / "config.json")
+
+
+def scheduler_config(folder: Path) -> dict[str, Any]:
+    """``scheduler/scheduler_config.json`` of a pipeline folder.
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    return _described(folder / "scheduler" / "scheduler_config.json")
 
 
 def _described(file: Path) -> dict[str, Any]:
@@ -90,7 +99,7 @@ def left_out(index: dict[str, Any]) -> list[str]:
     return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
 
 
-def check(folder: Path, pipeline: str) -> None:
+def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
     """Raises InputError where ``folder`` is not a complete pipeline of the class named ``pipeline``."""
     index = read_index(folder)
     if index["_class_name"] != pipeline:
@@ -98,7 +107,7 @@ def check(folder: Path, pipeline: str) -> None:
             f"{folder} is another family's", got=index["_class_name"], expected=pipeline, fix="change model.family"
         )
     for name in components(index):
-        if not (folder / name).is_dir():
+        if name not in unused and not (folder / name).is_dir():
             raise InputError(
                 f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
             )
@@ -122,17 +131,28 @@ def content_hash(folder: Path, sample: int = 2**20) -> str:
     return digest.hexdigest()
 
 
-def load_pipeline(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
-    """The pipeline of ``folder`` without transformer and scheduler, which twinrl brings.
+def load_pipeline(
+    folder: Path,
+    pipeline: str,
+    dtype: torch.dtype,
+    part: str = "transformer",
+    unused: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+) -> Any:
+    """The pipeline of ``folder`` without transformer (``part``) and scheduler, which twinrl brings.
+
+    Components named in ``unused`` are not loaded either; ``settings`` are the pipeline's own.
 
     Raises:
         InputError: see :func:`check`; a component that cannot be read.
     """
-    check(folder, pipeline)
+    check(folder, pipeline, unused)
     ensure_torchvision()
     import diffusers
 
-    parts = dict.fromkeys(["transformer", "scheduler", *left_out(read_index(folder))])
+    index = read_index(folder)
+    absent = [part, "scheduler", *left_out(index), *(name for name in unused if name in index)]
+    parts = dict.fromkeys(absent) | dict(settings or {})
     try:
         with quiet():
             return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
@@ -140,22 +160,40 @@ def load_pipeline(folder: Path, pipeline: str, dtype: torch.dtype) -> Any:
         raise _unreadable(folder, error) from error
 
 
-def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype) -> Any:
-    """The transformer of ``folder`` as our subclass, with a second time and a sign.
+def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype, part: str = "transformer") -> Any:
+    """The transformer (``part``) of ``folder`` as our subclass, with a second time and a sign.
 
     Raises:
         InputError: it cannot be read, or its weights do not fit.
     """
     try:
         with quiet():
-            loaded = transformer.from_pretrained(folder / "transformer", torch_dtype=dtype)
+            loaded = transformer.from_pretrained(folder / part, torch_dtype=dtype)
         loaded.complete(str(folder))
     except (OSError, ValueError, RuntimeError) as error:
-        raise _unreadable(folder / "transformer", error) from error
+        raise _unreadable(folder / part, error) from error
     absent = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
     if absent:
-        raise InputError(f"{folder / 'transformer'} lacks weights", got=f"no {absent[0]} ({len(absent)} in all)")
+        raise InputError(f"{folder / part} lacks weights", got=f"no {absent[0]} ({len(absent)} in all)")
     return loaded
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model that diffusers has written into ``folder``: one, or as its index says.
+
+    Raises:
+        InputError: there are none.
+    """
+    name = "diffusion_pytorch_model.safetensors"
+    index = folder / f"{name}.index.json"
+    if index.is_file():
+        return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    if not (folder / name).is_file():
+        raise InputError(
+            f"{folder} has no safetensors file, and several processes read no others", expected=name,
+            fix="save the pipeline again with save_pretrained, or train in one process",
+        )  # fmt: skip
+    return [folder / name]
 
 
 @contextmanager

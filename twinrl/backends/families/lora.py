@@ -4,14 +4,17 @@ A LoRA student trains the adapters, the second time embedding and the sign; ever
 teacher is the same network with all three switched off (``twinrl.backends.families.family.FrozenTeacher``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from twinrl import draws
 from twinrl.config import Settings
 from twinrl.errors import InputError
 
@@ -55,19 +58,56 @@ def add_lora(transformer: Any, settings: LoraSettings, family_targets: Sequence[
         parameter.requires_grad_(True)
 
 
+def first_values(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """Initial values of an adapter's parameter by its name: A ~ N(0, 1/rank²), B = 0 (Gaussian initialisation of peft).
+
+    Keyed by the name, so that each process of several can make those that it holds.
+    """
+    if "lora_A" not in name:
+        return torch.zeros(tuple(shape))
+    return draws.normal(tuple(shape), seed, f"adapter {name}") / shape[0]
+
+
+@torch.no_grad()
+def initialise(transformer: Any, seed: int) -> None:
+    """Give all adapters their :func:`first_values`."""
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(first_values(name, parameter.shape, seed))
+
+
+@contextmanager
+def without_adapters(transformer: Any) -> Iterator[None]:
+    """Inside, the adapters have no effect.
+
+    Their ``requires_grad`` is left alone, unlike by peft's own switch: where the weights are sharded there are two
+    parameters for each, gathered and not, and they would come to disagree.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def is_adapted(transformer: Any) -> bool:
     """Whether adapters were added."""
     return bool(getattr(transformer, "peft_config", None))
 
 
-def save_lora(transformer: Any, pipeline_class: Any, folder: Path) -> None:
+def save_lora(transformer: Any, pipeline_class: Any, folder: Path, part: str = "transformer") -> None:
     """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them."""
     from peft.utils import get_peft_model_state_dict
 
     pipeline_class.save_lora_weights(
         save_directory=folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=_metadata(transformer),
+        **{f"{part}_lora_layers": get_peft_model_state_dict(transformer)},
+        **{f"{part}_lora_adapter_metadata": _metadata(transformer)},
     )
     save_file({n: p.detach().contiguous().cpu() for n, p in transformer.twin_parameters().items()}, folder / TWIN_FILE)
 
@@ -77,7 +117,7 @@ def _metadata(transformer: Any) -> dict[str, Any]:
     return {key: sorted(value) if isinstance(value, set) else value for key, value in described.items()}
 
 
-def load_lora(transformer: Any, folder: Path) -> None:
+def load_lora(transformer: Any, folder: Path, part: str = "transformer") -> None:
     """Give ``transformer`` the adapters, second time embedding and sign that :func:`save_lora` wrote.
 
     Raises:
@@ -92,4 +132,4 @@ def load_lora(transformer: Any, folder: Path) -> None:
     if shapes != {name: tuple(value.shape) for name, value in wanted.items()}:
         raise InputError(f"{file} belongs to another transformer", got=shapes.get("twin_sign"))
     transformer.load_state_dict(saved, strict=False)
-    transformer.load_lora_adapter(folder, weight_name=ADAPTER_FILE)
+    transformer.load_lora_adapter(folder, weight_name=ADAPTER_FILE, prefix=part)

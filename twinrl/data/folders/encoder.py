@@ -38,7 +38,7 @@ class FamilyEncoder:
 def _key(family: "Family") -> str:
     """Family, precision, and a digest of the frozen parts' weights and of what else decides their numbers."""
     parts = {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
-    weights = {name: dict(part.state_dict()) for name, part in parts.items() if name != "transformer"}
+    weights = {name: dict(part.state_dict()) for name, part in parts.items() if name != family.PART}
     vae = {name: str(value) for name, value in family.pipeline.vae.config.items() if not name.startswith("_")}
     digest = content_hash(weights, {"family": family.NAME, "tokens": family.TOKENS, "vae": vae})
     precision = str(family.pipeline.vae.dtype).removeprefix("torch.")

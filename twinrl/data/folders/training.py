@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinrl import conditions
 from twinrl.backends.families.family import Family
@@ -23,6 +23,7 @@ from twinrl.data.folders.sampler import BucketSampler
 from twinrl.data.folders.source import CachedDataset
 from twinrl.data.source import Scorer
 from twinrl.errors import InputError
+from twinrl.visiting import visiting
 
 
 class FolderSource:
@@ -38,6 +39,7 @@ class FolderSource:
         content_hash: of the prepared data and of the family's files.
         latent_shape: (C, h, w) of the bucket with most rows.
         splits: train and validation.
+        networks: frozen networks of the run's rewards, by their settings.
         scorers, held_out: none; rewards have models of their own.
 
     Raises:
@@ -60,21 +62,26 @@ class FolderSource:
         if images and not train.has_images:
             raise InputError(f"{root} holds prompts without images", fix="data.source=prompts trains without images")
         self.images = images
+        self.networks: dict[str, nn.Module] = {}
         self.content_hash = hashlib.sha256(f"{train.content_hash} {family.content_hash}".encode()).hexdigest()
         self.bucket = max(train.lengths, key=lambda name: train.lengths[name])
         self.latent_shape: tuple[int, int, int] = train.latent_shapes[self.bucket]
 
-    def reader(self, split: str, device: torch.device, dtype: torch.dtype, mix: Mapping[str, float]) -> "FolderRows":
-        """The rows of a split; batches keep the shares of ``mix`` where the batch size allows it."""
-        return FolderRows(self.splits[split], device, dtype, self.images, whole_rows(mix))
+    def reader(
+        self, split: str, device: torch.device, dtype: torch.dtype, mix: Mapping[str, float], multiple: int = 1
+    ) -> "FolderRows":
+        """The rows of a split; batches keep the shares of ``mix``, in multiples, where the batch size allows it."""
+        return FolderRows(self.splits[split], device, dtype, self.images, multiple * whole_rows(mix))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w)."""
-        return self.family.encode(pixels)
+        with visiting(self.codec, pixels.device):
+            return self.family.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents → pixels, not clamped."""
-        return self.family.decode(latents)
+        with visiting(self.codec, latents.device):
+            return self.family.decode(latents)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Conditions of any prompts, by the text encoders on the CPU."""
@@ -84,10 +91,15 @@ class FolderSource:
         """The empty condition ∅, n rows."""
         return conditions.to(self.family.null_condition(n), self.device)
 
-    def to(self, device: str) -> "FolderSource":
-        """The VAE on ``device``, in place."""
+    @property
+    def codec(self) -> tuple[nn.Module, ...]:
+        """What encodes and decodes."""
+        return (self.family.pipeline.vae,)
+
+    def to(self, device: str, offload: bool = False) -> "FolderSource":
+        """Conditions on ``device``, and the VAE too, in place; with ``offload`` it waits on the CPU and visits."""
         self.device = torch.device(device)
-        self.family.pipeline.vae.to(self.device)
+        self.family.pipeline.vae.to("cpu" if offload else self.device)
         return self
 
 

@@ -1,0 +1,41 @@
+"""The scale benchmark: counts, bytes and the plan's bytes agree; the page shows what the script calculates."""
+
+from pathlib import Path
+
+import paper
+import pytest
+import scale
+
+from twinrl.fsdp.ranks import ALONE
+
+PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
+
+
+def test_one_process_sends_nothing_and_holds_what_is_planned(tmp_path):
+    found = scale.measure(scale.settings_of("per term", tmp_path), ALONE, steps=1)
+    assert found.count == {}
+    assert found.held == found.planned
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    """Each holds its half, as planned, and gathers and reduces whole parameters."""
+    scale.main(["--processes", "2", "--steps", "1", "--out", str(tmp_path / "scale")])
+    found = scale.measured([2], steps=1)[2]
+    for rank in found:
+        for one in rank.values():
+            for name in scale.HELD:
+                assert one.held[name] == pytest.approx(one.planned[name], rel=0.02), name
+    whole = 2 * found[0]["global"].planned["gradients"]
+    for one in found[0].values():
+        assert one.payload["reduce-scatter"] / whole == pytest.approx(
+            round(one.payload["reduce-scatter"] / whole), abs=0.05
+        )
+    once, each = (found[0][name].payload["reduce-scatter"] for name in ("global", "per term"))
+    assert each > 1.9 * once  # a backward pass for every term
+    assert "| 2, per term |" in (tmp_path / "scale.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_is_calculated():
+    assert paper.report() in PAGE.read_text()

@@ -1,0 +1,99 @@
+"""FID's network on small images: torchvision's where they agree, pools where they differ, files that are wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.folders.tiny import encoded, picture
+from twinrl.errors import InputError
+from twinrl.rewards import inception
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of the published architecture, in a file like the published one."""
+    file = tmp_path_factory.mktemp("inception") / inception.FILE
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = inception.architecture().state_dict()
+    torch.save({k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, file)
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
+
+
+def folder(path: Path, seeds: range) -> Path:
+    path.mkdir()
+    for seed in seeds:
+        (path / f"{seed}.png").write_bytes(encoded(picture(40, 30, seed)))
+    return path
+
+
+def test_features_of_images_of_any_size(weights: Path) -> None:
+    network = inception.Inception(weights)
+    x = torch.rand(2, 3, 20, 30) * 2 - 1
+    features = network(x)
+    assert features.shape == (2, 2048)
+    assert features.isfinite().all()
+    torch.testing.assert_close(features[:1], network(x[:1]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(network(3 * x - 0.5), network((3 * x - 0.5).clamp(-1, 1)))
+    assert network(x[:1] * torch.nan).isnan().any()
+
+
+@pytest.mark.parametrize("block", ["Mixed_5b", "Mixed_6b", "Mixed_7b"])
+def test_blocks_are_torchvisions_but_for_the_border_of_the_pool(weights: Path, block: str) -> None:
+    """Inside, all branches agree with the stock block of the same weights; at the border the pooled one does not."""
+    from torchvision.models import inception as stock
+
+    network = inception.architecture()
+    network.load_state_dict(torch.load(weights), strict=False)
+    network.eval()
+    ours = getattr(network, block)
+    kind = {"Mixed_5b": (stock.InceptionA, 192, 32), "Mixed_6b": (stock.InceptionC, 768, 128)}.get(block)
+    theirs = kind[0](*kind[1:]) if kind else stock.InceptionE(1280)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.eval()
+    x = torch.rand(1, {"Mixed_5b": 192, "Mixed_6b": 768, "Mixed_7b": 1280}[block], 9, 9)
+    with torch.no_grad():
+        a, b = ours(x), theirs(x)
+    inside = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(a[inside], b[inside], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(a, b, atol=1e-5, rtol=1e-4)
+    assert network.Mixed_7c.maximum
+    assert not network.Mixed_7b.maximum
+
+
+def test_a_folder_is_read_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = folder(tmp_path / "images", range(3))
+    first = inception.reference(images, weights, torch.device("cpu"))
+    assert first.features.shape == (3, 2048)
+    state = torch.get_rng_state()
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "_pixels", None)  # not called
+        again = inception.reference(images, weights, torch.device("cpu"))
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(first.features, again.features)
+    (images / "new.png").write_bytes(encoded(picture(40, 30, 9)))
+    assert len(inception.reference(images, weights, torch.device("cpu")).features) == 4
+
+
+def test_what_is_wrong_is_one_line(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, images = torch.device("cpu"), folder(tmp_path / "images", range(2))
+    with pytest.raises(InputError, match=r"evaluation\.reference has no images; got 0 in"):
+        inception.reference(tmp_path / "none", weights, cpu)
+    with pytest.raises(InputError, match=r"evaluation\.inception is no file"):
+        inception.reference(images, tmp_path / "no.pth", cpu)
+    monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/x.pth")
+    with pytest.raises(InputError, match=r"nor can it be downloaded.*set evaluation.inception=PATH") as caught:
+        inception.reference(images, None, cpu)
+    assert "\n" not in str(caught.value)
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="weights of another architecture"):
+        inception.reference(images, tmp_path / "other.pth", cpu)
+    (images / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"bad.png cannot be read.*take it out of evaluation.reference"):
+        inception.reference(images, weights, cpu)

@@ -1,0 +1,194 @@
+"""Inception features of images, by which papers measure sets of images: FID (arXiv:1706.08500) and KID (1801.01401).
+
+    features(y) = mean over positions of Inception-v3's last convolution, (B, 2048), of y at 299×299
+
+The network is the one of the original FID code, TensorFlow's of 2015, in PyTorch's weights (mseitzer/pytorch-fid). It
+differs from torchvision's ``inception_v3`` in its pools, which leave the border out of their means, and in the last
+block's, which takes the maximum. Images are resized with antialiasing (arXiv:2104.11222), and samples are rounded to 8
+bits as if they had been saved. Values compare among each other and with "clean" FIDs, not with those of other resizers.
+
+A Fréchet distance of n samples is too large by an amount that falls with n, and with 2048 features it takes tens of
+thousands to be comparable with papers; the kernel distance is unbiased at any n.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
+
+from twinrl.compat import ensure_torchvision
+from twinrl.data.folders.images import SUFFIXES, decode
+from twinrl.data.folders.problems import UnusableError
+from twinrl.data.source import cache_dir
+from twinrl.errors import InputError
+from twinrl.rewards.weights import check_keys, read_weights
+
+ensure_torchvision()
+
+from torchvision.models import inception  # noqa: E402
+from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+SIZE, BATCH = 299, 32
+SETTING = "evaluation.inception"
+
+
+def _mean_inside(x: Tensor) -> Tensor:
+    return avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+class _A(inception.InceptionA):
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return [self.branch1x1(x), self.branch5x5_2(self.branch5x5_1(x)), double, self.branch_pool(_mean_inside(x))]
+
+
+class _C(inception.InceptionC):
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        single = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = x
+        for layer in (f"branch7x7dbl_{i}" for i in range(1, 6)):
+            double = getattr(self, layer)(double)
+        return [self.branch1x1(x), single, double, self.branch_pool(_mean_inside(x))]
+
+
+class _E(inception.InceptionE):
+    maximum = False
+
+    def _forward(self, x: Tensor) -> list[Tensor]:
+        single = self.branch3x3_1(x)
+        double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        pooled = max_pool2d(x, 3, stride=1, padding=1) if self.maximum else _mean_inside(x)
+        return [
+            self.branch1x1(x),
+            self.branch3x3_2a(single),
+            self.branch3x3_2b(single),
+            self.branch3x3dbl_3a(double),
+            self.branch3x3dbl_3b(double),
+            self.branch_pool(pooled),
+        ]
+
+
+def architecture() -> nn.Module:
+    """The network with random weights, on the CPU; its names are those of the published file."""
+    blocks = [
+        inception.BasicConv2d, _A, inception.InceptionB, _C, inception.InceptionD, _E, inception.InceptionAux,
+    ]  # fmt: skip
+    network = inception.Inception3(1008, aux_logits=False, inception_blocks=blocks, init_weights=False)
+    network.Mixed_7c.maximum = True
+    return network
+
+
+class Inception(nn.Module):
+    """Pixels (B, 3, H, W) in [−1, 1] → features (B, 2048).
+
+    Arguments:
+        file: the published weights.
+
+    Raises:
+        InputError: it is damaged, or another network's.
+    """
+
+    def __init__(self, file: Path):
+        super().__init__()
+        with torch.device("meta"):  # no random numbers are drawn
+            self.network = architecture()
+        weights, own = read_weights(file), self.network.state_dict()
+        counts = {n: torch.tensor(0) for n in own if n.endswith("num_batches_tracked")}  # older files have none
+        weights = counts | weights
+        reshaped = [name for name in own if name in weights and weights[name].shape != own[name].shape]
+        check_keys(file, [n for n in own if n not in weights], [n for n in weights if n not in own], reshaped)
+        self.network.load_state_dict(weights, assign=True)
+        self.network.fc = nn.Identity()
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See the class. Computed where the network is, in float32; the features are on the CPU."""
+        here = next(self.parameters()).device
+        y = ((pixels.to(here, torch.float32).clamp(-1, 1) + 1) * 127.5).round()
+        y = interpolate(y, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
+        with torch.autocast(here.type, enabled=False):
+            return self.network(y / 127.5 - 1).cpu()
+
+
+class Reference(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+        network: gives features.
+        features: (N, 2048) of the reference images.
+    """
+
+    network: Inception
+    features: Tensor
+
+
+def reference(folder: Path, weights: Path | None, device: torch.device) -> Reference:
+    """The features of the images in ``folder`` and below, kept in the cache, and the network on ``device``.
+
+    Raises:
+        InputError: fewer than two images, a damaged one, or no weights.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise InputError(
+            "evaluation.reference has no images", got=f"{len(files)} in {folder}", expected="a folder of two or more"
+        )
+    file = located(weights)
+    network = Inception(file).to(device)
+    kept = cache_dir() / "inception" / f"{_digest(files, folder, file)}.pt"
+    if not kept.is_file():
+        features = torch.cat([network(_pixels(path)) for path in files])
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        torch.save(features, partial)
+        partial.replace(kept)
+    return Reference(network, torch.load(kept, weights_only=True))
+
+
+def located(weights: Path | None) -> Path:
+    """The weights' file: the user's own, else the published one, downloaded once into the cache.
+
+    Raises:
+        InputError: no such file, or it cannot be downloaded.
+    """
+    if weights is not None:
+        if not weights.is_file():
+            raise InputError(f"{SETTING} is no file", got=weights, fix=f"put {FILE} there, from {URL}")
+        return weights
+    kept = cache_dir() / "inception" / FILE
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        prefix = FILE.removesuffix(".pth").rsplit("-", 1)[1]
+        try:
+            torch.hub.download_url_to_file(URL, str(kept), hash_prefix=prefix, progress=False)
+        except (OSError, RuntimeError) as error:  # RuntimeError: its hash is another
+            raise InputError(
+                f"{FILE} is neither in the cache ({kept.parent}) nor can it be downloaded",
+                got=str(error).splitlines()[0],
+                fix=f"fetch {URL} elsewhere and set {SETTING}=PATH",
+            ) from error  # fmt: skip
+    return kept
+
+
+def _pixels(path: Path) -> Tensor:
+    try:
+        image = decode(path.read_bytes())
+    except UnusableError as error:
+        raise InputError(f"{path} cannot be read", got=error, fix="take it out of evaluation.reference") from error
+    return pil_to_tensor(image)[None].float() / 127.5 - 1
+
+
+def _digest(files: list[Path], folder: Path, weights: Path) -> str:
+    """Of names, sizes and times of change."""
+    known = hashlib.sha256()
+    for path in (*files, weights):
+        name = path.relative_to(folder) if path.is_relative_to(folder) else path
+        known.update(f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return known.hexdigest()[:32]
