@@ -14,9 +14,12 @@ Ledgers = Annotated[
     list[Path] | None,
     typer.Option("--ledger", help="ledger file or folder; repeat to read several, the first is written"),
 ]
-Address = Annotated[str | None, typer.Option(help="Ray cluster to join (host:port or auto); it needs shared storage")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to join (host:port or auto) with this machine's token; needs a shared disk"),
+]
 Cpus = Annotated[int | None, typer.Option(min=1, help="cores to use on this machine; default: all")]
-Mlflow = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="publish to MLflow as trials end")]
+Mlflow = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="show running trials and results in MLflow")]
 Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: in --root")]
 
 ROOT = Path("runs/ablations")

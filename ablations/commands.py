@@ -1,7 +1,8 @@
 """What ``twinrl ablate``'s commands do, free of their parsing."""
 
+import shlex
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,10 @@ from ablations import margin as margins
 from ablations import plan as plans
 from ablations import runner, table
 from ablations import study as studies
+from ablations.cluster import Machine, usable_cores
 from ablations.plan import Plan, Workspace
-from ablations.publish import StudyView
-from ablations.runner import Machine, Runner
+from ablations.publish import StudyView, following
+from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.errors import InputError
@@ -43,7 +45,7 @@ def plan(
 
 def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
     resources = made.study.config.resources
-    slots = max(1, (cpus or runner.usable_cores()) // (resources.cpus * resources.workers))
+    slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
     with console.status("timing a few steps"):
         timing = plans.measure(made)
     total = plans.remaining_seconds(made, timing, slots)
@@ -67,8 +69,7 @@ def run(
     """``twinrl ablate run``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
     view = StudyView(made, uri) if mlflow else None
-    with Runner(Machine(address, cpus), console) as runs, ThreadPoolExecutor(1) as publisher:
-        ended = (lambda trial: publisher.submit(view.try_trial, trial)) if view else None
+    with Runner(Machine(address, cpus), console) as runs, following(view) if view else nullcontext() as ended:
         made, failures = runs.run(made, ended)
     if view is not None and (problem := view.try_summaries()):
         console.print(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
@@ -80,7 +81,7 @@ def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console) 
     console.print(table.arms_table(made))
     for line in failures:
         console.print(line, soft_wrap=True)
-    again = f"{program()} ablate run {name}"
+    again = f"{program()} ablate run {shlex.quote(name)}"
     if runner.interrupted(made):
         console.print(f"interrupted; trials are checkpointed, continue with: {again}")
         return INTERRUPTED
@@ -108,7 +109,7 @@ def report(
     console, made = Console(), _plan(name, seeds, root, ledgers)
     study = made.study
     if len(made.missing) == len(made.trials):
-        raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {name}")
+        raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
     arms = {trial.arm: trial for trial in made.trials}
     index = {
         "name": study.name,
@@ -124,6 +125,10 @@ def report(
                 "fingerprint": trial.fingerprint,
             }
             for arm, trial in arms.items()
+        ],
+        "critical": [
+            {"arm": found.arm, "seed": found.seed, "healthy": found.healthy, "diverged": found.diverged}
+            for found in margins.Search(margins.fifo(study), made.workspace, lambda plan: (plan, [])).known()
         ],
     }
     page = write(root, out or made.workspace.study_folder(study) / "report", base=base, index=index)

@@ -3,16 +3,17 @@
 The sources of twinrl's numeric packages, of a user's own components and start weights, the content of the data and
 frozen models, precision, threads, device and the version of torch. The git revision is not in it, nor are comments,
 docstrings and formatting: sources are compared as syntax trees. So a commit that touches documentation repeats no
-trial, and an edit of a loss term repeats all of them. Does not import torch.
+trial, and an edit of a loss term repeats all of them. Parts of the package that a configuration cannot reach do not
+count for it: a new family of models repeats no trial that trains without one. Does not import torch.
 """
 
 import ast
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import twinrl
@@ -21,32 +22,51 @@ if TYPE_CHECKING:
     from twinrl.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
-NOT_NUMERIC = ("tracking", "commands", "cli.py", "__main__.py", "presets")
+PACKED = "packed"
+"""Counts in packed trials alone."""
+NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets", PACKED)
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
+WITHOUT_FAMILY = ("backends/families", "data/folders")
+"""Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
+ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "sharded", "watchdog", "wrap"))
+"""Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
 DIGITS = 16
 
 
-def fingerprint(settings: "RunConfig", content_hash: str) -> str:
+def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1, packed: int = 1) -> str:
     """16 hex digits for a trial with ``settings`` on data of ``content_hash`` (``Source.content_hash``).
 
-    ``machine.threads`` and ``machine.device`` must be resolved: null and auto differ between machines.
+    ``machine.threads`` and ``machine.device`` must be resolved: null and auto differ between machines. Several
+    ``processes`` sum in another order than one, and so do seeds that are ``packed`` into one.
     """
-    parts = {
-        "sources": sources(),
+    parts: dict[str, object] = {
+        "sources": sources(unused=unused(settings, processes)),
         "components": {module: source_hash(path) for module, path in sorted(own_modules(settings.numeric()))},
         "content": content_hash,
         "start": start_weights(settings.train.init),
         "precision": settings.train.precision,
         "threads": settings.machine.threads,
+        "processes": processes,
         "device": settings.machine.device.partition(":")[0],
         "torch": metadata.version("torch").partition("+")[0],
     }
+    if packed > 1:
+        parts["packed"] = (packed, sources(PACKAGE / PACKED))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]
 
 
-def sources(package: Path = PACKAGE) -> str:
-    """Hash of the package's numeric sources as they are on disk now."""
-    paths = [path for path in sorted(package.rglob("*.py")) if _relative(path, package).parts[0] not in NOT_NUMERIC]
+def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
+    """Files and folders of the package, relative to it, that a trial with ``settings`` runs nothing of."""
+    return (WITHOUT_FAMILY if settings.model.family is None else ()) + (ALONE if processes == 1 else ())
+
+
+def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
+    """Hash of the package's numeric sources as they are on disk now, but for what is ``unused``."""
+    left_out = [PurePath(part) for part in (*NOT_NUMERIC, *unused)]
+    paths = [
+        path for path in sorted(package.rglob("*.py"))
+        if not any(_relative(path, package).is_relative_to(part) for part in left_out)
+    ]  # fmt: skip
     return _digest(f"{_relative(path, package).as_posix()} {source_hash(path)}" for path in paths)
 
 

@@ -114,7 +114,11 @@ class Search:
                 return brackets, failures
             plan, failures = self.run(self._plan(probes))
             ready = not plan.missing
-        return (self.state()[1] if self._started() else []), failures
+        return self.known(), failures
+
+    def known(self) -> list[Bracket]:
+        """The brackets as far as the ledger has probes; none where the search has not begun."""
+        return self.state()[1] if self._started() else []
 
     def state(self) -> tuple[list[Trial], list[Bracket]]:
         """The probes wanted next and the brackets, from the ledger alone."""

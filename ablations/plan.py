@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ablations.fingerprint import fingerprint, sources
+from ablations.fingerprint import fingerprint, sources, unused
 from ablations.ledger import Ledger, Record
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
 from twinrl.assembly import load_source
 from twinrl.errors import InputError
+from twinrl.packed import check_packed
 from twinrl.runs import RunDirectory, dump
 from twinrl.schema import RunConfig
 from twinrl.tracking import names, runlog
@@ -62,12 +63,15 @@ class Trial:
         arm: name of the arm. levels: its factor levels.
         settings: the whole configuration, with seed, threads, device and folder.
         fingerprint: what else decides its numbers.
+        unused: parts of twinrl that do not. sources: hash of the others, as the fingerprint found them.
     """
 
     arm: str
     levels: Mapping[str, str]
     settings: RunConfig
     fingerprint: str
+    unused: tuple[str, ...]
+    sources: str
 
     @property
     def title(self) -> str:
@@ -93,14 +97,12 @@ class Plan:
         study: the study. workspace: where it lives.
         trials: every arm with every seed, seed by seed, so that an interrupted study has complete seeds first.
         records: key → record, of all ledgers.
-        sources: hash of twinrl's sources that the trials' fingerprints were made with.
     """
 
     study: Study
     workspace: Workspace
     trials: list[Trial]
     records: Mapping[str, Record] = field(default_factory=dict)
-    sources: str = field(default_factory=sources)
 
     def record(self, trial: Trial) -> Record | None:
         """The outcome of a trial, if it needs no further running."""
@@ -142,9 +144,12 @@ def trial_of(arm: Arm, seed: int, resources: Resources, workspace: Workspace) ->
     machine = settings.machine.model_copy(update={"device": device, "threads": resources.cpus})
     tracking = settings.tracking.model_copy(update={"mlflow": False})  # the study publishes, with its own tags
     settings = settings.model_copy(update={"seed": seed, "machine": machine, "tracking": tracking})
-    found = fingerprint(settings, content_hash(settings))
+    if resources.packed > 1:
+        check_packed(settings)
+    found = fingerprint(settings, content_hash(settings), resources.workers, resources.packed)
+    parts = unused(settings, resources.workers)
     place = settings.run.model_copy(update={"dir": workspace.root / found[:8]})
-    return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found)
+    return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found, parts, sources(unused=parts))
 
 
 _HASHES: dict[tuple[str, ...], str] = {}
@@ -169,7 +174,8 @@ def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
     steps = trial.settings.train.steps
     return Task(
         title=trial.title, config_hash=trial.settings.hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
-        sources=plan.sources, revision=revision(), directory=str(trial.run.path), config=str(config.resolve()),
+        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(trial.run.path),
+        config=str(config.resolve()),
         output=str((folder / "outputs" / f"{trial.fingerprint[:8]}-{name}.txt").resolve()),
         ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
         metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,

@@ -1,26 +1,30 @@
 """The MLflow view of a study: study → arm → seed, built from ledger and run logs, safe to repeat.
 
 Seed runs are twinrl's own views of run directories (:mod:`twinrl.tracking.mlflow_view`), here with the tags
-``study``, ``arm`` and the factor levels as parameters. A study and an arm are parent runs. Each report adds a fresh
-summary run to an arm and removes the one before: at every logged step the median over seeds, the band between two
-quantiles and the number of seeds still alive, so that charts compare arms and not single lucky runs. A trial that
-belongs to several studies stays where it was published first; the others link to it by tags.
+``study``, ``arm`` and the factor levels as parameters. They grow while trials run, by the rows that a checkpoint has
+made durable: what a resumed trial cuts off and repeats was never shown. A study and an arm are parent runs. At the
+end an arm gets a fresh summary run (:mod:`ablations.summary`) in place of the one before, so that charts compare arms
+and not single lucky runs. A trial that belongs to several studies stays where it was published first; the others
+link to it by tags.
 """
 
-import math
-from collections import defaultdict
+import logging
+import queue
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from contextlib import contextmanager
+from functools import partial
 
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial
+from ablations.summary import Point, curves
 from ablations.table import by_arm
+from ablations.trial import durable_log
 from twinrl.errors import InputError
-from twinrl.tracking import mlflow_view, names, runlog, store, ui
+from twinrl.tracking import mlflow_view, names, store, ui
 from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.mlflow_view import MLflowView
 
 EXPERIMENT = "ablations"
 KEY_TAG = "twinrl.study_key"
@@ -28,20 +32,10 @@ PARENT_TAG = "mlflow.parentRunId"
 NOTE_TAG = "mlflow.note.content"
 SERVER = "http://127.0.0.1:5000"
 """Where ``twinrl ui`` serves by default."""
-BAND = (0.1, 0.9)
-MOST_POINTS = 500
 POINTS_PER_REQUEST = 1000
-
-
-@dataclass(frozen=True)
-class Point:
-    """One step of an arm's curve: the median and band of the seeds that have a finite value there."""
-
-    step: int
-    median: float
-    low: float
-    high: float
-    alive: int
+LIVE_SECONDS = 10
+PAUSE_SECONDS = 60
+"""How long nothing is shown live after the store did not answer; the end of the study catches up."""
 
 
 class StudyView:
@@ -55,11 +49,17 @@ class StudyView:
         InputError: the store can't be reached, is locked, or is no MLflow store.
 
     *When to use*: make it before the first trial, so that a store that is away stops nothing half-way;
-    :meth:`trial` after each trial, :meth:`summarise` at the end.
+    :meth:`live` while trials run, :meth:`trial` after each, :meth:`summarise` at the end.
     """
 
     def __init__(self, plan: Plan, uri: str | None = None):
         self.plan = plan
+        self._shown: dict[str, MLflowView] = {}
+        self._offsets: dict[str, int] = {}
+        self._ended: set[str] = set()
+        self._runs: dict[str, dict[str, str]] = {}
+        self._paused_until = 0.0
+        mlflow_view.logger.setLevel(logging.ERROR)  # the study says itself, once and at its end, that MLflow was away
         self.uri = store.resolve(uri, plan.workspace.root)
         try:
             store.prepare(self.uri)
@@ -71,6 +71,14 @@ class StudyView:
                 f"the MLflow store {self.uri} can't be used", got=mlflow_view.brief(error),
                 fix="name another --tracking-uri, or give --no-mlflow",
             ) from error  # fmt: skip
+
+    def try_live(self) -> None:
+        """:meth:`live` for every trial that has moved on; where the store does not answer, nothing for a minute."""
+        for trial in self.plan.missing:
+            if time.monotonic() < self._paused_until:
+                return
+            if trial.key not in self._ended and self._try(partial(self.live, trial)):
+                self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def try_trial(self, trial: Trial) -> None:
         """:meth:`trial` where it can't be in the way: what fails now is published by :meth:`try_summaries`."""
@@ -91,33 +99,69 @@ class StudyView:
 
     # --- trials -------------------------------------------------------------------------------------------
 
+    def live(self, trial: Trial) -> None:
+        """Publish what a running trial's newest checkpoint has made durable, if that is more than before.
+
+        Raises:
+            InputError: the store does not answer.
+        """
+        offset = durable_log(trial.run.path)
+        if offset is None or offset == self._offsets.get(trial.key):
+            return
+        first = trial.key not in self._shown
+        if first:
+            tags = self._tags(trial, self._arm(trial), self._mine(trial))
+            self._shown[trial.key] = MLflowView(trial.run.path, self.uri, experiment=EXPERIMENT, tags=tags)
+        view = self._shown[trial.key]
+        if not view.publish_through(offset) or view.run_id is None:
+            raise InputError(f"the MLflow store {self.uri} does not answer")
+        self._offsets[trial.key] = offset
+        if first:
+            self._place(trial, view.run_id)
+
     def trial(self, trial: Trial) -> str | None:
         """Publish a finished trial below its arm; its MLflow id, or None where its run is on another machine."""
         record, arm = self.plan.reread().record(trial), self._arm(trial)
+        self._ended.add(trial.key)
+        self._shown.pop(trial.key, None)
         if record is None or not trial.run.log.exists():
-            self._tag(arm, {f"elsewhere.s{trial.settings.seed}": _place(record)})
+            self._tag(arm, {f"elsewhere.s{trial.settings.seed}": _whereabouts(record)})
             return None
-        owner = State.load(trial.run.path).tags.get("study", self.plan.study.name)
-        mine = owner == self.plan.study.name
-        run = mlflow_view.publish(
-            trial.run.path, self.uri, EXPERIMENT, self._tags(trial, arm, record, mine), final=True
-        )
-        if mine:
+        tags = self._tags(trial, arm, self._mine(trial)) | {"status": record.status}
+        run = mlflow_view.publish(trial.run.path, self.uri, EXPERIMENT, tags, final=True)
+        self._place(trial, run)
+        self._outcome(run, record)
+        return run
+
+    def _mine(self, trial: Trial) -> bool:
+        """Whether no other study has published the trial's run first."""
+        return State.load(trial.run.path).tags.get("study", self.plan.study.name) == self.plan.study.name
+
+    def _tags(self, trial: Trial, arm: str, mine: bool) -> dict[str, object]:
+        """A seed run's tags. A run that another study published first only learns that this one uses it, too."""
+        name, seed = self.plan.study.name, trial.settings.seed
+        if not mine:
+            return {f"study.{name}": trial.arm}
+        place = {"study": name, "arm": trial.arm, "seed": seed, PARENT_TAG: arm}
+        return place | {"config_hash": trial.settings.hash, "fingerprint": trial.fingerprint}
+
+    def _place(self, trial: Trial, run: str) -> None:
+        """Give a seed run its factor levels and its arm the link to the curves of its seeds."""
+        arm = self._arm(trial)
+        if self._mine(trial):
             self._levels(run, trial)
         else:
             self._tag(arm, {f"reused.s{trial.settings.seed}": run})
-        if record.diverged is not None:
-            self.client.log_metric(run, "diverged/step", record.diverged["step"], timestamp=0, step=0)
-        return run
+        self._runs.setdefault(trial.arm, {})[trial.key] = run
+        self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
-    def _tags(self, trial: Trial, arm: str, record: Record, mine: bool) -> dict[str, object]:
-        """A seed run's tags. A run that another study published first only learns that this one uses it, too."""
-        outcome = {"status": record.status} | ({"diverged": record.diverged["kind"]} if record.diverged else {})
-        name, seed = self.plan.study.name, trial.settings.seed
-        if not mine:
-            return {f"study.{name}": trial.arm, **outcome}
-        place = {"study": name, "arm": trial.arm, "seed": seed, PARENT_TAG: arm}
-        return place | {"config_hash": trial.settings.hash, "fingerprint": trial.fingerprint} | outcome
+    def _outcome(self, run: str, record: Record) -> None:
+        """Step and kind of a divergence; the ledger's verdict goes before what the run's events alone suggest."""
+        if record.diverged is None:
+            return
+        step, kind = record.diverged["step"], record.diverged["kind"]
+        self._tag(run, {"diverged": "true", "diverged.step": step, "diverged.kind": kind})
+        self.client.log_metric(run, "diverged/step", step, timestamp=0, step=0)
 
     def _levels(self, run: str, trial: Trial) -> None:
         for factor, level in trial.levels.items():
@@ -148,29 +192,34 @@ class StudyView:
     # --- summaries ----------------------------------------------------------------------------------------
 
     def summarise(self) -> None:
-        """Publish what is finished, and a fresh summary run for each arm."""
+        """Publish what is finished, and a fresh summary run for each arm; what is left is marked as interrupted."""
         plan = self.plan.reread()
+        for key in [trial.key for trial in plan.missing if trial.key in self._shown]:
+            self._shown.pop(key).close("KILLED", self._offsets[key])
         summaries = []
         for trials in by_arm(plan).values():
             done = [trial for trial in trials if plan.record(trial) is not None]
             runs = [run for trial in done if (run := self.trial(trial)) is not None]
             if runs:
-                self._note(self._arm(done[0]), "the seeds of this arm", runs)
-                summaries.append(self._summary(done))
+                summaries.append(self.summary(done[0], curves(plan, done)))
         if summaries:
-            study = self._parent(f"study/{plan.study.name}", plan.study.name, {"level": "study"})
-            self._note(study, "the arms of this study, medians over seeds", summaries)
+            self.compare(summaries)
 
-    def _summary(self, trials: Sequence[Trial]) -> str:
-        """A new summary run of one arm; the one before is deleted."""
-        arm, name = self._arm(trials[0]), f"{trials[0].arm} (summary)"
+    def compare(self, summaries: Sequence[str]) -> str:
+        """Link the study's run to the page that overlays its arms; the page's address."""
+        study = self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
+        return self._note(study, "the arms of this study, medians over seeds", summaries)
+
+    def summary(self, trial: Trial, curves: Mapping[str, Sequence[Point]]) -> str:
+        """A new summary run of the arm of ``trial`` with curves by metric; the one before is deleted."""
+        arm, name = self._arm(trial), f"{trial.arm} (summary)"
         older = f"tags.`{PARENT_TAG}` = '{arm}' and tags.level = 'summary'"
         for run in self.client.search_runs([self.experiment], filter_string=older):
             self.client.delete_run(run.info.run_id)
-        tags = {"level": "summary", "study": self.plan.study.name, "arm": trials[0].arm, PARENT_TAG: arm}
+        tags = {"level": "summary", "study": self.plan.study.name, "arm": trial.arm, PARENT_TAG: arm}
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
-        self._levels(run, trials[0])
-        self._log(run, curves(self.plan.reread(), trials))
+        self._levels(run, trial)
+        self._log(run, curves)
         self.client.set_terminated(run)
         return run
 
@@ -183,59 +232,58 @@ class StudyView:
             for point in points
             for name, value in (
                 (metric, point.median), (f"{metric}/low", point.low), (f"{metric}/high", point.high),
+                (f"{metric}/lowest", point.lowest), (f"{metric}/highest", point.highest),
                 (f"{metric}/alive", point.alive),
             )
         ]  # fmt: skip
         for start in range(0, len(metrics), POINTS_PER_REQUEST):
             self.client.log_batch(run, metrics=metrics[start : start + POINTS_PER_REQUEST])
 
-    def _note(self, run: str, what: str, runs: Sequence[str]) -> None:
+    def _note(self, run: str, what: str, runs: Sequence[str]) -> str:
         """A link to the page that overlays ``runs``, as the run's description and a tag."""
         base = self.uri if self.uri.startswith("http") else SERVER
         url = ui.compare_url(
             base, self.experiment, runs, list(dict.fromkeys([self.plan.study.config.metric, names.LOSS_TOTAL]))
         )
         self._tag(run, {"compare": url, NOTE_TAG: f"[Curves of {what}]({url})"})
+        return url
 
 
-def _place(record: Record | None) -> str:
+@contextmanager
+def following(view: StudyView) -> Iterator[Callable[[Trial], object]]:
+    """While a study runs: shows its trials every few seconds in a thread, and each once more when it has ended.
+
+    Yields:
+        what to call with a trial that has ended; leaving the block waits until those are published.
+    """
+    ended: queue.Queue[Trial | None] = queue.Queue()
+
+    def follow() -> None:
+        next_look = time.monotonic() + LIVE_SECONDS
+        while True:
+            try:
+                trial = ended.get(timeout=max(0.0, next_look - time.monotonic()))
+            except queue.Empty:
+                view.try_live()
+                next_look = time.monotonic() + LIVE_SECONDS
+                continue
+            if trial is None:
+                return
+            view.try_trial(trial)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield ended.put
+    finally:
+        ended.put(None)
+        thread.join()
+
+
+def _whereabouts(record: Record | None) -> str:
     return "unknown" if record is None else f"{record.where.get('host', '?')}:{record.where.get('directory', '?')}"
 
 
 def _quoted(text: str) -> str:
     """A key that fits into MLflow's filter strings."""
     return text.replace("'", "’")
-
-
-def curves(plan: Plan, trials: Sequence[Trial]) -> dict[str, list[Point]]:
-    """The study's metric and the total loss over the seeds of an arm, as far as their logs are on this machine."""
-    wanted = dict.fromkeys([plan.study.config.metric, names.LOSS_TOTAL])
-    logs = [(runlog.read(t.run.log), plan.record(t)) for t in trials if t.run.log.exists()]
-    return {metric: list(curve(logs, metric)) for metric in wanted}
-
-
-def curve(logs: Sequence[tuple[Sequence[Mapping[str, Any]], Record | None]], metric: str) -> Iterator[Point]:
-    """Median, band and number alive at each step of a metric, at most ``MOST_POINTS`` evenly spaced steps.
-
-    A seed is alive up to its divergence, or to its last step. The statistics are of the finite values; how many
-    seeds stand behind them is what ``alive`` is for.
-    """
-    values: dict[int, list[float]] = defaultdict(list)
-    ends = [_end(rows, record) for rows, record in logs]
-    for rows, _ in logs:
-        for row in rows:
-            if metric in row:
-                values[row["step"]].append(float(row[metric]))
-    steps = sorted(step for step, found in values.items() if np.isfinite(found).any())
-    stride = max(1, math.ceil(len(steps) / MOST_POINTS))
-    for step in steps[::stride]:
-        finite = [value for value in values[step] if np.isfinite(value)]
-        low, median, high = np.quantile(finite, (BAND[0], 0.5, BAND[1])).tolist()
-        yield Point(step, median, low, high, sum(step <= end for end in ends))
-
-
-def _end(rows: Sequence[Mapping[str, Any]], record: Record | None) -> int:
-    """The last step at which a seed was alive."""
-    if record is not None and record.diverged is not None:
-        return int(record.diverged["step"]) - 1
-    return int(rows[-1]["step"]) if rows else -1

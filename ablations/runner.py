@@ -6,16 +6,13 @@ cluster, finds the machines. Ray's own files of an experiment are scratch and ar
 """
 
 import fcntl
-import logging
 import os
 import pickle
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +22,15 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from rich.console import Console
 from rich.live import Live
 
-from ablations import ledger
+from ablations import cluster, ledger, packing
+from ablations.cluster import Machine
 from ablations.ledger import Record
+from ablations.packing import PackError, tasks_of
 from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.table import Board, failure_lines
-from ablations.trial import RayTrial, Task, TrialError, environment, record
+from ablations.trial import Task, TrialError, pruned, record
 from twinrl.errors import InputError
-
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-"""No usage reports, no tables, no files of its own."""
-PROBE_SECONDS = 5
-STORE_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where trials run.
-
-    Attributes:
-        address: of a Ray cluster (``host:port`` or ``auto``); None starts one on this machine.
-        cpus: cores to use on this machine; None: all that this process may use.
-    """
-
-    address: str | None = None
-    cpus: int | None = None
 
 
 class Runner:
@@ -70,7 +43,7 @@ class Runner:
     """
 
     def __init__(self, machine: Machine, console: Console):
-        os.environ.update(QUIET)
+        os.environ.update(cluster.QUIET)
         self.machine, self.console = machine, console
         self.began, self.started, self.owns_session = time.time(), 0, False
 
@@ -119,9 +92,9 @@ class Runner:
     def _slots(self, resources: Resources) -> int:
         """How many trials fit at once; starts or joins Ray."""
         if not ray.is_initialized():
-            _connect(self.machine)
+            cluster.connect(self.machine, self.console)
             self.owns_session = True
-        return _slots(ray.cluster_resources(), resources)
+        return cluster.slots(ray.nodes(), resources)
 
 
 @contextmanager
@@ -150,11 +123,6 @@ def _harvest(plan: Plan) -> Plan:
     return plan.reread()
 
 
-def usable_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str, Task]:
     """The trials' tasks by key. Raises InputError where their configurations can't be written."""
     try:
@@ -164,48 +132,6 @@ def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str,
 
 
 # --- Ray --------------------------------------------------------------------------------------------------
-
-
-def _connect(machine: Machine) -> None:
-    """Start Ray, or join the cluster."""
-    logging.getLogger("ray").setLevel(logging.CRITICAL)  # a failed trial is one line of the table
-    options: dict[str, Any] = {"runtime_env": {"env_vars": QUIET | {"PYTHONPATH": environment(1)["PYTHONPATH"]}}}
-    if machine.address is None:
-        cores = machine.cpus or usable_cores()
-        options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-    elif machine.address != "auto":
-        _probe(machine.address)
-    try:
-        ray.init(address=machine.address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise InputError(
-            f"no Ray cluster at {machine.address or 'this machine'}", got=str(error).splitlines()[0],
-            fix="check that it runs and that its authentication token is set here, or leave --address out",
-        ) from error  # fmt: skip
-
-
-def _probe(address: str) -> None:
-    """Raises InputError within seconds where nothing listens; Ray itself would retry for minutes."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise InputError(f"--address {address!r} is no address", expected="host:port, or auto")
-    try:
-        socket.create_connection((host, int(port)), timeout=PROBE_SECONDS).close()
-    except OSError as error:
-        raise InputError(
-            f"no Ray cluster at {address}", got=error, fix="start one (`ray start --head`), or leave --address out"
-        ) from error
-
-
-def _slots(available: dict[str, float], resources: Resources) -> int:
-    needed = {"CPU": resources.cpus * resources.workers, "GPU": resources.gpus * resources.workers}
-    for kind, amount in needed.items():
-        if amount > available.get(kind, 0):
-            raise InputError(
-                f"one trial needs more {kind}s than there are", got=f"{available.get(kind, 0):g}",
-                expected=f"{amount:g} (resources of the study)",
-            )  # fmt: skip
-    return int(min(available[kind] // amount for kind, amount in needed.items() if amount))
 
 
 def bundles(resources: Resources) -> list[dict[str, float]]:
@@ -218,9 +144,10 @@ def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int
     """Run the board's trials to their ends."""
     config, console = plan.study.config, board.console
     placement = tune.PlacementGroupFactory(bundles(config.resources), strategy="STRICT_PACK")
+    trainable, space = packing.work(list(board.tasks.values()), config.resources.packed)
     tuner = tune.Tuner(
-        tune.with_resources(RayTrial, placement),
-        param_space={"task": tune.grid_search([asdict(task) for task in board.tasks.values()])},
+        tune.with_resources(trainable, placement),
+        param_space=space,
         tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True, max_concurrent_trials=slots),
         run_config=tune.RunConfig(
             name="tune", storage_path=scratch, verbose=0,
@@ -287,46 +214,51 @@ class Follow(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.board.start(_task(trial).key)
+        for task in tasks_of(trial.config):
+            self.board.start(task.key)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        task, last = _task(trial), trial.last_result
-        pruned = last.get("reason") == "rung"
-        if pruned:
-            _note(self.plan, task, "pruned", f"halved at step {last['step']}", last["step"])
-        self.board.end(task.key, "pruned" if pruned else last.get("reason", "ended"))
+        last = trial.last_result
+        halved = last.get("reason") == "rung"
+        for task in tasks_of(trial.config):
+            if halved:
+                _note(self.plan, task, pruned(task, last["step"]))
+            self._end(task, "pruned" if halved else last.get("reason", "ended"))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for task in tasks_of(trial.config):
+            if task.ended:  # others that were packed with it have failed
+                self._end(task, "ended")
+                continue
+            message = _message(trial.pickled_error_file, task)
+            where = ledger.provenance(Path(task.directory), task.revision)
+            failed = Record(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
+            _note(self.plan, task, failed)
+            self.board.fail(task.key, message)
+
+    def _end(self, task: Task, note: str) -> None:
+        self.board.end(task.key, "ended" if task.ended else note)
         if task.ended:
             self.ended(self.trials[task.key])
 
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        task, message = _task(trial), _message(trial.pickled_error_file)
-        _note(self.plan, task, "failed", message, 0)
-        self.board.fail(task.key, message)
 
-
-def _task(trial: Any) -> Task:
-    return Task(**trial.config["task"])
-
-
-def _message(file: str | None) -> str:
-    """What the exception that Tune stored in ``file`` says, in one line."""
+def _message(file: str | None, task: Task) -> str:
+    """What the exception that Tune stored in ``file`` says about a trial, in one line."""
     if file is None:
         return "the trial could not be started"
     error = pickle.loads(Path(file).read_bytes())
     if isinstance(error, ray.exceptions.RayActorError):
         return "its Ray worker died"
     cause = getattr(error, "cause", error)
+    if isinstance(cause, PackError):
+        return cause.messages.get(task.key, "the process ended")
     lines = str(cause).strip().splitlines() or [""]
     return (lines[-1] if isinstance(cause, TrialError) else f"{type(cause).__name__}: {lines[0]}")[:300]
 
 
-def _note(plan: Plan, task: Task, status: str, message: str, step: int) -> None:
+def _note(plan: Plan, task: Task, outcome: Record) -> None:
     """A ledger line for a trial without a result; a full disk must not end the study."""
-    outcome = Record(
-        task.config_hash, task.seed, task.fingerprint, status, step, message,
-        where=ledger.provenance(Path(task.directory), task.revision),
-    )  # fmt: skip
     try:
         plan.workspace.ledger.append(outcome)
     except OSError as error:
-        print(f"{task.title} {status}; the ledger can't take the line: {error.strerror}", flush=True)
+        print(f"{task.title} {outcome.status}; the ledger can't take the line: {error.strerror}", flush=True)

@@ -17,6 +17,7 @@ seed are paired: the same initial weights, data order, times and noise.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -39,7 +40,7 @@ else:
     DesignSettings = component(DESIGNS, "design")
 
 STUDIES = Path(__file__).parent / "studies"
-BOOKKEEPING = ("seed", "name", "run", "tracking", "machine")
+BOOKKEEPING = ("seed", "name", "run", "tracking", "machine", "launch")
 """First keys of the configuration that a study sets by itself."""
 
 
@@ -48,7 +49,14 @@ class Resources(Settings):
 
     cpus: int = Field(1, ge=1, description="CPU cores, and threads, of each process")
     gpus: float = Field(0, ge=0, description="GPUs of each process; below 1, trials share one")
-    workers: int = Field(1, ge=1, description="processes; more than one run under torchrun on one machine")
+    workers: int = Field(1, ge=1, description="processes of a trial, placed together on one machine; its ranks")
+    packed: int = Field(1, ge=1, description="seeds of an arm that share these, their network calls batched; 1: none")
+
+    @model_validator(mode="after")
+    def _one_process_if_packed(self) -> "Resources":
+        if self.packed > 1 and self.workers > 1:
+            raise ValueError(f"packed seeds share one process, got packed {self.packed} with workers {self.workers}")
+        return self
 
 
 class Budget(Settings):
@@ -90,7 +98,7 @@ class Margin(Settings):
 class StudyConfig(Settings):
     """What a study's YAML may say."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="default: the file's name")
+    name: str = Field(description="names its folder and its tags in MLflow; default: the file's name")
     question: str = Field("", description="what the study is to answer, in a sentence")
     base: str = Field("lab", description="preset or YAML file that every arm starts from")
     set: dict[str, Any] = Field(default_factory=dict, description="key.path: value for every arm")
@@ -118,15 +126,39 @@ class StudyConfig(Settings):
             raise ValueError(f"expected distinct seeds ≥ 0, at least one, got {value}")
         return value
 
+    @field_validator("name")
+    @classmethod
+    def _usable_name(cls, value: str) -> str:
+        return _plain(value, "name of a study")
+
+    @field_validator("factors", mode="before")
+    @classmethod
+    def _levels_have_names(cls, value: object) -> object:
+        """Numbers may name levels (``1e-3: {optim.lr: 1e-3}``); words that YAML takes for true and false may not."""
+        if not isinstance(value, Mapping) or not all(isinstance(levels, Mapping) for levels in value.values()):
+            return value
+        for name in (*value, *(level for levels in value.values() for level in levels)):
+            if isinstance(name, bool) or name is None:
+                raise ValueError(f"a name reads as {name}: YAML takes on, off, yes, no and null so; put it in quotes")
+        return {str(factor): {str(level): own for level, own in levels.items()} for factor, levels in value.items()}
+
     @field_validator("factors")
     @classmethod
     def _several_levels(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for factor, levels in value.items():
+            _plain(factor, "name of a factor")
             if len(levels) < 2:
                 raise ValueError(f"factor {factor} has {len(levels)} level, expected two or more")
             if factor == "seed":
                 raise ValueError("seed is no factor of its own; `seeds: 5` crosses every arm with seeds 0 to 4")
         return value
+
+
+def _plain(name: str, what: str) -> str:
+    """A name that is a folder's and a parameter's in MLflow, too."""
+    if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9_. -]*[A-Za-z0-9_-])?", name):
+        raise ValueError(f"{name!r} can't be the {what}: use letters a to z, digits, spaces and _ . - inside")
+    return name
 
 
 def seed_list(number: int) -> list[int]:
@@ -271,8 +303,14 @@ def load(name: str, seeds: int | None = None) -> Study:
 
 
 def _check_halving(study: Study) -> None:
-    """Raises InputError where successive halving would wait for validations that never come in time."""
+    """Raises InputError where successive halving would wait for validations that never come in time, or where seeds
+    that share a process would have to be halved one by one."""
     stop = study.config.stop
+    if stop.kind == "asha" and study.config.resources.packed > 1:
+        raise InputError(
+            f"study {study.name}: packed seeds can't be halved one by one", got="asha with resources.packed",
+            fix="set stop.kind: divergence or resources.packed: 1",
+        )  # fmt: skip
     for arm in study.arms if stop.kind == "asha" else []:
         every = arm.settings.evaluation.every
         if every == 0 or every > stop.grace_steps:

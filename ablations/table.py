@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
+from ablations.design import arm_name
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial
 from ablations.trial import Task, checkpointed
@@ -19,6 +20,7 @@ from ablations.trial import Task, checkpointed
 TAIL_BYTES = 4096
 FAILURES_SHOWN = 10
 LEFT = ("begun", "failed", "missing")
+MOST_COLUMNS = 3
 
 
 def duration(seconds: float) -> str:
@@ -45,9 +47,11 @@ def arms_table(plan: Plan, running: Mapping[str, str] | None = None) -> Table:
         running: key → step, of trials in flight.
     """
     running, metric = running or {}, plan.study.config.metric
+    factors = _columns(plan)
     table = Table(title=f"study {plan.study.name}", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("arm", overflow="fold")
-    for heading in ("done", "diverged", "left", f"median {metric}", "accuracy, 1 NFE"):
+    for heading in factors or ("arm",):
+        table.add_column(escape(heading), overflow="fold")
+    for heading in ("done", "diverged", "left", f"median\n{metric}", "accuracy\n1 NFE"):
         table.add_column(heading, justify="right")
     if running:
         table.add_column("running")
@@ -61,8 +65,16 @@ def arms_table(plan: Plan, running: Mapping[str, str] | None = None) -> Table:
             median(records, metric),
             median(records, "test/accuracy_1nfe"),
         ]
-        table.add_row(escape(arm), *cells, *([active] if running else []))
+        names = [trials[0].levels[factor] for factor in factors] or [arm]
+        table.add_row(*map(escape, names), *cells, *([active] if running else []))
     return table
+
+
+def _columns(plan: Plan) -> list[str]:
+    """The factors to give columns of their own: where the arms' names only spell out levels, which would be long."""
+    factors = list(plan.study.factors)
+    spelled = all(trial.arm == arm_name(trial.levels) and len(trial.levels) == len(factors) for trial in plan.trials)
+    return factors if spelled and 1 < len(factors) <= MOST_COLUMNS else []
 
 
 def _left(plan: Plan, trials: Sequence[Trial]) -> str:

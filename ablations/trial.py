@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Task:
     Attributes:
         title: arm and seed, for people.
         config_hash, seed, fingerprint, revision: for the ledger.
-        sources: hash of twinrl's sources that the fingerprint was made with.
+        sources: hash of twinrl's sources that the fingerprint was made with. unused: those that are not in it.
         directory: the run directory. config: file with the resolved configuration. output: of the process.
         ledger: file to write the record to. cwd: working directory of the process.
         steps: planned. metric: whose last value is kept and compared at rungs.
@@ -61,6 +62,7 @@ class Task:
     seed: int
     fingerprint: str
     sources: str
+    unused: tuple[str, ...]
     revision: str | None
     directory: str
     config: str
@@ -119,8 +121,7 @@ def advance(task: Task, rung: int | None = None) -> str:
             if reason is None and (reason := _reason_to_pause(task, rung)) not in (None, "ended"):
                 process.send_signal(signal.SIGTERM)  # once: the second would not wait for a checkpoint
     finally:
-        _kill_group(process.pid)
-        process.wait()
+        end(process)
     if task.ended:
         return "ended"
     if reason is None:
@@ -138,7 +139,7 @@ def _reason_to_pause(task: Task, rung: int | None) -> str | None:
 
 def _refuse_other_sources(task: Task) -> None:
     """Raises TrialError where code was edited since the study was planned: its numbers would be filed wrongly."""
-    if sources() != task.sources:
+    if sources(unused=task.unused) != task.sources:
         raise TrialError("twinrl's sources have changed since this study was started; run it again to use them")
 
 
@@ -146,17 +147,41 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
     """The training process, its output appended to the trial's file."""
     begun = _mended(task)
     twinrl = ["resume", task.directory] if begun else ["train", task.config]
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={task.workers}", "-m"]
-    command = [sys.executable, "-m", "ablations.lifeline", *(launcher if task.workers > 1 else []), "twinrl", *twinrl]
+    command = [sys.executable, "-m", *_launcher(task), "ablations.lifeline", "twinrl", *twinrl]
     output = Path(task.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
-        file.write(f"$ {' '.join(command[3:])}\n".encode())
+        file.write(f"$ twinrl {' '.join(twinrl)}\n".encode())
         file.flush()
         return subprocess.Popen(
             command, cwd=task.cwd, env=environment(task.threads), start_new_session=True,
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+
+def ranks_folder(output: str) -> Path:
+    """Where what processes other than the first print is kept, in one folder for each start."""
+    return Path(output).with_suffix(".ranks")
+
+
+def _launcher(task: Task) -> list[str]:
+    """The words before a process's own: torchrun's, where a trial has several processes.
+
+    The first process prints into the trial's output, the others into files of their own. Torchrun gives each a
+    process group of its own, so each has a lifeline, too.
+    """
+    if task.workers == 1:
+        return []
+    others = ",".join(f"{rank}:3" for rank in range(1, task.workers))
+    logs = [f"--log-dir={ranks_folder(task.output)}", f"--redirects={others}"]
+    return [
+        "ablations.lifeline",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={task.workers}",
+        *logs,
+        "-m",
+    ]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -190,18 +215,31 @@ def _wait_until_free(task: Task) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _kill_group(pid: int) -> None:
-    """End what a trial's process has left behind (workers of a launcher that was killed)."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a trial's process and what it has left behind: its group, and all that hold its lifeline."""
+    with suppress(ProcessLookupError):  # it has ended by itself, and nothing of its group is left
+        os.killpg(process.pid, signal.SIGKILL)
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait()
 
 
 def checkpointed(run: Path) -> int:
     """Steps of the run's newest checkpoint; −1 if there is none."""
     found = [int(p.name.removeprefix("step-")) for p in (run / CHECKPOINTS).glob("step-*")]
     return max(found, default=-1)
+
+
+def durable_log(run: Path) -> int | None:
+    """Bytes of the run's log that its newest checkpoint has put on disk for good; None before the first one.
+
+    What is behind them a resumed run cuts off and writes again.
+    """
+    folder = run / CHECKPOINTS / f"step-{checkpointed(run):08d}"
+    try:
+        return int(json.loads((folder / "state.json").read_text())["log_offset"])
+    except (FileNotFoundError, NotADirectoryError):  # none yet, or replaced meanwhile
+        return None
 
 
 def last_line(path: Path) -> str:
@@ -218,7 +256,15 @@ def last_line(path: Path) -> str:
 
 def record(task: Task) -> Record:
     """The ledger's line for a run that has ended."""
-    result = json.loads((task.path / RESULT).read_text())
+    return _record(task, json.loads((task.path / RESULT).read_text()))
+
+
+def pruned(task: Task, rung: int) -> Record:
+    """The ledger's line for a run that successive halving ended: censored there, unless it had diverged before."""
+    return _record(task, {"status": "pruned", "step": rung, "message": f"halved at step {rung}"})
+
+
+def _record(task: Task, result: Mapping[str, Any]) -> Record:
     rows = runlog.read(task.path / runlog.LOG_NAME)
     return Record(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),

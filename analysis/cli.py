@@ -26,6 +26,9 @@ def analyze(
     tracking_uri: Annotated[
         str | None, typer.Option(help="MLflow store; RUN_OR_STUDY is then the name of an experiment in it")
     ] = None,
+    mlflow: Annotated[
+        bool, typer.Option("--mlflow/--no-mlflow", help="log the report as artifacts of a published run or study")
+    ] = True,
 ) -> None:
     """Write a report about a run or a study, as Markdown and one HTML page.
 
@@ -37,7 +40,7 @@ def analyze(
 
     page = report(
         path, out, metric=metric, base=base, effect=effect, interactions=pairs, mapping=mapping,
-        tracking_uri=tracking_uri,
+        tracking_uri=tracking_uri, mlflow=mlflow,
     )  # fmt: skip
     typer.echo(f"report: {page}")
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from analysis import ledger
+from analysis.margins import Critical, from_brackets
 from twinrl.errors import InputError
 from twinrl.stability.divergence import Divergence, first_divergence
 from twinrl.tracking import names, runlog
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STUDY_FILE = "study.json"
-BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine")
+BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "launch", "fsdp")
 RUN_NAME = re.compile(r"-(?P<hash>[0-9a-f]{8})-s(?P<seed>\d+)$")
 HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "density", "coverage", "score", "held_out_score", "reward")
 
@@ -88,6 +89,7 @@ class Study:
         factors: columns that hold factor levels. base: the arm that others are compared with.
         runs: index in ``trials`` → its run directory, for those that are still there.
         question: what the study is to answer; metric: what it ranks by; both may be empty.
+        critical: critical learning rates by arm and seed, where they were searched for.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Study:
     runs: Mapping[int, Run] = field(default_factory=dict)
     question: str = ""
     metric: str = ""
+    critical: tuple[Critical, ...] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -221,7 +224,8 @@ def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | N
     Arguments:
         path: as above. index: what ``study.json`` would say: ``name``, ``question``, ``metric``, ``base`` and
             ``arms``, each with ``name``, ``config_hash`` and, where known, ``levels``, ``steps``, ``fingerprint``.
-            Only trials of these arms (and fingerprints) are read.
+            Only trials of these arms (and fingerprints) are read. ``critical``: brackets of critical learning rates,
+            as for :func:`analysis.margins.from_brackets`.
         base: the arm that others are compared with; default: the one that the index names, else an arm called
             ``base`` or ``start``, else the first.
 
@@ -261,7 +265,8 @@ def assemble(
     directories = {str(run.path): run for run in runs}
     found = {k: directories[d] for k, d in enumerate(trials["directory"]) if d in directories}
     question, metric = (str((index or {}).get(key, "")) for key in ("question", "metric"))
-    return Study(name, trials, tuple(factors), _base(list(order), base), found, question, metric)
+    critical = tuple(rate for rate in from_brackets((index or {}).get("critical", [])) if rate.arm in order)
+    return Study(name, trials, tuple(factors), _base(list(order), base), found, question, metric, critical)
 
 
 def _arm_order(lines: list[dict[str, Any]], index: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Arms side by side: where each lies, how sure that is, and how often it beats the base."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from analysis.frames import Study, higher_is_better
-from analysis.intervals import Interval, holm, improvement, iqm, mean_t, mid_p, seeds_needed, wins
+from analysis.intervals import Interval, clopper_pearson, holm, improvement, iqm, mean_t, mid_p, seeds_needed, wins
 from analysis.ledger import ENDED
 from twinrl.errors import InputError
 
@@ -20,6 +21,10 @@ class TooFewSeedsError(InputError):
     """An arm has fewer than two finished seeds; the message says how many it takes."""
 
 
+SHARES = ("accuracy", "precision", "recall")
+"""Quantities that are shares of 1."""
+COLLAPSED = 0.5
+"""Judge accuracy below which a prompt counts as collapsed."""
 PAIRED_FROM = 5
 """Common seeds from which a comparison is paired."""
 
@@ -70,6 +75,20 @@ def values_of(trials: "pd.DataFrame", metric: str) -> "pd.Series":
     return values
 
 
+def check_units(metric: str, values: "pd.Series") -> None:
+    """Raises InputError where a share was logged as a fraction by some runs and in per cent by others."""
+    quantity = re.sub(r"_\d+nfe$", "", metric.split("/")[1]) if "/" in metric else metric
+    if quantity not in SHARES:
+        return
+    finite = values[np.isfinite(values)]
+    above = finite[finite > 1 + 1e-6]
+    if len(above) and len(above) < len(finite):
+        raise InputError(
+            f"{metric} is a share of 1 in some runs and in per cent in others",
+            got=f"{finite.min():g} to {finite.max():g}", expected="one unit", fix="divide the ones in per cent by 100",
+        )  # fmt: skip
+
+
 def leaderboard(study: Study, metric: str, effect: float = 1.0) -> list[Line]:
     """The arms, best first.
 
@@ -91,6 +110,8 @@ def check_rankable(study: Study, metric: str, effect: float = 1.0) -> None:
     """Raises InputError where a ranking would not mean anything, saying how many seeds it would take."""
     if len(study.arms) < 2:
         raise InputError("a leaderboard compares arms", got=f"one arm, {study.arms[0]}", expected="two or more")
+    if metric in study.trials.columns:
+        check_units(metric, study.trials[metric].astype(float))
     lengths = sorted(set(study.trials["planned"]))
     if len(lengths) > 1:
         raise InputError(
@@ -160,19 +181,46 @@ def _with_holm(lines: Sequence[Line]) -> list[Line]:
 # --- prompts, cost ----------------------------------------------------------------------------------------
 
 
-def per_prompt(study: Study, nfe: int = 1) -> "pd.DataFrame":
-    """Judge accuracy of each prompt (rows) in each arm (columns): the mean over runs that were judged.
+ACCURACY = re.compile(r"val/accuracy/(?P<prompt>.+)_(?P<nfe>\d+)nfe")
+
+
+def accuracies(study: Study) -> "pd.DataFrame":
+    """Judge accuracy by prompt (columns) of the study's trials (rows), at the fewest evaluations that were logged."""
+    named = {name: found for name in study.metrics if (found := ACCURACY.fullmatch(str(name)))}
+    fewest = min((int(found["nfe"]) for found in named.values()), default=1)
+    columns = {name: found["prompt"] for name, found in named.items() if int(found["nfe"]) == fewest}
+    return study.trials[list(columns)].rename(columns=columns)
+
+
+def per_prompt(study: Study) -> "pd.DataFrame":
+    """Judge accuracy of each prompt (rows) in each arm (columns): the mean over runs that did not diverge.
 
     *When to use*: a mean accuracy of 0.9 may be one prompt of ten that is gone. Empty where it was not logged.
     """
+    alive = ~study.trials["diverged"]
+    means = accuracies(study)[alive].groupby(study.trials["arm"][alive], sort=False).mean().T
+    return means[[arm for arm in study.arms if arm in means.columns]]
+
+
+def collapses(study: Study, floor: float = COLLAPSED) -> "pd.DataFrame":
+    """By arm: runs in which a prompt collapsed though the run did not diverge, which prompts, and how many a run.
+
+    In every run another prompt may be gone, which means over seeds do not show; so runs are counted.
+
+    Returns:
+        columns ``arm``, ``runs`` that did not diverge and were judged, ``collapsed`` of these with a prompt below
+        ``floor``, its ``share`` with an exact interval, ``prompts`` as ``name (runs)``, the most frequent first.
+    """
     import pandas as pd
 
-    suffix, prefix = f"_{nfe}nfe", "val/accuracy/"
-    columns = [name for name in study.metrics if name.startswith(prefix) and name.endswith(suffix)]
-    means = study.trials.groupby("arm", sort=False)[columns].mean().T if columns else pd.DataFrame()
-    return means.rename(index=lambda name: str(name)[len(prefix) : -len(suffix)])
-
-
-def collapsed_prompts(accuracy: "pd.DataFrame", floor: float = 0.5) -> dict[str, list[str]]:
-    """Arm → prompts whose accuracy is below ``floor``."""
-    return {str(arm): [str(p) for p in accuracy.index[accuracy[arm] < floor]] for arm in accuracy.columns}
+    lines = []
+    below = accuracies(study) < floor
+    judged = accuracies(study).notna().any(axis=1) & ~study.trials["diverged"]
+    for arm in study.arms:
+        mine = below[judged & (study.trials["arm"] == arm)]
+        counts = mine.sum().sort_values(ascending=False, kind="stable")
+        prompts = ", ".join(f"{prompt} ({count})" for prompt, count in counts.items() if count)
+        hit, n = int(mine.any(axis=1).sum()), len(mine)
+        share = clopper_pearson(hit, n) if n else None
+        lines.append({"arm": arm, "runs": n, "collapsed": hit, "share": share, "prompts": prompts or "none"})
+    return pd.DataFrame(lines)

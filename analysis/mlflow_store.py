@@ -1,8 +1,9 @@
-"""MLflow on both sides: a study read from an experiment, and the addresses of published runs."""
+"""MLflow on both sides: a study read from an experiment, addresses of published runs, reports as artifacts."""
 
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from analysis.frames import BOOKKEEPING, Run, Study, assemble, is_outcome
@@ -10,6 +11,9 @@ from twinrl.errors import InputError
 from twinrl.tracking import mlflow_state, store, ui
 
 FACTOR = "factor."
+FOLDER = "report"
+PARENT_TAG = "mlflow.parentRunId"
+REPORT_TAG = "twinrl.report"
 LOCAL = "http://127.0.0.1:5000"
 
 
@@ -38,6 +42,52 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
     ids = [state["run_id"] for state in published.values()]
     overlay = ("all curves", ui.compare_url(base, next(iter(experiments.values())), ids))
     return [overlay, *((n, ui.run_url(base, experiments[n], state["run_id"])) for n, state in published.items())]
+
+
+def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
+    """Log a report's folder as artifacts, below ``report/``: of the run's own MLflow run, or of the study's.
+
+    A study's MLflow run is what all its published runs have above them; where they have nothing in common, a run
+    ``report <name>`` is made in their experiment, once. A store that cannot be reached gets nothing.
+
+    Returns:
+        The address of the MLflow run, None where nothing was published.
+    """
+    states = [state for run in runs if (state := _state(run)) and state.get("run_id")]
+    uri = str(states[0]["store"]) if states else ""
+    if len({state["store"] for state in states}) != 1 or _is_gone(uri):
+        return None
+    failures: tuple[type[Exception], ...] = store.failures()
+    try:
+        with store.impatient():
+            client = store.connect(uri)
+            found = [client.get_run(state["run_id"]) for state in states]
+            target = found[0] if len(found) == 1 else _above(client, found) or _for_reports(client, found[0], name)
+            client.log_artifacts(target.info.run_id, str(folder), FOLDER)
+    except failures:
+        return None
+    return ui.run_url(uri if uri.startswith("http") else LOCAL, target.info.experiment_id, target.info.run_id)
+
+
+def _above(client: Any, runs: Sequence[Any]) -> Any | None:
+    """The topmost run that all ``runs`` are below of, by their parent tags; None if there is none."""
+    tops = []
+    for run in runs:
+        while parent := run.data.tags.get(PARENT_TAG):
+            run = client.get_run(parent)
+        tops.append(run)
+    same = len({top.info.run_id for top in tops}) == 1
+    return tops[0] if same else None
+
+
+def _for_reports(client: Any, run: Any, name: str) -> Any:
+    """The run that holds reports about ``name`` in the experiment of ``run``; made if need be."""
+    experiment, key = run.info.experiment_id, name.replace("'", "’")
+    if found := client.search_runs([experiment], filter_string=f"tags.`{REPORT_TAG}` = '{key}'"):
+        return found[0]
+    made = client.create_run(experiment, run_name=f"report {name}", tags={REPORT_TAG: key})
+    client.set_terminated(made.info.run_id)
+    return made
 
 
 def _is_gone(uri: str) -> bool:

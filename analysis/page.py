@@ -18,7 +18,8 @@ STYLE = """
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#202124;
   background:#fff;max-width:70rem;margin:2.5rem auto;padding:0 1.25rem}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem} h2{font-size:1.25rem;margin:2.6rem 0 .6rem;
-  border-top:1px solid #e3e5e8;padding-top:1.4rem} h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
+  border-top:1px solid #e3e5e8;padding-top:1.4rem} h2+h2{border:0;padding:0;margin-top:0}
+  h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
 p{margin:.5rem 0 .8rem;max-width:46rem} .note{color:#5f6368;font-size:.88rem}
 .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.88rem;margin:.6rem 0;font-variant-numeric:tabular-nums}
 th,td{padding:.32rem .75rem;text-align:left;border-bottom:1px solid #e8eaed;white-space:nowrap}
@@ -26,6 +27,8 @@ th{white-space:normal;vertical-align:bottom;border-bottom:2px solid #bdc1c6;font
 figure{margin:1rem 0} figure img{max-width:100%;height:auto} figcaption{color:#5f6368;font-size:.86rem;max-width:46rem}
 .grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:1.2rem;align-items:start}
 .grids figure{margin:0} a{color:#0b57d0} code{font-size:.9em;background:#f1f3f4;padding:.05em .3em;border-radius:3px}
+.facts{background:#f6f8fb;border-left:4px solid #0072B2;padding:.9rem 1.2rem;margin:1rem 0 1.2rem}
+.facts dt{font-weight:600} .facts dd{margin:.1rem 0 .7rem;max-width:56rem} .facts dd:last-child{margin-bottom:0}
 @media print{body{margin:0;max-width:none} h2{break-after:avoid} figure{break-inside:avoid}}
 """
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg"}
@@ -76,7 +79,14 @@ class Links:
     targets: Sequence[tuple[str, str]]
 
 
-Block: TypeAlias = Heading | Text | Table | Picture | Gallery | Links
+@dataclass(frozen=True)
+class Facts:
+    """Questions with their answers: what a reader in a hurry reads."""
+
+    pairs: Sequence[tuple[str, str]]
+
+
+Block: TypeAlias = Heading | Text | Table | Picture | Gallery | Links | Facts
 
 
 @dataclass
@@ -146,6 +156,8 @@ def _markdown(block: Block, folder: Path) -> str:
             return "\n\n".join(_markdown(picture, folder) for picture in pictures)
         case Links(targets):
             return "\n".join(f"- [{name}]({address})" for name, address in targets)
+        case Facts(pairs):
+            return "\n\n".join(f"**{question}** {answer}" for question, answer in pairs)
 
 
 def _markdown_table(frame: "pd.DataFrame") -> str:
@@ -184,6 +196,9 @@ def _html(block: Block) -> str:
                 f'<li><a href="{html.escape(to, quote=True)}">{html.escape(name)}</a></li>' for name, to in targets
             )
             return f"<ul>{''.join(items)}</ul>"
+        case Facts(pairs):
+            texts = (f"<dt>{html.escape(question)}</dt><dd>{html.escape(answer)}</dd>" for question, answer in pairs)
+            return f"<dl class=facts>{''.join(texts)}</dl>"
 
 
 def _html_table(frame: "pd.DataFrame") -> str:

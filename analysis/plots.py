@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from analysis.clusters import Placed
 from analysis.effects import Effect
 from analysis.frames import Run
 from analysis.intervals import Interval, number
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 INK, GREY = "#202124", "#5f6368"
+DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
 
 
@@ -157,14 +159,13 @@ def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     figure, axes = _figure(size=(6.4, 3.8))
     axis = axes[0, 0]
     shown = list(arms.items())[:MOST_ARMS]
-    widths = (
-        np.linspace(3.4, 1.4, len(shown)) if len(shown) > 1 else [1.8]
-    )  # so that equal curves show below each other
+    widths = np.linspace(2.6, 1.4, max(2, len(shown)))  # and dashes: equal curves show below each other
     for k, (name, times) in enumerate(shown):
         curve = kaplan_meier(times).survival_function_.iloc[:, 0]
         x, y = np.append(curve.index, max(horizon, curve.index[-1])), np.append(curve, curve.iloc[-1])
         label = f"{name}: {times.events} of {times.n} diverged"
-        axis.step(x, y, where="post", color=colour(k), linewidth=widths[k], label=label)
+        axis.step(x, y, where="post", color=colour(k), linewidth=widths[k], label=label,
+                  linestyle=DASHES[k % len(DASHES)])  # fmt: skip
         cut = times.time[~times.event & (times.time < horizon)]
         axis.plot(cut, np.interp(cut, x, y), "+", color=colour(k), markersize=7)
     axis.set_ylim(-0.03, 1.05)
@@ -252,6 +253,28 @@ def close_up(run: Run, spike: Spike, before: int = 30, after: int = 15) -> "Figu
         axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.5)
     _label(axes[0, 0], "", "norm / usual")
     _label(axes[1, 0], "training step", "share of the gradient")
+    return figure
+
+
+def places(cases: Sequence[Placed]) -> "Figure":
+    """Source times of the rows behind each event: the worst ones in their branch's colour, the others grey."""
+    figure, axes = _figure(size=(6.4, 3.4))
+    axis = axes[0, 0]
+    names = sorted({str(name) for case in cases for name in case.branch})
+    others = [(k, t) for k, case in enumerate(cases) for t in case.t[case.worst :]]
+    if others:
+        axis.plot(*zip(*others, strict=True), "_", color="0.75", markersize=9, label="other rows")
+    for k, name in enumerate(names):
+        worst = [(event, t) for event, case in enumerate(cases)
+                 for t, branch in zip(case.t[: case.worst], case.branch, strict=False) if branch == name]  # fmt: skip
+        if worst:
+            axis.plot(*zip(*worst, strict=True), "osD^vP*X"[k % 8], color=colour(k), markersize=5,
+                      label=f"worst, {name}")  # fmt: skip
+    shown = range(0, len(cases), max(1, math.ceil(len(cases) / 10)))
+    axis.set_xticks(list(shown), [f"{cases[k].step:,}" for k in shown])
+    axis.set_ylim(-0.03, 1.03)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _label(axis, "event, by its training step", "source time t of the rows")
     return figure
 
 

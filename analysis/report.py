@@ -12,12 +12,10 @@ from typing import Any
 
 from analysis import foreign, run_page, study_page
 from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
-from analysis.mlflow_store import from_mlflow
+from analysis.mlflow_store import FOLDER, from_mlflow, log_report
 from analysis.page import Page
 from twinrl.errors import InputError
 from twinrl.tracking import runlog
-
-FOLDER = "report"
 
 
 def report(
@@ -31,6 +29,7 @@ def report(
     mapping: Mapping[str, str] | None = None,
     tracking_uri: str | None = None,
     index: Mapping[str, Any] | None = None,
+    mlflow: bool = True,
 ) -> Path:
     """Analyze a run directory, a study (folder or ledger) or a foreign log; returns the HTML page.
 
@@ -40,6 +39,7 @@ def report(
         base: arm that others are compared with. effect: difference worth finding, in standard deviations.
         interactions: pairs of factors. mapping: our name → column, for a foreign log.
         tracking_uri: read ``path`` as the name of an experiment in this MLflow store.
+        mlflow: log the report as artifacts where the run or study was published.
         index: names of a study's arms, as for :func:`analysis.frames.load_study`; default: ``study.json``.
 
     Raises:
@@ -54,16 +54,20 @@ def report(
     if not path.exists():
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
-    figures = folder / "figures"
+    figures, runs = folder / "figures", []
     if mapping:
         page = run_page.build(Run(path, {}, foreign.read(path, mapping)), [], _made(figures))
     elif path.is_dir() and is_run(path):
-        page = _of_run(path, _made(figures))
+        runs = [load_run(path)]
+        page = _of_run(runs[0], _made(figures))
     else:
         study = load_study(path, base, index)
-        page = _of_study(study, _made(figures), metric, effect, interactions)
+        runs, page = list(study.runs.values()), _of_study(study, _made(figures), metric, effect, interactions)
         study.trials.to_csv(folder / "trials.csv", index=False)
-    return page.write(folder)[1]
+    written = page.write(folder)[1]
+    if mlflow and runs:
+        log_report(runs, folder, page.title)
+    return written
 
 
 def _made(folder: Path) -> Path:
@@ -74,9 +78,8 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _of_run(path: Path, figures: Path) -> Page:
-    run = load_run(path)
-    runlog.write_parquet(path)
+def _of_run(run: Run, figures: Path) -> Page:
+    runlog.write_parquet(run.path)
     return run_page.build(run, siblings(run), figures)
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import plots, spikes
+from analysis import clusters, plots, spikes
 from analysis.frames import Run, run_divergence
 from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
@@ -31,7 +31,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     page.add(Picture(plots.save(plots.norms(run, found), figures / "norms.svg")))
     if found:
         page.add(*_anatomy(run, found, figures))
-    page.add(*_clusters(run, found), *_arm(run, others, figures), *_samples(run))
+    page.add(*_clusters(run, found, figures), *_arm(run, others, figures), *_samples(run))
     if links := mlflow_links([run]):
         page.add(Heading("MLflow"), Links(links))
     return page
@@ -76,21 +76,47 @@ def _caption(spike: Spike) -> str:
     return text + (f"Mean cosines before: {cosines}." if cosines else "")
 
 
-def _clusters(run: Run, found: Sequence[Spike]) -> list[Block]:
+def _clusters(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
     if not found and not run.events:
         return []
-    import pandas as pd
-
     blocks: list[Block] = [Heading("What comes back")]
     if found:
         blocks.append(Table(spikes.leaders(found, run.config)))
-    recurring = spikes.recurring_rows(run)
-    if recurring:
+    return [*blocks, *_recurring(run), *_places(run, figures)]
+
+
+def _recurring(run: Run) -> list[Block]:
+    import pandas as pd
+
+    if recurring := spikes.recurring_rows(run):
         rows = [{"data row": r.row, "events": f"{r.count} of {r.events}", "by chance": r.expected, "p": r.p}
                 for r in recurring[:MOST_ROWS]]  # fmt: skip
-        return [*blocks, Text("Data rows that events share more often than chance:"), Table(pd.DataFrame(rows))]
+        return [Text("Data rows that events share more often than chance:"), Table(pd.DataFrame(rows))]
     batches = sum(bool(event.get("rows")) for event in run.events)
-    return [*blocks, Text(f"No data row is in the batches of {batches} events more often than chance would have it.")]
+    return [Text(f"No data row is in the batches of {batches} events more often than chance would have it.")]
+
+
+def _places(run: Run, figures: Path) -> list[Block]:
+    """Where in t and in which branches the worst rows lie."""
+    import pandas as pd
+
+    cases = clusters.placed(run.events)
+    if len(cases) < clusters.FEWEST_EVENTS:
+        return [Text(f"Times and branches: {len(cases)} events with rows to compare, which shows no pattern.")]
+    found = clusters.clusters(run.events)
+    picture = Picture(plots.save(plots.places(cases[:MOST_ROWS]), figures / "places.svg"), "Times of the events' rows.")
+    if not found:
+        return [Text(f"The worst rows of {len(cases)} events gather in no range of t and no branch."), picture]
+    rows = [{"where": c.where, "worst rows there": f"{c.count} of {c.worst}", "by chance": c.expected,
+             "events": f"{c.events} of {c.judged}", "p": c.p} for c in found]  # fmt: skip
+    text = "Where the events' worst rows gather (the eighth with the largest losses, or those that were not finite):"
+    return [Text(text), Table(pd.DataFrame(rows)), picture, Text(PLACES_NOTE, note=True)]
+
+
+PLACES_NOTE = (
+    "By chance: as many rows drawn from the same events. p: permutation test over all ranges of t and all branches "
+    "together. Losses have a profile in t on quiet steps, too; a run without that branch says whether it matters."
+)
 
 
 def _arm(run: Run, others: Sequence[Run], figures: Path) -> list[Block]:

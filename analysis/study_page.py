@@ -5,20 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis import margins, plots
-from analysis.effects import Effect, main_effects, odds_effects
+from analysis import answer, factor_page, margins, plots
 from analysis.frames import Run, Study, higher_is_better
-from analysis.intervals import Interval, clopper_pearson, fewest_seeds, number
+from analysis.intervals import Interval, clopper_pearson, number
 from analysis.leaderboard import (
-    PAIRED_FROM,
+    COLLAPSED,
     Line,
     TooFewSeedsError,
-    collapsed_prompts,
+    collapses,
     leaderboard,
     per_prompt,
     values_of,
 )
-from analysis.ledger import ENDED
 from analysis.mlflow_store import mlflow_links
 from analysis.page import Block, Gallery, Heading, Links, Page, Picture, Table, Text, percent
 from analysis.survival import (
@@ -54,35 +52,13 @@ def build(
             "a study compares arms", got=f"one arm, {study.arms[0]}", expected="two or more",
             fix="analyze one of its run directories instead",
         )  # fmt: skip
+    lines, ranking = _ranking(study, metric, effect, figures)
+    factors = factor_page.estimate(study, metric, interactions)
     page = Page(f"Study {study.name}")
-    ranking = _ranking(study, metric, effect, figures)
-    survival = _survival(study, figures)
-    page.add(*_summary(study, metric, ranking[0]), *ranking[1], *survival)
-    page.add(*_factors(study, metric, interactions, figures), *_critical(study), *_reward(study, figures))
+    page.add(*answer.blocks(study, metric, lines, factors, effect), *ranking, *_survival(study, figures))
+    page.add(*factor_page.section(factors, metric, figures), *_critical(study, figures), *_reward(study, figures))
     page.add(*_prompts(study, figures), *_cost(study), *_samples(study), *_links(study))
     return page
-
-
-def _summary(study: Study, metric: str, lines: Sequence[Line]) -> list[Block]:
-    """What a reader in a hurry wants to know."""
-    trials = study.trials
-    seeds = trials.groupby("arm")["seed"].nunique()
-    span = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
-    text = f"{len(study.arms)} arms, {span} seed{'s' * (span != '1')} an arm, {trials['planned'].max():,} steps; "
-    text += f"base: {study.base}. "
-    text += f"{int(trials['diverged'].sum())} of {len(trials)} runs diverged. "
-    better = [line.arm for line in lines if line.p_holm < 0.05 and line.better and line.better.estimate > 0.5]
-    worse = [line.arm for line in lines if line.p_holm < 0.05 and line.better and line.better.estimate < 0.5]
-    if lines:
-        text += f"By {metric}, better than the base at 5 % family-wise: {', '.join(better) or 'none'}; "
-        text += f"worse: {', '.join(worse) or 'none'}."
-    question: list[Block] = [Text(study.question)] if study.question else []
-    left = trials[~trials["status"].isin(ENDED)]["status"].value_counts()
-    note: list[Block] = []
-    if len(left):
-        counted = ", ".join(f"{count} {status}" for status, count in left.items())
-        note = [Text(f"Not ranked, but counted as watched until their last step: {counted}.", note=True)]
-    return [*question, Text(text), *note]
 
 
 # --- ranking ----------------------------------------------------------------------------------------------
@@ -97,18 +73,7 @@ def _ranking(study: Study, metric: str, effect: float, figures: Path) -> tuple[l
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
     blocks: list[Block] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base)), Picture(figure)]
-    return lines, [*blocks, *_too_few(study), Text(RANKING_NOTE, note=True)]
-
-
-def _too_few(study: Study) -> list[Block]:
-    """A warning where no difference, however large, could pass the test."""
-    base = set(study.arm(study.base)["seed"])
-    common = min(len(base & set(study.arm(arm)["seed"])) for arm in study.arms)
-    needed = fewest_seeds(len(study.arms) - 1)
-    if not PAIRED_FROM <= common < needed:
-        return []
-    text = f"With {common} common seeds no difference can pass Wilcoxon's test in {len(study.arms) - 1} comparisons"
-    return [Text(f"{text}; {needed} seeds could. The intervals say what is known.")]
+    return lines, [*blocks, Text(RANKING_NOTE, note=True)]
 
 
 RANKING_NOTE = (
@@ -197,88 +162,65 @@ def survival_table(arms: dict[str, Times], base: str, horizon: float) -> "pd.Dat
     return pd.DataFrame(line(name, times) for name, times in arms.items())
 
 
-# --- factors ----------------------------------------------------------------------------------------------
+# --- critical learning rates ------------------------------------------------------------------------------
 
 
-def _factors(study: Study, metric: str, interactions: Sequence[tuple[str, str]], figures: Path) -> list[Block]:
-    if not study.factors:
-        return []
-    blocks: list[Block] = [Heading("Factors")]
-    ended = study.trials[study.trials["status"].isin(ENDED)].copy()
-    reference = study.arm(study.base).iloc[0][list(study.factors)].to_dict()
-    try:
-        ended[metric] = [values_of(ended.loc[[k]], metric).iloc[0] for k in ended.index]
-        found = main_effects(ended, metric, study.factors, interactions, reference)
-        blocks += _effects(found, f"change of {metric}", "effects", figures)
-        odds = odds_effects(study.trials, study.factors, "diverged", interactions, reference)
-        blocks += _effects(odds, "log odds ratio of diverging", "odds", figures) if odds else []
-    except InputError as error:
-        return [*blocks, Text(f"No effects: {error}.")]
-    return [*blocks, Text(FACTORS_NOTE, note=True)]
-
-
-FACTORS_NOTE = (
-    "Each factor's effect averaged over the others; least squares with the seed as a block (on ranks where a diverged "
-    "run has no finite value), Firth's logistic regression for yes or no. Holm's correction over the factors; "
-    "★ below 5 %."
-)
-
-
-def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> list[Block]:
-    import pandas as pd
-
-    label += " (ranks)" if found[0].scale == "ranks" else ""
-    table = pd.DataFrame(
-        {
-            "factor": effect.factor,
-            "level − reference": effect.contrast,
-            f"{label} [95 %]": effect.interval,
-            "p": effect.p,
-            "p (Holm)": effect.p_holm,
-            "": "★" if effect.named else "",
-        }
-        for effect in found
-    )
-    figure = plots.save(plots.effects(found, label), figures / f"{name}.svg")
-    return [Heading(label[0].upper() + label[1:], 3), Table(table), Picture(figure)]
-
-
-def _critical(study: Study) -> list[Block]:
-    """Critical learning rates, where the learning rate is a factor beside others."""
-    if LR not in study.factors:
-        return []
-    others = [factor for factor in study.factors if factor != LR]
-    trials = study.trials.copy()
-    trials["arm"] = [" ".join(f"{f}={row[f]}" for f in others) or "all" for _, row in trials.iterrows()]
-    rates = margins.critical_rates(trials, LR)
-    base = trials.loc[study.trials["arm"] == study.base, "arm"].iloc[0]
-    rows = [_critical_row(arm, rates, base) for arm in dict.fromkeys(rate.arm for rate in rates)]
+def _critical(study: Study, figures: Path) -> list[Block]:
+    """Critical learning rates: of ``twinrl ablate margin``, else where the learning rate is a factor of the study."""
+    rates, base = (study.critical, study.base) if study.critical else _from_factor(study)
     if not any(rate.bracketed for rate in rates):
         return []
     import pandas as pd
 
-    note = (
-        "Geometric middle of the bracket between the largest healthy and the smallest diverging rate; a margin of +1 "
-        "means that twice the rate is survived. Student's interval over seeds; the brackets' own width is not in it."
-    )
-    return [Heading("Critical learning rate"), Table(pd.DataFrame(rows)), Text(note, note=True)]
+    names = list(dict.fromkeys(rate.arm for rate in rates))
+    found = {name: critical_margin(rates, name, base) for name in names if name != base}
+    rows = [_critical_row(name, rates, base, found.get(name)) for name in names]
+    blocks: list[Block] = [Heading("Critical learning rate"), Table(pd.DataFrame(rows))]
+    if shown := {name: margin for name, margin in found.items() if margin is not None}:
+        figure = plots.forest(shown, f"margin over {base} (doublings of the learning rate)", reference=0.0)
+        blocks.append(Picture(plots.save(figure, figures / "margins.svg")))
+    return [*blocks, Text(CRITICAL_NOTE, note=True)]
 
 
-def _critical_row(arm: str, rates: Sequence[margins.Critical], base: str) -> dict[str, object]:
+CRITICAL_NOTE = (
+    "Geometric middle of the bracket between the largest healthy and the smallest diverging rate, and its mean over "
+    "seeds; a margin of +1 means that twice the rate is survived. Paired by seed; the interval has Student's law over "
+    "seeds and the part of the brackets' width that seeds share. Seeds whose bracket is open are left out."
+)
+
+
+def _from_factor(study: Study) -> tuple[Sequence[margins.Critical], str]:
+    """Critical rates where the learning rate is a factor beside others, arms being the others' levels."""
+    if LR not in study.factors:
+        return [], ""
+    others = [factor for factor in study.factors if factor != LR]
+    trials = study.trials.copy()
+    trials["arm"] = [" ".join(f"{f}={row[f]}" for f in others) or "all" for _, row in trials.iterrows()]
+    return margins.critical_rates(trials, LR), trials.loc[study.trials["arm"] == study.base, "arm"].iloc[0]
+
+
+def critical_margin(rates: Sequence[margins.Critical], arm: str, base: str) -> Interval | None:
+    """The margin of an arm over the base; None where no seed has both brackets."""
+    try:
+        return margins.margin(rates, arm, base)
+    except InputError:
+        return None
+
+
+def _critical_row(arm: str, rates: Sequence[margins.Critical], base: str, margin: Interval | None) -> dict[str, object]:
     mine = [rate for rate in rates if rate.arm == arm]
-    margin: Interval | None = None
-    if arm != base:
-        try:
-            margin = margins.margin(rates, arm, base)
-        except InputError:
-            margin = None
-    logs = [rate.log2 for rate in mine if rate.bracketed]
+    closed = [rate for rate in mine if rate.bracketed]
+    beyond = [f"{sum(is_open)} {word}" for word, is_open in (
+        ("above", [math.isinf(rate.broken) for rate in mine]), ("below", [rate.healthy == 0 for rate in mine])
+    ) if any(is_open)]  # fmt: skip
+    rate = margins.critical_rate(rates, arm) if closed else None
     return {
         "arm": arm,
-        "seeds bracketed": f"{len(logs)} of {len(mine)}",
-        "critical rate (geometric mean)": 2 ** (sum(logs) / len(logs)) if logs else None,
+        "seeds bracketed": f"{len(closed)} of {len(mine)}" + (f" ({', '.join(beyond)})" if beyond else ""),
+        "critical rate [95 %]": Interval(2**rate.estimate, 2**rate.low, 2**rate.high, rate.n, rate.method)
+        if rate else None,
         f"margin over {base} (log₂) [95 %]": margin,
-    }
+    }  # fmt: skip
 
 
 # --- reward, prompts, cost --------------------------------------------------------------------------------
@@ -297,16 +239,22 @@ def _reward(study: Study, figures: Path) -> list[Block]:
 
 
 def _prompts(study: Study, figures: Path) -> list[Block]:
+    """Prompts (classes) that the judge no longer recognises in runs that did not diverge as a whole."""
     accuracy = per_prompt(study)
     if accuracy.empty:
         return []
     figure = plots.save(plots.prompts(accuracy), figures / "prompts.svg")
-    gone = {arm: prompts for arm, prompts in collapsed_prompts(accuracy).items() if prompts}
-    text = "; ".join(f"{arm}: {', '.join(prompts)}" for arm, prompts in gone.items()) or "none"
-    return [Heading("Prompts"), Picture(figure, "Judge accuracy by prompt."), Text(f"Below 50 % accuracy: {text}.")]
+    table = collapses(study).rename(
+        columns={"runs": "runs judged", "collapsed": "with a collapsed prompt", "share": "share [95 %]",
+                 "prompts": "which (runs)"}
+    )  # fmt: skip
+    caption = "Judge accuracy by prompt, mean over the runs that did not diverge."
+    note = f"Collapsed: below {percent(COLLAPSED)} of its samples are recognised. Diverged runs are not counted here."
+    return [Heading("Prompts"), Table(table), Picture(figure, caption), Text(note, note=True)]
 
 
 def _cost(study: Study) -> list[Block]:
+    """Time of each arm, as such and against the base."""
     import pandas as pd
 
     if study.trials["seconds"].isna().all():
@@ -315,14 +263,15 @@ def _cost(study: Study) -> list[Block]:
     for arm in study.arms:
         trials = study.arm(arm)
         per_step = 1000 * trials["seconds"] / trials["step"]
-        cells = [
-            arm,
-            float(trials["seconds"].median()),
-            float(per_step.median()),
-            float(trials["seconds"].sum() / 3600),
-        ]
-        rows.append(dict(zip(("arm", "seconds a run (median)", "ms a step", "hours in all"), cells, strict=True)))
-    return [Heading("Cost"), Table(pd.DataFrame(rows))]
+        rows.append({
+            "arm": arm,
+            "seconds a run (median)": float(trials["seconds"].median()),
+            "ms a step (median)": float(per_step.median()),
+            f"time a step × {study.base} [95 %]": answer.time_ratio(study, arm) if arm != study.base else None,
+            "hours in all": float(trials["seconds"].sum() / 3600),
+        })  # fmt: skip
+    note = "Training steps, without validation. The ratio is paired by seed; it means something on one machine only."
+    return [Heading("Cost"), Table(pd.DataFrame(rows)), Text(note, note=True)]
 
 
 # --- samples and links ------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """Fingerprints: what changes one, and what must not."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TINY
 
 from ablations import fingerprint as prints
 from ablations.fingerprint import fingerprint, source_hash, sources
@@ -78,6 +82,71 @@ def test_start_weights_count_by_content(tmp_path: Path) -> None:
     before = prints.start_weights(str(tmp_path))
     (checkpoint / "ema.safetensors").write_bytes(b"other")
     assert before != prints.start_weights(str(tmp_path)) != prints.start_weights("teacher") == ""
+
+
+def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
+    """A new family of models or a change of sharding leaves trials of one process without a family as they are."""
+    for part in (*prints.WITHOUT_FAMILY, "fsdp", "terms"):
+        (tmp_path / part).mkdir(parents=True)
+    parts = {"backends/families/new.py", "data/folders/tars.py", "fsdp/sharded.py"}
+    before = sources(tmp_path, prints.unused(settings()))
+    for part in parts:
+        (tmp_path / part).write_text("x = 1\n")
+        assert sources(tmp_path, prints.unused(settings())) == before
+    several, family = prints.unused(settings(), processes=2), RunConfig.model_construct(
+        model=settings().model.model_copy(update={"family": "sd3"})
+    )  # fmt: skip
+    assert (set(several), set(prints.unused(family))) == (set(prints.WITHOUT_FAMILY), set(prints.ALONE))
+    assert prints.unused(family, processes=2) == ()
+    for unused in (several, prints.unused(family), ()):
+        assert sources(tmp_path, unused) != before
+    (tmp_path / "fsdp" / "ranks.py").write_text("x = 1\n")
+    assert sources(tmp_path, prints.unused(settings())) != before
+
+
+def test_what_is_left_out_exists() -> None:
+    assert all(
+        (prints.PACKAGE / part).exists() for part in (*prints.NOT_NUMERIC, *prints.WITHOUT_FAMILY, *prints.ALONE)
+    )
+
+
+def test_processes_count() -> None:
+    assert fingerprint(settings(), "content") != fingerprint(settings(), "content", processes=2)
+
+
+TRACED = """
+import json, sys
+from inspect import CO_OPTIMIZED
+from pathlib import Path
+from rich.console import Console
+from twinrl import schema
+from twinrl.commands.train import train
+
+run = set()
+def profile(frame, event, argument):
+    if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a function, not the body of a module or class
+        run.add(frame.f_code.co_filename)
+
+settings = schema.load("twinflow", json.loads(sys.argv[1]))
+sys.setprofile(profile)
+code = train(settings, True, Console(quiet=True))
+sys.setprofile(None)
+print(json.dumps([code, sorted(run)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_runs_nothing_of_what_is_left_out(tmp_path: Path, lab: object) -> None:
+    """No function of those files is called by a whole run of the lab, with validation, checkpoint and final table."""
+    assignments = [f"{key}={json.dumps(value)}" for key, value in (TINY | {"train.steps": 4}).items()]
+    assignments += ["evaluation.every=2", "tracking.mlflow=false", f"run.dir={tmp_path}"]
+    asked = subprocess.run([sys.executable, "-c", TRACED, json.dumps(assignments)], capture_output=True, check=True)
+    code, called = json.loads(asked.stdout.splitlines()[-1])
+    reached = {Path(file).relative_to(prints.PACKAGE) for file in called if file.startswith(str(prints.PACKAGE))}
+    assert code == 0
+    assert Path("trainer.py") in reached
+    left_out = prints.unused(settings())
+    assert [path for path in reached if any(path.is_relative_to(part) for part in left_out)] == []
 
 
 def test_imports_no_torch() -> None:

@@ -43,7 +43,17 @@ def test_base_may_lie_beside_the_study(tmp_path: Path) -> None:
     assert studies.load(write(tmp_path, base="base.yaml")).arms[0].settings.train.batch == 48
 
 
+def test_names_may_have_spaces_and_levels_may_be_numbers(tmp_path: Path) -> None:
+    factors = {"learning rate": {1e-3: {"optim.lr": 1e-3}, 2: {"optim.lr": 2.0}, "very large": {"optim.lr": 9.0}}}
+    study = studies.load(write(tmp_path, name="my study", factors=factors))
+    assert study.name == "my study"
+    assert [arm.name for arm in study.arms] == [f"learning rate={level}" for level in ("0.001", "2", "very large")]
+
+
 WRONG = {
+    "'a/b' can't be the name of a study": {"name": "a/b"},
+    "'β' can't be the name of a factor": {"factors": {"β": RATES}},
+    "put it in quotes": {"factors": {"decay": {True: {"optim.lr": 1.0}, False: {}}}},
     "unknown key teacher.deccay": {"factors": {"teacher": {"a": {"teacher.deccay": 0.5}, "b": {}}}},
     "level same of factor rate changes nothing": {"factors": {"rate": RATES | {"same": {"optim.lr": 1e-4}}}},
     "level b of factor place changes nothing": {"factors": {"place": {"a": {}, "b": {"checkpoint.every": 7}}}},

@@ -1,4 +1,4 @@
-"""Parts of a trial that need no training: the lifeline, comparable metrics, divergence, an arm's curve."""
+"""Parts of a trial that need no training: the lifeline, comparable metrics, divergence, the durable log."""
 
 import json
 import math
@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ablations import publish, trial
-from ablations.ledger import Record
+from ablations import trial
 from ablations.trial import WORST
 
 SLEEPER = (
@@ -46,6 +46,44 @@ def test_a_trial_and_what_it_started_die_with_their_starter(tmp_path: Path) -> N
     assert not alive(child)
 
 
+RANK = "import os, pathlib, time; pathlib.Path(f'{os.getpid()}.pid').touch(); time.sleep(600)"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killed", ["starter", "launcher"])
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher(tmp_path: Path, killed: str) -> None:
+    """Torchrun gives each of them a session of its own, so that no signal to the launcher's group reaches them."""
+    (tmp_path / "rank.py").write_text(RANK)
+    values: dict[str, object] = dict.fromkeys(trial.Task.__dataclass_fields__, "")
+    task = trial.Task(**values | {"workers": 2, "output": str(tmp_path / "out.txt")})  # type: ignore[arg-type]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *trial._launcher(task), "ablations.lifeline", "rank"],
+        stdin=subprocess.PIPE, cwd=tmp_path, env=environment, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdin
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    ranks = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    assert all(alive(pid) and os.getsid(pid) != process.pid for pid in ranks)
+    if killed == "starter":
+        process.stdin.close()  # what the system does when the starter dies
+    else:
+        process.kill()
+        process.wait()
+        trial.end(process)
+    until(lambda: not any(alive(pid) for pid in [process.pid, *ranks]))
+    process.wait()
+
+
+def until(condition: Callable[[], bool], seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_metrics_are_the_worst_at_a_rung(value: float, tmp_path: Path) -> None:
     assert trial.comparable(value) == WORST
@@ -62,21 +100,25 @@ def test_divergence_is_the_trainers_verdict_or_what_stopped_the_run(tmp_path: Pa
     assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
 
 
-def test_an_arms_curve_is_the_median_of_the_living() -> None:
-    def log(*values: float) -> list[dict[str, float]]:
-        return [{"step": step, "m": value} for step, value in enumerate(values, start=1)]
-
-    def record(step: int | None) -> Record:
-        diverged = None if step is None else {"step": step, "kind": "x"}
-        return Record("c", 0, "f", "finished", diverged=diverged)
-
-    logs = [(log(1, 2, 3), record(None)), (log(3, 4, 5), record(None)), (log(5, math.nan), record(2))]
-    points = list(publish.curve(logs, "m"))
-    assert [(p.step, p.median, p.alive) for p in points] == [(1, 3, 3), (2, 3, 2), (3, 4, 2)]
-    assert all(p.low <= p.median <= p.high for p in points)
-    assert list(publish.curve(logs, "absent")) == []
+def test_only_what_a_checkpoint_has_made_durable_counts(tmp_path: Path) -> None:
+    assert trial.durable_log(tmp_path) is None
+    for step, offset in ((8, 100), (4, 50)):
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps({"log_offset": offset}))
+    assert trial.durable_log(tmp_path) == 100
 
 
-def test_long_curves_are_thinned() -> None:
-    rows = [{"step": step, "m": 1.0} for step in range(1, 5001)]
-    assert len(list(publish.curve([(rows, None)], "m"))) <= publish.MOST_POINTS
+def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> None:
+    words = dict.fromkeys(("title", "config", "output", "ledger", "stop"), "x")
+    task = trial.Task(
+        config_hash="c", seed=0, fingerprint="f", sources="s", unused=(), revision=None, directory="run",
+        cwd=str(tmp_path), steps=20, metric="m", workers=1, threads=1, **words,
+    )  # fmt: skip
+    task.path.mkdir()
+    (task.path / "log.jsonl").write_text('{"step": 8, "m": 0.5, "perf/step_seconds": 0.25}\n')
+    record = trial.pruned(task, 8)
+    assert (record.status, record.step, record.message) == ("pruned", 8, "halved at step 8")
+    assert (record.diverged, record.metrics, record.seconds, record.final) == (None, {"m": 0.5}, 0.25, False)
+    (task.path / "events.jsonl").write_text(json.dumps({"step": 5, "kind": "diverged", "series": "loss/total"}) + "\n")
+    assert trial.pruned(task, 8).diverged == {"step": 5, "kind": "nonfinite"}

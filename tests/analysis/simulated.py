@@ -13,6 +13,8 @@ from twinrl.tracking.runlog import RunLog
 
 TERMS = ("adversarial", "base", "rectify")
 LEADER, LEAD, GUILTY_ROW = "rectify", 3, 17
+GUILTY_T, GUILTY_BRANCH = (0.8, 0.9), "any"
+MIX = ("mul", "any", "adv", "e2e")
 EVALUATE_EVERY = 20
 STEPS = 400
 
@@ -31,12 +33,15 @@ def make_run(
     finished: bool = True,
     evaluation: Mapping[str, object] | None = None,
     color: int = 0,
+    lost: str = "",
+    seconds: float = 0.01,
 ) -> Path:
     """A run directory: ``rectify`` leads every planted spike by 3 steps, and data row 17 is in each one's batch.
 
     Arguments:
         quality: final ``val/quality`` of a run that survives. diverges_at: step from which samples are broken.
-        settings: further configuration. color: of the sample grid.
+        settings: further configuration. color: of the sample grid. lost: prompt that collapses though the run
+            does not. seconds: of a step.
     """
     run = folder / f"{name}-{config_hash}-s{seed}"
     (run / "samples").mkdir(parents=True)
@@ -50,7 +55,10 @@ def make_run(
     norms = _norms(rng, steps, spikes_at)
     with RunLog(run / "log.jsonl") as log:
         for step in range(1, steps + 1):
-            log.append(_row(rng, step, {term: values[step] for term, values in norms.items()}, quality, diverges_at))
+            log.append(
+                _row(rng, step, {term: values[step] for term, values in norms.items()}, quality, diverges_at, lost)
+                | {"perf/step_seconds": seconds * (1 + 0.05 * math.sin(7 * step + 100 * quality) ** 2)}
+            )
     _events(run, rng, spikes_at)
     _pictures(run, rng, color)
     if finished:
@@ -70,7 +78,7 @@ def _norms(rng: np.random.Generator, steps: int, spikes_at: Sequence[int]) -> di
 
 
 def _row(
-    rng: np.random.Generator, step: int, norms: Mapping[str, float], quality: float, diverges_at: int | None
+    rng: np.random.Generator, step: int, norms: Mapping[str, float], quality: float, diverges_at: int | None, lost: str
 ) -> dict[str, object]:
     total = 8 + 0.2 * rng.standard_normal() if max(norms.values()) < 30 else 30 * sum(norms.values())
     square = sum(norm**2 for norm in norms.values())
@@ -79,18 +87,21 @@ def _row(
     row |= {f"grad/{term}/share": norm**2 / square for term, norm in norms.items()}
     row |= {"grad/total/norm_raw": total, "grad/cos/base__rectify": 0.2 + 0.05 * rng.standard_normal()}
     row |= {"opt/rms_max": 1.2 + 0.05 * rng.standard_normal() + (1.5 if norms[LEADER] > 6 else 0), "opt/lr": 1e-3}
-    row |= {"clamp/delta_v_frac": 0.05 * rng.random(), "perf/step_seconds": 0.01}
+    row |= {"clamp/delta_v_frac": 0.05 * rng.random()}
     if step % EVALUATE_EVERY == 0:
-        row |= _validation(rng, step, quality, diverges_at)
+        row |= _validation(rng, step, quality, diverges_at, lost)
     return row
 
 
-def _validation(rng: np.random.Generator, step: int, quality: float, diverges_at: int | None) -> dict[str, object]:
+def _validation(
+    rng: np.random.Generator, step: int, quality: float, diverges_at: int | None, lost: str
+) -> dict[str, object]:
     broken = diverges_at is not None and step >= diverges_at
     accuracy = 0.1 if broken else 0.95
     row: dict[str, object] = {"val/quality": 0.9 if broken else quality + 0.3 * math.exp(-step / 60)}
     row |= {"val/accuracy_1nfe": accuracy, "val/recall_1nfe": 0.05 if broken else 0.7 + 0.02 * rng.standard_normal()}
-    row |= {f"val/accuracy/{digit}_1nfe": float(np.clip(accuracy + 0.02 * rng.standard_normal(), 0, 1))
+    row |= {f"val/accuracy/{digit}_1nfe": float(np.clip((accuracy if digit != lost else 0.1)
+                                                       + 0.02 * rng.standard_normal(), 0, 1))
             for digit in ("zero", "one", "two")}  # fmt: skip
     row["val/score/preference_1nfe"] = 0.2 + (0.1 if broken else 0.01 * rng.standard_normal())
     return row
@@ -99,10 +110,18 @@ def _validation(rng: np.random.Generator, step: int, quality: float, diverges_at
 def _events(run: Path, rng: np.random.Generator, spikes_at: Sequence[int]) -> None:
     lines = []
     for at in spikes_at:
-        rows = sorted({GUILTY_ROW, *rng.choice(1000, 31, replace=False).tolist()})
+        rows = list(dict.fromkeys([GUILTY_ROW, *rng.choice(1000, 31, replace=False).tolist()]))
         event = {"step": at, "iteration": at - 1, "kind": "spike", "terms": [LEADER], "rows": rows, "message": "spike"}
-        lines.append(json.dumps(event) + "\n")
+        lines.append(json.dumps(event | places(rng, len(rows), guilty=4)) + "\n")
     (run / "events.jsonl").write_text("".join(lines))
+
+
+def places(rng: np.random.Generator, n: int, guilty: int = 0) -> dict[str, list[object]]:
+    """Times and branches of an event's rows; the first ``guilty`` ones lie in the planted range and branch."""
+    t = rng.random(n)
+    t[:guilty] = rng.uniform(*GUILTY_T, guilty)
+    branches = [GUILTY_BRANCH] * guilty + rng.choice(MIX, n - guilty).tolist()
+    return {"t": t.round(6).tolist(), "branches": branches}
 
 
 def _pictures(run: Path, rng: np.random.Generator, color: int) -> None:
@@ -113,9 +132,27 @@ def _pictures(run: Path, rng: np.random.Generator, color: int) -> None:
 
 
 ARMS = {
-    "base": {"hash": "aaaaaaa0", "rate": 1.5, "quality": 0.20, "settings": {"teacher": "live", "clip": "global"}},
-    "ema": {"hash": "aaaaaaa1", "rate": 0.1, "quality": 0.12, "settings": {"teacher": "ema", "clip": "global"}},
-    "clip": {"hash": "aaaaaaa2", "rate": 0.0, "quality": 0.19, "settings": {"teacher": "live", "clip": "per_term"}},
+    "base": {
+        "hash": "aaaaaaa0",
+        "rate": 1.5,
+        "quality": 0.20,
+        "seconds": 0.010,
+        "settings": {"teacher": "live", "clip": "global"},
+    },
+    "ema": {
+        "hash": "aaaaaaa1",
+        "rate": 0.1,
+        "quality": 0.12,
+        "seconds": 0.013,
+        "settings": {"teacher": "ema", "clip": "global"},
+    },
+    "clip": {
+        "hash": "aaaaaaa2",
+        "rate": 0.0,
+        "quality": 0.19,
+        "seconds": 0.012,
+        "settings": {"teacher": "live", "clip": "per_term"},
+    },
 }
 
 
@@ -132,6 +169,7 @@ def make_study(
             make_run(
                 study, name=name, config_hash=str(arm["hash"]), seed=seed, steps=steps, quality=quality, color=k,
                 diverges_at=math.ceil(at) if at < steps - EVALUATE_EVERY else None,
-                settings=dict(arm["settings"]), spikes_at=(150, 260) if k == 0 else (),  # type: ignore[call-overload]
+                settings=dict(arm["settings"]), lost="two" if name == "ema" and seed < 2 else "",
+                seconds=float(arm["seconds"]), spikes_at=(150, 260) if k == 0 else (),  # type: ignore[call-overload]
             )  # fmt: skip
     return study

@@ -95,6 +95,14 @@ def test_one_seed_ranks_nothing_and_says_how_many_it_takes() -> None:
         leaderboard.leaderboard(study({"base": [1.0], "arm": [0.5]}), METRIC, effect=0.5)
 
 
+def test_shares_in_mixed_units_are_refused() -> None:
+    found = study({"base": [0.9, 0.8], "arm": [91.0, 88.0]})
+    leaderboard.leaderboard(found, METRIC)  # a distance has no such bound
+    found.trials["val/recall_1nfe"] = found.trials[METRIC]
+    with pytest.raises(InputError, match=r"share of 1 in some runs and in per cent in others; got 0\.8 to 91"):
+        leaderboard.leaderboard(found, "val/recall_1nfe")
+
+
 def test_bad_input_is_named() -> None:
     two = study({"base": noisy(1.0), "arm": noisy(1.0)})
     with pytest.raises(InputError, match="one arm"):
@@ -115,7 +123,21 @@ def test_prompts_that_collapsed_are_listed() -> None:
     )
     accuracy = per_prompt(found)
     assert accuracy.loc["one", "arm"] == pytest.approx(0.2)
-    assert leaderboard.collapsed_prompts(accuracy) == {"base": ["one"], "arm": ["one"]}
+    lines = leaderboard.collapses(found).set_index("arm")
+    assert lines.loc["arm", ["runs", "collapsed", "prompts"]].tolist() == [10, 10, "one (10)"]
+
+
+def test_another_prompt_gone_in_every_run_is_seen_though_the_means_are_high() -> None:
+    found = study({"base": noisy(1.0), "arm": noisy(1.0)})
+    for k in range(10):
+        gone = (found.trials["arm"] == "arm") & (found.trials["seed"] == k)
+        found.trials[f"val/accuracy/{k}_2nfe"] = 1.0 - gone
+        found.trials[f"val/accuracy/{k}_4nfe"] = 0.0  # the fewest evaluations are what is judged
+    assert (per_prompt(found) > 0.85).all(axis=None)
+    lines = leaderboard.collapses(found).set_index("arm")
+    assert lines["collapsed"].to_dict() == {"base": 0, "arm": 10}
+    found.trials.loc[found.trials["arm"] == "arm", "diverged"] = True  # broken as a whole, which is told elsewhere
+    assert leaderboard.collapses(found).set_index("arm").loc["arm", "runs"] == 0
 
 
 # --- critical learning rates ------------------------------------------------------------------------------
@@ -137,6 +159,22 @@ def test_margin_is_the_planted_number_of_doublings() -> None:
     assert found.estimate == pytest.approx(1.5, abs=0.01)
     assert found.low <= 1.5 <= found.high
     assert found.n == 8
+
+
+def test_brackets_of_a_search_give_margins_whose_interval_knows_their_width() -> None:
+    plain = [{"arm": arm, "seed": seed, "healthy": rate, "diverged": 1.2 * rate}
+             for arm, rate in (("base", 1e-3), ("good", 2e-3)) for seed in range(5)]  # fmt: skip
+    open_above = {"arm": "good", "seed": 5, "healthy": 0.1, "diverged": None}
+    unknown = {"arm": "good", "seed": 6, "healthy": None, "diverged": None}
+    found = margins.from_brackets([*plain, open_above, unknown])
+    assert len(found) == 11
+    margin, width = margins.margin(found, "good", "base"), math.log2(1.2)
+    assert (margin.estimate, margin.n) == (pytest.approx(1.0), 5)
+    assert 0.6 * width < margin.high - margin.estimate < width  # all seeds share both brackets: no spread, yet unsure
+    rate = margins.critical_rate(found, "base")
+    assert 2**rate.low <= 1e-3 * 1.2**0.5 <= 2**rate.high
+    with pytest.raises(InputError, match="lacks diverged"):
+        margins.from_brackets([{"arm": "base", "seed": 0, "healthy": 1e-3}])
 
 
 def test_open_brackets_are_left_out_and_said() -> None:

@@ -42,6 +42,7 @@ def test_spikes_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "3 spikes" in shown
     assert "rectify" in shown
     assert "Recurrence(row=17" in shown
+    assert "branch any 12 of 12 worst rows" in shown
     assert shown.count("<svg") >= 3
 
 
@@ -51,3 +52,13 @@ def test_comparing_arms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "log-rank p: 0.0" in shown
     assert "log odds of diverging" in shown
     assert shown.count("<svg") >= 3
+
+
+@pytest.mark.slow
+def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads the committed tables of docs/results/autopsy."""
+    shown = run("published_recipe", monkeypatch)
+    assert "log-rank p over all arms" in shown
+    assert "live teacher: log₁₀ of the largest norm" in shown
+    assert "baseline_decoded" in shown
+    assert shown.count("<svg") >= 2

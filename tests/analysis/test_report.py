@@ -54,10 +54,47 @@ def test_the_page_says_what_is_planted(study_page: Path) -> None:
     text = Addresses(study_page.read_text()).text
     assert "3 arms, 6 seeds an arm, 400 steps; base: base" in text
     assert "0 of 6 diverged in clip, ema, which excludes only rates above 46 % (95 %)." in text
-    assert "Below 50 % accuracy: base: zero, one, two." in text
-    assert "With 6 common seeds no difference can pass Wilcoxon's test in 2 comparisons; 7 seeds could." in text
+    assert re.search(r"ema\s*6\s*2\s*0\.333 \[.*?\]\s*two \(2\)", text)  # healthy runs that lost a prompt
+    assert "With 6 common seeds no difference can pass Wilcoxon's test in 2 comparisons; 7 seeds could, and 14" in text
     for heading in ("Ranking", "Time to divergence", "Factors", "Reward against recall", "Prompts", "Cost", "Samples"):
         assert heading in text
+
+
+def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(study_page: Path) -> None:
+    """What a second person asks, from the page alone: the planted teacher, its interval, its time a step."""
+    markdown = (study_page.parent / "report.md").read_text().split("## The evidence")[0]
+    which, sure, cost = (line for line in markdown.splitlines() if line.startswith("**"))
+    assert re.search(r"teacher \(ema instead of live\) changes val/quality by −0\.\d+ \[−.*?, −.*?\] \(better\)", which)
+    assert "runs diverged" in which
+    assert "p after Holm" in sure
+    assert re.search(r"teacher \(ema instead of live\): 1\.3\d* \[1\.[23]\d*, 1\.3\d*\] times the time a step", cost)
+    assert "recall changes by" in cost
+
+
+def test_nothing_is_named_at_the_top_where_nothing_is_planted(tmp_path: Path) -> None:
+    alike = {name: {**arm, "rate": 0.0, "quality": 0.2} for name, arm in simulated.ARMS.items()}
+    page = report(simulated.make_study(tmp_path, seeds=5, arms=alike, steps=80)).with_suffix(".md").read_text()
+    top = page.split("## The evidence")[0]
+    assert "None is found to change val/quality beyond chance (nearest:" in top
+    assert "No run diverged; of all 15, rates above 22 % are excluded." in top
+    assert re.search(r"What is not found is not absent: \w+ \(.*?\) may still change val/quality by", top)
+    assert "★ " not in top.replace("★: found", "")
+
+
+def test_critical_learning_rates_of_a_search_are_read(tmp_path: Path) -> None:
+    folder = simulated.make_study(tmp_path, seeds=3, steps=60)
+    brackets: list[dict[str, object]] = []
+    for arm, rate in (("base", 1e-3), ("ema", 4e-3)):
+        rates = [rate * (1 + 0.1 * seed) for seed in range(3)]
+        brackets += [{"arm": arm, "seed": k, "healthy": r, "diverged": 1.2 * r} for k, r in enumerate(rates)]
+    brackets.append({"arm": "clip", "seed": 0, "healthy": 0.1, "diverged": None})
+    arms = [{"name": name, "config_hash": arm["hash"]} for name, arm in simulated.ARMS.items()]
+    page = report(folder, tmp_path / "out", index={"name": "lr", "arms": arms, "critical": brackets})
+    markdown = page.with_suffix(".md").read_text()
+    assert "## Critical learning rate" in markdown
+    assert re.search(r"\| ema \| 3 of 3 \| 0\.0048\d* \[.*?\] \| 2 \[1\.\d+, 2\.\d+\] \|", markdown)
+    assert "| clip | 0 of 1 (1 above) | – | – |" in markdown
+    assert (tmp_path / "out/figures/margins.svg").is_file()
 
 
 def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: Path) -> None:
@@ -94,6 +131,8 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     assert "rectify led, 3 steps before the total. Mean cosines before: base·rectify 0.2" in text
     assert "twinflow-0a1b2c3d-s1" in text
     assert "17" in text
+    assert "t 0.80–0.90" in text
+    assert "branch any" in text
     assert (run / runlog.PARQUET_NAME).is_file()
 
 
@@ -117,7 +156,7 @@ def test_learning_rates_as_a_factor_give_critical_ones(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps({"name": "lr", "metric": "val/quality", "arms": arms}))
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     markdown = report(tmp_path).with_suffix(".md").read_text()
-    assert "| teacher=ema | 4 of 4 | 0.00566 | 1 [1, 1] |" in markdown
+    assert re.search(r"\| teacher=ema \| 4 of 4 \| 0\.00566 \[.*?\] \| 1 \[0\.2\d*, 1\.8\d*\] \|", markdown)
     assert "change of val/quality (ranks)" in markdown
     assert "| live 0.016 | 4 | ∞ [−∞, ∞] |" in markdown
 
@@ -132,7 +171,7 @@ def test_a_ledger_alone_is_enough(tmp_path: Path) -> None:
     ledger = tmp_path / "host.jsonl"
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = report(ledger, base="b").read_text()
-    assert "better than the base at 5 % family-wise: a" in page
+    assert "Better than b by val/quality: a; worse than b by val/quality: no arm." in page
     assert "No run diverged." in page
     assert (tmp_path / "host-report" / "report.md").is_file()
 

@@ -114,7 +114,7 @@ def test_restricted_mean_covers_the_planted_one(rate: float) -> None:
     truth = float(simulate(rng, (1_000_000,), rate)[0].mean())
     found = [survival.restricted_mean(Times(t, e), STEPS) for t, e in zip(time, event, strict=True)]
     covered = np.mean([f.low <= truth <= f.high for f in found])  # error 0.5 %
-    assert 0.93 < covered < 0.98
+    assert 0.93 < covered < 0.98  # two Monte-Carlo errors beyond 97 %
     mean = time.mean(1)  # what the usual interval would do
     half = 1.96 * time.std(1) / math.sqrt(10)
     assert (np.abs(mean - truth) <= half).mean() < 0.925

@@ -1,0 +1,267 @@
+"""The MLflow view of a study, from made-up run directories: live, repeatable, described, and drawn in a browser."""
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TINY, write
+
+from ablations import plan as plans
+from ablations import publish
+from ablations import study as studies
+from ablations.ledger import Record
+from ablations.plan import Plan, Trial, Workspace
+from ablations.publish import StudyView, following
+from ablations.summary import curves
+from ablations.trial import durable_log
+from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
+from tests.tracking.synthetic import SPIKE_AT, make_row
+from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
+from twinrl.errors import InputError
+from twinrl.runs import dump
+from twinrl.tracking import names, runlog, store, thinning, ui
+from twinrl.tracking.runlog import RunLog
+from twinrl.tracking.thinning import Thinner
+
+STEPS = 1500
+METRICS = (names.VAL_QUALITY, names.LOSS_TOTAL)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:  # noqa: F811
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(thinning, "REGULAR_BUCKETS", 25)
+    (tmp_path / "work").mkdir()
+    shutil.copy(empty_store, tmp_path / "work")
+    return Workspace(tmp_path / "work")
+
+
+def plan_of(workspace: Workspace, name: str = "first", **content: object) -> Plan:
+    path = workspace.root.parent / f"{name}.yaml"
+    return plans.make(studies.load(write(path, set=TINY | {"train.steps": STEPS}, **content)), workspace)
+
+
+def train(trial: Trial, until: int, durable: int, only: tuple[str, ...] = ()) -> None:
+    """Rows up to ``until`` with a checkpoint at ``durable``; what was behind the last checkpoint is written anew."""
+    run = trial.run
+    run.samples.mkdir(parents=True, exist_ok=True)
+    (run.path / "config.yaml").write_text(dump(trial.settings))
+    with RunLog(run.log) as log:
+        log.trim(offset if (offset := durable_log(run.path)) is not None else 0)
+        done = len(list(runlog.rows(run.log)))
+        for iteration in range(done, until):
+            if iteration == durable:
+                _checkpoint(trial, durable, log.sync())
+            row = make_row(iteration, trial.settings.seed)
+            log.append({k: v for k, v in row.items() if not only or k in (*only, "iteration", "step")})
+        if until == durable:
+            _checkpoint(trial, durable, log.sync())
+
+
+def _checkpoint(trial: Trial, step: int, offset: int) -> None:
+    folder = trial.run.checkpoints / f"step-{step:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text(json.dumps({"log_offset": offset}))
+
+
+def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> None:
+    record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, diverged=diverged)
+    plan.workspace.ledger.append(replace(record, status="diverged") if diverged else record)
+
+
+def seed_run(view: StudyView, trial: Trial) -> Any:
+    """The one MLflow run of a trial."""
+    wanted = f"tags.config_hash = '{trial.settings.hash}' and tags.seed = '{trial.settings.seed}'"
+    (found,) = view.client.search_runs([view.experiment], filter_string=wanted)
+    return found
+
+
+def arm_run(view: StudyView, arm: str, level: str = "arm") -> Any:
+    wanted = f"tags.level = '{level}' and tags.arm = '{arm}'"
+    (found,) = view.client.search_runs([view.experiment], filter_string=wanted)
+    return found
+
+
+def points(view: StudyView, run: Any, metric: str) -> list[tuple[int, float]]:
+    return sorted((p.step, p.value) for p in view.client.get_metric_history(run.info.run_id, metric))
+
+
+def thinned_log(trial: Trial, metric: str) -> list[tuple[int, float]]:
+    thinner = Thinner(STEPS)
+    found = [point for row in runlog.read(trial.run.log) for point in thinner.feed(row)] + thinner.flush()
+    return sorted((point.iteration, point.value) for point in found if point.name == metric)
+
+
+def test_a_running_trial_is_shown_by_its_durable_rows_and_never_twice(workspace: Workspace, lab: object) -> None:
+    plan = plan_of(workspace)
+    trial, view = plan.trials[0], StudyView(plan)
+    view.try_live()
+    assert view.client.search_runs([view.experiment]) == []
+    train(trial, until=900, durable=500)
+    view.try_live()
+    run = seed_run(view, trial)
+    assert run.info.status == "RUNNING"
+    assert 400 < max(step for step, _ in points(view, run, names.LOSS_TOTAL)) < 500
+    assert run.data.params["factor.rate"] == "small"
+    arm = arm_run(view, trial.arm)
+    assert (run.data.tags["study"], run.data.tags["mlflow.parentRunId"]) == ("first", arm.info.run_id)
+    assert run.info.run_id in arm.data.tags["compare"]
+
+    train(trial, until=1400, durable=1000)  # killed at 900, resumed from 500
+    view.try_live()
+    train(trial, until=STEPS, durable=STEPS)
+    StudyView(plan).try_live()  # as of a study that was started again
+    end(plan, trial)
+    view.trial(trial)
+    run = seed_run(view, trial)
+    assert run.info.status == "FINISHED"
+    for metric in METRICS:
+        assert points(view, run, metric) == thinned_log(trial, metric)
+    assert (SPIKE_AT, 1000.0) in points(view, run, "grad/total/norm_raw")
+
+
+def test_an_interrupted_study_leaves_interrupted_runs(workspace: Workspace, lab: object) -> None:
+    plan = plan_of(workspace)
+    view = StudyView(plan)
+    train(plan.trials[0], until=700, durable=600)
+    view.try_live()
+    assert view.try_summaries() is None
+    assert seed_run(view, plan.trials[0]).info.status == "KILLED"
+
+
+def test_following_publishes_what_ends_and_what_runs(
+    workspace: Workspace, lab: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "LIVE_SECONDS", 0.05)
+    plan = plan_of(workspace)
+    view, (ended, running) = StudyView(plan), plan.trials[:2]
+    train(running, until=300, durable=200)
+    train(ended, until=STEPS, durable=STEPS)
+    end(plan, ended)
+    with following(view) as tell:
+        assert wait_for(lambda: view.client.search_runs([view.experiment], filter_string="tags.seed = '0'"), 30)
+        tell(ended)
+    assert seed_run(view, ended).info.status == "FINISHED"
+    assert seed_run(view, running).info.status == "RUNNING"
+
+
+def test_a_divergence_is_a_metric_and_tags(workspace: Workspace, lab: object) -> None:
+    plan = plan_of(workspace)
+    trial, view = plan.trials[0], StudyView(plan)
+    train(trial, until=1000, durable=1000)
+    (trial.run.events).write_text(json.dumps({"step": 999, "kind": "spike", "message": "m"}) + "\n")
+    end(plan, trial, diverged={"step": 999, "kind": "nonfinite"})
+    for _ in range(2):
+        view.trial(trial)
+    run = seed_run(view, trial)
+    expected = {"status": "diverged", "diverged": "true", "diverged.step": "999", "diverged.kind": "nonfinite"}
+    assert expected.items() <= run.data.tags.items()
+    assert [value for _, value in points(view, run, "diverged/step")] == [999]
+
+
+def test_a_reused_trial_stays_where_it_was_and_is_linked(workspace: Workspace, lab: object) -> None:
+    first, trial = (plan := plan_of(workspace)), plan.trials[0]
+    train(trial, until=100, durable=100)
+    end(first, trial)
+    own = StudyView(first).trial(trial)
+    second = plan_of(workspace, "second", design={"kind": "arms", "arms": {"again": {"rate": "small"}}}, seeds=1)
+    view = StudyView(second)
+    assert second.trials[0].key == trial.key
+    assert view.trial(second.trials[0]) == own
+    assert arm_run(view, "again").data.tags["reused.s0"] == own
+    tags = view.client.get_run(own).data.tags
+    assert (tags["study"], tags["arm"], tags["study.second"]) == ("first", trial.arm, "again")
+
+
+def test_summaries_hold_median_band_extremes_and_the_living(workspace: Workspace, lab: object) -> None:
+    plan = plan_of(workspace)
+    arms: dict[str, list[Trial]] = {}
+    for trial in plan.trials:
+        train(trial, until=STEPS, durable=STEPS, only=METRICS)
+        end(plan, trial, diverged={"step": 700, "kind": "quality"} if trial is plan.trials[-1] else None)
+        arms.setdefault(trial.arm, []).append(trial)
+    view = StudyView(plan)
+    for _ in range(2):  # the second takes the place of the first
+        view.summarise()
+    for arm, trials in arms.items():
+        run = arm_run(view, arm, "summary")
+        for metric, curve in curves(plan.reread(), trials).items():
+            for suffix, wanted in {
+                "": "median",
+                **{f"/{x}": x for x in ("low", "high", "lowest", "highest", "alive")},
+            }.items():
+                expected = [(p.step, getattr(p, wanted)) for p in curve]
+                assert 0 < len(expected) <= 500
+                assert points(view, run, f"{metric}{suffix}") == expected
+    assert {value for _, value in points(view, run, "loss/total/alive")} == {1, 2}
+
+
+def test_a_store_that_is_away_is_left_alone_for_a_while(
+    workspace: Workspace, lab: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = plan_of(workspace)
+    view, calls = StudyView(plan), []
+    for trial in plan.trials:
+        train(trial, until=100, durable=50)
+
+    def away(uri: str) -> None:
+        calls.append(uri)
+        raise OSError("away")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(store, "probe", away)
+        for _ in range(3):
+            view.try_live()
+    assert len(calls) == 1
+    assert caplog.records == []
+    view._paused_until = 0
+    view.try_live()
+    assert len(view.client.search_runs([view.experiment], filter_string="tags.seed LIKE '%'")) == 4
+
+
+def test_a_foreign_store_is_refused(tmp_path: Path, workspace: Workspace, lab: object) -> None:
+    (tmp_path / "mlflow.db").write_text("not a database, but a text that is long enough to be read as one" * 20)
+    with pytest.raises(InputError, match="can't be used"):
+        StudyView(plan_of(workspace), f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+# --- pages ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def summarised(workspace: Workspace, lab: object) -> Iterator[tuple[StudyView, ui.Server]]:
+    """A study with summaries of two arms, and a server over its store."""
+    plan = plan_of(workspace)
+    for trial in plan.trials:
+        train(trial, until=STEPS, durable=STEPS, only=METRICS)
+        end(plan, trial)
+    view = StudyView(plan)
+    view.summarise()
+    with ui.Server(view.uri, port=0) as server:
+        yield view, server
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_page_that_a_study_links_to_draws_the_arms(summarised: tuple[StudyView, ui.Server], browser: Any) -> None:  # noqa: F811
+    view, server = summarised
+    (study,) = view.client.search_runs([view.experiment], filter_string="tags.level = 'study'")
+    browser.get(study.data.tags["compare"].replace(publish.SERVER, server.url))
+    arms = ("rate=small", "rate=large")
+    expected = {f"{arm} (summary) ({metric})" for arm in arms for metric in METRICS}
+    wait_for(lambda: expected <= set(drawn(browser)))
+    keep_screenshot(browser, "compare-arms")
+    shown = drawn(browser)
+    assert set(shown) == expected
+    for arm in arms:
+        for metric in METRICS:
+            steps, values = shown[f"{arm} (summary) ({metric})"]
+            assert list(zip(steps, values, strict=True)) == points(view, arm_run(view, arm, "summary"), metric)
