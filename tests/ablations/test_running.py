@@ -122,26 +122,26 @@ def test_a_run_that_ended_unrecorded_is_recorded_without_running(first: Plan, ru
 def test_halving_prunes_the_worse_and_the_non_finite_and_censors_them(runs: Runner, make: Make) -> None:
     """One at a time, so that which trial meets which at the rung is no matter of luck."""
     evaluation = TINY["evaluation"] | {"every": 8}  # type: ignore[operator]
-    rates = {"fine": {"optim.lr": 3e-4}, "wild": {"optim.lr": 0.03}, "exploding": {"optim.lr": 1e30}}
+    rates = {"quick": {"optim.lr": 0.03}, "slow": {"optim.lr": 3e-4}, "exploding": {"optim.lr": 1e30}}
     halved = make(
         "halved", seeds=1, factors={"rate": rates}, stop={"kind": "asha", "grace_steps": 8, "reduction": 3},
         set=TINY | {"evaluation": evaluation, "stability.policy": "record"}, resources={"cpus": 2},
     )  # fmt: skip
     done, failures = runs.run(halved)
     assert failures == []
-    fine, wild, exploding = (done.record(trial) for trial in done.trials)
-    assert fine
-    assert wild
+    quick, slow, exploding = (done.record(trial) for trial in done.trials)
+    assert quick
+    assert slow
     assert exploding
-    assert (fine.status, fine.step, fine.diverged) == ("finished", 20, None)
-    assert (wild.status, wild.step, wild.message, wild.diverged) == ("pruned", 8, "halved at step 8", None)
-    assert wild.metrics["val/quality"] > fine.metrics["val/quality"]
+    assert (quick.status, quick.step, quick.diverged) == ("finished", 20, None)
+    assert (slow.status, slow.step, slow.message, slow.diverged) == ("pruned", 8, "halved at step 8", None)
+    assert slow.metrics["val/quality"] > 40 > quick.metrics["val/quality"]
     assert (exploding.status, exploding.step) == ("pruned", 8)
     assert exploding.diverged, "what had diverged before it was pruned stays a divergence"
     assert exploding.diverged["kind"] == "nonfinite"
     assert runs.run(halved.reread())[0].missing == []
     exhaustive = make("whole", seeds=1, factors={"rate": rates}, set=halved.study.config.set, resources={"cpus": 2})
-    assert [trial.arm for trial in exhaustive.missing] == ["rate=wild", "rate=exploding"]  # pruned is no result
+    assert [trial.arm for trial in exhaustive.missing] == ["rate=slow", "rate=exploding"]  # pruned is no result
 
 
 def test_margin_brackets_the_edge_and_goes_on_from_the_ledger(runs: Runner, make: Make) -> None:
