@@ -8,7 +8,6 @@ and not single lucky runs. A trial that belongs to several studies stays where i
 link to it by tags.
 """
 
-import logging
 import queue
 import threading
 import time
@@ -59,7 +58,6 @@ class StudyView:
         self._ended: set[str] = set()
         self._runs: dict[str, dict[str, str]] = {}
         self._paused_until = 0.0
-        mlflow_view.logger.setLevel(logging.ERROR)  # the study says itself, once and at its end, that MLflow was away
         self.uri = store.resolve(uri, plan.workspace.root)
         try:
             store.prepare(self.uri)
@@ -111,7 +109,9 @@ class StudyView:
         first = trial.key not in self._shown
         if first:
             tags = self._tags(trial, self._arm(trial), self._mine(trial))
-            self._shown[trial.key] = MLflowView(trial.run.path, self.uri, experiment=EXPERIMENT, tags=tags)
+            self._shown[trial.key] = MLflowView(  # the study says itself, once and at its end, that MLflow was away
+                trial.run.path, self.uri, experiment=EXPERIMENT, tags=tags, quiet=True
+            )
         view = self._shown[trial.key]
         if not view.publish_through(offset) or view.run_id is None:
             raise InputError(f"the MLflow store {self.uri} does not answer")

@@ -84,6 +84,7 @@ class MLflowView:
         experiment: name of the MLflow experiment; default: as before, at first ``twinrl``.
         tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for a rebuild.
         total: planned iterations; default: ``train.steps`` of the configuration.
+        quiet: no warning when MLflow is away: the caller says it.
 
     *When to use*: on rank 0, with :meth:`publish_through` right after each checkpoint is on disk.
     """
@@ -96,13 +97,14 @@ class MLflowView:
         experiment: str | None = None,
         tags: Mapping[str, object] | None = None,
         total: int | None = None,
+        quiet: bool = False,
     ):
         self._dir = Path(run_dir)
         self._aim = (uri, experiment, dict(tags or {}), total)
         self._publisher: Publisher | None = None
         self._failures_in_a_row = 0
         self._calls_to_skip = 0
-        self._warned = False
+        self._warned = quiet
 
     @property
     def run_id(self) -> str | None:

@@ -85,7 +85,7 @@ def test_conditions_of_any_prompts_join_and_rows_do_not_mix(case):
             alone = network(
                 x[row : row + 1], t[row : row + 1], t[row : row + 1], conditions.rows(joined, slice(row, row + 1))
             )
-            torch.testing.assert_close(together[row : row + 1], alone, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(together[row : row + 1], alone, atol=5e-5, rtol=1e-4)
 
 
 def test_prompts_matter_and_the_empty_one_is_not_them(case):
