@@ -100,7 +100,7 @@ def lines(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_failing_seed_is_alone_and_tried_again_alone(runs: Runner, tmp_path: Path) -> None:
     """Seed 1 has a run directory that can't be resumed; the others of its process finish."""
     study = made(tmp_path, 3)
@@ -120,7 +120,7 @@ def test_a_failing_seed_is_alone_and_tried_again_alone(runs: Runner, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_killed_process_is_resumed_and_equals_separate_runs(runs: Runner, tmp_path: Path) -> None:
     """Against the same seeds without packing, which are other trials to the ledger; in double precision to 1e-8."""
     double = SMALL | {"train.precision": "float64"}

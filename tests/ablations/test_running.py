@@ -21,7 +21,7 @@ from ablations.runner import Runner
 from twinrl.errors import InputError
 from twinrl.tracking import names, runlog
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 Make = Callable[..., Plan]
 

@@ -20,10 +20,10 @@ from tiny import TINY, write
 
 from ablations.ledger import Ledger
 
-KILLS = int(os.environ.get("KILLS", "6"))
+KILLS = int(os.environ.get("KILLS", "4"))
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300 if KILLS <= 6 else 3600),
+    pytest.mark.timeout(1200 if KILLS <= 6 else 3600),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 STEPS, PATIENCE, CORES = 30 + 12 * KILLS, 300, ("--cpus", "2")

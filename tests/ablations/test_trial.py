@@ -50,7 +50,7 @@ RANK = "import os, pathlib, time; pathlib.Path(f'{os.getpid()}.pid').touch(); ti
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("killed", ["starter", "launcher"])
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher(tmp_path: Path, killed: str) -> None:

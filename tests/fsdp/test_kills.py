@@ -21,10 +21,10 @@ from twinrl import checkpoints
 from twinrl.runs import RunDirectory
 
 KILLS = int(os.environ.get("KILLS", "2"))
-STEPS, PATIENCE = 20 + 4 * KILLS, 250
+STEPS, PATIENCE = 20 + 4 * KILLS, 600
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300 if KILLS <= 2 else 200 * KILLS),
+    pytest.mark.timeout(900 if KILLS <= 2 else 400 * KILLS),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.fake_source import SMALL
 from twinrl import checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAIN = """
 import sys

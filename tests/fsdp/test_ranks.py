@@ -28,7 +28,7 @@ from twinrl.terms import TERMS
 from twinrl.tracking import names
 from twinrl.trainer import Outcome
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 MIDDLE = STEPS // 2
 ELASTIC = Case("twinflow", (*cases.RULES, "gradients.total={zclip: {warmup: 3}}"))

@@ -12,7 +12,7 @@ from tests.fake_source import SMALL
 from tests.fsdp import torchrun
 from twinrl import checkpoints
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 PATIENCE = 600
 WIDE = "model.network={kind: mlp, width: 192, depth: 4, condition_width: 32}"
 
