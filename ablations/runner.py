@@ -8,7 +8,6 @@ cluster, finds the machines. Ray's own files of an experiment are scratch and ar
 import fcntl
 import os
 import pickle
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.table import Board, failure_lines
 from ablations.trial import Task, TrialError, pruned, record
+from twinrl.commands.interrupt import asking
 from twinrl.errors import InputError
 
 
@@ -80,7 +80,7 @@ class Runner:
             self.started += len(trials)
             deadline = None if budget.minutes is None else self.began + 60 * budget.minutes
             board = Board(plan, _tasks(plan, trials, deadline), self.console)
-            with _stoppable(request), self._scratch(plan) as scratch:
+            with asking(request.touch), self._scratch(plan) as scratch:
                 _tune(plan, board, ended or (lambda trial: None), slots, scratch)
             return plan.reread(), failure_lines(board.failures)
 
@@ -179,23 +179,6 @@ def stop_request(plan: Plan) -> Path:
 def interrupted(plan: Plan) -> bool:
     """Whether the last run of the study was asked to stop."""
     return stop_request(plan).exists()
-
-
-@contextmanager
-def _stoppable(request: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM make the request; a second one ends at once."""
-
-    def ask(signum: int, frame: Any) -> None:
-        request.touch()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Follow(tune.Callback):

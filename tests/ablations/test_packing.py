@@ -131,7 +131,7 @@ def test_a_killed_process_is_resumed_and_equals_separate_runs(runs: Runner, tmp_
     killed, failures = runs.run(made(tmp_path / "killed", 3, set=double, retries=1))
     killer.join()
     assert (failures, killed.missing) == ([], [])
-    outputs = list((tmp_path / "killed/work/studies/packed/outputs").glob("*-s?.txt"))
+    outputs = list((tmp_path / "killed" / "work").glob("studies/packed/outputs/*-s?.txt"))
     assert [path.read_text().count("3 packed into one process") for path in outputs] == [2, 2, 2]
     for one, other in zip(quiet.trials, killed.trials, strict=True):
         assert one.key != other.key

@@ -10,14 +10,12 @@ is kept in ``<run directory>/ranks/rank-<i>.txt``.
 import fcntl
 import math
 import os
-import signal
 import socket
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +24,7 @@ from rich.console import Console
 
 from twinrl import cluster, schema
 from twinrl.commands import program
+from twinrl.commands.interrupt import asking
 from twinrl.commands.train import FAILED, INTERRUPTED, resume, train
 from twinrl.errors import InputError
 from twinrl.fsdp import mesh
@@ -218,7 +217,7 @@ def _wait(trainer: Any, task: Task, console: Console) -> BaseException | None:
             failures.append(error)
 
     thread = threading.Thread(target=fit, daemon=True)
-    with _stoppable(Path(task.stop)), _Tail(_output(Path(task.output), 0), console) as tail:
+    with asking(Path(task.stop).touch), _Tail(_output(Path(task.output), 0), console) as tail:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_SECONDS)
@@ -248,23 +247,6 @@ class _Tail:
         if self.file is not None and (text := self.file.read()):
             self.console.file.write(text)
             self.console.file.flush()
-
-
-@contextmanager
-def _stoppable(request: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the workers to checkpoint and end; a second one does not wait for them."""
-
-    def ask(signum: int, frame: Any) -> None:
-        request.touch()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- a worker -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
 """Several runs in one process: each begun, resumed or left alone as its directory says, with batched network calls."""
 
-import signal
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +12,7 @@ from rich.console import Console
 
 from twinrl import assembly
 from twinrl.commands import train as single
+from twinrl.commands.interrupt import asking
 from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.packed import Abandoned, Member, Networks, check_packed
@@ -70,7 +69,7 @@ def train(runs: Sequence[RunConfig], consoles: Sequence[Console]) -> list[int]:
         partial(_run, settings, source, device, Member(networks, number), console, stop)
         for number, (settings, console) in enumerate(zip(runs, consoles, strict=True))
     ]
-    with _interruptible(stop):
+    with asking(lambda: setattr(stop, "asked", True)):
         ended = networks.rendezvous.run(bodies)
     return [single.FAILED if one.value is None else one.value for one in ended]
 
@@ -147,23 +146,3 @@ def _go_on(
         console.print(f"run directory [bold]{run.path}[/]")
         trainer.observers.append(stop.watching(trainer))
         return single._continue(trainer, console, None)
-
-
-@contextmanager
-def _interruptible(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask all runs to stop after their present step; a second one ends them at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        stop.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

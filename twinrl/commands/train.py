@@ -1,8 +1,6 @@
 """``twinrl train`` and ``twinrl resume``."""
 
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from twinrl import assembly
 from twinrl.branches import allocate
 from twinrl.commands import pictures, program
 from twinrl.commands.failures import FAILED, in_one_line
+from twinrl.commands.interrupt import asking
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
 from twinrl.data.source import Data
 from twinrl.errors import InputError
@@ -172,7 +171,7 @@ def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outco
     """The loop under a progress bar; Ctrl-C and SIGTERM end it at the next step, with a checkpoint."""
     if trainer.step:
         console.print(f"resuming at step {trainer.step}")
-    with _interruptible(trainer), ExitStack() as stack:
+    with asking(lambda: setattr(trainer, "interrupted", True)), ExitStack() as stack:
         if trainer.ranks.first:
             shown = ConsoleObserver(console, trainer.settings.train.steps, trainer.step)
             trainer.observers.append(stack.enter_context(shown))
@@ -196,26 +195,6 @@ class StopFile:
 
     def after_event(self, event: object) -> None:
         """Nothing to do."""
-
-
-@contextmanager
-def _interruptible(trainer: Trainer) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the trainer to stop after the present step; a second one stops at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # in a worker of Ray, to which signals are not sent; it has a stop file
-        return
-
-    def ask(signum: int, frame: Any) -> None:
-        trainer.interrupted = True  # and the system's own handlers, which a background job may have had switched off:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, console: Console) -> int:
