@@ -79,7 +79,10 @@ def report(
     base: Annotated[str | None, typer.Option(help="arm that the others are compared with")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the report; default: in --root")] = None,
 ) -> None:
-    """Answer the study's question: ranking, effects, survival, sample grids, as Markdown and one HTML page."""
+    """Answer the study's question: ranking, effects, survival, sample grids, as Markdown and one HTML page.
+
+    After an update of twinrl it shows the trials of the version before, and says so, until as many are made anew.
+    """
     from ablations.commands import report as command
 
     raise typer.Exit(command(study, seeds, root, ledger, base, out))

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ablations import margin as margins
 from ablations import plan as plans
-from ablations import runner, table
+from ablations import runner, table, versions
 from ablations import study as studies
 from ablations.cluster import Machine, usable_cores
 from ablations.plan import Plan, Workspace
@@ -33,9 +33,10 @@ def plan(
         console.print(f"[italic]{escape(study.config.question)}[/]")
     console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
     console.print(table.arms_table(made))
-    missing = len(made.missing)
+    _print_hint(made, console)
+    missing, seeds_each = len(made.missing), len(study.config.seeds)
     console.print(
-        f"{len(study.arms)} arms × {len(study.config.seeds)} seeds = {len(made.trials)} trials, "
+        f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
         f"{len(made.trials) - missing} done, {missing} to run"
     )
     if timing and missing:
@@ -54,6 +55,11 @@ def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
         f"{table.duration(total)} with {slots} at a time (validations during training not counted)",
         soft_wrap=True,
     )
+
+
+def _print_hint(made: Plan, console: Console) -> None:
+    if hint := versions.hint(made):
+        console.print(hint, soft_wrap=True)
 
 
 def run(
@@ -94,6 +100,7 @@ def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | N
     """``twinrl ablate status``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
     console.print(table.arms_table(made))
+    _print_hint(made, console)
     for trial in made.trials:
         if made.state(trial) == "failed":
             console.print(f"[red]failed[/] {escape(trial.title)}: {escape(made.records[trial.key].message)}")
@@ -108,21 +115,24 @@ def report(
 
     console, made = Console(), _plan(name, seeds, root, ledgers)
     study = made.study
-    if len(made.missing) == len(made.trials):
+    version = versions.to_report(made)
+    if version.missing == len(made.trials):
         raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
     arms = {trial.arm: trial for trial in made.trials}
     index = {
         "name": study.name,
         "question": study.config.question,
+        "note": version.note,
         "metric": study.config.metric,
         "base": base,
+        "seeds": list(study.config.seeds),
         "arms": [
             {
                 "name": arm,
                 "config_hash": trial.settings.hash,
                 "levels": dict(trial.levels),
                 "steps": trial.settings.train.steps,
-                "fingerprint": trial.fingerprint,
+                "fingerprint": version.fingerprints[trial.settings.hash],
             }
             for arm, trial in arms.items()
         ],
@@ -132,8 +142,10 @@ def report(
         ],
     }
     page = write(root, out or made.workspace.study_folder(study) / "report", base=base, index=index)
-    if made.missing:
-        console.print(f"{len(made.missing)} of {len(made.trials)} trials are missing")
+    if version.note:
+        console.print(escape(version.note), soft_wrap=True)
+    if version.missing:
+        console.print(f"{version.missing} of {len(made.trials)} trials are missing")
     console.print(f"report: {page}", soft_wrap=True)
     return 0
 

@@ -107,8 +107,11 @@ class Plan:
     def record(self, trial: Trial) -> Record | None:
         """The outcome of a trial, if it needs no further running."""
         found = self.records.get(trial.key)
-        pruned = found is not None and found.status == "pruned" and self.study.config.stop.kind == "asha"
-        return found if found is not None and (found.final or pruned) else None
+        return found if found is not None and self.counts(found) else None
+
+    def counts(self, record: Record) -> bool:
+        """Whether a record is an outcome for this study; a pruned one is where the study prunes."""
+        return record.final or (record.status == "pruned" and self.study.config.stop.kind == "asha")
 
     @property
     def missing(self) -> list[Trial]:

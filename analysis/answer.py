@@ -36,6 +36,8 @@ def blocks(study: Study, metric: str, lines: Sequence[Line], factors: Factors, e
         ("How sure?", sure(study, metric, lines, factors, effect)),
         ("What does it cost?", costs(study, factors)),
     ]
+    if study.note:
+        facts.append(("Made by what?", study.note))
     glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
     table: list[Block] = [Table(glance)] if glance is not None else []
     return [*question, Facts(facts), *table, Text(NOTE, note=True), *_left_out(study), Heading("The evidence")]
@@ -61,16 +63,30 @@ def _left_out(study: Study) -> list[Block]:
 def which(study: Study, metric: str, lines: Sequence[Line], factors: Factors) -> str:
     """What was found to change the metric and the divergence."""
     by_metric = _by_factors(metric, factors) if factors.metric else _by_arms(study, metric, lines)
-    return f"{by_metric} {_divergence(study, factors)}"
+    return f"{by_metric} {_divergence(study, factors)}{_first(study, lines)}"
+
+
+def _first(study: Study, lines: Sequence[Line]) -> str:
+    """The arm that leads the ranking, beside the base."""
+    if not lines:
+        return ""
+    base = next(line for line in lines if line.arm == study.base)
+    if lines[0] is base:
+        return f" First of the arms is the base: {base.interval}."
+    return f" First of the arms is {lines[0].arm}: {lines[0].interval}; the base has {base.interval}."
 
 
 def _by_factors(metric: str, factors: Factors) -> str:
     if not any(effect.named for effect in factors.metric):
         first = factors.metric[0]
+        if first.seeds == 1:
+            largest = f"{_contrast(first)} {_change(first, metric, factors)}"
+            return f"One seed names none; in it, and perhaps in it alone, {largest}."
         nearest = f"nearest: {first.factor}, p = {number(first.p_holm)}"
         return f"None is found to change {metric} beyond chance ({nearest})."
     found, higher = clear(factors.metric), higher_is_better(metric)
-    texts = [f"{_contrast(e)} {_change(e, metric)} ({_verdict(e.interval, higher)})" for e in found[:MOST_NAMED]]
+    texts = [f"{_contrast(e)} {_change(e, metric, factors)} ({_verdict(e.interval, higher)})"
+             for e in found[:MOST_NAMED]]  # fmt: skip
     blurred = {e.factor for e in factors.metric if e.named} - {e.factor for e in found}
     texts += [f"{factor} matters, though no level by itself stands out from its reference" for factor in blurred]
     return f"{'; '.join(texts)}{_more(found)}."
@@ -91,9 +107,11 @@ def _contrast(effect: Effect) -> str:
     return f"{effect.factor} ({words})"
 
 
-def _change(effect: Effect, metric: str) -> str:
+def _change(effect: Effect, metric: str, factors: Factors) -> str:
     if effect.scale == "ranks":
-        return f"moves a run's rank in {metric} by {effect.interval} of {effect.interval.n}"
+        ends = [factors.medians.get((effect.factor, level), math.nan) for level in effect.contrast.split(" − ")]
+        medians = "" if any(map(math.isnan, ends)) else f", medians {' against '.join(map(number, ends))}"
+        return f"moves a run's rank in {metric} by {effect.interval} of {effect.interval.n}{medians}"
     return f"changes {metric} by {effect.interval}"
 
 

@@ -1,8 +1,9 @@
 """Which factor matters: main effects and chosen interactions, with the seed as a block and Holm's correction.
 
 ``y = μ + Σ factors + Σ interactions + seed + ε``, by least squares (statsmodels) on the values, or on their ranks
-where a diverged run makes a value infinite; for "diverged: yes or no" by Firth's logistic regression
-(:mod:`analysis.firth`), without the block: paired seeds then make the test a little conservative.
+where runs diverged: one broken run among healthy ones would otherwise be all of the spread. For "diverged: yes or no"
+by Firth's logistic regression (:mod:`analysis.firth`), without the block: paired seeds then make the test a little
+conservative.
 
 Columns are centred, so a coefficient is *this level minus the reference, averaged over the other factors*, also in
 the presence of interactions. One F or likelihood-ratio test per factor; Holm's correction over all of them.
@@ -32,6 +33,7 @@ class Effect:
         interval: difference of the outcome (ranks: of its rank; yes/no: log odds ratio).
         p: of the whole factor, all levels together. p_holm: corrected for the number of factors tested.
         scale: values, ranks or log odds.
+        seeds: distinct ones behind it. With one, p is about that seed: it says nothing about others.
     """
 
     factor: str
@@ -40,11 +42,12 @@ class Effect:
     p: float
     p_holm: float
     scale: str
+    seeds: int = 2
 
     @property
     def named(self) -> bool:
-        """Whether the factor is found at 5 % family-wise."""
-        return self.p_holm < 1 - LEVEL
+        """Whether the factor is found at 5 % family-wise, and not in one seed alone."""
+        return self.p_holm < 1 - LEVEL and self.seeds > 1
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,23 @@ def main_effects(
     factors: Sequence[str],
     interactions: Sequence[tuple[str, str]] = (),
     reference: dict[str, object] | None = None,
+    ranks: bool = False,
 ) -> list[Effect]:
     """Effects of ``factors`` on a numeric column of ``trials``, the factors in order of their p-values.
 
     Arguments:
         trials: one row a run, with ``seed``, the factors' levels and the outcome (±inf for a diverged run).
         interactions: pairs to be tested as well. reference: the base's level of each factor; default: the first.
+        ranks: on the ranks of the outcome, as where it is not finite; for outcomes with a few far-off values.
 
     Raises:
         InputError: a column is missing, or the design cannot tell the factors apart.
     """
     blocks = design(trials, [outcome], factors, interactions, reference or {})
     y = trials[outcome].to_numpy(float)
-    scale = "values" if np.isfinite(y).all() else "ranks"
-    return corrected(_least_squares(blocks, _seed_block(trials, blocks), y if scale == "values" else _ranks(y), scale))
+    scale = "values" if np.isfinite(y).all() and not ranks else "ranks"
+    effects = _least_squares(blocks, _seed_block(trials, blocks), y if scale == "values" else _ranks(y), scale)
+    return corrected(effects, trials["seed"].nunique())
 
 
 def odds_effects(
@@ -90,7 +96,7 @@ def odds_effects(
     y = trials[outcome].to_numpy(float)
     if len(set(y)) < 2:
         return []
-    return corrected(_logistic(blocks, y))
+    return corrected(_logistic(blocks, y), trials["seed"].nunique())
 
 
 # --- designs ----------------------------------------------------------------------------------------------
@@ -189,14 +195,16 @@ def _least_squares(blocks: Sequence[Block], seeds: np.ndarray, y: np.ndarray, sc
             fix="add seeds",
         )
     result = sm.OLS(y, x).fit()
-    bounds = result.conf_int(1 - LEVEL)
+    nothing = 1e-12 * np.abs(y).max()  # what rounding leaves where a column has no effect
+    values = np.column_stack([result.params, result.conf_int(1 - LEVEL)])
+    values[np.abs(values) < nothing] = 0
     effects, first = [], 1
     for block in blocks:
         index = range(first, first + block.columns.shape[1])
         first = index.stop
         p = float(result.f_test(np.eye(x.shape[1])[list(index)]).pvalue)
         for k, contrast in zip(index, block.contrasts, strict=True):
-            interval = Interval(result.params[k], bounds[k, 0], bounds[k, 1], len(y), "least squares, seed as block")
+            interval = Interval(*values[k].tolist(), len(y), "least squares, seed as block")
             effects.append(Effect(block.name, contrast, interval, p, p, scale))
     return effects
 
@@ -216,9 +224,9 @@ def _logistic(blocks: Sequence[Block], y: np.ndarray) -> list[Effect]:
     return effects
 
 
-def corrected(effects: list[Effect]) -> list[Effect]:
-    """The effects with ``p_holm`` over the distinct factors, the smallest p first."""
+def corrected(effects: list[Effect], seeds: int) -> list[Effect]:
+    """The effects of a study of ``seeds``, with ``p_holm`` over the distinct factors, the smallest p first."""
     p = {effect.factor: effect.p for effect in effects}
     p_holm = dict(zip(p, intervals.holm(list(p.values())), strict=True))
-    filled = [replace(effect, p_holm=float(p_holm[effect.factor])) for effect in effects]
+    filled = [replace(effect, p_holm=float(p_holm[effect.factor]), seeds=seeds) for effect in effects]
     return sorted(filled, key=lambda effect: effect.p)

@@ -1,8 +1,8 @@
 """The part of a study's page about factors: their effects on the metric, on divergence and on the time of a step."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ class Factors:
     Attributes:
         metric: on the metric. odds: log odds of diverging. time: on the logarithm of the seconds a step takes.
         recall: on the first recall column, where every run has one.
+        medians: factor and level → median of the metric over its runs.
         problem: why there are no effects; empty if there are.
     """
 
@@ -36,6 +37,7 @@ class Factors:
     odds: Sequence[Effect] = ()
     time: Sequence[Effect] = ()
     recall: Sequence[Effect] = ()
+    medians: Mapping[tuple[str, str], float] = field(default_factory=dict)
     problem: str = ""
 
     @property
@@ -52,7 +54,7 @@ def estimate(study: Study, metric: str, interactions: Sequence[tuple[str, str]])
     ended = study.trials[study.trials["status"].isin(ENDED)].copy()
     try:
         ended[metric] = [values_of(ended.loc[[k]], metric).iloc[0] for k in ended.index]
-        found = main_effects(ended, metric, study.factors, interactions, reference)
+        found = main_effects(ended, metric, study.factors, interactions, reference, bool(ended["diverged"].any()))
         odds = odds_effects(study.trials, study.factors, "diverged", interactions, reference)
     except InputError as error:
         return Factors(problem=str(error))
@@ -61,6 +63,8 @@ def estimate(study: Study, metric: str, interactions: Sequence[tuple[str, str]])
     return Factors(
         found, odds, _further(_timed(ended), STEP_TIME, study, interactions, reference),
         _further(recalled, recall or "", study, interactions, reference),
+        {(factor, str(level)): float(median) for factor in study.factors
+         for level, median in ended.groupby(factor)[metric].median().items()},
     )  # fmt: skip
 
 
@@ -110,9 +114,9 @@ def section(factors: Factors, metric: str, figures: Path) -> list[Block]:
 
 
 NOTE = (
-    "Each factor's effect averaged over the others; least squares with the seed as a block (on ranks where a diverged "
-    "run has no finite value), Firth's logistic regression for yes or no. Holm's correction over the factors; "
-    "★ below 5 %."
+    "Each factor's effect averaged over the others; least squares with the seed as a block (on the runs' ranks where "
+    "some diverged, so that one broken run does not hide the others), Firth's logistic regression for yes or no. "
+    "Holm's correction over the factors; ★ below 5 %."
 )
 
 

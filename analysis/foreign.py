@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from analysis import tfevents
 from twinrl.errors import InputError
 from twinrl.tracking import runlog
 
@@ -42,6 +43,15 @@ def read(path: Path, mapping: Mapping[str, str]) -> Rows:
     if missing := [theirs for theirs in mapping.values() if theirs not in found]:
         raise InputError(f"{path} has no column {missing[0]}", expected=f"one of {', '.join(sorted(found)[:20])}")
     return [joined[step] for step in sorted(joined)]
+
+
+def kind_of(path: Path) -> str:
+    """What a log of another program is, in words; empty for a run, a study or a ledger."""
+    if path.is_dir():
+        return "a folder of TensorBoard events" if any(path.glob("*tfevents*")) else ""
+    if path.suffix in (".csv", ".json"):
+        return f"a {path.suffix[1:].upper()} file"
+    return "a TensorBoard event file" if "tfevents" in path.name else ""
 
 
 def _number(value: object) -> float | None:
@@ -87,12 +97,9 @@ def _json(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _tensorboard(path: Path) -> Iterator[Mapping[str, Any]]:
     """Scalars as ``{"step": …, tag: value}``; map ``step=step``."""
-    try:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    except ImportError as error:
-        raise InputError("TensorBoard logs need its reader", fix="pip install tensorboard") from error
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0})
-    events.Reload()
-    for tag in events.Tags()["scalars"]:
-        for event in events.Scalars(tag):
-            yield {"step": event.step, tag: event.value}
+    found = False
+    for step, tag, value in tfevents.scalars(path):
+        found = True
+        yield {"step": step, tag: value}
+    if not found:
+        raise InputError(f"{path} holds no scalars", expected="TensorBoard event files (*tfevents*)")

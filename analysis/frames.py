@@ -88,7 +88,8 @@ class Study:
         name: for headings. trials: the table described above, in the order of arms and seeds.
         factors: columns that hold factor levels. base: the arm that others are compared with.
         runs: index in ``trials`` → its run directory, for those that are still there.
-        question: what the study is to answer; metric: what it ranks by; both may be empty.
+        question: what the study is to answer; metric: what it ranks by; note: whose trials these are, where a
+            reader must know; all may be empty.
         critical: critical learning rates by arm and seed, where they were searched for.
     """
 
@@ -99,6 +100,7 @@ class Study:
     runs: Mapping[int, Run] = field(default_factory=dict)
     question: str = ""
     metric: str = ""
+    note: str = ""
     critical: tuple[Critical, ...] = ()
 
     @property
@@ -222,10 +224,10 @@ def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | N
     """Read a study from a folder or a ledger file.
 
     Arguments:
-        path: as above. index: what ``study.json`` would say: ``name``, ``question``, ``metric``, ``base`` and
+        path: as above. index: what ``study.json`` would say: ``name``, ``question``, ``note``, ``metric``, ``base`` and
             ``arms``, each with ``name``, ``config_hash`` and, where known, ``levels``, ``steps``, ``fingerprint``.
-            Only trials of these arms (and fingerprints) are read. ``critical``: brackets of critical learning rates,
-            as for :func:`analysis.margins.from_brackets`.
+            Only trials of these arms (and fingerprints), and of ``seeds`` where it has them, are read.
+            ``critical``: brackets of critical learning rates, as for :func:`analysis.margins.from_brackets`.
         base: the arm that others are compared with; default: the one that the index names, else an arm called
             ``base`` or ``start``, else the first.
 
@@ -243,6 +245,9 @@ def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | N
     seen = {(run.config_hash, int(run.config.get("seed", 0))) for run in runs}
     lines = [trial_of(run) for run in runs]
     lines += [record for record in records if (record["config_hash"], record["seed"]) not in seen]
+    lines = [line for line in lines if line["seed"] in index.get("seeds", (line["seed"],))]
+    if not lines:
+        raise InputError(f"{path} has no trial of the study's seeds", expected=f"seeds {index['seeds']}")
     factors = _name_arms(lines, runs, index)
     return assemble(index.get("name") or path.resolve().stem, lines, factors, runs, base or index.get("base"), index)
 
@@ -264,9 +269,9 @@ def assemble(
     trials["planned"] = trials["planned"].fillna(trials["step"].max()).astype(int)
     directories = {str(run.path): run for run in runs}
     found = {k: directories[d] for k, d in enumerate(trials["directory"]) if d in directories}
-    question, metric = (str((index or {}).get(key, "")) for key in ("question", "metric"))
+    question, metric, note = (str((index or {}).get(key, "")) for key in ("question", "metric", "note"))
     critical = tuple(rate for rate in from_brackets((index or {}).get("critical", [])) if rate.arm in order)
-    return Study(name, trials, tuple(factors), _base(list(order), base), found, question, metric, critical)
+    return Study(name, trials, tuple(factors), _base(list(order), base), found, question, metric, note, critical)
 
 
 def _arm_order(lines: list[dict[str, Any]], index: Mapping[str, Any]) -> list[str]:

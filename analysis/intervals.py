@@ -54,13 +54,13 @@ class Interval:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """A number for people: three significant digits (1,230 and not 1.23e3 below a million), ∞, – for missing."""
+    """A number for people: a few significant digits (1,230 and not 1.23e3 below a million), ∞, – for missing."""
     if math.isnan(value):
         return "–"
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
     rounded = float(f"{value:.{digits}g}")
-    if 1000 <= abs(rounded) < 1e6:
+    if 10**digits <= abs(rounded) < 1e6:
         return f"{rounded:,.0f}".replace("-", "−")
     return f"{rounded:.{digits}g}".replace("-", "−")
 

@@ -23,6 +23,8 @@ class TooFewSeedsError(InputError):
 
 SHARES = ("accuracy", "precision", "recall")
 """Quantities that are shares of 1."""
+NOT_NEGATIVE = ("fd", "density", "coverage", "velocity_mse")
+"""Others that cannot be below 0."""
 COLLAPSED = 0.5
 """Judge accuracy below which a prompt counts as collapsed."""
 PAIRED_FROM = 5
@@ -77,8 +79,7 @@ def values_of(trials: "pd.DataFrame", metric: str) -> "pd.Series":
 
 def check_units(metric: str, values: "pd.Series") -> None:
     """Raises InputError where a share was logged as a fraction by some runs and in per cent by others."""
-    quantity = re.sub(r"_\d+nfe$", "", metric.split("/")[1]) if "/" in metric else metric
-    if quantity not in SHARES:
+    if _quantity(metric) not in SHARES:
         return
     finite = values[np.isfinite(values)]
     above = finite[finite > 1 + 1e-6]
@@ -101,7 +102,7 @@ def leaderboard(study: Study, metric: str, effect: float = 1.0) -> list[Line]:
     """
     check_rankable(study, metric, effect)
     columns = {arm: values_of(study.arm(arm), metric) for arm in study.arms}
-    lines = [_line(study, arm, columns[arm], columns[study.base], higher_is_better(metric)) for arm in study.arms]
+    lines = [_line(study, arm, columns[arm], columns[study.base], metric) for arm in study.arms]
     sign = -1 if higher_is_better(metric) else 1
     return sorted(_with_holm(lines), key=lambda line: (sign * line.interval.estimate, line.diverged))
 
@@ -130,11 +131,25 @@ def check_rankable(study: Study, metric: str, effect: float = 1.0) -> None:
             )  # fmt: skip
 
 
-def _line(study: Study, arm: str, values: "pd.Series", base: "pd.Series", higher: bool) -> Line:
+def _in_range(interval: Interval, metric: str, values: "pd.Series") -> Interval:
+    """The interval without what the metric cannot be: below 0, and above 1 for a share."""
+    quantity = _quantity(metric)
+    low = 0.0 if quantity in (*SHARES, *NOT_NEGATIVE) else -math.inf
+    high = 1.0 if quantity in SHARES and (values[np.isfinite(values)] <= 1).all() else math.inf
+    return replace(interval, low=max(interval.low, low), high=min(interval.high, high))
+
+
+def _quantity(metric: str) -> str:
+    """``fd`` of ``val/fd_1nfe``."""
+    return re.sub(r"_\d+nfe$", "", metric.split("/")[1]) if "/" in metric else metric
+
+
+def _line(study: Study, arm: str, values: "pd.Series", base: "pd.Series", metric: str) -> Line:
+    higher = higher_is_better(metric)
     trials = study.arm(arm)
     better, difference, p = (None, None, math.nan) if arm == study.base else compare(values, base, higher)
     return Line(
-        arm, iqm(values.to_numpy()), len(values), better, difference, p, p,
+        arm, _in_range(iqm(values.to_numpy()), metric, values), len(values), better, difference, p, p,
         int(trials["diverged"].sum()), len(trials) - len(values),
     )  # fmt: skip
 

@@ -27,7 +27,8 @@ def read(path: Path, belongs: Callable[[str, str], bool]) -> list[dict[str, Any]
     for file in files:
         for record in runlog.rows(file):
             if record.get("format") != FORMAT:
-                raise InputError(f"{file} is no ledger", got=record.get("format"), expected=FORMAT)
+                raise InputError(f"{file} is no ledger", got=record.get("format"), expected=FORMAT,
+                                 fix="name another program's columns with --column")  # fmt: skip
             mine = belongs(record["config_hash"], record["fingerprint"])
             if mine and record["status"] in (*ENDED, "pruned"):
                 found[record["config_hash"], record["seed"]] = _from_record(record)

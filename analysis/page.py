@@ -3,6 +3,7 @@
 import base64
 import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -203,13 +204,20 @@ def _html(block: Block) -> str:
 
 def _html_table(frame: "pd.DataFrame") -> str:
     marks = [" class=n" if _is_numeric(frame[name]) else "" for name in frame.columns]
-    head = "".join(f"<th{m}>{html.escape(str(name))}</th>" for m, name in zip(marks, frame.columns, strict=True))
+    head = "".join(
+        f"<th{m}>{_unbroken(html.escape(str(name)))}</th>" for m, name in zip(marks, frame.columns, strict=True)
+    )
     rows = (
         "".join(f"<td{m}>{html.escape(cell(value))}</td>" for m, value in zip(marks, row, strict=True))
         for row in frame.itertuples(index=False)
     )
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _unbroken(title: str) -> str:
+    """A column's title in which what is in brackets stays on one line."""
+    return re.sub(r"[\[(][^\])]*[\])]", lambda found: found[0].replace(" ", "\u00a0"), title)
 
 
 def data_uri(path: Path) -> str:

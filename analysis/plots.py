@@ -60,6 +60,11 @@ def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
+def _legend_above(axis: "Axes") -> None:
+    """A legend over the axes, one line an entry: names of arms are long and would take half of the width."""
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), handlelength=3.2)
+
+
 def _label(axis: "Axes", x: str, y: str) -> None:
     axis.set_xlabel(x, fontsize=9, color=INK)
     axis.set_ylabel(y, fontsize=9, color=INK)
@@ -145,7 +150,7 @@ def arms(lines: Sequence[Line], values: Mapping[str, "pd.Series"], metric: str, 
     axis.set_yticks(range(len(lines)), [f"{line.arm}  (n = {line.n})" for line in lines], fontsize=9)
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
-    _label(axis, f"{metric} ({better} is better); dot: seed, line: 95 % interval of the interquartile mean", "")
+    _label(axis, f"{metric} ({better} is better)", "")
     return figure
 
 
@@ -156,9 +161,9 @@ def _spread(n: int) -> np.ndarray:
 
 def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     """Kaplan–Meier curves; steps, with the number of runs and of divergences in the legend."""
-    figure, axes = _figure(size=(6.4, 3.8))
-    axis = axes[0, 0]
     shown = list(arms.items())[:MOST_ARMS]
+    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
+    axis = axes[0, 0]
     widths = np.linspace(2.6, 1.4, max(2, len(shown)))  # and dashes: equal curves show below each other
     for k, (name, times) in enumerate(shown):
         curve = kaplan_meier(times).survival_function_.iloc[:, 0]
@@ -170,7 +175,7 @@ def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
         axis.plot(cut, np.interp(cut, x, y), "+", color=colour(k), markersize=7)
     axis.set_ylim(-0.03, 1.05)
     axis.set_xlim(0, horizon * 1.02)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend_above(axis)
     _label(axis, "training step", "share of runs not diverged")
     return figure
 
@@ -183,13 +188,14 @@ def effects(found: Sequence[Effect], label: str) -> "Figure":
 
 def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "Figure":
     """Two metrics against each other, a dot a seed: whether reward was bought with recall."""
-    figure, axes = _figure(size=(6.4, 3.8))
+    shown = list(order)[:MOST_ARMS]
+    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
     axis = axes[0, 0]
-    for k, arm in enumerate(list(order)[:MOST_ARMS]):
+    for k, arm in enumerate(shown):
         rows = trials[trials["arm"] == arm]
         marker = "osD^vP*X"[k % 8]
         axis.plot(rows[x], rows[y], marker, color=colour(k), alpha=0.75, markersize=5, label=arm, linestyle="none")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _legend_above(axis)
     _label(axis, x, y)
     return figure
 
@@ -227,7 +233,7 @@ def norms(run: Run, spikes: Sequence[Spike]) -> "Figure":
     for spike in spikes:
         axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.35, zorder=0)
     axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6)
     _label(axis, "training step (vertical lines: spikes)", "gradient norm before clipping")
     return figure
 

@@ -55,6 +55,11 @@ def report(
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
     figures, runs = folder / "figures", []
+    if not mapping and (kind := foreign.kind_of(path)):
+        raise InputError(
+            f"{path} is {kind} of another program", expected="names for its columns",
+            fix="add e.g. --column step=global_step --column grad/total/norm_raw=grad_norm",
+        )  # fmt: skip
     if mapping:
         page = run_page.build(Run(path, {}, foreign.read(path, mapping)), [], _made(figures))
     elif path.is_dir() and is_run(path):

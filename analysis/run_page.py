@@ -1,6 +1,8 @@
 """The page about one run: its spikes, what led them, what came back, and how it compares with its arm."""
 
 import math
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,12 +10,14 @@ from analysis import clusters, plots, spikes
 from analysis.frames import Run, run_divergence
 from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
-from analysis.page import Block, Gallery, Heading, Links, Page, Picture, Table, Text
+from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
 from analysis.spikes import Spike
 from twinrl.tracking import names
 
 CLOSE_UPS = 3
 MOST_ROWS = 30
+TELLING_COSINE = 0.15
+"""Cosines that a caption names; gradients of different terms are hardly ever exactly orthogonal."""
 
 
 def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
@@ -27,7 +31,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     """
     found = spikes.find(run.rows)
     page = Page(f"Run {run.name}")
-    page.add(*_summary(run, found))
+    page.add(Facts(_answers(run, found)))
     page.add(Picture(plots.save(plots.norms(run, found), figures / "norms.svg")))
     if found:
         page.add(*_anatomy(run, found, figures))
@@ -37,27 +41,66 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     return page
 
 
-def _summary(run: Run, found: Sequence[Spike]) -> list[Block]:
+def _answers(run: Run, found: Sequence[Spike]) -> list[tuple[str, str]]:
+    """What a reader in a hurry asks."""
+    answers = [("What happened?", _what(run, found))]
+    if found:
+        answers += [("Which term?", _who(found)), ("What came before?", _before(run, found))]
+    return answers
+
+
+def _who(found: Sequence[Spike]) -> str:
+    """Which terms led, and which carried the gradient when it stood out."""
+    texts = []
+    for term, count in Counter(spike.leader for spike in found if spike.leader).most_common():
+        leads = [spike.lead for spike in found if spike.leader == term and not math.isnan(spike.lead)]
+        lead = f" (median lead over the total {number(statistics.median(leads))} steps)" if leads else ""
+        texts.append(f"{term} in {count} of {len(found)}{lead}")
+    carriers = Counter(spike.carrier for spike in found if spike.carrier).most_common()
+    shares = f". At the spike itself most of the gradient was {_counted(carriers)}" if carriers else ""
+    return (
+        f"First to stand out: {'; '.join(texts)}{shares}." if texts else "No term's norm was logged, or none stood out."
+    )
+
+
+def _counted(counts: Sequence[tuple[str, int]]) -> str:
+    return ", ".join(f"{name} ({count})" for name, count in counts)
+
+
+def _before(run: Run, found: Sequence[Spike]) -> str:
+    """How far the indicators rose before spikes, against quiet steps."""
+    rises, quiet = spikes.median_rises(found), spikes.quiet_rises(run.rows, found)
+    if not rises:
+        return "No indicator was logged."
+    texts = [f"{spikes.SHORT[name]} {number(rise, 2)} times its usual value"
+             + (f" (quiet steps: {number(quiet[name], 2)})" if name in quiet else "")
+             for name, rise in sorted(rises.items(), key=lambda item: -item[1] / quiet.get(item[0], 1.0))]  # fmt: skip
+    few = "" if quiet else " There are too few quiet steps to compare with."
+    return f"In the {spikes.LEAD} steps before (median of all spikes): {'; '.join(texts)}.{few}"
+
+
+def _what(run: Run, found: Sequence[Spike]) -> str:
     divergence = run_divergence(run)
-    status = f"It {run.status} after" if run.result else "It is unfinished, at"
+    status = f"It {run.status} after" if run.result else "It is unfinished, at" if run.config else "Its log ends at"
     text = f"{status} {run.rows[-1]['step']:,} steps. "
     text += f"Diverged at step {divergence[0]:,} ({divergence[1]}). " if divergence else "It has not diverged. "
     text += f"{len(found)} spike{'s' * (len(found) != 1)}"
     spread = spikes.gaps(found)
     if not math.isnan(spread):
         text += f"; their spacing varies by {number(spread, 2)} of its mean (1: at random, more: in bursts)"
-    return [Text(f"{text}.")]
+    return f"{text}."
 
 
 def _anatomy(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
-    worst = sorted(found, key=lambda s: -s.value if math.isfinite(s.value) else -math.inf)
-    blocks: list[Block] = [Heading("Spikes"), Table(spikes.table(found[:MOST_ROWS]))]
+    worst = _largest(found)
+    blocks: list[Block] = [Heading("Spikes"), Table(spikes.table(_chosen(found)))]
     if len(found) > MOST_ROWS:
-        blocks.append(Text(f"The first {MOST_ROWS} of {len(found)}.", note=True))
+        half = MOST_ROWS // 2
+        blocks.append(Text(f"The first {half} of {len(found)}, and the {half} largest of the others.", note=True))
     note = (
-        "Lead: steps between the first stand-out of the leading term's norm and that of the total, – where the total "
-        "never stood out. Rise: largest value "
-        f"of an indicator in the {spikes.LEAD} steps before, over its median in the {spikes.BEFORE} before those."
+        "Leader: the term whose norm stood out first. Lead: steps from that to the total's, – where the total never "
+        "stood out. Carried by: the largest share of the gradient at the spike's own step. Rise: largest value of an "
+        f"indicator in the {spikes.LEAD} steps before, over its median in the {spikes.BEFORE} before those."
     )
     blocks.append(Text(note, note=True))
     pictures = []
@@ -67,13 +110,33 @@ def _anatomy(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
     return [*blocks, Heading("The largest, step by step", 3), *pictures]
 
 
+def _chosen(found: Sequence[Spike]) -> list[Spike]:
+    """The first spikes, which may be causes, and the largest of the others, in order."""
+    half = MOST_ROWS // 2
+    if len(found) <= MOST_ROWS:
+        return list(found)
+    return sorted([*found[:half], *_largest(found[half:])[:half]], key=lambda s: s.step)
+
+
+def _largest(found: Sequence[Spike]) -> list[Spike]:
+    return sorted(found, key=lambda s: -s.value if math.isfinite(s.value) else -math.inf)
+
+
 def _caption(spike: Spike) -> str:
     text = f"Step {spike.step:,}. "
     if spike.leader:
-        lead = "" if math.isnan(spike.lead) else f", {spike.lead:.0f} steps before the total"
-        text += f"{spike.leader} led{lead}. "
-    cosines = ", ".join(f"{pair} {number(value, 2)}" for pair, value in spike.cosines.items())
-    return text + (f"Mean cosines before: {cosines}." if cosines else "")
+        text += f"{spike.leader} led{_lead(spike.lead)}. "
+    if spike.carrier:
+        text += f"At the spike {spike.carrier} is {number(spike.carried, 2)} of the gradient. "
+    told = {pair: value for pair, value in spike.cosines.items() if abs(value) >= TELLING_COSINE}
+    cosines = ", ".join(f"{pair} {number(value, 2)}" for pair, value in told.items())
+    return (text + (f"Mean cosines before, where they are telling: {cosines}." if cosines else "")).strip()
+
+
+def _lead(steps: float) -> str:
+    if math.isnan(steps):
+        return ""
+    return f", {steps:.0f} steps before the total" if steps else ", in one step with the total"
 
 
 def _clusters(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
@@ -101,6 +164,8 @@ def _places(run: Run, figures: Path) -> list[Block]:
     import pandas as pd
 
     cases = clusters.placed(run.events)
+    if run.events and not any(event.get("t") for event in run.events):
+        return [Text("Times and branches: this run's events hold none; a newer twinrl would have recorded them.")]
     if len(cases) < clusters.FEWEST_EVENTS:
         return [Text(f"Times and branches: {len(cases)} events with rows to compare, which shows no pattern.")]
     found = clusters.clusters(run.events)
@@ -142,4 +207,4 @@ def _samples(run: Run) -> list[Block]:
     chosen = [grids[k] for k in sorted({0, len(grids) // 2, len(grids) - 1})] if grids else []
     if not chosen:
         return []
-    return [Heading("Samples"), Gallery([Picture(path, path.stem.replace("step-", "step ")) for path in chosen])]
+    return [Heading("Samples"), Gallery([Picture(path, f"step {int(path.stem[5:]):,}") for path in chosen])]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from analysis.frames import Run
+from analysis.intervals import number
 from twinrl.errors import InputError
 from twinrl.stability import detectors
 from twinrl.stability.events import NONFINITE, SPIKE
@@ -25,7 +26,17 @@ LEAD = 20
 """Steps before a spike in which its causes are looked for."""
 BEFORE = 50
 """Steps before that, which say what is usual."""
-INDICATORS = (names.RMS_MAX, names.UPDATE_RATIO, names.CLAMP_RCGM, names.CLAMP_DELTA_V, names.DELTA_V_RMS)
+FEWEST_QUIET = 5
+"""Quiet places that a comparison takes."""
+SHORT = {
+    names.RMS_MAX: "RMS_t",
+    names.UPDATE_RATIO: "update",
+    names.CLAMP_RCGM: "RCGM clamp",
+    names.CLAMP_DELTA_V: "Δv clamp",
+    names.DELTA_V_RMS: "Δv",
+}
+"""Indicators, with what they are called on a page."""
+INDICATORS = tuple(SHORT)
 
 Row = Mapping[str, Any]
 
@@ -42,6 +53,7 @@ class Spike:
         leader: term that was found first; empty if no term stood out.
         lead: steps from that to the total, negative if it came after; NaN if one of them never stood out.
         share: the leader's signed share of the gradient where it was found first; NaN if not measured.
+        carrier, carried: the term with the largest share of the gradient at ``step``, and that share.
         cosines: mean cosine of each pair of terms in the steps before.
         indicators: largest value of each leading indicator in the steps before, over its usual value.
     """
@@ -54,6 +66,8 @@ class Spike:
     leader: str = ""
     lead: float = math.nan
     share: float = math.nan
+    carrier: str = ""
+    carried: float = math.nan
     cosines: Mapping[str, float] = field(default_factory=dict)
     indicators: Mapping[str, float] = field(default_factory=dict)
 
@@ -78,7 +92,8 @@ def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike
     shown = totals or [finding for finding in episode if finding.series == episode[0].series]
     at = shown[0].step
     leading = detectors.leading_term(episode)
-    window, usual = rows[max(0, at - LEAD) : at], rows[max(0, at - LEAD - BEFORE) : max(0, at - LEAD)]
+    window, usual = _windows(rows, at)
+    carrier, carried = _largest_share(rows[at])
     return Spike(
         step=int(rows[at]["step"]),
         kind=NONFINITE if any(finding.kind == NONFINITE for finding in episode) else SPIKE,
@@ -88,9 +103,48 @@ def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike
         leader=leading.term if leading else "",
         lead=math.nan if leading is None or leading.lead is None else leading.lead,
         share=float(rows[leading.step].get(names.grad(leading.term, "share"), math.nan)) if leading else math.nan,
+        carrier=carrier,
+        carried=carried,
         cosines=_means(window),
         indicators={name: _rise(window, usual, name) for name in INDICATORS if any(name in row for row in rows)},
     )
+
+
+def _windows(rows: Sequence[Row], at: int) -> tuple[Sequence[Row], Sequence[Row]]:
+    """The rows in which causes are looked for, and those that say what is usual."""
+    return rows[max(0, at - LEAD) : at], rows[max(0, at - LEAD - BEFORE) : max(0, at - LEAD)]
+
+
+def _largest_share(row: Row) -> tuple[str, float]:
+    """The term that makes up most of the gradient, and its share; nothing where shares were not measured."""
+    shares = {term: float(row.get(names.grad(term, "share"), math.nan)) for term in detectors.terms_in([row])}
+    finite = {term: share for term, share in shares.items() if math.isfinite(share)}
+    best = max(finite, key=lambda term: finite[term], default="")
+    return best, finite.get(best, math.nan)
+
+
+def quiet_rises(rows: Sequence[Row], spikes: Sequence[Spike]) -> dict[str, float]:
+    """The median rise of each indicator where no spike follows or went before: what :func:`find`'s are to beat.
+
+    Empty where fewer than :data:`FEWEST_QUIET` places are quiet.
+    """
+    steps, at = {spike.step for spike in spikes}, range(LEAD + BEFORE, len(rows) - LEAD, LEAD // 2)
+    quiet = [k for k in at if not any(int(row["step"]) in steps for row in rows[k - LEAD : k + LEAD])]
+    if len(quiet) < FEWEST_QUIET:
+        return {}
+    rises = {name: [_rise(*_windows(rows, k), name) for k in quiet] for name in INDICATORS}
+    return {name: median for name, found in rises.items() if not math.isnan(median := _median(found))}
+
+
+def _median(values: Sequence[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.median(known) if known else math.nan
+
+
+def median_rises(spikes: Sequence[Spike]) -> dict[str, float]:
+    """The median rise of each indicator over spikes; those that were not measured are left out."""
+    rises = {name: _median([spike.indicators.get(name, math.nan) for spike in spikes]) for name in INDICATORS}
+    return {name: median for name, median in rises.items() if not math.isnan(median)}
 
 
 def _height(value: float) -> float:
@@ -120,16 +174,20 @@ def _rise(window: Sequence[Row], usual: Sequence[Row], name: str) -> float:
 
 
 def table(spikes: Sequence[Spike]) -> "pd.DataFrame":
-    """One row a spike, for the report."""
+    """One row a spike, for the report; indicators that were never measured are left out."""
     import pandas as pd
 
-    columns = ["step", "kind", "series", "value", "times usual", "leader", "lead (steps)", "share"]
+    columns = ["step", "norm of", "value", "times usual", "leader", "lead (steps)", "leader's share", "carried by"]
+    shown = {name: SHORT[name] for name in INDICATORS if any(not math.isnan(s.indicators.get(name, math.nan))
+                                                           for s in spikes)}  # fmt: skip
     lines = []
     for s in spikes:
-        line = [s.step, s.kind, s.series, s.value, s.value / s.reference, s.leader or "none", s.lead]
-        ratios = {f"{name} rise": ratio for name, ratio in s.indicators.items()}
-        lines.append(dict(zip(columns, [*line, s.share], strict=True)) | ratios)
-    return pd.DataFrame(lines, columns=None if lines else columns)
+        carried = f"{s.carrier} {number(s.carried, 2)}" if s.carrier else None
+        value = s.value if math.isfinite(s.value) else "not finite"
+        line = [s.step, s.series.split("/")[1], value, s.value / s.reference, s.leader or "none", s.lead, s.share]
+        rises = {f"rise of {short}": s.indicators.get(name, math.nan) for name, short in shown.items()}
+        lines.append(dict(zip(columns, [*line, carried], strict=True)) | rises)
+    return pd.DataFrame(lines).dropna(axis="columns", how="all") if lines else pd.DataFrame(columns=columns)
 
 
 # --- clusters ---------------------------------------------------------------------------------------------

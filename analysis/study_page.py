@@ -33,7 +33,8 @@ from twinrl.tracking import names
 if TYPE_CHECKING:
     import pandas as pd
 
-REWARDS = ("reward/", "val/score/", "val/held_out_score/")
+REWARDS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
+MOST_REWARDS = 4
 LR = "optim.lr"
 GRIDS = ("final-1nfe.png", "step-*.png", "*.png")
 
@@ -44,7 +45,7 @@ def build(
     """The page; figures are written into ``figures``.
 
     Raises:
-        InputError: one arm only, or the metric was never logged.
+        InputError: one arm only, the metric was never logged, or an interaction is of something else than factors.
     """
     metric = metric or study.metric or names.VAL_QUALITY
     if len(study.arms) < 2:
@@ -52,6 +53,12 @@ def build(
             "a study compares arms", got=f"one arm, {study.arms[0]}", expected="two or more",
             fix="analyze one of its run directories instead",
         )  # fmt: skip
+    for name in (name for pair in interactions for name in pair):
+        if name not in study.factors:
+            raise InputError(
+                f"{name} is no factor of this study", expected=f"two of {', '.join(study.factors) or 'none'}",
+                fix="give --interaction factors that vary",
+            )  # fmt: skip
     lines, ranking = _ranking(study, metric, effect, figures)
     factors = factor_page.estimate(study, metric, interactions)
     page = Page(f"Study {study.name}")
@@ -72,7 +79,8 @@ def _ranking(study: Study, metric: str, effect: float, figures: Path) -> tuple[l
     direction = "higher" if higher_is_better(metric) else "lower"
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
-    blocks: list[Block] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base)), Picture(figure)]
+    blocks: list[Block] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base))]
+    blocks.append(Picture(figure, "Dot: a seed; line: interquartile mean with its 95 % interval."))
     return lines, [*blocks, Text(RANKING_NOTE, note=True)]
 
 
@@ -227,12 +235,13 @@ def _critical_row(arm: str, rates: Sequence[margins.Critical], base: str, margin
 
 
 def _reward(study: Study, figures: Path) -> list[Block]:
-    rewards = [name for name in study.metrics if name.startswith(REWARDS) and study.trials[name].notna().any()]
+    known = [name for name in study.metrics if study.trials[name].notna().any()]
+    rewards = [name for prefix in REWARDS for name in known if name.startswith(prefix)]
     recalls = [name for name in study.metrics if name.startswith("val/recall")]
     if not rewards or not recalls:
         return []
     blocks: list[Block] = [Heading("Reward against recall")]
-    for k, reward in enumerate(rewards[:3]):
+    for k, reward in enumerate(rewards[:MOST_REWARDS]):
         figure = plots.trade_off(study.trials, reward, recalls[0], study.arms)
         blocks.append(Picture(plots.save(figure, figures / f"reward-{k}.svg")))
     return [*blocks, Text("A reward that rises while recall falls was bought with diversity.", note=True)]

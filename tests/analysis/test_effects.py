@@ -106,6 +106,25 @@ def test_diverged_runs_are_ranked_last() -> None:
     assert found[0].named
 
 
+def test_ranks_keep_their_level_under_heavy_tails() -> None:
+    from scipy import stats
+
+    trials = factorial(5)
+    outcomes = np.random.default_rng(8).standard_t(1.5, (SIMULATIONS, len(trials)))
+    p = f_test_p(trials, stats.rankdata(outcomes, axis=1))
+    assert (np.sort(p, axis=1)[:, 0] * len(FACTORS) < 0.05).mean() < FAMILY_WISE
+
+
+def test_one_far_off_run_hides_a_factor_from_values_and_not_from_ranks() -> None:
+    trials = factorial(5)
+    y = np.random.default_rng(7).standard_normal(len(trials)) + 2.5 * (trials["teacher"] == "b")
+    y.iloc[0] += 200.0  # a diverged run that went on to its end
+    by_values, by_ranks = (main_effects(trials.assign(y=y), "y", FACTORS, ranks=ranks) for ranks in (False, True))
+    assert [e.factor for e in by_ranks if e.named] == ["teacher"]
+    assert by_ranks[0].scale == "ranks"
+    assert not any(e.named for e in by_values)
+
+
 def test_reference_and_several_levels() -> None:
     levels = {"x": 0.0, "y": 1.0, "z": 3.0}
     trials = pd.DataFrame([{"k": k, "seed": s, "y": value + 0.01 * s} for k, value in levels.items()
@@ -199,3 +218,20 @@ def test_missing_columns_and_too_few_runs_are_refused() -> None:
         main_effects(trials[trials["lr"] == "a"].assign(y=1.0), "y", ["lr"])
     with pytest.raises(InputError, match="no factor varies"):
         main_effects(trials.assign(y=1.0), "y", [])
+
+
+def test_one_seed_names_no_factor() -> None:
+    trials = factorial(1)
+    y = 5.0 * level(trials, "teacher") + 0.01 * np.random.default_rng(0).standard_normal(len(trials))
+    alone = effects.main_effects(trials.assign(y=y), "y", FACTORS)[0]
+    assert alone.factor == "teacher"
+    assert alone.p_holm < 1e-4
+    assert not alone.named
+    twice = pd.concat([trials, trials.assign(seed=1)], ignore_index=True)
+    assert effects.main_effects(twice.assign(y=np.concatenate([y, y])), "y", FACTORS)[0].named
+
+
+def test_no_effect_is_zero_and_not_what_rounding_leaves() -> None:
+    trials = factorial(2)
+    found = effects.main_effects(trials.assign(y=0.1 + 0.2 * level(trials, "teacher")), "y", FACTORS)
+    assert [e.interval.estimate for e in found if e.factor != "teacher"] == [0.0, 0.0]

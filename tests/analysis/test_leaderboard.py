@@ -7,7 +7,8 @@ from scipy import stats
 
 from analysis import leaderboard, margins
 from analysis.frames import Study, assemble
-from analysis.leaderboard import compare, per_prompt, values_of
+from analysis.intervals import Interval
+from analysis.leaderboard import _in_range, compare, per_prompt, values_of
 from twinrl.errors import InputError
 
 METRIC = "val/quality"
@@ -101,6 +102,15 @@ def test_shares_in_mixed_units_are_refused() -> None:
     found.trials["val/recall_1nfe"] = found.trials[METRIC]
     with pytest.raises(InputError, match=r"share of 1 in some runs and in per cent in others; got 0\.8 to 91"):
         leaderboard.leaderboard(found, "val/recall_1nfe")
+
+
+def test_an_interval_ends_where_the_metric_does() -> None:
+    wide = Interval(5.0, -3.0, 13.0, 5, "")
+    values = pd.Series([1.0, 5.0, 9.0])
+    assert _in_range(wide, "val/fd_1nfe", values).low == 0.0
+    assert _in_range(wide, "val/quality", values).low == -3.0  # a kernel distance without bias may be below 0
+    assert _in_range(Interval(0.9, 0.7, 1.1, 5, ""), "val/recall_1nfe", values / 10).high == 1.0
+    assert _in_range(Interval(90.0, 70.0, 110.0, 5, ""), "val/recall_1nfe", 10 * values).high == 110.0
 
 
 def test_bad_input_is_named() -> None:

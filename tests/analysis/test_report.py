@@ -64,7 +64,11 @@ def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(stu
     """What a second person asks, from the page alone: the planted teacher, its interval, its time a step."""
     markdown = (study_page.parent / "report.md").read_text().split("## The evidence")[0]
     which, sure, cost = (line for line in markdown.splitlines() if line.startswith("**"))
-    assert re.search(r"teacher \(ema instead of live\) changes val/quality by −0\.\d+ \[−.*?, −.*?\] \(better\)", which)
+    rank = (
+        r"teacher \(ema instead of live\) moves a run's rank in val/quality by −[\d.]+ \[−.*?, −.*?\] of 18, medians "
+    )
+    assert re.search(rank + r"0\.1\d* against 0\.\d+ \(better\)", which)
+    assert re.search(r"First of the arms is ema: 0\.1\d* \[.*?\]; the base has", which)
     assert "runs diverged" in which
     assert "p after Holm" in sure
     assert re.search(r"teacher \(ema instead of live\): 1\.3\d* \[1\.[23]\d*, 1\.3\d*\] times the time a step", cost)
@@ -128,7 +132,12 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     simulated.make_run(tmp_path, seed=1)
     text = Addresses(report(run).read_text()).text
     assert "It finished after 400 steps. Diverged at step 340 (val/quality). 3 spikes" in text
-    assert "rectify led, 3 steps before the total. Mean cosines before: base·rectify 0.2" in text
+    assert "First to stand out: rectify in 3 of 3 (median lead over the total 3 steps)." in text
+    assert re.search(
+        r"before \(median of all spikes\): RMS_t 2\.\d times its usual value \(quiet steps: 1\.?\d*\)", text
+    )
+    assert re.search(r"rectify led, 3 steps before the total\. At the spike rectify is 0\.9\d* of the gradient\.", text)
+    assert "Mean cosines before, where they are telling: base·rectify 0.2" in text
     assert "twinflow-0a1b2c3d-s1" in text
     assert "17" in text
     assert "t 0.80–0.90" in text
@@ -229,6 +238,23 @@ def test_the_command_prints_where_the_report_is(tmp_path: Path) -> None:
     assert f"report: {tmp_path}/log-report/report.html" in done.output.replace("\n", "")
     assert "1 spikes" not in (page := (tmp_path / "log-report/report.html").read_text())
     assert "1 spike" in page
+
+
+def test_an_interaction_of_no_factors_is_refused(study_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nix is no factor of this study; expected two of"):
+        report(study_folder, tmp_path, interactions=[("teacher", "nix")])
+
+
+def test_logs_of_other_programs_ask_for_their_columns(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,norm\n1,2\n")
+    (tmp_path / "tb").mkdir()
+    (tmp_path / "tb/events.out.tfevents.1.host").touch()
+    for path, kind in ((tmp_path / "log.csv", "a CSV file"), (tmp_path / "tb", "a folder of TensorBoard events")):
+        with pytest.raises(InputError, match=f"is {kind} of another program.*--column step=global_step"):
+            report(path)
+    (tmp_path / "history.jsonl").write_text('{"_step": 1, "norm": 2}\n')
+    with pytest.raises(InputError, match=r"is no ledger.*--column"):
+        report(tmp_path / "history.jsonl")
 
 
 def test_a_pair_that_is_none_is_refused(tmp_path: Path) -> None:

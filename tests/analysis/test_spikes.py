@@ -1,5 +1,6 @@
 import json
 import math
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -145,17 +146,40 @@ def test_foreign_bad_input_is_one_line(tmp_path: Path) -> None:
         foreign.read(path.rename(tmp_path / "log.xml"), MAPPING)
 
 
-def test_tensorboard_needs_its_reader(tmp_path: Path) -> None:
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(InputError, match="pip install tensorboard"):
-            foreign.read(tmp_path, MAPPING)
-        return
-    from tensorboardX import SummaryWriter
-
-    with SummaryWriter(str(tmp_path)) as writer:
-        for k in range(5):
-            writer.add_scalar("train/loss", 1.0 / (k + 1), k)
-    rows = foreign.read(tmp_path, {"step": "step", "loss/total": "train/loss"})
+def test_tensorboard_events_are_read_without_tensorboard(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("tensorboardX")
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        writer.add_text("notes", "no scalar")
+        for k in range(300):
+            writer.add_scalar("train/loss", math.nan if k == 7 else 1.0 / (k + 1), k)
+            writer.add_scalar("train/grad_norm", 50.0 if k == 150 else 1.0 + 0.1 * math.sin(k), k)
+    rows = foreign.read(
+        tmp_path, {"step": "step", "loss/total": "train/loss", "grad/total/norm_raw": "train/grad_norm"}
+    )
+    assert [row["step"] for row in rows] == list(range(300))
     assert rows[4]["loss/total"] == pytest.approx(0.2)
+    assert math.isnan(rows[7]["loss/total"])
+    assert [(s.step, s.kind) for s in spikes.find(rows)] == [(7, "nonfinite"), (150, "spike")]
+    (file,) = tmp_path.glob("*tfevents*")
+    file.write_bytes(file.read_bytes()[:-5])  # its writer is still at it
+    assert "norm" not in foreign.read(file, {"step": "step", "norm": "train/grad_norm"})[-1]
+    with pytest.raises(InputError, match="no column loss; expected one of step, train/grad_norm, train/loss"):
+        foreign.read(tmp_path, {"step": "step", "loss/total": "loss"})
+
+
+def test_a_tensor_of_one_element_is_a_scalar(tmp_path: Path) -> None:
+    """As TensorFlow 2 writes scalars: step 3, tag "a", a float tensor with its content in bytes or as a field."""
+
+    def field(number: int, content: bytes) -> bytes:
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    for tensor in (b"\x08\x01" + field(4, struct.pack("<f", 2.5)), b"\x08\x01" + field(5, struct.pack("<f", 2.5))):
+        event = b"\x10\x03" + field(5, field(1, field(1, b"a") + field(8, tensor)))
+        path = tmp_path / "events.out.tfevents.1"
+        path.write_bytes(struct.pack("<Q", len(event)) + b"...." + event + b"....")
+        assert foreign.read(path, {"step": "step", "x": "a"}) == [{"iteration": 3, "step": 3, "x": 2.5}]
+
+
+def test_a_folder_without_scalars_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no scalars"):
+        foreign.read(tmp_path, MAPPING)

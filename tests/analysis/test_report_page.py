@@ -1,0 +1,101 @@
+"""The page of a report as a browser shows it: headless Chromium, without network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.report import report
+from tests.analysis import simulated
+from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
+from tests.tracking.test_pages import keep_screenshot, wait_for
+from twinrl.tracking import mlflow_view, store
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+STUDY = ("leaderboard", "survival", "hazard-ratios", "effects", "odds", "reward-0", "prompts")
+RUN = ("norms", "spike-", "places", "arm")
+IMAGES = """return [...document.images].map(i => {
+  if (!i.complete || !i.naturalWidth) return [i.src.slice(0, 40), 0, 0, 0];
+  const canvas = document.createElement('canvas'), pen = canvas.getContext('2d');
+  canvas.width = 300; canvas.height = Math.max(1, Math.round(300 * i.naturalHeight / i.naturalWidth));
+  pen.drawImage(i, 0, 0, canvas.width, canvas.height);
+  const dots = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+  const colours = new Set();
+  for (let k = 0; k < dots.length; k += 4) colours.add((dots[k] >> 5) * 64 + (dots[k+1] >> 5) * 8 + (dots[k+2] >> 5));
+  const box = i.getBoundingClientRect();
+  return [i.src.slice(0, 40), box.width, box.height, colours.size];
+})"""
+REQUESTS = """return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"""
+OVERFLOW = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture
+def offline(browser: Any) -> Iterator[Any]:  # noqa: F811
+    """The browser without network; the test fails for whatever a page still asks for."""
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+    )
+    yield browser
+    browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1},
+    )
+
+
+def check_page(window: Any, page: Path, figures: int, seconds: float = 20) -> None:
+    """Every image is drawn, with more than one colour, and nothing is asked for elsewhere."""
+    window.get(page.as_uri())
+    wait_for(lambda: all(image[1] for image in window.execute_script(IMAGES)), seconds)
+    images = window.execute_script(IMAGES)
+    assert len(images) >= figures
+    for source, width, height, colours in images:
+        assert source.startswith("data:image/")
+        assert (width > 200, height > 50, colours > 3) == (True, True, True), (source, width, height, colours)
+    assert window.execute_script(REQUESTS) == []
+    assert window.execute_script(OVERFLOW) <= 0
+
+
+def test_a_study_is_drawn_without_network(offline: Any, tmp_path: Path) -> None:
+    page = report(simulated.make_study(tmp_path, seeds=5))
+    check_page(offline, page, len(STUDY) + len(simulated.ARMS))
+    assert all((page.parent / "figures" / f"{name}.svg").is_file() for name in STUDY)
+    facts = {dt.text: dt.find_element("xpath", "following-sibling::dd[1]").text
+             for dt in offline.find_elements("tag name", "dt")}  # fmt: skip
+    assert set(facts) == {"Which factor?", "How sure?", "What does it cost?"}
+    assert "teacher (ema instead of live)" in facts["Which factor?"]
+    keep_screenshot(offline, "report-study")
+
+
+def test_a_run_is_drawn_and_linked_to_its_mlflow_page(offline: Any, tmp_path: Path, empty_store: Path) -> None:  # noqa: F811
+    database = tmp_path / store.DATABASE_NAME
+    database.write_bytes(empty_store.read_bytes())
+    run = simulated.make_run(tmp_path, spikes_at=(120, 200, 330), diverges_at=340)
+    simulated.make_run(tmp_path, seed=1)
+    run_id = mlflow_view.publish(run, f"sqlite:///{database}", final=True)
+    page = report(run)
+    check_page(offline, page, len(RUN) + 3)
+    assert all(list(page.parent.glob(f"figures/{name}*.svg")) for name in RUN)
+    links = [link.get_attribute("href") for link in offline.find_elements("tag name", "a")]
+    assert any(run_id in link for link in links)
+    client = store.connect(f"sqlite:///{database}")
+    assert "report/report.html" in {file.path for file in client.list_artifacts(run_id, "report")}
+    keep_screenshot(offline, "report-run")
+
+
+def test_a_page_without_its_figures_is_noticed(offline: Any, tmp_path: Path) -> None:
+    """The check itself: a figure that cannot be drawn, a blank one, one from elsewhere."""
+    page = report(simulated.make_study(tmp_path, seeds=2, steps=60))
+    whole = page.read_text()
+    broken = tmp_path / "broken.html"
+    mark = "data:image/svg+xml;base64,"
+    blank = f'{mark}PHN2ZyB4bWxucz0iaHR0cDovL3d3dy53My5vcmcvMjAwMC9zdmciIHdpZHRoPSI0MDAiIGhlaWdodD0iMjAwIi8+"'
+    start = whole.index(mark)
+    end = whole.index('"', start)
+    for source in (f'{mark}AAAA"', blank, 'https://example.org/figure.svg"'):
+        broken.write_text(whole[:start] + source + whole[end + 1 :])
+        with pytest.raises(AssertionError):
+            check_page(offline, broken, 1, seconds=1)
