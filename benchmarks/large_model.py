@@ -334,7 +334,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     parser.add_argument("--device", default="cuda", help="cuda, or with --tiny cpu")
     parser.add_argument("--peak-tflops", type=float, default=None, help="the device's, dense bf16, if it is not known")
-    parser.add_argument("--out", type=Path, default=measuring.RESULTS / "large_model", help="files to write, no suffix")
+    parser.add_argument("--out", type=Path, help="files to write, no suffix; default: results/large_model[_tiny]")
     given = parser.parse_args(arguments)
     if not given.tiny and not torch.cuda.is_available():
         raise SystemExit("large_model.py needs a CUDA device of about 80 GB; fix: --tiny --device cpu tries it out")
@@ -377,7 +377,8 @@ def run(given: argparse.Namespace) -> str:
         "ways": [asdict(line) for line in lines],
     }
     text = table(result, lines)
-    measuring.write(given.out, result, text)
+    name = "large_model_tiny" if given.tiny else "large_model"
+    measuring.write(given.out or measuring.RESULTS / name, result, text)
     return text
 
 

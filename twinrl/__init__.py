@@ -1,5 +1,7 @@
 """twinrl: an experiment framework for RL-augmented TwinFlow, and the trainer that shows why it diverges."""
 
+from twinrl import compat
+
 __version__ = "0.1.0"
 
 _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, with their base classes
@@ -21,3 +23,6 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     return getattr(import_module(_COMPONENTS[name]), name)
+
+
+compat.install()

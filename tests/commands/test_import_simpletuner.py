@@ -21,6 +21,8 @@ DOCUMENTED = {  # documentation/distillation/TWINFLOW.md, "Quick Config"
     "mixed_precision": "bf16", "validation_guidance": 0.0, "validation_num_inference_steps": 2,
 }  # fmt: skip
 
+BRIDGED = {"diff2flow_enabled": True, "twinflow_allow_diff2flow": True}  # there, "for diffusion models"
+
 
 def loaded(folder: Path, given: dict[str, Any]) -> schema.RunConfig:
     made, _ = convert(given)
@@ -50,6 +52,24 @@ def test_the_adversarial_terms_and_their_weights(tmp_path: Path) -> None:
     assert settings.seed == 5
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"model_family": "sd1x"}, "epsilon"),
+        ({"model_family": "sd1x", "prediction_type": "epsilon"}, "epsilon"),
+        ({"model_family": "sd2x"}, "v"),
+        ({"model_family": "sd2x", "prediction_type": "epsilon"}, "epsilon"),
+    ],
+)
+def test_diffusion_models_with_both_switches(tmp_path: Path, given: dict[str, Any], expected: str) -> None:
+    model = loaded(tmp_path, DOCUMENTED | BRIDGED | given).model
+    assert (model.family, model.prediction, model.diff2flow) == ("stable_diffusion", expected, True)
+
+
+def test_families_under_its_names(tmp_path: Path) -> None:
+    assert loaded(tmp_path, DOCUMENTED | {"model_family": "z-image"}).model.family == "z_image"
+
+
 def test_values_are_taken_over(tmp_path: Path) -> None:
     changed = {
         "twinflow_estimate_order": 3,
@@ -73,9 +93,15 @@ def test_values_are_taken_over(tmp_path: Path) -> None:
         ({"scheduled_sampling_max_step_offset": 5}, "scheduled_sampling_max_step_offset cannot be combined"),
         ({"prediction_type": "epsilon"}, "prediction_type cannot be combined"),
         ({"validation_guidance": 4.0}, "validation_guidance cannot be combined"),
-        ({"twinflow_allow_diff2flow": True}, "twinflow_allow_diff2flow have no equivalent"),
+        ({"twinflow_allow_diff2flow": True}, "diff2flow_enabled and twinflow_allow_diff2flow go together"),
+        (BRIDGED, "sd3 is a flow already"),
+        ({"model_family": "sd1x"}, "sd1x is a diffusion model.*set diff2flow_enabled and twinflow_allow_diff2flow"),
+        ({"model_family": "sd1x"} | BRIDGED | {"prediction_type": "sample"}, "prediction_type cannot be combined"),
         ({"use_ema": False}, "use_ema is off and twinflow_require_ema is on"),
-        ({"model_family": "sdxl"}, "model_family is not supported; got sdxl"),
+        (
+            {"model_family": "sdxl"},
+            "model_family is not supported; got sdxl; expected one of flux, .* sd1x",
+        ),
         ({"model_type": "controlnet"}, "model_type is not supported"),
         ({"twinflow_target_step_count": 8}, r"evaluation\.nfe.*1–4 steps"),
         ({"twinflow_target_clamp": 0.0}, r"terms\.base\.clamp.*greater than 0"),

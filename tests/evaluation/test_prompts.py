@@ -106,7 +106,7 @@ def test_grids_and_table(folder: Path) -> None:
     plain = table.as_dict()
     assert set(plain["rows"]) == {"1", "2"}
     assert plain["held_out"] == ("held",)
-    assert "held (held out)" in [column.header for column in table.rich_scores().columns]
+    assert "held (held out)" in [column.header for column in table.rich()[1].columns]
 
 
 def test_too_few_rows(tmp_path: Path) -> None:

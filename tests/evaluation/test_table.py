@@ -59,7 +59,7 @@ def test_forms_agree(table: FinalTable, tmp_path):
     assert stored["rows"][0]["metrics"]["fd"]["value"] == table.rows[0].metrics["fd"].value
     assert stored["rows"][-1]["metrics"]["kid"]["low"] == "nan"
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.rich())
+    console.print(*table.rich())
     text = console.export_text()
     assert f"{table.rows[0].metrics['fd'].value:.2f}" in text
     assert "re-splits" in text

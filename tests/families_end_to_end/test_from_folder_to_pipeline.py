@@ -4,6 +4,7 @@ export → a stock diffusers pipeline whose samples are our sampler's.
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import CALL, SWITCHES, length
@@ -256,8 +258,27 @@ def test_sampling_a_run_and_wrong_input(made: Made, tmp_path: Path, quiet: Conso
     with pytest.raises(InputError, match="needs a token in \\$HF_TOKEN"):
         export(settings.directory, tmp_path / "out", False, None, "owner/name", None, quiet)
     other = made.settings(tmp_path, "model.frozen_dtype=bf16")
-    with pytest.raises(InputError, match="prepared with another encoder"):
+    with pytest.raises(
+        InputError, match=r"prepared with another encoder.*model\.frozen_dtype=float32, or .*--dtype bf16"
+    ):
         assembly.load_source(other, torch.device("cpu"))
+
+
+@sd3
+def test_an_export_needs_the_model_and_not_the_data(made: Made, tmp_path: Path, quiet: Console) -> None:
+    """Of an unfinished run too, after its data are gone; but not on top of another model."""
+    run = kill(made.settings(tmp_path / "killed", "model.lora={rank: 2}"), 7)
+    shutil.rmtree(made.prepared)
+    export(run.path, tmp_path / "student", False, None, None, None, quiet)
+    assert "step 5 of 20" in (tmp_path / "student" / "README.md").read_text()
+    with pytest.raises(InputError, match="student is in use"):
+        export(run.path, tmp_path / "student", True, None, None, None, quiet)
+    weights = made.pipeline / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.manual_seed(1)
+    other = {name: torch.randn_like(value) for name, value in load_file(weights).items()}
+    save_file(other, weights)
+    with pytest.raises(InputError, match="pipeline is not the model that the run started from"):
+        export(run.path, tmp_path / "again", True, None, None, None, quiet)
 
 
 @sd3

@@ -23,6 +23,7 @@ from rich.table import Table
 from twinrl.config import override, validate
 from twinrl.data.folders import readers
 from twinrl.data.folders.encode import Encoder
+from twinrl.data.folders.encoder import FamilyEncoder
 from twinrl.data.folders.prepare import (
     REPORT,
     check_apart,
@@ -94,7 +95,6 @@ def load_encoder(model: str, config: PrepareConfig, machine: Machine) -> Encoder
     from twinrl.backends.families import FAMILIES, family_class
     from twinrl.backends.families.family import FamilyConfig
     from twinrl.backends.families.loading import read_index, resolve
-    from twinrl.data.folders.encoder import FamilyEncoder
 
     folder = resolve(model)
     pipeline = read_index(folder)["_class_name"]
@@ -113,10 +113,24 @@ def encode(path: Path, encoder: Encoder, config: PrepareConfig, to: Path, consol
         result = prepare(path, encoder, config, to, bars)
     console.print(f"{path} read as format {result.format}")
     print_tables(result.pairs, result.problems, to, console)
+    for line in cut_short(encoder):
+        console.print(line)
     console.print(
         f"encoded {result.encoded_images} images and {result.encoded_prompts} prompts "
         f"that the cache lacked; prepared data in {to}"
     )
+
+
+def cut_short(encoder: Encoder) -> list[str]:
+    """What is said of prompts whose ends a text encoder does not see."""
+    if not isinstance(encoder, FamilyEncoder):
+        return []
+    limits = encoder.family.limits()
+    return [
+        f"{count} of these prompts are longer than the {limits[name]} tokens of {name}, which sees their beginning"
+        for name, count in encoder.cut.items()
+        if count
+    ]
 
 
 def _verify(path: Path, config: PrepareConfig, to: Path, console: Console) -> None:

@@ -29,7 +29,7 @@ def load(
     """
     run = RunDirectory(path)
     settings = run.settings()
-    folder = run.newest_checkpoint() if step is None else _checkpoint_of(run, step)
+    folder = checkpoint_of(run, step)
     checkpoint = checkpoints.load(folder)
     device = device or assembly.device_of(settings)
     source = assembly.load_source(settings, device)
@@ -39,7 +39,10 @@ def load(
     return settings, run, source, network.to(device).eval()
 
 
-def _checkpoint_of(run: RunDirectory, step: int) -> Path:
+def checkpoint_of(run: RunDirectory, step: int | None) -> Path:
+    """The folder of a run's checkpoint, the newest if ``step`` is None. Raises InputError where there is none."""
+    if step is None:
+        return run.newest_checkpoint()
     folder = run.checkpoints / checkpoints.folder_of(step)
     if folder not in (found := checkpoints.available(run.checkpoints)):
         steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
@@ -80,7 +83,6 @@ def evaluate(path: Path, step: int | None, console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     table, grid = judge(settings, source, network, run, console, folder)
     table.write(folder / "table.json")
-    console.print(table.rich())
-    console.print(table.rich_scores())
+    console.print(*table.rich())
     console.print(f"samples: {grid}")
     return 0

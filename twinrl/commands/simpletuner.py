@@ -16,7 +16,9 @@ from rich.console import Console
 
 from twinrl import config as configuration
 from twinrl import foreign
-from twinrl.backends.families import FAMILIES
+from twinrl.backends.families import DIFFUSION_FAMILIES, FAMILIES
+from twinrl.backends.families.diffusion import PREDICTIONS
+from twinrl.backends.families.family import check_bridge
 from twinrl.errors import InputError
 from twinrl.schema import RunConfig
 
@@ -44,9 +46,14 @@ READ = {
     "twinflow_rectify_weight", "twinflow_require_ema", "twinflow_allow_no_ema_teacher", "twinflow_allow_diff2flow",
     "diff2flow_enabled", "use_ema", "model_family", "model_type", "pretrained_model_name_or_path", "lora_rank",
     "lora_alpha", "lora_dropout", "train_batch_size", "gradient_accumulation_steps", "mixed_precision",
-    "validation_num_inference_steps", "lr_scheduler",
+    "validation_num_inference_steps", "lr_scheduler", "prediction_type",
 }  # fmt: skip
 """Keys that are read below; with RENAMED and the guards of ``foreign`` all that is understood."""
+
+NAMES = {"z-image": "z_image", "sd1x": "stable_diffusion", "sd2x": "stable_diffusion"}
+"""Its names of families where ours differ."""
+PREDICTED = {"sd1x": "epsilon", "sd2x": "v_prediction"}
+"""What its diffusion models predict where the file does not say."""
 
 LORA_RANK = 16  # SimpleTuner's, where the file has none
 
@@ -133,25 +140,37 @@ def _guards(found: Imported) -> None:
     for key, value in found.given.items():
         if key.startswith("twinflow_") and key not in READ | set(RENAMED):
             raise InputError(f"{key} has no equivalent here", fix="remove the key, or describe what it should do")
-        harmless = not value or value == "none" or (key == "prediction_type" and value == "flow_matching")
+        harmless = not value or value == "none" or (key == "prediction_type" and _is_bridged_or_flow(found, value))
         if not harmless and (reason := foreign.reason(key)):
             raise InputError(f"{key} cannot be combined with TwinFlow: {reason}", got=value, fix="remove the key")
     if not found.get("twinflow_enabled", False):
         raise InputError("twinflow_enabled is not true", fix="only TwinFlow configurations can be imported")
-    if found.get("twinflow_allow_diff2flow", False) or found.get("diff2flow_enabled", False):
+
+
+def _is_bridged_or_flow(found: Imported, prediction: object) -> bool:
+    return prediction == "flow_matching" or (prediction in PREDICTIONS and _bridged(found))
+
+
+def _bridged(found: Imported) -> bool:
+    """Whether both switches of Diff2Flow are on. Raises InputError where one is."""
+    switches = {key: bool(found.get(key, False)) for key in ("diff2flow_enabled", "twinflow_allow_diff2flow")}
+    if len(set(switches.values())) > 1:
         raise InputError(
-            "diff2flow_enabled and twinflow_allow_diff2flow have no equivalent",
-            fix="start from the preset sd15: model.prediction and model.diff2flow",
+            "diff2flow_enabled and twinflow_allow_diff2flow go together", got=switches, fix="set both or none to true"
         )
+    return all(switches.values())
 
 
 def _model(found: Imported) -> None:
-    family, path = found.get("model_family"), found.get("pretrained_model_name_or_path")
+    named, path = found.get("model_family"), found.get("pretrained_model_name_or_path")
+    family = NAMES.get(named, named)
     if family not in FAMILIES:
-        raise InputError("model_family is not supported", got=family, expected=f"one of {', '.join(FAMILIES)}")
+        known = sorted({*FAMILIES, *NAMES} - set(NAMES.values()))
+        raise InputError("model_family is not supported", got=named, expected=f"one of {', '.join(known)}")
     if path is None:
         raise InputError("pretrained_model_name_or_path is missing", expected="a diffusers folder or hub name")
     found.put("model", {"family": family, "path": path, "frozen_dtype": "bf16"})
+    _prediction(found, family)
     found.put("data", {"source": "folder"})
     found.notes.append(
         f"data: `twinrl data prepare IMAGES --model {path} --dtype bf16` takes the place of the data backends; "
@@ -166,6 +185,25 @@ def _model(found: Imported) -> None:
         found.put("model", {"lora": lora, "dtype": "bf16"})
         found.notes.append(
             f"adapters: rank {rank} on the family's own layers, kept in float32; the second time and the sign train too"
+        )
+
+
+def _prediction(found: Imported, family: str) -> None:
+    """Both switches of a diffusion model, under our names. Raises InputError where the file has one that is none."""
+    bridged = _bridged(found)
+    if family in DIFFUSION_FAMILIES and not bridged:
+        raise InputError(
+            f"{found.get('model_family')} is a diffusion model and TwinFlow trains flows",
+            fix="set diff2flow_enabled and twinflow_allow_diff2flow to true",
+        )
+    given = found.get("prediction_type", PREDICTED.get(found.get("model_family"), "epsilon"))
+    prediction = PREDICTIONS.get(given) if bridged else None
+    check_bridge(family, prediction, bridged)
+    if bridged:
+        found.put("model", {"prediction": prediction, "diff2flow": True})
+        found.notes.append(
+            f"prediction: {prediction}, which must be what the pipeline's scheduler says; "
+            "here teachers see noise levels of the diffusion model's own schedule (docs/models.md)"
         )
 
 

@@ -305,19 +305,18 @@ class PromptTable:
         """The table as JSON, keys as in :meth:`as_dict`."""
         write_json(self.as_dict(), path)
 
-    def rich(self) -> "Table":
-        """Distances for the terminal."""
-        return self._table("Samples against held-out images", lambda name: not name.startswith("score/"))
+    def rich(self) -> "list[Table]":
+        """For the terminal: distances, and rewards where there are any; held-out ones are marked."""
+        names = list(next(iter(self.rows.values())))
+        rewards = [name for name in names if name.startswith("score/")]
+        distances = [name for name in names if name not in rewards]
+        tables = [self._table("Samples against held-out images", distances)]
+        return [*tables, self._table("Mean rewards", rewards)] if rewards else tables
 
-    def rich_scores(self) -> "Table":
-        """Rewards for the terminal; held-out ones are marked."""
-        return self._table("Mean rewards", lambda name: name.startswith("score/"))
-
-    def _table(self, title: str, wanted: Any) -> "Table":
+    def _table(self, title: str, columns: Sequence[str]) -> "Table":
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        columns = [name for name in next(iter(self.rows.values())) if wanted(name)]
         table = Table(title=f"{title} ({self.n} prompts)", box=SIMPLE_HEAD, pad_edge=False)
         marks = {name: " (held out)" if name.removeprefix("score/") in self.held_out else "" for name in columns}
         for heading in ("NFE", *(name.removeprefix("score/") + marks[name] for name in columns)):

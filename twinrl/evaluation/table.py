@@ -72,8 +72,12 @@ class FinalTable:
         """The table as JSON, keys as in :meth:`as_dict`."""
         write_json(self.as_dict(), path)
 
-    def rich(self) -> "Table":
-        """The table for the terminal, 80 columns wide; intervals under their values."""
+    def rich(self) -> "list[Table]":
+        """For the terminal, 80 columns wide: distances, and rewards where there are any."""
+        return [self._distances(), *([self._rewards()] if self.scorers else [])]
+
+    def _distances(self) -> "Table":
+        """Intervals are under their values."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
@@ -91,8 +95,8 @@ class FinalTable:
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
         return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
 
-    def rich_scores(self) -> "Table":
-        """What the reward models say, for the terminal; held-out ones are marked."""
+    def _rewards(self) -> "Table":
+        """What the reward models say; held-out ones are marked."""
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 

@@ -19,7 +19,6 @@ from twinrl.sampling import few_step, keyed_noise, sample
 from twinrl.sampling.scheduler import TwinFlowScheduler
 
 SCRIPT = """
-from twinrl.compat import ensure_torchvision; ensure_torchvision()  # for machines without torchvision's native part
 import twinrl
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({folder!r})
@@ -103,6 +102,15 @@ def test_index_card_and_scheduler(sd3, tmp_path):
     assert saved["style"] == "any"
 
 
+def test_a_card_names_a_folder_without_its_place_and_as_no_model_of_the_hub(sd3, tmp_path):
+    """The hub refuses a card whose base model it has not, and nobody's home belongs into one."""
+    export(sd3.network(), sd3.family, tmp_path / "s", TwinFlowScheduler(), base=str(sd3.folder))
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "base_model" not in card
+    assert f"student of `{sd3.folder.name}`" in card
+    assert str(sd3.folder.parent) not in card
+
+
 def test_dtype_of_the_written_weights(sd3, tmp_path):
     from safetensors.torch import load_file
 
@@ -118,6 +126,21 @@ def test_a_folder_in_use_is_left_alone(sd3, tmp_path):
     with pytest.raises(InputError, match="is in use"):
         export(sd3.network(), sd3.family, tmp_path, TwinFlowScheduler(), base="b")
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("told", [{}, {"torch_dtype": torch.bfloat16}])
+def test_a_pipeline_in_bf16_loads_in_one_precision(cases, tmp_path, told):
+    """As the presets write it: text encoders and VAE in bf16, whether or not the script says how to load them."""
+    for name in ("sd3", "qwen_image"):
+        base = cases(name)
+        family = load_family(name, base.config.model_copy(update={"frozen_dtype": "bf16"}))
+        export(base.network(dtype="bf16"), family, tmp_path / name, TwinFlowScheduler(), base="b")
+        pipeline = DiffusionPipeline.from_pretrained(tmp_path / name, **told)
+        parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        assert {parameter.dtype for part in parts for parameter in part.parameters()} == {
+            told.get("torch_dtype", torch.float32)
+        }
+        base.call(pipeline, base.noise().to(pipeline.dtype), num_inference_steps=1)
 
 
 @pytest.mark.slow

@@ -95,6 +95,19 @@ def test_damaged_weights(folder):
     assert "transformer cannot be loaded" in refused(folder)
 
 
+@pytest.mark.parametrize("file", ["text_encoder/model.safetensors", "vae/config.json", "tokenizer_2/tokenizer.json"])
+def test_damaged_components(folder, file):
+    (folder / file).write_text("garbage")
+    with pytest.raises(InputError, match=r"cannot be loaded; got .*; fix: download or save the pipeline again"):
+        load_family("sd3", FamilyConfig(path=str(folder)))
+
+
+def test_a_tokenizer_without_vocabulary_is_not_made_up(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"tokenizer has no vocabulary; got tokenizer_config\.json"):
+        load_family("sd3", FamilyConfig(path=str(folder)))
+
+
 def test_missing_weights_are_not_made_up(folder):
     weights = load_file(folder / WEIGHTS)
     del weights["proj_out.bias"]

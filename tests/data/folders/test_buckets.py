@@ -6,7 +6,7 @@ import pytest
 
 from twinrl.config import validate
 from twinrl.data.folders.buckets import SIZES, Bucket, BucketsConfig, fit, parse_ratio
-from twinrl.data.folders.identity import in_validation, uniform
+from twinrl.data.folders.identity import uniform, validation_place
 from twinrl.data.folders.problems import NO_BUCKET, TOO_SMALL, UnusableError
 from twinrl.errors import InputError
 
@@ -117,7 +117,7 @@ def test_smaller_buckets_have_larger_batches() -> None:
 
 def test_the_split_takes_its_share_and_is_independent_of_the_crop() -> None:
     names = [f"image {i}" for i in range(5000)]
-    validation = [name for name in names if in_validation(name, 0.1)]
+    validation = [name for name in names if validation_place(name) < 0.1]
     assert len(validation) / len(names) == pytest.approx(0.1, abs=0.015)
     assert sum(uniform(name, "crop a") for name in validation) / len(validation) == pytest.approx(0.5, abs=0.04)
-    assert set(validation) < {name for name in names if in_validation(name, 0.2)}
+    assert set(validation) < {name for name in names if validation_place(name) < 0.2}

@@ -86,6 +86,18 @@ def test_the_command_says_what_it_did(model: Path, pictures: Path, tmp_path: Pat
     assert json.loads((tmp_path / MANIFEST).read_text())["encoder"].startswith("qwen_image-float32-")
 
 
+def test_captions_that_a_text_encoder_cuts_are_counted(tmp_path: Path) -> None:
+    """Three tokenizers, two that read 16 letters; the libraries' own remarks stay out of sight."""
+    families.build("sd3").save_pretrained(tmp_path / "sd3")
+    write_pairs(tmp_path / "pictures", [(64, 64)] * 3)
+    (tmp_path / "pictures" / "000.txt").write_text("short")
+    said = command(tmp_path / "pictures", tmp_path / "sd3", tmp_path / "out")
+    for name in ("tokenizer", "tokenizer_2"):
+        assert f"2 of these prompts are longer than the 16 tokens of {name}, which sees their beginning" in said
+    assert "tokenizer_3" not in said
+    assert "are longer" not in command(tmp_path / "pictures", tmp_path / "sd3", tmp_path / "out")  # all cached
+
+
 def test_without_a_model_the_data_are_verified_alone(pictures: Path, tmp_path: Path) -> None:
     output = command(pictures, None, tmp_path)
     assert "verified only" in output
@@ -103,6 +115,15 @@ def test_keys_tell_weights_and_precision_apart(model: Path) -> None:
     with torch.no_grad():
         next(family.pipeline.text_encoder.parameters())[0, 0] += 1e-3
     assert FamilyEncoder(family).key != key
+
+
+def test_another_vocabulary_is_another_encoder(model: Path, tmp_path: Path) -> None:
+    family = load_family("qwen_image", FamilyConfig(path=str(model)))
+    before = FamilyEncoder(family).key
+    family.encode_prompts(["a", "bc"])  # which sets padding and truncation
+    assert FamilyEncoder(family).key == before
+    family.pipeline.tokenizer.add_tokens(["cat"])
+    assert FamilyEncoder(family).key != before
 
 
 def test_wrong_models_and_settings_are_one_line(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from PIL import Image
 
 from tests.data.folders.tiny import TinyEncoder, encoded, picture, quiet, settings, write_pairs
 from twinrl.data.folders import CachedDataset, PrepareConfig
+from twinrl.data.folders.buckets import Bucket, Fit
 from twinrl.data.folders.cache import writing
+from twinrl.data.folders.captions import Example
 from twinrl.data.folders.images import decode, pixels
 from twinrl.data.folders.prepare import ENTRIES, MANIFEST, REPORT, Prepared, count_reasons, prepare
 from twinrl.data.folders.problems import (
@@ -26,7 +28,7 @@ from twinrl.data.folders.problems import (
     NOT_FINITE,
     TOO_SMALL,
 )
-from twinrl.data.folders.verify import verify
+from twinrl.data.folders.verify import Pair, divided, verify
 from twinrl.errors import InputError
 
 SIZES = [(64, 64), (90, 60), (60, 90), (64, 60), (40, 60), (96, 64), (64, 80)] * 4
@@ -152,6 +154,19 @@ def test_the_split_survives_added_files_and_new_captions(copy: Path, tmp_path: P
     after = splits()
     assert len(after) == 2 * len(before)
     assert {name: after[name] for name in before} == before
+
+
+def test_every_bucket_of_some_images_has_one_for_validation() -> None:
+    """At 10 %, buckets of five and more; copies stay on one side, and nothing else moves."""
+    small, large, few = Bucket(32, 32), Bucket(64, 32), Bucket(32, 64)
+    places = {small: [0.5, 0.9, 0.4, 0.4, 0.8, 0.7], large: [0.05, 0.3, 0.09, 0.2, 0.6], few: [0.11, 0.2]}
+    example, box = Example("a", "a", None), (0.0, 0.0, 1.0, 1.0)
+    pairs = [
+        Pair(example, "key", "text", Fit(bucket, box), place) for bucket, found in places.items() for place in found
+    ]
+    chosen = [(pair.fit.bucket, pair.place) for pair in divided(pairs, 0.1) if pair.split == "validation"]
+    assert chosen == [(small, 0.4), (small, 0.4), (large, 0.05), (large, 0.09)]
+    assert all(pair.split == "train" for pair in divided(pairs, 0))
 
 
 def test_names_and_the_order_of_ratios_decide_nothing(copy: Path, tmp_path: Path, encoder: TinyEncoder) -> None:

@@ -7,13 +7,14 @@ them up by the library's name in ``model_index.json``: that is ``twinrl``, so ``
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twinrl.backends.families.family import Family, FamilyNetwork
-from twinrl.backends.families.loading import INDEX, quiet
+from twinrl.backends.families.loading import INDEX, is_hub_name, quiet
 from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
 from twinrl.errors import InputError
 
@@ -36,7 +37,7 @@ def export(
         family: brings text encoders, tokenizers and VAE.
         folder: must not exist, or be empty.
         scheduler: a ``TwinFlowScheduler``; it decides style and seed of the samples.
-        base: name of the pretrained model, for the model card.
+        base: name or folder of the pretrained model, for the model card.
         dtype: of the written transformer; None keeps the student's.
 
     Raises:
@@ -45,14 +46,16 @@ def export(
     *When to use*: at the end of a run, to use or to publish the student without twinrl's trainer. For a small file
     beside an unchanged base model see :func:`export_lora`.
     """
-    _claim(folder)
+    claim(folder)
     transformer = _merged(network.transformer)
     if dtype is not None and any(p.dtype != dtype for p in transformer.parameters()):
         transformer = copy.deepcopy(transformer).to(dtype)
     parts = family.pipeline.components | {family.PART: transformer, "scheduler": scheduler} | family.SETTINGS
     with quiet():
         type(family.pipeline)(**parts).save_pretrained(folder)
-    _name_library(folder / INDEX)
+    _name_library(folder / INDEX, (family.PART, "scheduler"))
+    for file in folder.glob("*/config.json"):
+        _load_in_single_precision(file)
     (folder / "README.md").write_text(card(family, base, folder.name))
 
 
@@ -67,7 +70,7 @@ def export_lora(network: FamilyNetwork, family: Family, folder: Path, *, base: s
     """
     if not is_adapted(network.transformer):
         raise InputError("the student has no adapters", fix="export the whole model, or train with model.lora")
-    _claim(folder)
+    claim(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(network.transformer, type(family.pipeline), folder, family.PART)
     (folder / "README.md").write_text(lora_card(family, base))
@@ -83,9 +86,10 @@ def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNet
     return network
 
 
-def _claim(folder: Path) -> None:
+def claim(folder: Path) -> None:
+    """Raises InputError unless ``folder`` is new or empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} is in use", expected="a new or empty folder")
+        raise InputError(f"{folder} is in use", expected="a new or empty folder", fix="name another")
 
 
 def _merged(transformer: Any) -> Any:
@@ -98,13 +102,33 @@ def _merged(transformer: Any) -> Any:
     return merged
 
 
-def _name_library(index: Path) -> None:
-    """diffusers records the full module path of our classes, which ``import twinrl`` would not have imported."""
+def _name_library(index: Path, ours: Sequence[str]) -> None:
+    """diffusers records the module of our classes' files, which ``import twinrl`` would not have imported."""
     entries = json.loads(index.read_text())
-    for name, entry in entries.items():
-        if isinstance(entry, list) and isinstance(entry[0], str) and entry[0].startswith(f"{LIBRARY}."):
-            entries[name] = [LIBRARY, entry[1]]
+    entries |= {name: [LIBRARY, entries[name][1]] for name in ours}
     index.write_text(json.dumps(entries, indent=2) + "\n")
+
+
+def _load_in_single_precision(file: Path) -> None:
+    """Where nobody says ``torch_dtype``, diffusers loads float32 and transformers what a configuration says: text
+    encoders that were saved in bf16 would not fit the rest. The weights stay as they are written."""
+    described = json.loads(file.read_text())
+    parts = [described, *(value for value in described.values() if isinstance(value, dict))]
+    stated = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key)]
+    for part, key in stated:
+        part[key] = "float32"
+    if stated:
+        file.write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _called(base: str) -> str:
+    """What a card calls the pretrained model: its name on the hub, or a folder's name without where it lies."""
+    return base if is_hub_name(base) else Path(base).resolve().name
+
+
+def _base_model(base: str) -> str:
+    """A card's line on the pretrained model; the hub refuses cards that name what it does not have."""
+    return f"base_model: {base}\n" if is_hub_name(base) else ""
 
 
 def card(family: Family, base: str, name: str) -> str:
@@ -112,14 +136,14 @@ def card(family: Family, base: str, name: str) -> str:
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-base_model: {base}
-tags:
+{_base_model(base)}tags:
 - twinflow
 - few-step
 ---
 # {name}
 
-A few-step student of `{base}` (pipeline `{family.PIPELINE}`), trained with TwinFlow (arXiv:2512.05150) by `twinrl`.
+A few-step student of `{_called(base)}` (pipeline `{family.PIPELINE}`), trained with TwinFlow (arXiv:2512.05150) by
+`twinrl`.
 
 ```python
 import twinrl
@@ -128,6 +152,7 @@ pipeline = DiffusionPipeline.from_pretrained("{name}")
 image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).images[0]
 ```
 
+- `torch_dtype=torch.bfloat16` in `from_pretrained` takes half of the memory.
 - 1–4 steps. Guidance is part of the training target: switch it off (`guidance_scale=0`).
 - The scheduler is `TwinFlowScheduler`: its `seed` decides the noise between steps, the pipeline's `generator` the
   start.
@@ -143,12 +168,11 @@ def lora_card(family: Family, base: str) -> str:
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
-base_model: {base}
-tags:
+{_base_model(base)}tags:
 - twinflow
 - lora
 ---
-Adapters of a few-step student of `{base}`, trained with TwinFlow (arXiv:2512.05150) by `twinrl`.
+Adapters of a few-step student of `{_called(base)}`, trained with TwinFlow (arXiv:2512.05150) by `twinrl`.
 
 `pytorch_lora_weights.safetensors` is in diffusers' format. `twin_times.safetensors` holds the second time embedding and
 the sign; without it the student does not know that it is asked for a jump.
@@ -159,7 +183,7 @@ from twinrl.backends.families import load_family
 from twinrl.backends.families.export import with_lora
 from twinrl.backends.families.family import FamilyConfig
 
-config = FamilyConfig(path="{base}")
+config = FamilyConfig(path="{_called(base)}")
 family = load_family("{family.NAME}", config)
 student = with_lora(family.network(config), family, Path("this folder"))
 ```

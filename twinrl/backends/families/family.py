@@ -251,7 +251,19 @@ class Family(ABC):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of B prompts: (B, ...) tensors, padded so that conditions of any prompts can be joined."""
-        return self._encode_prompts(list(prompts))
+        with loading.quiet():
+            return self._encode_prompts(list(prompts))
+
+    def limits(self) -> dict[str, int]:
+        """Tokenizer → the most tokens of a prompt that its text encoder sees."""
+        parts = {name: getattr(part, "model_max_length", None) for name, part in self.pipeline.components.items()}
+        return {name: min(self.TOKENS, limit) for name, limit in parts.items() if limit is not None}
+
+    def cut(self, prompts: Sequence[str]) -> dict[str, int]:
+        """Tokenizer → how many of the prompts are longer than it may be told; the text encoder sees their beginning."""
+        with loading.quiet():
+            ids = {name: getattr(self.pipeline, name)(list(prompts))["input_ids"] for name in self.limits()}
+        return {name: sum(len(row) > self.limits()[name] for row in rows) for name, rows in ids.items()}
 
     @abstractmethod
     def _encode_prompts(self, prompts: list[str]) -> Condition: ...

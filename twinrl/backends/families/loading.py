@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from twinrl.compat import ensure_torchvision
 from twinrl.errors import InputError
 
 INDEX = "model_index.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+"""Files that tokenizers are made from; without any, transformers makes an empty one without a word."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -29,6 +34,11 @@ def resolve(path: str) -> Path:
     if not HUB_NAME.fullmatch(path):
         raise InputError(f"no folder {path}", expected="a diffusers folder or a hub name like owner/name")
     return _download(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether :func:`resolve` takes ``path`` for a name on the hub."""
+    return not Path(path).is_dir() and HUB_NAME.fullmatch(path) is not None
 
 
 def _download(name: str) -> Path:
@@ -99,18 +109,27 @@ def left_out(index: dict[str, Any]) -> list[str]:
     return [name for name, entry in index.items() if isinstance(entry, list) and entry[:1] == [None]]
 
 
+def check_class(folder: Path, pipeline: str) -> None:
+    """Raises InputError where ``folder`` is not a pipeline of the class named ``pipeline``."""
+    found = read_index(folder)["_class_name"]
+    if found != pipeline:
+        raise InputError(f"{folder} is another family's", got=found, expected=pipeline, fix="change model.family")
+
+
 def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
     """Raises InputError where ``folder`` is not a complete pipeline of the class named ``pipeline``."""
+    check_class(folder, pipeline)
     index = read_index(folder)
-    if index["_class_name"] != pipeline:
-        raise InputError(
-            f"{folder} is another family's", got=index["_class_name"], expected=pipeline, fix="change model.family"
-        )
     for name in components(index):
         if name not in unused and not (folder / name).is_dir():
             raise InputError(
                 f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
             )
+        if "Tokenizer" in str(index[name][1]) and not any((folder / name / file).is_file() for file in VOCABULARIES):
+            raise InputError(
+                f"{folder / name} has no vocabulary", got=", ".join(sorted(os.listdir(folder / name))) or "no files",
+                expected=f"one of {', '.join(VOCABULARIES)}", fix="download or save the pipeline again",
+            )  # fmt: skip
 
 
 def content_hash(folder: Path, sample: int = 2**20) -> str:
@@ -156,7 +175,7 @@ def load_pipeline(
     try:
         with quiet():
             return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # the parsers of each library raise their own on damaged files
         raise _unreadable(folder, error) from error
 
 
@@ -170,7 +189,7 @@ def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype, part: s
         with quiet():
             loaded = transformer.from_pretrained(folder / part, torch_dtype=dtype)
         loaded.complete(str(folder))
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise _unreadable(folder / part, error) from error
     absent = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
     if absent:
@@ -198,23 +217,32 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without diffusers' remarks on weights that are not in a checkpoint: ``complete`` and the check after it say more.
-
-    Nor on ``torch_dtype``, which newer versions call ``dtype`` and older ones know under no other name.
+    """Without the remarks of diffusers and transformers: on weights that are not in a checkpoint (``complete`` and the
+    check after it say more), on long prompts, and on ``torch_dtype``, which newer versions call ``dtype`` and older
+    ones know under no other name. Progress bars are for people: there are none where nobody looks.
     """
-    from diffusers.utils import logging
+    import diffusers
+    import transformers
 
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        if not sys.stderr.isatty():
+            library.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*torch_dtype.*")
             yield
     finally:
-        logging.set_verbosity(before)
+        for library, verbosity, bars in before:
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
 
 
 def _unreadable(folder: Path, error: Exception) -> InputError:
     return InputError(
-        f"{folder} cannot be loaded", got=str(error).splitlines()[0] if str(error) else type(error).__name__
-    )
+        f"{folder} cannot be loaded", got=str(error).splitlines()[0] if str(error) else type(error).__name__,
+        fix="download or save the pipeline again: a file is damaged, incomplete or another model's",
+    )  # fmt: skip

@@ -28,7 +28,9 @@ class LoraSettings(Settings):
     rank: int = Field(64, ge=1, description="rank of the update")
     alpha: int | None = Field(None, ge=1, description="the update is scaled by alpha / rank; null = rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapters' input")
-    targets: tuple[str, ...] | None = Field(None, description="suffixes of module names; null = the family's")
+    targets: tuple[str, ...] | None = Field(
+        None, min_length=1, description="suffixes of module names; null = the family's"
+    )
 
 
 def add_lora(transformer: Any, settings: LoraSettings, family_targets: Sequence[str]) -> None:
@@ -39,11 +41,15 @@ def add_lora(transformer: Any, settings: LoraSettings, family_targets: Sequence[
     """
     from peft import LoraConfig
 
-    targets = list(settings.targets or family_targets)
+    targets = list(family_targets if settings.targets is None else settings.targets)
     names = [name for name, _ in transformer.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError("lora.targets names no layer", got=target, expected="the end of a module's name")
+            raise InputError(
+                "model.lora.targets names no layer", got=target,
+                expected=f"the end of a module's name, such as {', '.join(family_targets[:2])}",
+                fix="leave model.lora.targets out: the family has its own",
+            )  # fmt: skip
     transformer.requires_grad_(False)
     transformer.add_adapter(
         LoraConfig(

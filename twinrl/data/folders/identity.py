@@ -26,10 +26,11 @@ def uniform(identity: str, purpose: str) -> float:
     return int(digest(identity, purpose)[:13], 16) / 16**13  # 52 bits: exact in a float
 
 
-def in_validation(identity: str, fraction: float) -> bool:
-    """Whether the thing belongs to the validation split, which takes ``fraction`` of everything in expectation.
+def validation_place(identity: str) -> float:
+    """The thing's place in [0, 1); the validation split takes those below its share.
 
-    Membership is a property of the content alone: it holds ``fraction`` of every bucket in expectation, copies of
-    one image share a split, and adding, renaming or recaptioning files moves nothing across.
+    A property of the content alone: the split holds its share of every bucket in expectation, copies of one image are
+    on one side, and adding, renaming or recaptioning files moves nothing across (but for a bucket so small that its
+    only validation image had to be named, see ``verify.divided``).
     """
-    return uniform(identity, "validation split") < fraction
+    return uniform(identity, "validation split")

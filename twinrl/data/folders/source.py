@@ -42,7 +42,7 @@ class CachedDataset:
         if encoder is not None and manifest["encoder"] != encoder:
             raise InputError(
                 f"{folder} was prepared with another encoder", got=manifest["encoder"], expected=encoder,
-                fix="run `twinrl data prepare` with this model",
+                fix=_mended(manifest["encoder"], encoder),
             )  # fmt: skip
         self.folder, self.split = folder, split
         self.content_hash: str = manifest["content_hash"]
@@ -115,7 +115,19 @@ class CachedDataset:
                 raise _unprepared(self.folder, f"{entry.name} is not in the cache")
 
 
+def _mended(got: str, expected: str) -> str:
+    """How encoders called ``family-precision-digest`` are brought together."""
+    (family, precision), (wanted_family, wanted) = ((*key.split("-"), "")[:2] for key in (got, expected))
+    again = "run `twinrl data prepare` with this model"
+    if family != wanted_family or precision == wanted:
+        return again
+    there, here = (name.replace("bfloat16", "bf16") for name in (precision, wanted))
+    return f"model.frozen_dtype={there}, or {again} and --dtype {here}"
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise _unprepared(folder, f"no {MANIFEST} in it" if folder.is_dir() else "no such folder")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
@@ -135,5 +147,6 @@ def _entries(folder: Path) -> list[Entry]:
 
 def _unprepared(folder: Path, why: object) -> InputError:
     return InputError(
-        f"{folder} is not a complete prepared folder", got=why, fix="run `twinrl data prepare IMAGES --to` this folder"
-    )
+        f"{folder} is not a complete prepared folder", got=why,
+        fix="run `twinrl data prepare IMAGES --model MODEL --to PREPARED` and set data.root=PREPARED",
+    )  # fmt: skip

@@ -1,7 +1,9 @@
 """Readers of tables: parquet files and Hugging Face data sets."""
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,18 @@ def _hf_image(images: Any, number: int, column: str, path: Path) -> bytes:
     return image_bytes(images[number][column], path)
 
 
+@contextmanager
+def _without_retries_told() -> Iterator[None]:
+    """The hub's client reports each of its attempts; what comes of the last one is the message."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def _load(path: Path, config: ReadConfig) -> Any:
     try:
         import datasets
@@ -125,10 +139,14 @@ def _load(path: Path, config: ReadConfig) -> Any:
         ) from error
     try:
         if not path.is_dir():
-            return datasets.load_dataset(path.as_posix(), split=config.split)
+            with _without_retries_told():
+                return datasets.load_dataset(path.as_posix(), split=config.split)
         found = datasets.load_from_disk(str(path))
     except (OSError, ValueError, ConnectionError) as error:
-        raise InputError(f"the data set {path} cannot be loaded", got=error) from error
+        raise InputError(
+            f"the data set {path} cannot be loaded", got=error,
+            fix="check its name and the network, or save it with save_to_disk and give the folder",
+        ) from error  # fmt: skip
     if not isinstance(found, datasets.DatasetDict):
         return found
     if config.split not in found:

@@ -4,7 +4,6 @@ Latents and prompt embeddings come from the cache; of the pipeline the VAE alone
 pictures. Text encoders stay on the CPU: they are asked only for prompts that are not in the data (`twinrl sample`).
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class FolderSource:
 
     Attributes:
         name: as in ``data.source``.
-        content_hash: of the prepared data and of the family's files.
+        content_hash: of the prepared data, a dash, and of the family's files (see ``model_unchanged``).
         latent_shape: (C, h, w) of the bucket with most rows.
         splits: train and validation.
         networks: frozen networks of the run's rewards, by their settings.
@@ -63,7 +62,7 @@ class FolderSource:
             raise InputError(f"{root} holds prompts without images", fix="data.source=prompts trains without images")
         self.images = images
         self.networks: dict[str, nn.Module] = {}
-        self.content_hash = hashlib.sha256(f"{train.content_hash} {family.content_hash}".encode()).hexdigest()
+        self.content_hash = f"{train.content_hash}-{family.content_hash[:32]}"
         self.bucket = max(train.lengths, key=lambda name: train.lengths[name])
         self.latent_shape: tuple[int, int, int] = train.latent_shapes[self.bucket]
 
@@ -85,11 +84,18 @@ class FolderSource:
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """Conditions of any prompts, by the text encoders on the CPU."""
-        return conditions.to(self.family.encode_prompts(prompts), self.device)
+        with visiting(self.encoders, self.family.device):
+            return conditions.to(self.family.encode_prompts(prompts), self.device)
 
     def null_condition(self, n: int) -> Condition:
         """The empty condition ∅, n rows."""
-        return conditions.to(self.family.null_condition(n), self.device)
+        with visiting(self.encoders, self.family.device):
+            return conditions.to(self.family.null_condition(n), self.device)
+
+    @property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """What reads prompts."""
+        return tuple(module for module in self.family.frozen_modules() if module not in self.codec)
 
     @property
     def codec(self) -> tuple[nn.Module, ...]:
@@ -101,6 +107,11 @@ class FolderSource:
         self.device = torch.device(device)
         self.family.pipeline.vae.to("cpu" if offload else self.device)
         return self
+
+
+def model_unchanged(content_hash: str, family: Family) -> bool:
+    """Whether a source's ``content_hash`` is one of this very pipeline, whatever the data were."""
+    return content_hash.partition("-")[2] == family.content_hash[:32]
 
 
 def whole_rows(mix: Mapping[str, float]) -> int:

@@ -1,7 +1,8 @@
 """Verification: every image is read and decoded once; what is kept of it are digests, bucket, crop and split."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from twinrl.data.folders import images, readers
 from twinrl.data.folders.buckets import Fit, fit
 from twinrl.data.folders.cache import ShardStore
 from twinrl.data.folders.captions import Example, Found
-from twinrl.data.folders.identity import digest, in_validation, of_bytes, uniform
+from twinrl.data.folders.identity import digest, of_bytes, uniform, validation_place
 from twinrl.data.folders.parallel import ahead, groups_of
 from twinrl.data.folders.problems import CORRUPT, Problem, UnusableError
 from twinrl.data.folders.settings import PrepareConfig, Watch
@@ -37,6 +38,7 @@ class Pair:
         latent: digest of image content, crop and size: the key of its latents; None in a prompt list.
         text: digest of the caption: the key of its embeddings.
         fit: where the image goes; for prompts the bucket alone matters.
+        place: of its content in [0, 1); those below the configured share are for validation.
         split: train or validation.
     """
 
@@ -44,7 +46,8 @@ class Pair:
     latent: str | None
     text: str
     fit: Fit
-    split: str
+    place: float
+    split: str = "train"
 
     def entry(self) -> Entry:
         """Its line in ``entries.jsonl``."""
@@ -81,7 +84,18 @@ def verify(path: Path, config: PrepareConfig, latents: ShardStore | None, watch:
         ):
             pairs.append(result) if isinstance(result, Pair) else problems.append(result)
             watch("verify", done, None)
-    return Verified(name, pairs, problems)
+    return Verified(name, divided(pairs, config.validation), problems)
+
+
+def divided(pairs: Sequence[Pair], share: float) -> list[Pair]:
+    """The pairs with their splits: validation is ``share`` of the contents, with at least one of each bucket of which
+    ``share`` would be half an image or more, so that no common shape goes unseen."""
+    chosen = {pair.place for pair in pairs if pair.place < share}
+    for bucket in {pair.fit.bucket for pair in pairs}:
+        places = {pair.place for pair in pairs if pair.fit.bucket == bucket}
+        if not places & chosen and share * len(places) >= 0.5 and len(places) > 1:
+            chosen.add(min(places))
+    return [replace(pair, split="validation" if pair.place in chosen else "train") for pair in pairs]
 
 
 def _check(found: Found, config: PrepareConfig, latents: ShardStore | None) -> Pair | Problem:
@@ -96,7 +110,7 @@ def _check(found: Found, config: PrepareConfig, latents: ShardStore | None) -> P
 def _pair(example: Example, data: bytes, config: PrepareConfig, latents: ShardStore | None) -> Pair:
     content = of_bytes(data)
     place = fit(config.buckets, *images.upright_size(data), content)
-    pair = Pair(example, latent_key(data, place), digest(example.caption), place, _split(content, config))
+    pair = Pair(example, latent_key(data, place), digest(example.caption), place, validation_place(content))
     if latents is None or str(pair.latent) not in latents:
         images.decode(data)
     return pair
@@ -111,11 +125,7 @@ def _prompt(example: Example, config: PrepareConfig) -> Pair:
     """A prompt without image gets a bucket by its own digest, so that all sizes are trained."""
     text, buckets = digest(example.caption), config.buckets.buckets()
     bucket = buckets[int(uniform(text, "bucket") * len(buckets))]
-    return Pair(example, None, text, Fit(bucket, (0.0, 0.0, 0.0, 0.0)), _split(text, config))
-
-
-def _split(identity: str, config: PrepareConfig) -> str:
-    return "validation" if in_validation(identity, config.validation) else "train"
+    return Pair(example, None, text, Fit(bucket, (0.0, 0.0, 0.0, 0.0)), validation_place(text))
 
 
 def image_bytes(example: Example) -> bytes:

@@ -1,0 +1,116 @@
+"""A family that twinrl has not is added by one file (``ovis_image.py`` beside this one) and one entry.
+
+Everything that trainers, data and exports ask of a family then works with it.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+
+import twinrl
+from tests.backends.families import tiny
+from tests.backends.families.conftest import Case, disturbed
+from tests.backends.families.test_networks import at
+from tests.data.folders.tiny import write_pairs
+from twinrl.backends.families import FAMILIES, load_family
+from twinrl.backends.families.family import FamilyConfig
+from twinrl.backends.families.lora import LoraSettings
+from twinrl.sampling import euler, sample
+from twinrl.tracking import runlog
+
+NAME, MODULE = "ovis_image", "tests.backends.families.ovis_image"
+
+
+def pipeline() -> Any:
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    config = transformers.Qwen3Config(
+        vocab_size=80, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    return diffusers.OvisImagePipeline(
+        transformer=transformer, scheduler=tiny.euler(), vae=tiny.kl_vae(), tokenizer=tiny.qwen_tokenizer(),
+        text_encoder=transformers.Qwen3Model(config),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
+    """The new family, registered, with a tiny pipeline on disk."""
+    monkeypatch.setitem(FAMILIES, NAME, f"{MODULE}:OvisImage")
+    monkeypatch.setitem(tiny.BUILDERS, NAME, pipeline)
+    monkeypatch.setitem(twinrl._COMPONENTS, "OvisImageTwinFlowTransformer", MODULE)
+    made = tiny.build(NAME)
+    made.save_pretrained(tmp_path / "pipeline")
+    family = load_family(NAME, FamilyConfig(path=str(tmp_path / "pipeline")))
+    return Case(NAME, tmp_path / "pipeline", made, family)
+
+
+def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.backends.families.conftest.CALL", {NAME: {"guidance_scale": 1.0}})
+    z, network = added.noise(), added.network()
+    theirs = added.call(added.pipeline, z, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent")
+    ours = sample(network, z, added.condition, euler(4))
+    assert (ours - z).abs().mean() > 0.1
+    torch.testing.assert_close(ours, added.family.from_pipeline(theirs, added.shape), atol=1e-5, rtol=0)
+
+    t = torch.tensor([0.3, 1.0])
+    assert torch.equal(at(network, added, -t, 0 * t), at(network, added, t))
+    assert not torch.allclose(at(disturbed(network), added, -t, -t), at(network, added, t))
+    assert added.network(lora=LoraSettings(rank=2)).transformer.peft_config
+
+
+COMMANDS = """
+import sys
+from pathlib import Path
+
+import twinrl
+from twinrl.backends.families import FAMILIES
+
+FAMILIES["ovis_image"] = "{module}:OvisImage"  # the line in twinrl.backends.families
+twinrl._COMPONENTS["OvisImageTwinFlowTransformer"] = "{module}"  # the one in twinrl/__init__.py
+
+from twinrl.cli import main
+
+def twinrl_does(*arguments):
+    sys.argv = ["twinrl", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, arguments
+
+twinrl_does("data", "prepare", "images", "--model", "pipeline", "--to", "prepared", "--device", "cpu",
+    "buckets.sizes=[[32,32]]", "buckets.multiple=8", "validation=0.3")
+twinrl_does("train", "twinflow", "model={{family: ovis_image, path: pipeline, lora: {{rank: 2}}}}",
+    "data={{source: folder, root: prepared}}", "train={{steps: 2, batch: 4}}", "tracking.mlflow=false", "run.dir=runs",
+    "terms.reward={{branches: [e2e]}}", "reward={{model: brightness, gradient: {{eta: 50}}}}",
+    "evaluation={{n: 20, nfe: [1], grid_samples: 2, batch: 4, velocity_rows: 4}}")
+twinrl_does("export", str(next(Path("runs").glob("*-s0"))), "student")
+
+from diffusers import DiffusionPipeline
+student = DiffusionPipeline.from_pretrained("student")
+image = student("a red cat", num_inference_steps=2, guidance_scale=0, height=32, width=32).images[0]
+assert image.size == (32, 32)
+"""
+
+
+@pytest.mark.slow
+def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: Path) -> None:
+    """In a process that knows the family from its start, as after the two lines."""
+    write_pairs(tmp_path / "images", [(32, 32)] * 16)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-c", COMMANDS.format(module=MODULE)]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = next((tmp_path / "runs").glob("*-s0/log.jsonl"))
+    assert [math.isfinite(row["reward/mean"]) for row in runlog.read(log)] == [True, True]
