@@ -28,7 +28,7 @@ NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "p
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
 WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
-ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "sharded", "watchdog", "wrap"))
+ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
 DIGITS = 16
 

@@ -69,6 +69,8 @@ class Messages(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:  # it comes again with the parts, and with what they send
+            return NotImplemented
         namespace, _, name = func._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional") and (kind := KINDS.get(name)):
             tensors = list(_tensors(args[1] if name == "_reduce_scatter_base_" else args[0]))
@@ -187,7 +189,7 @@ def tables(found: Mapping[int, list[dict[str, Found]]]) -> str:
         for clipping, one in ranks[0].items():
             total = sum(one.payload.values())
             kinds = [
-                f"{one.count.get(k, 0)} ({one.payload.get(k, 0) / 1024:,.0f})" for k in dict.fromkeys(KINDS.values())
+                f"{one.count.get(k, 0)} ({one.payload.get(k, 0) / 1024:,.1f})" for k in dict.fromkeys(KINDS.values())
             ]
             step = f"{np.median(one.seconds):.3f}"
             lines.append([f"{world}, {clipping}", step, sum(one.count.values()), f"{total / 1024:,.0f}", *kinds])

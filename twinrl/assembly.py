@@ -218,7 +218,7 @@ def inner_of(network: nn.Module) -> Any:
     return network.network if isinstance(network, WithoutTargetTime) else network
 
 
-def guide_of(settings: RunConfig, source: Data, device: torch.device) -> Guide | None:
+def guide_of(settings: RunConfig, source: Data, device: torch.device, ranks: Ranks = ALONE) -> Guide | None:
     """The reward that training follows, on the device; None where none is configured.
 
     Raises:
@@ -228,7 +228,9 @@ def guide_of(settings: RunConfig, source: Data, device: torch.device) -> Guide |
         return None
     reward = build_reward(settings.reward.model, source, "reward.model").to(_waits(settings, device))
     end = settings.renoise_end()
-    return Guide(settings.reward, reward, source, settings.train.steps, end, _visitors(settings, source, [reward]))
+    visitors = _visitors(settings, source, [reward])
+    ranks.keep_frozen(visitors)
+    return Guide(settings.reward, reward, source, settings.train.steps, end, visitors)
 
 
 def _waits(settings: RunConfig, device: torch.device) -> torch.device:
@@ -260,7 +262,9 @@ def example_prompts(settings: RunConfig, source: Data, seed: int) -> list[str]:
     return split.captions(range(min(4, len(split))))
 
 
-def protocol_of(settings: RunConfig, source: Data, split: HeldOut, device: torch.device) -> Protocol | PromptProtocol:
+def protocol_of(
+    settings: RunConfig, source: Data, split: HeldOut, device: torch.device, ranks: Ranks = ALONE
+) -> Protocol | PromptProtocol:
     """The fixed protocol that suits the data, with the rewards that only judge.
 
     A family is judged on the validation split alone, and also by the reward that it follows: it has no scorers of
@@ -282,6 +286,7 @@ def protocol_of(settings: RunConfig, source: Data, split: HeldOut, device: torch
         images.network.to(_waits(settings, device))
     visitors = _visitors(settings, source, [*judges.values(), *followed.values()])
     visitors += [] if images is None else [images.network]
+    ranks.keep_frozen([*visitors, *_folder(source).encoders])
     return PromptProtocol(_folder(source), settings.evaluation, device, judges, followed, images, visitors)
 
 

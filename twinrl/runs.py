@@ -9,7 +9,7 @@ metrics.parquet  the log as a table                result.json  written last: ho
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,21 +72,21 @@ class RunDirectory:
         path = self.path / RESULT
         return json.loads(path.read_text()) if path.is_file() else None
 
-    def begun_by(self, launch: str) -> bool:
-        """Whether the launch of that name made this run; never for a process without a launcher, whose name is ""."""
+    def begun_by(self, launchers: Iterable[str]) -> bool:
+        """Whether one of these launchers has trained this run; "" is none."""
         try:
-            began = json.loads((self.path / ENVIRONMENT).read_text()).get("launch")
+            known = json.loads((self.path / ENVIRONMENT).read_text()).get("launchers", [])
         except (OSError, ValueError):  # none, or its process was killed while writing
             return False
-        return self.exists and bool(launch) and began == launch
+        return self.exists and not set(known).isdisjoint(filter(None, launchers))
 
-    def start(self, settings: schema.RunConfig, fresh: bool, launch: str = "") -> None:
+    def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
         """Make the directory of a new run; ``fresh`` deletes an older one first.
 
         Arguments:
             settings: the configuration.
             fresh: whether an older run may be deleted.
-            launch: name of the launch that begins it, for its restarts.
+            launchers: names of those that begin it, for their restarts.
 
         Raises:
             InputError: a run exists here already (finished, to be resumed, or being trained with ``fresh``), or the
@@ -99,7 +99,7 @@ class RunDirectory:
                 self._clear()
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            (self.path / ENVIRONMENT).write_text(json.dumps(environment.describe() | {"launch": launch}, indent=1))
+            self._note(environment.describe(), launchers)
             unfinished = self.path / f".{CONFIG}"
             unfinished.write_text(dump(settings))
             unfinished.replace(self.path / CONFIG)  # last: with it the run exists
@@ -109,6 +109,17 @@ class RunDirectory:
                 got=error.strerror,
                 fix="set run.dir to a writable folder",
             ) from error
+
+    def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
+        unfinished = self.path / f".{ENVIRONMENT}"
+        unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
+        unfinished.replace(self.path / ENVIRONMENT)
+
+    def joined_by(self, launchers: Iterable[str]) -> None:
+        """Note who trains a run that is begun already: machines have come in the place of lost ones."""
+        described = json.loads((self.path / ENVIRONMENT).read_text())
+        if new := set(launchers) - {"", *described["launchers"]}:
+            self._note(described, [*described["launchers"], *new])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -196,12 +207,17 @@ def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mappin
     check_content(content_hash, state, settings.data.source)
 
 
+def _short(content_hash: str) -> str:
+    """The beginnings of a hash's parts: of the data, and of the pretrained model where there is one."""
+    return "-".join(part[:12] for part in content_hash.split("-"))
+
+
 def check_content(content_hash: str, state: Mapping[str, Any], source: str) -> None:
     """Raises InputError where a checkpoint was made with other data (or other frozen models) of ``source``."""
     if state["content_hash"] != content_hash:
         raise InputError(
             f"the data of {source} have changed since the run's checkpoint",
-            got=f"content {content_hash:.12}",
-            expected=f"content {state['content_hash']:.12}",
+            got=f"content {_short(content_hash)}",
+            expected=f"content {_short(state['content_hash'])}",
             fix="restore data.root and the cache, or start a new run with train.init=<this run>",
         )

@@ -301,6 +301,11 @@ class RunConfig(Settings):
             )
         if family is not None and self.train.init == "random":
             raise ValueError("train.init is random, but a family starts from its pretrained weights; fix: teacher")
+        if self.machine.offload and self.fsdp.frozen == "sharded":
+            raise ValueError(
+                "machine.offload keeps VAE and reward models on the host and fsdp.frozen=sharded in parts on the "
+                "device; fix: choose one"
+            )
 
     def _check_evaluation(self) -> None:
         """Raises ValueError where validation is asked for what it has not."""

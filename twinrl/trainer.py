@@ -112,7 +112,7 @@ class Trainer:
         begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
         student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
-        self.guide = assembly.guide_of(settings, self.source, self.device)
+        self.guide = assembly.guide_of(settings, self.source, self.device, self.ranks)
         self.objective: Objective = assembly.objective_of(settings, student, self.guide, self.ranks)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(

@@ -3,14 +3,21 @@
 Training reads prepared latents, so VAE and reward models are idle for most of a step. With ``machine.offload`` they are
 loaded on the CPU and stay there; whoever uses them does it inside :func:`visiting`, whose modules are on the device
 for that long. Their weights never change, so the host's are kept and put back: nothing is copied home.
+
+With ``fsdp.frozen=sharded`` every process keeps a part of them instead, and has the whole inside
+(:mod:`twinrl.fsdp.frozen`).
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+IN_PARTS: "WeakKeyDictionary[nn.Module, Callable[[], AbstractContextManager[None]]]" = WeakKeyDictionary()
+"""Modules of which this process keeps a part → what makes them whole."""
 
 
 @contextmanager
@@ -25,6 +32,17 @@ def visiting(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Non
     Raises:
         ValueError: a module has parameters that are trained: their updates would be lost.
     """
+    with ExitStack() as stack:
+        modules = list(modules)
+        for module in modules:
+            if module in IN_PARTS:
+                stack.enter_context(IN_PARTS[module]())
+        with _moved(modules, device):
+            yield
+
+
+@contextmanager
+def _moved(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     at_home = [place for module in modules for place in _places(module, device)]
     there: dict[int, Tensor] = {}  # tied weights stay tied
     try:

@@ -92,10 +92,28 @@ def test_shares_of_processes() -> None:
     assert (Item("student", 10).each(4), Item("vae", 10, shared=False).each(4)) == (3, 10)
 
 
+def test_a_visit_adds_what_is_not_on_the_device_yet() -> None:
+    waiting, parted = Item("vae", 12, shared=False, host=True, visits=True), Item("vae", 12, visits=True)
+    assert (waiting.visit(4), waiting.where) == (12, "host, visits the device")
+    assert (parted.each(4), parted.visit(4), parted.where) == (3, 9, "device, gathered while used")
+    assert (Item("student", 12).visit(4), Item("student", 12).where) == (0, "device")
+
+
+def test_frozen_models_are_either_on_the_host_or_in_parts() -> None:
+    with pytest.raises(InputError, match=r"fsdp\.frozen=sharded in parts on the device; fix: choose one"):
+        schema.load("sd35", ["model.path=x", "machine.offload=true", "fsdp.frozen=sharded"])
+
+
 def test_a_model_that_cannot_be_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match="description of no/such cannot be fetched"):
         plan(schema.load("sd35", ["model.path=no/such"]))
+
+
+def test_another_familys_pipeline_is_not_planned(tmp_path: Path) -> None:
+    tiny.build("sd3").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is another family's; got StableDiffusion3Pipeline; expected FluxPipeline"):
+        plan(schema.load("flux", [f"model.path={tmp_path}"]))
 
 
 def test_equal_rewards_are_planned_once_and_offloading_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,4 +130,5 @@ def test_equal_rewards_are_planned_once_and_offloading_moves_them(monkeypatch: p
         "clip (clipscore), about": (clip, False, False),
     }
     assert rewards("machine.offload=true")["reward (pickscore), about"] == (pickscore, True, True)
+    assert rewards("fsdp.frozen=sharded")["reward (pickscore), about"] == (pickscore, False, True)
     assert "inception, about" in rewards("evaluation.reference=images")

@@ -58,6 +58,8 @@ CASES: dict[str, Case] = {
     "tutorial": Case("tutorial", ("train.batch=16",)),
     "simpletuner": Case("simpletuner"),
     "lab": Case("lab", ("train.steps=20",)),
+    "flow_matching": Case("flow_matching"),
+    "rcgm": Case("rcgm"),
     "published": Case("published", REWARDED),
     "corrected": Case("corrected", REWARDED),
     "frozen guidance, live recursion": Case(
@@ -97,7 +99,7 @@ CASES |= {
     for policy in POLICIES
 }
 NOT_ON_4 = (
-    "frozen guidance, live recursion", "image-free", "no space", "output space, micro-batches",
+    "flow_matching", "rcgm", "frozen guidance, live recursion", "image-free", "no space", "output space, micro-batches",
     "recomputed activations", "compiled", "dit", "offloaded", "bf16", "rollback", "micro-batches, each reduced",
     "micro-batches", "parameter space",  # "hybrid" has both
     *(f"nan, {policy}" for policy in POLICIES),

@@ -3,6 +3,8 @@
 One spawn trains all of them; the tests compare with runs in this process.
 """
 
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,13 +20,17 @@ from torch.distributed.tensor import DTensor
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES
 from tests.data.folders.tiny import write_pairs
-from tests.fsdp.measures import held, whole
+from tests.fsdp.measures import held, kept, peak_of_reading, whole
+from tests.rewards.tiny import hf_clip
 from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.commands import data
+from twinrl.commands.plan import plan
+from twinrl.commands.train import train
 from twinrl.errors import InputError
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
+from twinrl.rewards import inception
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
 from twinrl.trainer import Trainer
@@ -37,6 +43,10 @@ TOKENS = {"qwen_image": 192, "z_image": 64}  # templates are long where the toke
 LORA = "model.lora={rank: 2}"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sd3": ("sd3", ("terms.reward={branches: [e2e]}", "reward={model: brightness, gradient: {eta: 5}}")),
+    "sd3 frozen in parts": (
+        "sd3",
+        ("terms.reward={branches: [e2e]}", "reward={model: brightness, gradient: {eta: 5}}", "fsdp.frozen=sharded"),
+    ),
     "sd3 lora": ("sd3", (LORA, "teacher={kind: frozen, guidance: ema}", "guidance={form: teacher, strength: 1}")),
     "sd3 lora bf16": ("sd3", (LORA, "model.dtype=bf16")),
     "qwen_image": ("qwen_image", ("model.gradient_checkpointing=true",)),
@@ -55,7 +65,7 @@ class Made:
 
     base: Path
 
-    def settings(self, name: str, runs: str) -> schema.RunConfig:
+    def settings(self, name: str, runs: str, *more: str) -> schema.RunConfig:
         family, overrides = CASES[name]
         switches = [f"model.{key}={str(value).lower()}" for key, value in SWITCHES.get(family, {}).items()]
         return schema.load(
@@ -65,7 +75,7 @@ class Made:
                 f"data={{source: folder, root: {self.base / 'prepared' / family}, row_multiple: {WORLD}}}",
                 f"train={{steps: {STEPS}, batch: 8}}", "optim.lr=1e-4", "checkpoint.every=50", "tracking.mlflow=false",
                 "evaluation={every: 0, n: 20, nfe: [1]}", "stability.capsules.every=0",
-                f"run.dir={self.base / 'runs' / runs}", "name=tiny", *overrides,
+                f"run.dir={self.base / 'runs' / runs / name.replace(' ', '-')}", "name=tiny", *overrides, *more,
             ],
         )  # fmt: skip
 
@@ -97,9 +107,53 @@ def work(rank: int, base: Path) -> None:
         student = list(trainer.objective.teacher.student.parameters())
         assert all(isinstance(parameter, DTensor) for parameter in student)
         found[name] = sum(map(held, student)) / sum(map(whole, student))
+        if settings.fsdp.frozen == "sharded":
+            peaks = {
+                name: peak(settings, trainer, ranks) for name, ranks in (("sharded", trainer.ranks), ("whole", ALONE))
+            }
+            frozen = of_frozen(settings, trainer)
+    torch.save(frozen | {"peaks": peaks}, base / f"frozen-{rank}.pt")
+    judged(rank, base)
     torch.save(found, base / f"found-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+JUDGED = ("replicated", "sharded")
+
+
+def judged_by(base: Path, frozen: str) -> schema.RunConfig:
+    """A run that follows a reward model and is judged by it and by FID; all networks are real, of random weights."""
+    clip = f"{{kind: clipscore, checkpoint: {base / 'clip'}}}"
+    more = [
+        f"reward={{model: {clip}, gradient: {{eta: 50}}, held_out: {{same: {clip}}}}}", f"judges={{clip: {clip}}}",
+        f"fsdp={{frozen: {frozen}, watchdog: null}}", f"evaluation.reference={base / 'others'}",
+        "terms.reward={branches: [e2e]}", f"evaluation.inception={base / 'inception.pth'}",
+        "train.steps=2", "evaluation={every: 2, n: 20, nfe: [1]}",
+    ]  # fmt: skip
+    return Made(base).settings("sd3", f"judged-{frozen}", *more)
+
+
+def judged(rank: int, base: Path) -> None:
+    """Train by the command of either way of keeping frozen models."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(WORLD)}  # as a launcher would
+    for frozen in JUDGED:
+        assert train(judged_by(base, frozen), False, Console(quiet=True)) == 0
+
+
+def peak(settings: schema.RunConfig, trainer: Trainer, ranks: Ranks) -> int:
+    """Most bytes of tensors while a student is made."""
+    return peak_of_reading(lambda: assembly.student_of(settings, trainer.source, CPU, True, ranks))
+
+
+def of_frozen(settings: schema.RunConfig, trainer: Trainer) -> dict[str, Any]:
+    """What VAE and text encoders say once validation has been set up, and the bytes that are kept of each."""
+    source: Any = trainer.source
+    assembly.protocol_of(settings, source, "validation", CPU, trainer.ranks)
+    pixels = source.decode(torch.linspace(-1, 1, math.prod(source.latent_shape)).view(1, *source.latent_shape))
+    parts = source.family.pipeline.components.items()
+    bytes_of = {name: kept(part) for name, part in parts if isinstance(part, torch.nn.Module)}
+    return {"pixels": pixels, "condition": dict(source.condition(["a cat"])), "bytes": bytes_of}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,6 +176,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         sizes = ["buckets.sizes=[[32,32],[64,32]]", "buckets.multiple=8", "validation=0.25"]
         where = str(base / family), base / "prepared" / family
         data.prepare_data(base / "images", *where, sizes, data.Machine("cpu"), Console(quiet=True))
+    write_pairs(base / "others", [(40, 30)] * 4)
+    torch.save(inception.architecture().state_dict(), base / "inception.pth")
+    hf_clip().save_pretrained(base / "clip")
     return Made(base)
 
 
@@ -164,6 +221,39 @@ def test_every_process_holds_its_share(sharded: list[dict[str, Any]]) -> None:
     for rank in sharded:
         for name, share in rank.items():
             assert share == pytest.approx(1 / WORLD, rel=0.15), name
+
+
+def test_no_process_ever_holds_the_whole_transformer(made: Made, sharded: Any) -> None:
+    for found in (torch.load(made.base / f"frozen-{rank}.pt")["peaks"] for rank in range(WORLD)):
+        assert found["whole"] > 50_000  # the measure sees a whole network
+        assert found["sharded"] < 0.9 * found["whole"]  # half, buffers, and a constructor's own needs in so small a one
+
+
+def test_frozen_models_in_parts_say_the_same_and_take_what_is_planned(made: Made, sharded: Any) -> None:
+    settings = made.settings("sd3 frozen in parts", "sharded")
+    trainer = run(made.settings("sd3", "whole"), ALONE)
+    expected = of_frozen(settings, trainer)
+    planned = {item.name: item.each(WORLD) for item in plan(settings, WORLD)}
+    for found in (torch.load(made.base / f"frozen-{rank}.pt") for rank in range(WORLD)):
+        assert torch.equal(found["pixels"], expected["pixels"])
+        for name, value in expected["condition"].items():
+            assert torch.equal(found["condition"][name], value), name
+        for name, whole_bytes in expected["bytes"].items():
+            assert found["bytes"][name] == pytest.approx(planned[name], rel=0.1), name  # parts begin at 64 bytes
+            assert planned[name] == pytest.approx(whole_bytes / WORLD, rel=0.01)
+
+
+def test_rewards_and_judges_in_parts_change_no_number(made: Made, sharded: Any) -> None:
+    """But in their last bits: weights that are read from a file begin anywhere in memory, gathered ones do not."""
+    whole, parts = (rows(judged_by(made.base, frozen)) for frozen in JUDGED)
+    for ours, theirs in zip(parts, whole, strict=True):
+        assert set(ours) == set(theirs)
+        for name in theirs:
+            if name.startswith(("loss/total", "reward/", "grad/reward/norm", "grad/total/norm", "val/")):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), (theirs["step"], name)
+    assert parts[-1]["val/fid_1nfe"] > 0
+    assert math.isfinite(parts[-1]["val/held_out_score/clip_1nfe"])
+    assert parts[0]["grad/reward/norm_raw"] > 0
 
 
 def test_rows_that_cannot_be_shared_are_refused(made: Made) -> None:

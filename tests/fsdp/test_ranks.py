@@ -34,8 +34,9 @@ MIDDLE = STEPS // 2
 ELASTIC = Case("twinflow", (*cases.RULES, "gradients.total={zclip: {warmup: 3}}"))
 WIDE = Case("twinflow", ("model.network={kind: mlp, width: 64, depth: 4, condition_width: 64}",))
 RANDOM = Case("tutorial", ("train.batch=16", *WIDE.overrides))  # starts from random weights
-ACCUMULATED = {
+COUNTED = {
     "whole": (),
+    "last block freed": ("fsdp.reshard_last=true",),
     "in parts": ("train.micro_batch=2",),
     "in parts, each reduced": ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=true"),
 }
@@ -75,13 +76,13 @@ def on_two(base: Path) -> dict[str, Any]:
         found[at] = run(settings, ranks_of(settings))
     found["errors"] = [_refused(base, rank) for rank in range(2)]
     found["starts"] = {at: _start(base, at) for at in ("four", "single")}
-    found["reductions"] = {name: _reductions(base, *overrides) for name, overrides in ACCUMULATED.items()}
+    found["messages"] = {name: _messages(base, *overrides) for name, overrides in COUNTED.items()}
     return found
 
 
-def _reductions(base: Path, *overrides: str) -> int:
+def _messages(base: Path, *overrides: str) -> dict[str, int]:
     settings = Case("twinflow", (*overrides, "train.batch=16")).settings(base / "counted" / "-".join(overrides))
-    return measures.reductions(trainer_of(settings, ranks_of(settings)))
+    return measures.messages(trainer_of(settings, ranks_of(settings)))
 
 
 def _refused(base: Path, rank: int) -> str:
@@ -232,9 +233,20 @@ def test_one_processes_bad_input_is_everybodys(two: list[dict[str, Any]]) -> Non
 
 
 def test_gradients_are_summed_once_however_they_accumulate(two: list[dict[str, Any]]) -> None:
-    counted = two[0]["reductions"]
+    counted = {name: found["reduce_scatter"] for name, found in two[0]["messages"].items()}
     assert counted["in parts"] == counted["whole"] > 0
     assert counted["in parts, each reduced"] > counted["in parts"]
+
+
+def test_the_last_block_stays_for_its_backward_pass(two: list[dict[str, Any]]) -> None:
+    kept, freed = (two[0]["messages"][name] for name in ("whole", "last block freed"))
+    assert freed["allgather"] > kept["allgather"] > 0
+    assert freed["reduce_scatter"] == kept["reduce_scatter"]
+
+
+def test_numbers_of_a_step_go_together(two: list[dict[str, Any]]) -> None:
+    """Norms of four terms and of their sum, shares, cosines, RMS: not a message for each parameter."""
+    assert 0 < two[0]["messages"]["whole"]["all_reduce"] < 30
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

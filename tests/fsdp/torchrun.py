@@ -34,7 +34,32 @@ def start(
         world: processes.
         more: environment variables.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), "--standalone"]
+    return _launch(["--nproc-per-node", str(world), "--standalone"], arguments, output, restarts, more)
+
+
+def start_node(
+    arguments: tuple[str, ...], output: Path, restarts: int, port: int, address: str
+) -> subprocess.Popen[bytes]:
+    """A launcher of one process, as on one of two machines.
+
+    Arguments:
+        arguments, output, restarts: as for :func:`start`.
+        port: of this machine, where the launchers meet; the first one to come listens there.
+        address: of the launcher's machine, such as 127.0.0.2; ranks are given in the order of addresses.
+
+    The variable lets processes meet anew after each restart; by itself torch 2.13 sends them to the first rank 0's
+    machine for ever.
+    """
+    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job"]
+    patience = ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=5"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", address, *meeting, *patience]
+    return _launch(options, arguments, output, restarts, {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+
+
+def _launch(
+    options: list[str], arguments: tuple[str, ...], output: Path, restarts: int, more: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
     restarting = ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
     with output.open("ab") as file:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from twinrl import assembly
 from twinrl.backends.families import family_class
 from twinrl.backends.families.family import DTYPES
-from twinrl.backends.families.loading import INDEX, components, quiet, read_index, transformer_config
+from twinrl.backends.families.loading import INDEX, check_class, components, quiet, read_index, transformer_config
 from twinrl.backends.families.lora import add_lora
 from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
@@ -45,7 +45,7 @@ class Item:
         shared: divided over the processes (sharded), else each has its own.
         exact: whether the bytes are those of tensors, or a rule of thumb.
         host: in the host's memory instead of the device's.
-        visits: waits on the host and is on the device while it is used.
+        visits: whole on the device while it is used; waits on the host, or in parts.
     """
 
     name: str
@@ -58,6 +58,17 @@ class Item:
     def each(self, processes: int) -> int:
         """Bytes in one of ``processes``."""
         return math.ceil(self.bytes / processes) if self.shared else self.bytes
+
+    def visit(self, processes: int) -> int:
+        """Bytes by which a visit adds to what is on the device of one of ``processes``."""
+        waiting = 0 if self.host else self.each(processes)
+        return self.bytes - waiting if self.visits else 0
+
+    @property
+    def where(self) -> str:
+        """Where it is, for people."""
+        place = "host" if self.host else "device"
+        return place + (", visits the device" if self.host else ", gathered while used") * self.visits
 
 
 def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
@@ -73,6 +84,7 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
         network.to(dtype=assembly.dtype_of(settings))
         return list(of_training(settings, network, processes))
     folder = described(str(settings.model.path))
+    check_class(folder, family_class(settings.model.family).PIPELINE)
     network = meta_family(settings, folder)
     items = [*of_training(settings, network, processes), *_frozen(settings, folder)]
     return [*items, *activations(settings, network, folder), *_rewards(settings)]
@@ -92,8 +104,9 @@ def described(path: str) -> Path:
     try:
         return Path(snapshot_download(path, allow_patterns=[INDEX, "*/config.json"]))
     except (OSError, HfHubHTTPError, HTTPError, ValueError) as error:
+        why = str(error).removeprefix("Got: ").partition("\n")[0]  # the hub's client says that already
         raise InputError(
-            f"the description of {path} cannot be fetched", got=str(error).splitlines()[0] if str(error) else None,
+            f"{path} is no folder here, and the description of {path} cannot be fetched from the hub", got=why or None,
             fix="give the folder of a downloaded pipeline as model.path",
         ) from error  # fmt: skip
 
@@ -137,14 +150,16 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
 def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
     """VAE on the device, text encoders on the host."""
     dtype, family = DTYPES[settings.model.frozen_dtype], family_class(str(settings.model.family))
+    shared = settings.fsdp.frozen == "sharded"
     for name in components(read_index(folder)):
         unused = name == family.PART or name in family.LEFT_OUT
         module = None if unused else _meta_component(folder, name)
         if module is not None:
             # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
             held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
-            visits = name == "vae" and settings.machine.offload
-            yield Item(name, size_of(held), shared=False, host=name != "vae" or visits, visits=visits)
+            offload = name == "vae" and settings.machine.offload
+            host, visits = name != "vae" or offload, offload or (name == "vae" and shared)
+            yield Item(name, size_of(held), shared, host=host, visits=visits)
 
 
 def _meta_component(folder: Path, name: str) -> nn.Module | None:
@@ -190,14 +205,15 @@ def _latent_positions(settings: RunConfig, folder: Path) -> int:
 def _rewards(settings: RunConfig) -> Iterator[Item]:
     """Reward models; equal ones are there once, whether training follows them or validation judges by them."""
     followed = {} if settings.reward is None else {"reward": settings.reward.model, **settings.reward.held_out}
-    offload, known = settings.machine.offload, set()
+    offload, shared = settings.machine.offload, settings.fsdp.frozen == "sharded"
+    visits, known = offload or shared, set()
     for name, model in (followed | settings.judges).items():
         size = int(_reward_bytes(model))
         if size and (same := model.model_dump_json()) not in known:
             known.add(same)
-            yield Item(f"{name} ({model.kind}), about", size, False, exact=False, host=offload, visits=offload)
+            yield Item(f"{name} ({model.kind}), about", size, shared, exact=False, host=offload, visits=visits)
     if settings.evaluation.reference is not None:
-        yield Item("inception, about", 4 * INCEPTION_PARAMETERS, False, exact=False, host=offload, visits=offload)
+        yield Item("inception, about", 4 * INCEPTION_PARAMETERS, shared, exact=False, host=offload, visits=visits)
 
 
 def _reward_bytes(model: Any) -> float:
@@ -221,12 +237,11 @@ def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
     items = plan(settings, processes)
     table = Table("held by each process", "MiB", "where", box=None, pad_edge=False)
     for item in items:
-        where = "host, visits the device" if item.visits else "host" if item.host else "device"
-        table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", where)
+        table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", item.where)
     total = sum(item.each(processes) for item in items if not item.host)
     table.add_section()
     table.add_row("all on the device", f"{total / 2**20:,.1f}", "")
-    if visitors := sum(item.each(processes) for item in items if item.visits):
+    if visitors := sum(item.visit(processes) for item in items):
         table.add_row("… while rewards and pictures are made", f"{(total + visitors) / 2**20:,.1f}", "")
     console.print(table)
     console.print("Tensors are exact; activations and reward models are estimates. Decoding large images comes on top.")

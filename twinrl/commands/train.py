@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,15 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
 
         return launch(settings, run, fresh, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
-        goes_on = ranks.anywhere(ranks.first and restart.is_restart() and run.begun_by(restart.launch()))
+        launchers = ranks.gathered(restart.launch())
+        goes_on = ranks.anywhere(ranks.first and run.begun_by(launchers))
         if goes_on and ranks.anywhere(ranks.first and run.result is not None):
             return _ended(run, _of_rank(console, ranks))
         if not fresh and not goes_on:
             ranks.on_first(run.refuse_existing)
         source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
-        if not goes_on:
-            ranks.on_first(lambda: run.start(settings, fresh, restart.launch()))
+        begin = run.joined_by if goes_on else partial(run.start, settings, fresh)
+        ranks.on_first(lambda: begin(launchers))
         ranks.on_first(lambda: stack.enter_context(run.locked()))
         console = _of_rank(console, ranks)
         try:
@@ -134,7 +136,7 @@ def _trainer(
     Every process takes part in making samples; what other than the first one draws of them is thrown away.
     """
     shown = run if ranks.first else _scratch(stack)
-    validator = pictures.Validator(assembly.protocol_of(settings, source, "validation", device), shown)
+    validator = pictures.Validator(assembly.protocol_of(settings, source, "validation", device, ranks), shown)
     trainer = Trainer(settings, run, source, device, validator, ranks=ranks)
     trainer.resume()
     if trainer.step == 0:
@@ -214,8 +216,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
             best = trainer.objective.teacher.best
             table, grid = judge(trainer.settings, trainer.source, best, run, console, folder, trainer.ranks)
         result["table"] = table.as_dict()
-        console.print(table.rich())
-        console.print(table.rich_scores())
+        console.print(*table.rich())
         console.print(f"samples: {grid}")
     if trainer.ranks.first:
         pictures.save_norms(run, run.samples / "norms.png")
@@ -241,7 +242,7 @@ def judge(
     """The final table on the test split; sample grids, diversity and curves go to ``folder``."""
     device = next(network.parameters()).device
     with console.status("judging samples of the student and its teacher on the test split"):
-        protocol = assembly.protocol_of(settings, source, "test", device)
+        protocol = assembly.protocol_of(settings, source, "test", device, ranks)
         network = pictures.in_single_precision(network)
         table: FinalTable | PromptTable
         if isinstance(protocol, PromptProtocol):

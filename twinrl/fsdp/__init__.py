@@ -3,6 +3,7 @@
     mesh.py        process group (anew after each restart), device mesh, this process's place in it
     wrap.py        which modules are sharded, and how
     initial.py     building a sharded network of which no rank ever holds the whole
+    frozen.py      VAE, text encoders and reward models, of which every rank keeps 1/N between uses
     agreement.py   numbers and errors on which all ranks agree
     checkpoint.py  sharded checkpoints (torch.distributed.checkpoint), resumed on any number of ranks
     ranks.py       what the trainer asks of its ranks; one process answers trivially

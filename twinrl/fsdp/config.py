@@ -1,5 +1,7 @@
 """How a network is sharded; changes memory and speed, not what is computed."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from twinrl.config import Settings
@@ -42,6 +44,11 @@ class FSDPConfig(Settings):
         None, description="torch.compile every block with this backend, e.g. inductor; null = not"
     )
     cpu_offload: bool = Field(False, description="parameters, gradients and optimizer state in the host's memory")
+    frozen: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description="VAE, text encoders and reward models: whole in every process, or 1/N of them between uses, for "
+        "which all processes gather them",
+    )
     watchdog: float | None = Field(
         600,
         gt=0,

@@ -5,7 +5,7 @@ and to make, save and load networks. :class:`Ranks` are the answers of a single 
 :class:`twinrl.fsdp.sharded.Sharded` those of several.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,6 +75,10 @@ class Ranks:
         """Whether a flag is set in any process."""
         return flag
 
+    def gathered(self, word: str) -> list[str]:
+        """What each process says."""
+        return [word]
+
     def on_first(self, action: Callable[[], Any]) -> None:
         """Do something in the first process while the others wait; its InputError is everybody's."""
         action()
@@ -109,6 +113,9 @@ class Ranks:
     def copy(self, student: nn.Module) -> nn.Module:
         """A copy without gradients, for a teacher."""
         return copy_of(student)
+
+    def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
+        """Keep frozen modules, which are used inside :func:`twinrl.visiting.visiting` alone, as configured."""
 
     def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
         """See :func:`twinrl.backends.tells_branches_apart`."""

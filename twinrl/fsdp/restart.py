@@ -2,7 +2,10 @@
 
 When a process dies under ``torchrun --max-restarts``, the launcher ends the others and starts the *same* command again,
 on which a run must go on; typed in again by a person, that command is refused, since a run exists. So a run directory
-notes (in ``env.json``) which launch began it.
+notes (in ``env.json``) which launchers began it: one on each machine. Those live on over restarts, all but the ones
+whose machines were lost; so a run goes on where any of its launchers has a part in the present start. Torchrun's own
+words do not tell: its count of restarts is each machine's own and leaves out those that a machine's coming or going
+has caused, rank 0 may be on another machine than before, and a job's name (``--rdzv-id``) may be used again.
 """
 
 import os
@@ -10,19 +13,15 @@ import socket
 from pathlib import Path
 
 
-def is_restart() -> bool:
-    """Whether the launcher has started this process in the place of an earlier one."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 def launch() -> str:
-    """A name of this launch, the same after each of its restarts; "" without a launcher.
+    """A name of this process's launcher on this machine, the same after each of its restarts; "" without one.
 
-    It is torchrun's ``--rdzv-id`` where one was given (with ``--standalone`` torchrun makes one up), else host and
-    process of the launcher.
+    It is the launcher's host, process and time of start.
     """
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"{socket.gethostname()}:{os.getppid()}:{_started(os.getppid())}" if name == "none" else name
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = os.getppid()
+    return f"{socket.gethostname()}:{parent}:{_started(parent)}"
 
 
 def _started(process: int) -> str:

@@ -1,6 +1,6 @@
 """The answers of several processes that train one sharded model; see :mod:`twinrl.fsdp.ranks`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from copy import deepcopy
 from pathlib import Path
@@ -20,9 +20,11 @@ from twinrl.errors import InputError
 from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
 from twinrl.fsdp.config import FSDPConfig
+from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
+from twinrl.visiting import IN_PARTS
 
 
 class Sharded(Ranks):
@@ -87,6 +89,12 @@ class Sharded(Ranks):
     def anywhere(self, flag: bool) -> bool:
         with self.progress.during("whether any rank stops"):
             return agreement.anywhere(flag, self.device)
+
+    def gathered(self, word: str) -> list[str]:
+        with self.progress.during("what each rank says"):
+            words = [""] * self.world
+            dist.all_gather_object(words, word)
+            return words
 
     def on_first(self, action: Callable[[], Any]) -> None:
         with self.progress.during("what rank 0 does alone"):
@@ -159,6 +167,14 @@ class Sharded(Ranks):
         copied = self._sharded(deepcopy(self._outline).requires_grad_(False), trained=False)
         initial.copy_parts(student, copied)
         return copied
+
+    def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
+        if self.config.frozen == "replicated":
+            return
+        group = self.mesh[mesh.SHARD].get_group()
+        for module in modules:
+            if module not in IN_PARTS:
+                IN_PARTS[module] = Parted(module, group).together
 
     def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
         return tells_branches_apart(network, shape, condition, self._plain_copy)

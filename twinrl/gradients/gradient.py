@@ -12,6 +12,13 @@ def over_ranks(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
+def all_over_ranks(sums: Sequence[Tensor]) -> list[Tensor]:
+    """Of 0-dim sums of sharded tensors the plain numbers that every rank sees, in one message for all."""
+    sharded: list[Tensor] = [value for value in sums if isinstance(value, DTensor)]
+    whole = iter(over_ranks(torch.stack(sharded)).unbind()) if sharded else iter(())
+    return [next(whole) if isinstance(value, DTensor) else value for value in sums]
+
+
 class Gradient:
     """One term's gradient: a tensor for each parameter (or forward pass) that the term reaches.
 

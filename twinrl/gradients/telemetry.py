@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from twinrl.gradients.gradient import over_ranks
+from twinrl.gradients.gradient import all_over_ranks, over_ranks
 
 
 @torch.no_grad()
@@ -16,7 +16,7 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     says that the second moment is out of date, and loss spikes follow by 1 to 8 steps (StableAdamW, Wortsman et
     al., arXiv:2304.13013).
     """
-    found = {}
+    squares, corrections = {}, []
     for group in optimizer.param_groups:
         beta, eps = group["betas"][1], group["eps"]
         for parameter in group["params"]:
@@ -25,8 +25,10 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
                 continue
             correction = 1 - beta ** float(state["step"])  # taken out of the mean: v̂ = v/correction
             bounded = state["exp_avg_sq"].clamp(min=correction * eps**2)
-            found[parameter] = over_ranks(parameter.grad.square().div_(bounded).mean() * correction).sqrt()
-    return found
+            squares[parameter] = parameter.grad.square().div_(bounded).sum()
+            corrections.append(correction / parameter.numel())
+    means = [total * factor for total, factor in zip(all_over_ranks(list(squares.values())), corrections, strict=True)]
+    return {parameter: mean.sqrt() for parameter, mean in zip(squares, means, strict=True)}
 
 
 def largest(values: Sequence[Tensor]) -> Tensor:
@@ -37,8 +39,8 @@ def largest(values: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def update_ratio(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
     """0-dim ‖θ_after − θ_before‖ / ‖θ_before‖ over all parameters."""
-    moved = torch.stack([over_ranks((p - b).square().sum()) for p, b in zip(parameters, before, strict=True)]).sum()
-    size = torch.stack([over_ranks(b.square().sum()) for b in before]).sum()
+    moved = torch.stack(all_over_ranks([(p - b).square().sum() for p, b in zip(parameters, before, strict=True)])).sum()
+    size = torch.stack(all_over_ranks([b.square().sum() for b in before])).sum()
     return (moved / size).sqrt()
 
 
