@@ -204,7 +204,8 @@ def _least_squares(blocks: Sequence[Block], seeds: np.ndarray, y: np.ndarray, sc
         first = index.stop
         p = float(result.f_test(np.eye(x.shape[1])[list(index)]).pvalue)
         for k, contrast in zip(index, block.contrasts, strict=True):
-            interval = Interval(*values[k].tolist(), len(y), "least squares, seed as block")
+            estimate, low, high = values[k].tolist()
+            interval = Interval(estimate, low, high, len(y), "least squares, seed as block")
             effects.append(Effect(block.name, contrast, interval, p, p, scale))
     return effects
 
