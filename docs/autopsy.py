@@ -1,7 +1,9 @@
 """The autopsy's tables and text: trials → docs/results/autopsy → docs/autopsy.md.
 
-    python docs/autopsy.py collect runs/ablations     tables from the run directories of the autopsy's studies
-    python docs/autopsy.py                            figures and docs/autopsy.md from the committed tables
+    python docs/autopsy.py collect runs/ablations     trials and curves of the autopsy's studies
+    python docs/autopsy.py replays runs/ablations     the steps around large spikes again, without each suspect
+    python docs/autopsy.py samplings runs/ablations   healthy runs sampled as published and as recommended
+    python docs/autopsy.py                            figures and docs/autopsy.md from these tables
 
 ``docs/results/autopsy/text.md`` is the text with ``${names}`` in place of numbers and tables; a test renders it again
 and compares, so no result in the page was typed by hand.
@@ -9,7 +11,8 @@ and compares, so no result in the page was typed by hand.
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from statistics import median
@@ -22,20 +25,31 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ablations.ledger import Ledger
 from ablations.study import Arm, load
+from analysis.effects import main_effects
 from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
-from analysis.intervals import clopper_pearson, mean_t
-from twinrl import schema
+from analysis.intervals import Interval, clopper_pearson, mean_t
+from twinrl import assembly, schema
 from twinrl.assembly import load_source
+from twinrl.commands import inspect
+from twinrl.evaluation.grids import sample_grid
+from twinrl.evaluation.protocol import Protocol
 from twinrl.replay import replay_each
 from twinrl.runs import RunDirectory
+from twinrl.sampling import few_step
 from twinrl.stability.events import SPIKE
 from twinrl.tracking import names
 
 PAGE = Path(__file__).parent / "autopsy.md"
 IMAGES = Path(__file__).parent / "images"
 FOLDER = Path(__file__).parent / "results" / "autopsy"
-TEXT, TRIALS, CURVES, REPLAYS = (FOLDER / name for name in ("text.md", "trials.csv", "curves.parquet", "replays.csv"))
+TEXT, TRIALS, CURVES, REPLAYS, SAMPLED = (
+    FOLDER / name for name in ("text.md", "trials.csv", "curves.parquet", "replays.csv", "samplings.csv")
+)
+LEDGER = FOLDER / "ledger.jsonl"
+SOUND = "reward=with teacher=ema"
+"""The regime's arm that stayed whole, with the reward."""
 STUDIES = ("search", "regime")
 WINDOW = 10  # steps behind a point of the committed curves: their largest norm
 NORMS = {
@@ -66,16 +80,25 @@ ORDERS = 100.0
 
 def collect(root: Path) -> None:
     """Writes the compact tables from the finished trials of the studies in ``root``."""
-    trials, curves = [], []
+    trials, curves, known = [], [], set()
     for study in STUDIES:
         for arm, seed, run in trials_of(study, root):
             key = {"study": study, "arm": arm.name, "seed": seed}
+            known.add((arm.settings.hash, seed))
             trials.append(key | outcome(run) | {f"level.{name}": level for name, level in arm.levels.items()})
             curves += [key | point for point in curve(run.rows)]
     FOLDER.mkdir(parents=True, exist_ok=True)
+    write_ledger(root, known)
     pd.DataFrame.from_records(trials).to_csv(TRIALS, index=False, float_format="%.6g")
     pd.DataFrame.from_records(curves).astype({"seed": "int16"}).to_parquet(CURVES, index=False)
     print(f"{len(trials)} trials, {len(curves)} points of curves in {FOLDER}")
+
+
+def write_ledger(root: Path, chosen: Collection[tuple[str, int]]) -> None:
+    """The trials' lines of the ledger, so that nobody who has the sources that made them runs them again."""
+    records = [r for r in Ledger(root / "ledger.jsonl").read().values() if (r.config_hash, r.seed) in chosen]
+    kept = [replace(r, where={key: r.where[key] for key in ("revision", "at")}) for r in records]
+    LEDGER.write_text("".join(f"{record.line()}\n" for record in sorted(kept, key=lambda record: record.key)))
 
 
 def trials_of(study: str, root: Path) -> Iterable[tuple[Arm, int, Run]]:
@@ -180,6 +203,39 @@ def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:
     return turns[:most]
 
 
+# --- what sampling does to healthy runs --------------------------------------------------------------------
+
+SAMPLINGS = ((1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (4, 4.0), (8, 4.0))
+"""Network evaluations and strength of guidance; the last is how the published run's final samples were made."""
+
+
+def samplings(root: Path) -> None:
+    """Judges the healthy runs of the regime's sound arm under every sampling, and draws samples of the first."""
+    rows: list[dict[str, Any]] = []
+    for arm, seed, run in sorted(trials_of("regime", root), key=lambda found: found[1]):
+        if arm.name != SOUND or run_divergence(run) is not None:
+            continue
+        settings, _, source, network = inspect.load(run.path)
+        protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
+        assert isinstance(protocol, Protocol)
+        shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
+        drawn = []
+        for nfe, guidance in SAMPLINGS:
+            pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
+            drawn.append(pixels[shown])
+            judged = protocol.judge(pixels)
+            by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
+            key = {"seed": seed, "nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
+            rows.append(key | protocol.summary(judged))
+            print(rows[-1], flush=True)
+        if len(rows) == len(SAMPLINGS):
+            labels = [f"{nfe} NFE, guidance {guidance:g}" for nfe, guidance in SAMPLINGS]
+            sample_grid(torch.stack(drawn), labels, title="one healthy run, the same noise").save(
+                IMAGES / "autopsy-guidance.png"
+            )
+        pd.DataFrame.from_records(rows).to_csv(SAMPLED, index=False, float_format="%.6g")
+
+
 # --- from tables to the page ------------------------------------------------------------------------------
 
 
@@ -190,6 +246,7 @@ def render(trials: pd.DataFrame) -> str:
         "regime": regime_table(trials),
     }
     values |= regime_values(trials) | measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
+    values |= sampling_values(pd.read_csv(SAMPLED))
     return Template(TEXT.read_text()).substitute(values)
 
 
@@ -237,6 +294,7 @@ def regime_values(trials: pd.DataFrame) -> dict[str, str]:
     paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()
     distance = (with_reward.final_fd - without.final_fd).dropna()
     early = with_reward[with_reward.accuracy_at_start >= HEALTHY]
+    early_without = without.loc[early.index.intersection(without.index)]
     averaged = [regime.loc[f"reward={level} teacher=ema"] for level in ("with", "without")]
     gain = (averaged[1].final_fd - averaged[0].final_fd).dropna()
     return {
@@ -247,7 +305,8 @@ def regime_values(trials: pd.DataFrame) -> dict[str, str]:
         "n": str(len(with_reward)),
         "early": str(len(early)),
         "early_broken": share(early.diverged),
-        "norm_factor": f"{10 ** paired.mean():.1f} [{10 ** mean_t(paired).low:.1f}, {10 ** mean_t(paired).high:.1f}]",
+        "early_without_broken": share(early_without.diverged),
+        "norm_factor": _factor(mean_t(paired), 10),
         "fd_difference": str(mean_t(distance)),
         "norm_max": f"{with_reward.norm_max.max():,.0f}",
         "norm_max_without": f"{without.norm_max.max():,.0f}",
@@ -256,9 +315,42 @@ def regime_values(trials: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def screening_table(trials: pd.DataFrame) -> str:
+    """One line a suspect: what its other level does to the largest norm, to the share of broken runs and to quality."""
+    chosen = trials[trials.study == "screening"].dropna(axis="columns", how="all")
+    chosen = chosen.assign(height=np.log10(chosen.norm_ratio), worse=np.log(chosen.final_fd))
+    factors = [name for name in chosen.columns if name.startswith("level.")]
+    levels = load("autopsy-screening").factors
+    reference = {name: next(iter(levels[name.removeprefix("level.")])) for name in factors}
+    heights = main_effects(chosen, "height", factors, reference=reference)
+    distances = {effect.factor: effect for effect in main_effects(chosen, "worse", factors, reference=reference)}
+    lines = [
+        "| suspect | published → other | largest norm × | p (Holm) | fell apart: published, other "
+        "| Fréchet distance × |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for effect in heights:
+        published = chosen[effect.factor].astype(str) == str(reference[effect.factor])
+        broken = [
+            f"{int(part.sum())} of {len(part)}" for part in (chosen.diverged[published], chosen.diverged[~published])
+        ]
+        other, _, _ = effect.contrast.partition(" − ")
+        lines.append(
+            f"| {effect.factor.removeprefix('level.')} | {reference[effect.factor]} → {other} "
+            f"| {_factor(effect.interval, 10)} | {effect.p_holm:.2g} | {', '.join(broken)} "
+            f"| {_factor(distances[effect.factor].interval, math.e)} |"
+        )
+    return "\n".join(lines)
+
+
+def _factor(found: Interval, base: float) -> str:
+    """An interval of logarithms as one of factors."""
+    return f"{base**found.estimate:.2g} [{base**found.low:.2g}, {base**found.high:.2g}]"
+
+
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
     """What the published validation does in runs that are well: means over the seeds of the healthy arm with reward."""
-    well = curves[(curves.study == "regime") & (curves.arm == "reward=with teacher=ema")].dropna(subset="objective")
+    well = curves[(curves.study == "regime") & (curves.arm == SOUND)].dropna(subset="objective")
     at = {
         "before": well[well.step <= 300].groupby("seed")[["objective", "fd"]].mean(),
         "peak": well[well.step == 600].set_index("seed")[["objective", "fd"]],
@@ -269,6 +361,27 @@ def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
     for when, found in at.items():
         values |= {f"objective_{when}": f"{found.objective.mean():.2f}", f"fd_{when}": f"{found.fd.mean():.1f}"}
     return values
+
+
+def sampling_values(sampled: pd.DataFrame) -> dict[str, str]:
+    """What the sampling makes of healthy runs: a table, and the published sampling over the plain one, paired."""
+    lines = [
+        "| network evaluations | guidance | Fréchet distance | precision | accuracy | worst class, median (least) |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (guidance, nfe), found in sampled.groupby(["guidance", "nfe"]):
+        worst = found.accuracy_worst_class
+        lines.append(
+            f"| {nfe} | {guidance:g} | {mean_t(found.fd)} | {mean_t(found.precision)} | {found.accuracy.mean():.3f} "
+            f"| {worst.median():.2f} ({worst.min():.2f}) |"
+        )
+    by_seed = sampled.set_index(["guidance", "nfe", "seed"]).sort_index()
+    ratio = mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8]))
+    return {
+        "samplings": "\n".join(lines),
+        "sampled_runs": str(sampled.seed.nunique()),
+        "guided_ratio": _factor(ratio, math.e),
+    }
 
 
 def replay_values(heights: pd.DataFrame) -> dict[str, str]:
@@ -313,11 +426,15 @@ def central_figure(curves: pd.DataFrame) -> Figure:
             _mark(panels[:, column])
     panels[0, 0].set_ylabel("Fréchet distance, 1 NFE", fontsize=9)
     panels[1, 0].set_ylabel("gradient norm before clipping", fontsize=9)
-    panels[0, 0].legend(frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9
+    )
     for axes in panels.flat:
         axes.set_yscale("log")
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
+    panels[0, 0].set_yticks([30, 100, 300], ["30", "100", "300"], minor=False)
+    panels[0, 0].minorticks_off()
     return figure
 
 
@@ -333,17 +450,19 @@ def _mark(column: Sequence[Axes]) -> None:
     )
 
 
+FROM_RUNS = (collect, replays, samplings)
+"""What needs run directories; everything else is made from the tables."""
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
-    for name, does in (("collect", "tables from run directories"), ("replays", "spikes again without each suspect")):
-        commands.add_parser(name, help=does).add_argument("root", type=Path)
+    for command in FROM_RUNS:
+        commands.add_parser(command.__name__, help=command.__doc__).add_argument("root", type=Path)
     chosen = parser.parse_args()
-    if chosen.command == "collect":
-        collect(chosen.root)
-    elif chosen.command == "replays":
-        replays(chosen.root)
+    if chosen.command:
+        next(command for command in FROM_RUNS if command.__name__ == chosen.command)(chosen.root)
     else:
         central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
         PAGE.write_text(render(pd.read_csv(TRIALS)))
