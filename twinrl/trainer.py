@@ -1,10 +1,8 @@
 """The training loop, and nothing else: batch → losses → gradient → optimizer → log row."""
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -12,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints
+from twinrl import assembly, checkpoints, suspects
 from twinrl.branches import Batch
 from twinrl.capsules import Capsules
-from twinrl.checkpoints import Checkpoint, SaveError
+from twinrl.checkpoints import Checkpoint
 from twinrl.config import build, resolve
 from twinrl.data.source import Data
 from twinrl.feed import Feed
@@ -25,9 +23,10 @@ from twinrl.memory import keep_freed_memory
 from twinrl.objective import Objective
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
+from twinrl.saving import Informed, Saver
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import NONFINITE, SPIKE, Event, Suspects, nonfinite
+from twinrl.stability.events import SPIKE, Event, Suspects, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
 from twinrl.tracking import names
@@ -37,14 +36,11 @@ Row = dict[str, Any]
 TIME_DIGITS = 6  # of the times in events
 
 
-class Observer(Protocol):
+class Observer(Informed, Protocol):
     """Is told what happens; the command line shows progress and publishes to MLflow through one."""
 
     def after_step(self, row: Row) -> None:
         """A step was logged."""
-
-    def after_checkpoint(self, offset: int) -> None:
-        """A checkpoint is on disk; the log is durable up to byte ``offset``."""
 
     def after_event(self, event: Event) -> None:
         """An event was recorded."""
@@ -101,8 +97,6 @@ class Trainer:
     event_count: int = 0
     kinds: set[str] = field(default_factory=set)  # of everything found at the last step
     interrupted: bool = False
-    saved: int | None = None  # iteration of the newest checkpoint
-    pending: "tuple[Future[None], int] | None" = None  # a checkpoint being written, and the log's length in it
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -130,6 +124,7 @@ class Trainer:
         self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
         self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
         self.events: EventLog | NoLog = EventLog(self.run.events) if self.ranks.first else NoLog()
+        self.saver = Saver(settings.checkpoint, self.run, self.ranks, self.log, self.events, self.observers)
 
     def _feed(self, split: str) -> Feed:
         reader = assembly.reader_of(self.settings, self.source, split, self.device)
@@ -142,10 +137,10 @@ class Trainer:
         outcome = None
         while outcome is None:
             outcome = self._advance()
-        self._attempt(self.settle)
-        if outcome.status != "diverged" and self.saved != self.iteration:
-            self.save()
-            self.settle()
+        self._attempt(self.saver.settle)
+        if outcome.status != "diverged" and self.saver.newest != self.iteration:
+            self._save()
+            self.saver.settle()
         self.log.close()
         self.events.close()
         return outcome
@@ -159,7 +154,7 @@ class Trainer:
         if self.ranks.anywhere(self.interrupted):
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
-            self._attempt(lambda: self.capsules.remember(self.step, self.state(*self._synced())))
+            self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
         row, event, decision = self.train_step()
         if (judged := self._validate_if_due(row)) is not None:
             event, decision = judged, self.settings.stability.decide([judged.kind])
@@ -170,8 +165,8 @@ class Trainer:
         if decision.rollback and event is not None:
             return self._roll_back(event)
         if self.step % self.settings.checkpoint.every == 0 and self.step < self.settings.train.steps:
-            self._attempt(self.settle)
-            self._attempt(self.save)
+            self._attempt(self.saver.settle)
+            self._attempt(self._save)
         return None
 
     @property
@@ -192,7 +187,7 @@ class Trainer:
             self.step + 1,
             self.iteration,
             values,
-            lambda term: self._located(conspicuous(losses, term, len(data_rows)), data_rows, batch),
+            lambda term: self._located(suspects.conspicuous(losses, term, len(data_rows)), data_rows, batch),
         )
         decision = self.settings.stability.decide(self.kinds)
         if SPIKE in {event.kind for event in events}:
@@ -205,8 +200,8 @@ class Trainer:
         values |= {names.SKIPPED: 1.0} if decision.skip else self._update()
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        if len(at := unscored(losses)):
-            events.append(unscored_images(self._located(at, data_rows, batch), self.step, self.iteration - 1))
+        if len(at := suspects.unscored(losses)):
+            events.append(suspects.unscored_images(self._located(at, data_rows, batch), self.step, self.iteration - 1))
         for event in events:
             self._record(event, row)
         return row | {names.STEP_SECONDS: time.perf_counter() - started}, events[-1] if events else None, decision
@@ -327,7 +322,7 @@ class Trainer:
     def _roll_back(self, event: Event) -> Outcome | None:
         """Return to the last healthy checkpoint; an outcome if there is none or it happened too often."""
         config = self.settings.stability
-        self._attempt(self.settle)
+        self._attempt(self.saver.settle)
         healthy = [
             path
             for path in checkpoints.available(self.run.checkpoints)
@@ -342,58 +337,18 @@ class Trainer:
         self.iteration, self.attempt, self.event_count = iteration, attempt + 1, count
         self.ranks.on_first(lambda: checkpoints.drop_after(self.run.checkpoints, self.step))
         self.capsules.forget_after(self.step)
-        self._attempt(self.save)
+        self._attempt(self._save)
         return None
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        self.saver.attempt(action, self.step)
 
     def _tell(self, what: str, *arguments: Any) -> None:
         for observer in self.observers:
             getattr(observer, what)(*arguments)
 
-    def save(self) -> None:
-        """Write a checkpoint of the present state and tell the observers, or only begin to (:meth:`settle`).
-
-        Raises:
-            SaveError: the disk is full, read-only or away; older checkpoints are untouched.
-        """
-        config, offsets = self.settings.checkpoint, self._synced()
-        where = self.run.checkpoints, self.step, self.state(*offsets), config.keep
-        if config.asynchronous:
-            self.pending = self.ranks.save_later(*where), offsets[0]
-        else:
-            self.ranks.save(*where)
-            self._tell("after_checkpoint", offsets[0])
-        self.saved = self.iteration
-
-    def settle(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one. Raises SaveError if it could not be."""
-        if self.pending is None:
-            return
-        (future, offset), self.pending, saved = self.pending, None, self.saved
-        self.saved = None
-        self.ranks.together(future.result)
-        self.saved = saved
-        self._tell("after_checkpoint", offset)
-
-    def _synced(self) -> tuple[int, int]:
-        """Put log and events on disk; their lengths."""
-        lengths: list[int] = [0, 0]
-
-        def sync() -> None:
-            with checkpoints.saving(self.run.path):
-                lengths[:] = self.log.sync(), self.events.sync()
-
-        self.ranks.on_first(sync)
-        return lengths[0], lengths[1]
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        """Write, or go on without what could not be written if ``checkpoint.on_error`` says so."""
-        try:
-            action()
-        except SaveError as error:
-            if self.settings.checkpoint.on_error == "stop":
-                raise
-            if self.ranks.first:
-                logging.getLogger(__name__).warning("step %d: %s", self.step, error)
+    def _save(self) -> None:
+        self.saver.save(self.step, self.iteration, self.state)
 
     def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
         """Everything that training needs to go on from here, given the length of the logs so far."""
@@ -432,7 +387,7 @@ class Trainer:
         checkpoint = self.ranks.load(newest)
         check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
         self.restore(checkpoint, str(newest))
-        self.saved = self.iteration
+        self.saver.newest = self.iteration
         self.capsules.forget_after(self.step)
         self.log.trim(checkpoint.state["log_offset"])
         self.events.trim(checkpoint.state["events_offset"])
@@ -465,36 +420,6 @@ class Trainer:
             self.guide.load(state["reward"])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
-
-
-def conspicuous(losses: Losses, term: str | None, size: int) -> Tensor:
-    """Positions in a global batch of ``size``: rows with a non-finite loss of the term if there are any, else all of
-    the term's, the largest loss first; the whole batch for no term in particular.
-    """
-    parts = [found[term] for found in losses if term in found] if term is not None else []
-    if not parts:
-        return torch.arange(size)
-    per_row = torch.cat([part.per_row for part in parts]).cpu()
-    rows = torch.cat([part.rows for part in parts]).cpu()
-    bad = ~per_row.isfinite()
-    return rows[bad] if bad.any() else rows[per_row.argsort(descending=True)]
-
-
-def unscored(losses: Losses) -> Tensor:
-    """Positions in the global batch of images for which the reward gave no finite number."""
-    parts = [part for found in losses for part in found.values() if names.REWARD_NONFINITE in part.aux]
-    at = [part.rows[part.aux[names.REWARD_NONFINITE].cpu() > 0] for part in parts]
-    return torch.cat(at).cpu() if at else torch.zeros(0, dtype=torch.long)
-
-
-def unscored_images(of: Suspects, step: int, iteration: int) -> Event:
-    """An event naming the images for which the reward gave no finite number; training went on without its pull."""
-    shown = ", ".join(map(str, of.rows[:3]))
-    message = f"the reward is not finite for data row {shown} at step {step}; it did not pull there"
-    return Event(
-        step, iteration, NONFINITE, ("reward",), of.rows, message,
-        series=names.REWARD_NONFINITE, t=of.t, branches=of.branches,
-    )  # fmt: skip
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
