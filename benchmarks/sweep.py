@@ -3,9 +3,10 @@
     python benchmarks/sweep.py                        16 lab trials on two cores
     python benchmarks/sweep.py --trials 4 --steps 100 a quick look
 
-A trial's own compute is what ``twinrl train`` takes for it when it runs alone: start, steps, validations and final
-table, measured once before the study (and once more, the mean counts). The ratio is 1 for a scheduler that costs
-nothing; Ray's start, the trials' queue and the two processes' share of the memory bus are what is above.
+A trial's own compute is what ``twinrl train`` takes for it, start, steps, validations and final table, with as many at
+once as there are cores and no scheduler: two processes share the memory bus whoever starts them, and the time of one
+alone is printed beside it. The ratio is 1 for a scheduler that costs nothing; Ray's start and the trials' queue are
+what is above.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import yaml
@@ -22,14 +24,19 @@ import yaml
 SETTINGS = {"evaluation.every": 0, "checkpoint.every": 500}
 
 
-def alone(folder: Path, steps: int) -> float:
-    """Seconds of one trial by itself on one thread."""
+def plain(folder: Path, steps: int, at_once: int) -> float:
+    """Mean seconds of trials of one thread that start together, without a study."""
     overrides = [f"{key}={value}" for key, value in (SETTINGS | {"train.steps": steps}).items()]
     command = [sys.executable, "-m", "twinrl", "train", "lab", *overrides, "machine={device: cpu, threads: 1}",
-               "tracking.mlflow=false", f"run.dir={folder}"]  # fmt: skip
-    started = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
-    return time.monotonic() - started
+               "tracking.mlflow=false"]  # fmt: skip
+
+    def timed(number: int) -> float:
+        started = time.monotonic()
+        subprocess.run([*command, f"run.dir={folder / str(number)}"], check=True, capture_output=True)
+        return time.monotonic() - started
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return statistics.mean(pool.map(timed, range(at_once)))
 
 
 def study(folder: Path, trials: int, steps: int, cpus: int) -> float:
@@ -50,11 +57,11 @@ def measure(trials: int, steps: int, cpus: int) -> dict[str, float]:
     """The figures of one sweep."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        own = statistics.mean(alone(folder / str(repeat), steps) for repeat in range(2))
+        alone, own = plain(folder / "alone", steps, 1), plain(folder / "together", steps, cpus)
         wall = study(folder, trials, steps, cpus)
     ideal = own * trials / cpus
-    return {"trials": trials, "steps": steps, "cores": cpus, "own_seconds": own, "wall_seconds": wall,
-            "ideal_seconds": ideal, "ratio": wall / ideal}  # fmt: skip
+    return {"trials": trials, "steps": steps, "cores": cpus, "alone_seconds": alone, "own_seconds": own,
+            "wall_seconds": wall, "ideal_seconds": ideal, "ratio": wall / ideal}  # fmt: skip
 
 
 def main() -> None:
