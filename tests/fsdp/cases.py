@@ -99,7 +99,7 @@ CASES |= {
     for policy in POLICIES
 }
 NOT_ON_4 = (
-    "flow_matching", "rcgm", "frozen guidance, live recursion", "image-free", "no space", "output space, micro-batches",
+    "frozen guidance, live recursion", "image-free", "output space, micro-batches",
     "recomputed activations", "compiled", "dit", "offloaded", "bf16", "rollback", "micro-batches, each reduced",
     "micro-batches", "parameter space",  # "hybrid" has both
     *(f"nan, {policy}" for policy in POLICIES),
