@@ -459,10 +459,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     for command in FROM_RUNS:
-        commands.add_parser(command.__name__, help=command.__doc__).add_argument("root", type=Path)
+        chooser = commands.add_parser(command.__name__, help=command.__doc__)
+        chooser.add_argument("root", type=Path)
+        chooser.set_defaults(make=command)
     chosen = parser.parse_args()
     if chosen.command:
-        next(command for command in FROM_RUNS if command.__name__ == chosen.command)(chosen.root)
+        chosen.make(chosen.root)
     else:
         central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
         PAGE.write_text(render(pd.read_csv(TRIALS)))
