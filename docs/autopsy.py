@@ -1,239 +1,30 @@
-"""The autopsy's tables and text: trials → docs/results/autopsy → docs/autopsy.md.
+"""The autopsy's page: docs/results/autopsy → figures and docs/autopsy.md.
 
-    python docs/autopsy.py collect runs/ablations     trials and curves of the autopsy's studies
-    python docs/autopsy.py replays runs/ablations     the steps around large spikes again, without each suspect
-    python docs/autopsy.py samplings runs/ablations   healthy runs sampled as published and as recommended
-    python docs/autopsy.py                            figures and docs/autopsy.md from these tables
+    python docs/autopsy.py
 
 ``docs/results/autopsy/text.md`` is the text with ``${names}`` in place of numbers and tables; a test renders it again
-and compares, so no result in the page was typed by hand.
+and compares, so no result in the page was typed by hand. The tables are made by ``docs/autopsy_runs.py``.
 """
 
-import argparse
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import zip_longest
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from string import Template
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
+from autopsy_runs import CURVES, FOLDER, IMAGES, INTERVENTIONS, ORDERS, REPLAYS, SAMPLED, SOUND, TRIALS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ablations.ledger import Ledger
-from ablations.study import Arm, load
+from ablations.study import load
 from analysis.effects import main_effects
-from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
 from analysis.intervals import Interval, clopper_pearson, mean_t
-from twinrl import assembly, schema
-from twinrl.assembly import load_source
-from twinrl.commands import inspect
-from twinrl.evaluation.grids import sample_grid
-from twinrl.evaluation.protocol import Protocol
-from twinrl.replay import replay_each
-from twinrl.runs import RunDirectory
-from twinrl.sampling import few_step
-from twinrl.stability.events import SPIKE
-from twinrl.tracking import names
 
 PAGE = Path(__file__).parent / "autopsy.md"
-IMAGES = Path(__file__).parent / "images"
-FOLDER = Path(__file__).parent / "results" / "autopsy"
-TEXT, TRIALS, CURVES, REPLAYS, SAMPLED = (
-    FOLDER / name for name in ("text.md", "trials.csv", "curves.parquet", "replays.csv", "samplings.csv")
-)
-LEDGER = FOLDER / "ledger.jsonl"
-SOUND = "reward=with teacher=ema"
-"""The regime's arm that stayed whole, with the reward."""
-STUDIES = ("search", "regime")
-WINDOW = 10  # steps behind a point of the committed curves: their largest norm
-NORMS = {
-    "norm": names.GRAD_TOTAL_RAW,
-    **{term: names.grad(term, "norm_raw") for term in ("base", "adversarial", "rectify", "reward")},
-}
-"""Column → norm before clipping."""
-WATCHED = {
-    "quality": names.VAL_QUALITY,
-    "fd": names.val("fd", 1),
-    "accuracy": names.val("accuracy", 1),
-    "recall": names.val("recall", 1),
-    "objective": names.VAL_OBJECTIVE,
-    "velocity_mse": names.val("velocity_mse"),
-    "lab_hps": names.score("lab_hps", 1, held_out=False),
-    "lab_clip": names.score("lab_clip", 1, held_out=False),
-    "lab_judge": names.score("lab_judge", 1, held_out=True),
-}
-"""Column → metric at an evaluation."""
+TEXT = FOLDER / "text.md"
 HEALTHY = 0.95
 """Judge accuracy at the reward's start from which a run counts as an early success."""
-ORDERS = 100.0
-"""A norm this many times its median before the reward's start is the reported kind of spike."""
-
-
-# --- from run directories to tables ---------------------------------------------------------------------
-
-
-def collect(root: Path) -> None:
-    """Writes the compact tables from the finished trials of the studies in ``root``."""
-    trials, curves, known = [], [], set()
-    for study in STUDIES:
-        for arm, seed, run in trials_of(study, root):
-            key = {"study": study, "arm": arm.name, "seed": seed}
-            known.add((arm.settings.hash, seed))
-            trials.append(key | outcome(run) | {f"level.{name}": level for name, level in arm.levels.items()})
-            curves += [key | point for point in curve(run.rows)]
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    write_ledger(root, known)
-    pd.DataFrame.from_records(trials).to_csv(TRIALS, index=False, float_format="%.6g")
-    pd.DataFrame.from_records(curves).astype({"seed": "int16"}).to_parquet(CURVES, index=False)
-    print(f"{len(trials)} trials, {len(curves)} points of curves in {FOLDER}")
-
-
-def write_ledger(root: Path, chosen: Collection[tuple[str, int]]) -> None:
-    """The trials' lines of the ledger, so that nobody who has the sources that made them runs them again."""
-    records = [r for r in Ledger(root / "ledger.jsonl").read().values() if (r.config_hash, r.seed) in chosen]
-    kept = [replace(r, where={key: r.where[key] for key in ("revision", "at")}) for r in records]
-    LEDGER.write_text("".join(f"{record.line()}\n" for record in sorted(kept, key=lambda record: record.key)))
-
-
-def trials_of(study: str, root: Path) -> Iterable[tuple[Arm, int, Run]]:
-    """Arm, seed and run directory of every finished trial of ``autopsy-<study>``."""
-    arms = {arm.settings.hash: arm for arm in load(f"autopsy-{study}").arms}
-    for folder in run_folders(root):
-        if (arm := arms.get(hash_of(folder))) is not None and (run := load_run(folder)).result:
-            yield arm, int(run.config["seed"]), run
-
-
-def outcome(run: Run) -> dict[str, Any]:
-    """What the questions ask of a trial, by the definitions in the text."""
-    start = round(0.2 * run.config["train"]["steps"])
-    norms = [(int(row["step"]), _number(row.get(names.GRAD_TOTAL_RAW))) for row in run.rows]
-    usual = median(norm for step, norm in norms if step < start)
-    later = [(step, norm / usual) for step, norm in norms if step >= start]
-    evaluations = [row for row in run.rows if names.VAL_QUALITY in row]
-    at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"])
-    diverged = run_divergence(run)
-    return {
-        "lr": run.config["optim"]["lr"],
-        "steps": run.config["train"]["steps"],
-        "usual_norm": usual,
-        "norm_ratio": max(ratio for _, ratio in later),
-        "norm_max": max(norm for _, norm in norms),
-        "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
-        "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
-        "diverged": diverged is not None,
-        "diverged_step": diverged[0] if diverged else math.nan,
-        "accuracy_at_start": at_start[WATCHED["accuracy"]],
-        "fd_at_start": at_start[WATCHED["fd"]],
-        "accuracy_least": min(row[WATCHED["accuracy"]] for row in evaluations),
-        "fd_best": min(row[WATCHED["fd"]] for row in evaluations),
-        "seconds": sum(_number(row.get(names.STEP_SECONDS)) for row in run.rows),
-    } | {f"final_{name}": _number(evaluations[-1].get(metric)) for name, metric in WATCHED.items()}
-
-
-def curve(rows: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    """A point every ``WINDOW`` steps: the largest norms in it, and the evaluation that falls into it."""
-    for first in range(0, len(rows), WINDOW):
-        window = rows[first : first + WINDOW]
-        point: dict[str, Any] = {"step": int(window[-1]["step"])}
-        for column, metric in NORMS.items():
-            point[column] = max((_number(row[metric]) for row in window if metric in row), default=math.nan)
-        for column, metric in WATCHED.items():
-            point[column] = next((_number(row[metric]) for row in window if metric in row), math.nan)
-        yield point
-
-
-def _number(value: object) -> float:
-    """A logged number; an infinite or undefined one stays so."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-# --- interventions ----------------------------------------------------------------------------------------
-
-INTERVENTIONS = {
-    "reward_off": ["reward.schedule.weight.final=0"],
-    "baseline_decoded": ["reward.gradient.baseline=decoded"],
-    "teacher_ema": ["teacher={kind: ema, decay: 0.99}"],
-    "float32": ["train.precision=float32"],
-    "lr_tenth": ["optim.lr=1e-4"],
-}
-"""Suspect → what removes it for the steps around a spike."""
-LARGE = 10.0
-"""Spikes that are looked at: this many times what was usual."""
-
-
-def replays(root: Path, most: int = 24) -> None:
-    """Replays large spikes of runs of the published arm under each intervention, and writes the heights.
-
-    Arguments:
-        root: folder of run directories that kept enough capsules (``stability.capsules.most``).
-        most: spikes in all, shared by the runs.
-    """
-    device = torch.device("cpu")
-    source = load_source(schema.load("published"), device)
-    heights = []
-    published = [load_run(folder) for folder in run_folders(root)]
-    for run, number in chosen_spikes(published, most):
-        found = replay_each(RunDirectory(run.path), number, list(INTERVENTIONS.values()), lambda _: (source, device), 5)
-        peaks = [found.peak(trace) for trace in found.traces]
-        heights.append({
-            "seed": run.config["seed"], "event": number, "step": found.event.step, "series": found.event.series,
-            "usual": found.event.reference, "exact": found.exact, "unchanged": peaks[0],
-        } | dict(zip(INTERVENTIONS, peaks[1:], strict=True)))  # fmt: skip
-        print(heights[-1], flush=True)
-        pd.DataFrame.from_records(heights).to_csv(REPLAYS, index=False, float_format="%.6g")
-
-
-def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:
-    """The first large spikes after the reward's start, in turn from each run, as (run, number of the event)."""
-    queues = []
-    for run in runs:
-        start, kept = round(0.2 * run.config["train"]["steps"]), run.path / "capsules"
-        queues.append([
-            (run, number) for number, event in enumerate(run.events, 1)
-            if event["kind"] == SPIKE and event["step"] > start and (kept / f"event-{number}").is_dir()
-            and float(event["value"]) >= LARGE * float(event["reference"])
-        ])  # fmt: skip
-    turns = [spike for turn in zip_longest(*queues) for spike in turn if spike is not None]
-    return turns[:most]
-
-
-# --- what sampling does to healthy runs --------------------------------------------------------------------
-
-SAMPLINGS = ((1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (4, 4.0), (8, 4.0))
-"""Network evaluations and strength of guidance; the last is how the published run's final samples were made."""
-
-
-def samplings(root: Path) -> None:
-    """Judges the healthy runs of the regime's sound arm under every sampling, and draws samples of the first."""
-    rows: list[dict[str, Any]] = []
-    for arm, seed, run in sorted(trials_of("regime", root), key=lambda found: found[1]):
-        if arm.name != SOUND or run_divergence(run) is not None:
-            continue
-        settings, _, source, network = inspect.load(run.path)
-        protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
-        assert isinstance(protocol, Protocol)
-        shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
-        drawn = []
-        for nfe, guidance in SAMPLINGS:
-            pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
-            drawn.append(pixels[shown])
-            judged = protocol.judge(pixels)
-            by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
-            key = {"seed": seed, "nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
-            rows.append(key | protocol.summary(judged))
-            print(rows[-1], flush=True)
-        if len(rows) == len(SAMPLINGS):
-            labels = [f"{nfe} NFE, guidance {guidance:g}" for nfe, guidance in SAMPLINGS]
-            sample_grid(torch.stack(drawn), labels, title="one healthy run, the same noise").save(
-                IMAGES / "autopsy-guidance.png"
-            )
-        pd.DataFrame.from_records(rows).to_csv(SAMPLED, index=False, float_format="%.6g")
 
 
 # --- from tables to the page ------------------------------------------------------------------------------
@@ -241,11 +32,14 @@ def samplings(root: Path) -> None:
 
 def render(trials: pd.DataFrame) -> str:
     """The page, from the committed tables and the text."""
-    values = {
-        "search": search_table(trials),
-        "regime": regime_table(trials),
+    values = {"hours": f"{trials.seconds.sum() / 3600:.0f}", "trials": str(len(trials))}
+    values |= {"search": search_table(trials)}
+    values |= {study: regime_table(trials, study) for study in ("regime", "plateau")}
+    values |= regime_values(trials, "regime") | {
+        f"plateau_{name}": value for name, value in regime_values(trials, "plateau").items()
     }
-    values |= regime_values(trials) | measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
+    values |= recipe_values(trials)
+    values |= measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
     values |= sampling_values(pd.read_csv(SAMPLED))
     return Template(TEXT.read_text()).substitute(values)
 
@@ -265,14 +59,14 @@ def search_table(trials: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def regime_table(trials: pd.DataFrame) -> str:
-    """One line for each arm of the regime, over its seeds."""
+def regime_table(trials: pd.DataFrame, study: str) -> str:
+    """One line for each arm of a study of the regime, over its seeds."""
     lines = [
         "| arm | seeds | fell apart | norm ≥ 100 × usual | largest norm ÷ usual, median (most) "
         "| Fréchet distance at the end | `lab_hps` at the end |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for arm, found in trials[trials.study == "regime"].groupby("arm", sort=False):
+    for arm, found in trials[trials.study == study].groupby("arm", sort=False):
         lines.append(
             f"| {arm} | {len(found)} | {share(found.diverged)} | {share(found.norm_ratio >= ORDERS)} "
             f"| {found.norm_ratio.median():.3g} ({found.norm_ratio.max():.3g}) | {mean_t(found.final_fd)} "
@@ -287,9 +81,9 @@ def share(yes: pd.Series) -> str:
     return f"{int(yes.sum())} of {len(yes)} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def regime_values(trials: pd.DataFrame) -> dict[str, str]:
+def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     """What the text says of the regime, by name."""
-    regime = trials[trials.study == "regime"].set_index(["arm", "seed"])
+    regime = trials[trials.study == study].set_index(["arm", "seed"])
     with_reward, without = (regime.loc[f"reward={level} teacher=live"] for level in ("with", "without"))
     paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()
     distance = (with_reward.final_fd - without.final_fd).dropna()
@@ -310,8 +104,41 @@ def regime_values(trials: pd.DataFrame) -> dict[str, str]:
         "fd_difference": str(mean_t(distance)),
         "norm_max": f"{with_reward.norm_max.max():,.0f}",
         "norm_max_without": f"{without.norm_max.max():,.0f}",
-        "hours": f"{trials.seconds.sum() / 3600:.1f}",
-        "trials": str(len(trials)),
+        "norm_reached": share(with_reward.norm_ratio >= ORDERS),
+        "norm_reached_without": share(without.norm_ratio >= ORDERS),
+        "onset": f"{with_reward.diverged_step.median() / with_reward.steps.iloc[0]:.2f}",
+        "last_with": str(mean_t(with_reward.final_accuracy)),
+        "last_without": str(mean_t(without.final_accuracy)),
+    }
+
+
+def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
+    """Of the recommended recipe: the runs that fell apart at each rate, its judge against the teacher, its price."""
+    recipe = trials[trials.study == "recommended"].dropna(axis="columns", how="all")
+    control = trials[trials.study == "control"]
+    lines = [
+        "| learning rate | seeds | fell apart | largest norm ÷ usual (most) | NFE | held-out judge − teacher's "
+        "| judge, with − without reward | Fréchet distance × | recall, with − without |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for rate, runs in recipe.groupby("lr"):
+        plain = control[control.lr == rate].set_index("seed")
+        paired = runs.set_index("seed")
+        for nfe in (1, 2):
+            metric = {name: f"test{nfe}_{name}" for name in ("judge", "fd", "recall")}
+            above = paired[metric["judge"]] - paired.teacher_judge
+            judge, recall = ((paired[metric[name]] - plain[metric[name]]).dropna() for name in ("judge", "recall"))
+            distance = np.log(paired[metric["fd"]] / plain[metric["fd"]]).dropna()
+            first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {runs.norm_ratio.max():.2g}"
+            lines.append(
+                f"| {first if nfe == 1 else ' | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
+                f"| {_factor(mean_t(distance), math.e)} | {mean_t(recall)} |"
+            )
+    return {
+        "recipe": "\n".join(lines),
+        "recipe_broken": share(recipe.diverged),
+        "recipe_seeds": str(recipe.seed.nunique()),
+        "control_seeds": str(control.seed.nunique()),
     }
 
 
@@ -450,24 +277,10 @@ def _mark(column: Sequence[Axes]) -> None:
     )
 
 
-FROM_RUNS = (collect, replays, samplings)
-"""What needs run directories; everything else is made from the tables."""
-
-
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command")
-    for command in FROM_RUNS:
-        chooser = commands.add_parser(command.__name__, help=command.__doc__)
-        chooser.add_argument("root", type=Path)
-        chooser.set_defaults(make=command)
-    chosen = parser.parse_args()
-    if chosen.command:
-        chosen.make(chosen.root)
-    else:
-        central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
-        PAGE.write_text(render(pd.read_csv(TRIALS)))
+    central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
+    PAGE.write_text(render(pd.read_csv(TRIALS)))
 
 
 if __name__ == "__main__":

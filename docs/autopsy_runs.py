@@ -1,0 +1,292 @@
+"""From run directories to the autopsy's tables in docs/results/autopsy; ``docs/autopsy.py`` makes the page of them.
+
+    python docs/autopsy_runs.py collect runs/ablations …      trials and curves of the autopsy's studies
+    python docs/autopsy_runs.py replays runs/ablations        the steps around large spikes again, without each suspect
+    python docs/autopsy_runs.py samplings runs/ablations      healthy runs sampled as published and as recommended
+
+What the committed tables hold of trials whose run directories are not here is kept, as long as the study is the same.
+"""
+
+import argparse
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+import torch
+
+from ablations.ledger import Ledger
+from ablations.study import Arm, load
+from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
+from twinrl import assembly, schema
+from twinrl.assembly import load_source
+from twinrl.commands import inspect
+from twinrl.evaluation.grids import sample_grid
+from twinrl.evaluation.protocol import Protocol
+from twinrl.replay import replay_each
+from twinrl.runs import RunDirectory
+from twinrl.sampling import few_step
+from twinrl.stability.events import SPIKE
+from twinrl.tracking import names
+
+IMAGES = Path(__file__).parent / "images"
+FOLDER = Path(__file__).parent / "results" / "autopsy"
+TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
+    FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
+)
+STUDIES = ("search", "plateau", "regime", "screening", "recommended", "control")
+CURVED = ("search", "plateau", "regime")
+"""Studies whose curves are kept."""
+SOUND = "reward=with teacher=ema"
+"""The regime's arm that stayed whole, with the reward."""
+WINDOW = 10  # steps behind a point of the committed curves: their largest norm
+NORMS = {
+    "norm": names.GRAD_TOTAL_RAW,
+    **{term: names.grad(term, "norm_raw") for term in ("base", "adversarial", "rectify", "reward")},
+}
+"""Column → norm before clipping."""
+WATCHED = {
+    "quality": names.VAL_QUALITY,
+    "fd": names.val("fd", 1),
+    "accuracy": names.val("accuracy", 1),
+    "recall": names.val("recall", 1),
+    "objective": names.VAL_OBJECTIVE,
+    "velocity_mse": names.val("velocity_mse"),
+    "lab_hps": names.score("lab_hps", 1, held_out=False),
+    "lab_clip": names.score("lab_clip", 1, held_out=False),
+    "lab_judge": names.score("lab_judge", 1, held_out=True),
+}
+"""Column → metric at an evaluation."""
+JUDGED = {"fd": "fd", "recall": "recall", "accuracy": "accuracy", "judge": "score/lab_judge", "hps": "score/lab_hps"}
+"""Column → metric of the final table."""
+ORDERS = 100.0
+"""A norm this many times its median before the reward's start is the reported kind of spike."""
+
+
+# --- trials and curves ------------------------------------------------------------------------------------
+
+
+def collect(roots: Sequence[Path]) -> None:
+    """Adds the finished trials of the autopsy's studies in ``roots`` to the compact tables."""
+    found = {
+        (study, arm.name, seed): (arm, run)
+        for study in STUDIES
+        for root in roots
+        for arm, seed, run in trials_of(study, root)
+    }  # of a trial that was made twice, the last
+    trials, curves = [], []
+    for (study, name, seed), (arm, run) in found.items():
+        key = {"study": study, "arm": name, "seed": seed}
+        made = {"config_hash": arm.settings.hash} | outcome(run) | judged(run)
+        trials.append(key | made | {f"level.{factor}": level for factor, level in arm.levels.items()})
+        curves += [key | point for point in curve(run.rows)] if study in CURVED else []
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    table = _kept(pd.read_csv(TRIALS) if TRIALS.exists() else None, pd.DataFrame.from_records(trials))
+    table = table[[of_today(*row) for row in zip(table.study, table.config_hash, strict=True)]]
+    table.to_csv(TRIALS, index=False, float_format="%.6g")
+    points = _kept(pd.read_parquet(CURVES) if CURVES.exists() else None, pd.DataFrame.from_records(curves))
+    points = points.merge(table[KEY].drop_duplicates(), on=KEY)
+    points.astype({"seed": "int16"}).to_parquet(CURVES, index=False)
+    write_ledger(roots, set(zip(table.config_hash, table.seed, strict=True)))
+    print(f"{len(table)} trials, {len(trials)} of them from here; {len(points)} points of curves in {FOLDER}")
+
+
+KEY = ["study", "arm", "seed"]
+
+
+def _kept(before: pd.DataFrame | None, made: pd.DataFrame) -> pd.DataFrame:
+    """What was made now, and of what was there before the trials that were not made again."""
+    if before is None or made.empty:
+        return made if before is None else before
+    again = set(made[KEY].itertuples(index=False, name=None))
+    old = before[[key not in again for key in before[KEY].itertuples(index=False, name=None)]]
+    both = pd.concat([old, made], ignore_index=True) if len(old) else made
+    return both.sort_values(KEY, key=lambda column: column if column.name != "study" else column.map(STUDIES.index))
+
+
+@cache
+def arms(study: str) -> dict[str, Arm]:
+    """Hash of the configuration → arm of ``autopsy-<study>``."""
+    return {arm.settings.hash: arm for arm in load(f"autopsy-{study}").arms}
+
+
+def of_today(study: str, config_hash: str) -> bool:
+    """Whether the study still asks for this configuration."""
+    return config_hash in arms(study)
+
+
+def write_ledger(roots: Sequence[Path], chosen: Collection[tuple[str, int]]) -> None:
+    """The trials' lines of the ledgers, so that nobody who has the sources that made them runs them again."""
+    found = [
+        record
+        for path in (LEDGER, *(root / "ledger.jsonl" for root in roots))
+        for record in Ledger(path).read().values()
+    ]
+    records = {r.key: r for r in found if (r.config_hash, r.seed) in chosen}
+    kept = [replace(r, where={key: r.where[key] for key in ("revision", "at")}) for r in records.values()]
+    LEDGER.write_text("".join(f"{record.line()}\n" for record in sorted(kept, key=lambda record: record.key)))
+
+
+def trials_of(study: str, root: Path) -> Iterable[tuple[Arm, int, Run]]:
+    """Arm, seed and run directory of every finished trial of ``autopsy-<study>``."""
+    for folder in run_folders(root):
+        if (arm := arms(study).get(hash_of(folder))) is not None and (run := load_run(folder)).result:
+            yield arm, int(run.config["seed"]), run
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """What the questions ask of a trial, by the definitions in the text."""
+    start = round(0.2 * run.config["train"]["steps"])
+    norms = [(int(row["step"]), _number(row.get(names.GRAD_TOTAL_RAW))) for row in run.rows]
+    usual = median(norm for step, norm in norms if step < start)
+    later = [(step, norm / usual) for step, norm in norms if step >= start]
+    evaluations = [row for row in run.rows if names.VAL_QUALITY in row]
+    at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"])
+    diverged = run_divergence(run)
+    return {
+        "lr": run.config["optim"]["lr"],
+        "steps": run.config["train"]["steps"],
+        "usual_norm": usual,
+        "norm_ratio": max(ratio for _, ratio in later),
+        "norm_max": max(norm for _, norm in norms),
+        "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
+        "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
+        "diverged": diverged is not None,
+        "diverged_step": diverged[0] if diverged else math.nan,
+        "accuracy_at_start": at_start[WATCHED["accuracy"]],
+        "fd_at_start": at_start[WATCHED["fd"]],
+        "accuracy_least": min(row[WATCHED["accuracy"]] for row in evaluations),
+        "fd_best": min(row[WATCHED["fd"]] for row in evaluations),
+        "seconds": sum(_number(row.get(names.STEP_SECONDS)) for row in run.rows),
+    } | {f"final_{name}": _number(evaluations[-1].get(metric)) for name, metric in WATCHED.items()}
+
+
+def judged(run: Run) -> dict[str, float]:
+    """Of the final table on the test split: the student's distance, recall and held-out reward, and the teacher's."""
+    found = {}
+    for row in ((run.result or {}).get("table") or {"rows": []})["rows"]:
+        whose = {"student": f"test{row['nfe']}", "teacher, Euler": "teacher"}.get(row["name"])
+        if whose is not None:
+            found |= {f"{whose}_{name}": _number(row["metrics"][metric]["value"]) for name, metric in JUDGED.items()}
+    return found
+
+
+def curve(rows: Sequence[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    """A point every ``WINDOW`` steps: the largest norms in it, and the evaluation that falls into it."""
+    for first in range(0, len(rows), WINDOW):
+        window = rows[first : first + WINDOW]
+        point: dict[str, Any] = {"step": int(window[-1]["step"])}
+        for column, metric in NORMS.items():
+            point[column] = max((_number(row[metric]) for row in window if metric in row), default=math.nan)
+        for column, metric in WATCHED.items():
+            point[column] = next((_number(row[metric]) for row in window if metric in row), math.nan)
+        yield point
+
+
+def _number(value: object) -> float:
+    """A logged number; an infinite or undefined one stays so."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+# --- interventions ----------------------------------------------------------------------------------------
+
+INTERVENTIONS = {
+    "reward_off": ["reward.schedule.weight.final=0"],
+    "baseline_decoded": ["reward.gradient.baseline=decoded"],
+    "teacher_ema": ["teacher={kind: ema, decay: 0.99}"],
+    "float32": ["train.precision=float32"],
+    "lr_tenth": ["optim.lr=1e-4"],
+}
+"""Suspect → what removes it for the steps around a spike."""
+LARGE = 10.0
+"""Spikes that are looked at: this many times what was usual."""
+
+
+def replays(root: Path, most: int = 24) -> None:
+    """Replays large spikes of runs of the published arm under each intervention, and writes the heights.
+
+    Arguments:
+        root: folder of run directories that kept enough capsules (``stability.capsules.most``).
+        most: spikes in all, shared by the runs.
+    """
+    device = torch.device("cpu")
+    source = load_source(schema.load("published"), device)
+    heights = []
+    published = [load_run(folder) for folder in run_folders(root)]
+    for run, number in chosen_spikes(published, most):
+        found = replay_each(RunDirectory(run.path), number, list(INTERVENTIONS.values()), lambda _: (source, device), 5)
+        peaks = [found.peak(trace) for trace in found.traces]
+        heights.append({
+            "seed": run.config["seed"], "event": number, "step": found.event.step, "series": found.event.series,
+            "usual": found.event.reference, "exact": found.exact, "unchanged": peaks[0],
+        } | dict(zip(INTERVENTIONS, peaks[1:], strict=True)))  # fmt: skip
+        print(heights[-1], flush=True)
+        pd.DataFrame.from_records(heights).to_csv(REPLAYS, index=False, float_format="%.6g")
+
+
+def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:
+    """The first large spikes after the reward's start, in turn from each run, as (run, number of the event)."""
+    queues = []
+    for run in runs:
+        start, kept = round(0.2 * run.config["train"]["steps"]), run.path / "capsules"
+        queues.append([
+            (run, number) for number, event in enumerate(run.events, 1)
+            if event["kind"] == SPIKE and event["step"] > start and (kept / f"event-{number}").is_dir()
+            and float(event["value"]) >= LARGE * float(event["reference"])
+        ])  # fmt: skip
+    turns = [spike for turn in zip_longest(*queues) for spike in turn if spike is not None]
+    return turns[:most]
+
+
+# --- what sampling does to healthy runs --------------------------------------------------------------------
+
+SAMPLINGS = ((1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (4, 4.0), (8, 4.0))
+"""Network evaluations and strength of guidance; the last is how the published run's final samples were made."""
+
+
+def samplings(root: Path) -> None:
+    """Judges the healthy runs of the regime's sound arm under every sampling, and draws samples of the first."""
+    rows: list[dict[str, Any]] = []
+    for arm, seed, run in sorted(trials_of("regime", root), key=lambda found: found[1]):
+        if arm.name != SOUND or run_divergence(run) is not None:
+            continue
+        settings, _, source, network = inspect.load(run.path)
+        protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
+        assert isinstance(protocol, Protocol)
+        shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
+        drawn = []
+        for nfe, guidance in SAMPLINGS:
+            pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
+            drawn.append(pixels[shown])
+            judged = protocol.judge(pixels)
+            by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
+            key = {"seed": seed, "nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
+            rows.append(key | protocol.summary(judged))
+            print(rows[-1], flush=True)
+        if len(rows) == len(SAMPLINGS):
+            labels = [f"{nfe} NFE, guidance {guidance:g}" for nfe, guidance in SAMPLINGS]
+            sample_grid(torch.stack(drawn), labels, title="one healthy run, the same noise").save(
+                IMAGES / "autopsy-guidance.png"
+            )
+        pd.DataFrame.from_records(rows).to_csv(SAMPLED, index=False, float_format="%.6g")
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command, roots in ((collect, "+"), (replays, None), (samplings, None)):
+        chooser = commands.add_parser(command.__name__, help=command.__doc__)
+        chooser.add_argument("root", type=Path, nargs=roots, help="folder of run directories")
+        chooser.set_defaults(make=command)
+    chosen = parser.parse_args()
+    chosen.make(chosen.root)
+
+
+if __name__ == "__main__":
+    main()
