@@ -34,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from twinrl import assembly, draws, schema
 from twinrl.backends.families import family_class
 from twinrl.backends.families.loading import quiet
-from twinrl.commands.plan import plan
+from twinrl.commands.plan import at_the_peak, plan
 from twinrl.conditions import Condition
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
@@ -353,7 +353,7 @@ def run(given: argparse.Namespace) -> str:
         settings = settings_of(given.batch, given.micro_batch, folder, given.device)
         device = assembly.device_of(settings)
         source, peak, row = RandomLatents(config, device), peak_flops(device, given.peak_tflops), flops_of_a_row(config)
-        planned = sum(item.bytes for item in plan(settings) if not item.host)
+        planned = at_the_peak(plan(settings))
         ways = {
             "TwinFlow": (lambda: twinflow(settings, source, device), twinflow_rows(settings)),
             "three networks": (lambda: ThreeNetworks(settings, source, device), ThreeNetworks.rows(settings)),

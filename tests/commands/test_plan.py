@@ -1,6 +1,10 @@
 """The plan's bytes are those of the tensors that the trainer then holds."""
 
+import json
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from tests.families_end_to_end.test_from_folder_to_pipeline import switches
 from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.commands import data
-from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, plan, size_of
+from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
 from twinrl.trainer import Trainer
@@ -64,28 +68,105 @@ def test_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: 
     assert planned(settings) == held(settings)
 
 
+@pytest.fixture
+def of_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., schema.RunConfig]:
+    """A configuration of a tiny model of a family with prepared images of some size."""
+
+    def prepared(family: str, pixels: int) -> Callable[..., schema.RunConfig]:
+        monkeypatch.setattr(family_class(family), "TOKENS", 192 if family == "qwen_image" else 64)
+        pipeline, folder = tmp_path / "pipeline", tmp_path / "prepared"
+        tiny.build(family).save_pretrained(pipeline)
+        write_pairs(tmp_path / "images", [(pixels, pixels)] * 12)
+        overrides, quiet = (
+            [f"buckets.sizes=[[{pixels},{pixels}]]", "buckets.multiple=8", "validation=0.3"],
+            Console(quiet=True),
+        )
+        data.prepare_data(tmp_path / "images", str(pipeline), folder, overrides, data.Machine("cpu"), quiet)
+
+        def loaded(name: str, more: Sequence[str]) -> schema.RunConfig:
+            given = [
+                f"model={{family: {family}, path: {pipeline}}}", *switches(family), "machine.device=cpu",
+                f"data={{source: folder, root: {folder}}}", "train.batch=4", f"run.dir={tmp_path / name}", *more,
+            ]  # fmt: skip
+            return schema.load("twinflow", given)
+
+        return loaded
+
+    return prepared
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    monkeypatch.setattr(family_class(family), "TOKENS", 192 if family == "qwen_image" else 64)
-    pipeline, prepared = tmp_path / "pipeline", tmp_path / "prepared"
-    tiny.build(family).save_pretrained(pipeline)
-    write_pairs(tmp_path / "images", [(32, 32)] * 12)
-    overrides, quiet = ["buckets.sizes=[[32,32]]", "buckets.multiple=8", "validation=0.3"], Console(quiet=True)
-    data.prepare_data(tmp_path / "images", str(pipeline), prepared, overrides, data.Machine("cpu"), quiet)
+def test_families(of_family: Callable[..., Any], family: str) -> None:
+    loaded = of_family(family, 32)
     for name, more in {
         "full": [], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"],
     }.items():  # fmt: skip
-        given = [
-            f"model={{family: {family}, path: {pipeline}}}", *switches(family),
-            f"data={{source: folder, root: {prepared}}}", "train.batch=4", f"run.dir={tmp_path / name}", *more,
-        ]  # fmt: skip
-        settings = schema.load("twinflow", given)
+        settings = loaded(name, more)
         expected, found = planned(settings), held(settings)
         if family == "qwen_image":  # nothing uses the last block's text, so some of its parameters get no gradient
             for name_of in ("gradients", "optimizer"):
                 assert 0.8 * expected[name_of] < found.pop(name_of) <= expected.pop(name_of)
         assert expected == found
+
+
+def allocated(settings: schema.RunConfig, folder: Path) -> int:
+    """The most bytes that torch's allocator has given out in a step of the real trainer, beyond those at its start."""
+    device = torch.device("cpu")
+    source = assembly.load_source(settings, device)
+    run = RunDirectory(settings.directory)
+    run.start(settings, fresh=False)
+    trainer = Trainer(settings, run, source, device, lambda network, step: {"val/quality": 0.0})
+    for _ in range(2):
+        trainer.train_step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        trainer.train_step()
+    trainer.log.close()
+    trainer.events.close()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_steps_peak_is_near_the_allocators(of_family: Callable[..., Any], family: str, tmp_path: Path) -> None:
+    """Within 15 %, of a step that holds many times its weights (and gradients, which are not there when it starts)."""
+    loaded = of_family(family, 64)
+    reward = ["terms.reward={branches: [e2e]}", "reward={model: brightness, gradient: {estimator: autograd}}"]
+    for name, more in {
+        "full": [],
+        "bf16": ["train.precision=bf16"],
+        "recomputed": ["model.gradient_checkpointing=true", "train.micro_batch=2"],
+        "lora": ["model={lora: {rank: 2}, dtype: bf16}"],
+        "reward": [*reward, "gradients.terms.rectify.clip.max_norm=1"],
+    }.items():
+        settings = loaded(name, more)
+        items = plan(settings)
+        before = sum(item.bytes for item in items if not item.host and not item.phases)
+        assert at_the_peak(items) == pytest.approx(before + allocated(settings, tmp_path), rel=0.15), name
+        assert at_the_peak(items) > 1.3 * before, name
+
+
+@pytest.mark.parametrize("network", ["mlp", "unet"])
+def test_activations_grow_with_the_rows_of_a_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    register(monkeypatch)
+    width = f"model.network={{kind: {network}, width: 32}}"
+
+    def activations(*more: str) -> int:
+        return next(i.bytes for i in plan(small(tmp_path, width, *more)) if i.name == "activations")
+
+    few, many = activations("train.batch=8"), activations("train.batch=32")
+    assert 2 * few < many < 4.1 * few
+    assert activations("train.batch=32", "train.micro_batch=8") == few
+
+
+def test_parts_of_a_step_come_one_after_the_other() -> None:
+    always, early, late = Item("a", 8), Item("b", 4, phases=("forward", "backward")), Item("c", 3, phases=("update",))
+    assert at_the_peak([always, early, late, Item("d", 99, host=True)], 2) == 4 + 2
+    assert early.where == "device, forward, backward"
 
 
 def test_shares_of_processes() -> None:

@@ -1,16 +1,17 @@
 """``twinrl doctor --plan``: what a run will hold in memory, before any weight is loaded.
 
-Networks are built on the meta device, which has shapes and no values, so bytes of tensors are exact. Activations are a
-rule of thumb: 34·s·b·h bytes a block in 16 bits with fused attention (s tokens, b rows, h width; arXiv:2205.05198,
-eq. 2 without the attention matrix), and with recomputation 2·s·b·h a block plus one whole block. Sizes of reward models
-are those of their papers' architectures.
+Networks are built on the meta device, which has shapes and no values, so bytes of tensors are exact. What a step needs
+besides is found by taking one without values (:mod:`twinrl.commands.footprint`). Sizes of reward models are those of
+their papers' architectures.
 """
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,11 +24,19 @@ from twinrl.backends.families import family_class
 from twinrl.backends.families.family import DTYPES
 from twinrl.backends.families.loading import INDEX, check_class, components, quiet, read_index, transformer_config
 from twinrl.backends.families.lora import add_lora
+from twinrl.commands import footprint
+from twinrl.conditions import Condition
+from twinrl.config import resolve
 from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
+from twinrl.optim import OPTIMIZERS
+from twinrl.rewards.guide import RewardConfig
+from twinrl.rewards.latent import LatentReward
+from twinrl.rewards.latent.contract import KeyedRows
 from twinrl.schema import RunConfig
 
 META = torch.device("meta")
+PHASES = ("forward", "backward", "update")
 REWARD_PARAMETERS = {
     "hpsv2": 986e6, "pickscore": 986e6, "clipscore": 151e6, "imagereward": 447e6, "aesthetic": 428e6,
 }  # fmt: skip
@@ -46,6 +55,7 @@ class Item:
         exact: whether the bytes are those of tensors, or a rule of thumb.
         host: in the host's memory instead of the device's.
         visits: whole on the device while it is used; waits on the host, or in parts.
+        phases: the parts of a step (``forward``, ``backward``, ``update``) in which it is there; none = always.
     """
 
     name: str
@@ -54,6 +64,7 @@ class Item:
     exact: bool = True
     host: bool = False
     visits: bool = False
+    phases: tuple[str, ...] = ()
 
     def each(self, processes: int) -> int:
         """Bytes in one of ``processes``."""
@@ -67,7 +78,7 @@ class Item:
     @property
     def where(self) -> str:
         """Where it is, for people."""
-        place = "host" if self.host else "device"
+        place = "host" if self.host else ", ".join(["device", *self.phases])
         return place + (", visits the device" if self.host else ", gathered while used") * self.visits
 
 
@@ -82,12 +93,13 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
         with META:
             network = assembly.new_network(settings, source)
         network.to(dtype=assembly.dtype_of(settings))
-        return list(of_training(settings, network, processes))
+        return [*of_training(settings, network, processes), *of_a_step(settings, network, source, processes)]
     folder = described(str(settings.model.path))
     check_class(folder, family_class(settings.model.family).PIPELINE)
-    network = meta_family(settings, folder)
+    network, data = meta_family(settings, folder), _Described(settings, folder)
+    data.family.configure(network.transformer, settings.model.pretrained)
     items = [*of_training(settings, network, processes), *_frozen(settings, folder)]
-    return [*items, *activations(settings, network, folder), *_rewards(settings)]
+    return [*items, *of_a_step(settings, network, data, processes), *_rewards(settings)]
 
 
 def described(path: str) -> Path:
@@ -102,7 +114,7 @@ def described(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=[INDEX, "*/config.json"]))
+        return Path(snapshot_download(path, allow_patterns=[INDEX, "*/config.json", "scheduler/*.json"]))
     except (OSError, HfHubHTTPError, HTTPError, ValueError) as error:
         why = str(error).removeprefix("Got: ").partition("\n")[0]  # the hub's client says that already
         raise InputError(
@@ -123,6 +135,8 @@ def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
             for parameter in transformer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+    if model.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
     return family.NETWORK(transformer)
 
 
@@ -133,7 +147,7 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
     trained = [p for p in parameters if p.requires_grad]
     own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])
     yield Item("student", size_of([*parameters, *network.buffers()]))
-    yield Item("gradients", size_of(trained))
+    yield Item("gradients", size_of(trained), phases=("backward", "update"))
     yield Item("optimizer", 2 * size_of(trained) + 4 * len(trained))  # two moments, and a step of 4 bytes each
     teacher = settings.teacher
     roles = {teacher.kind, teacher.guidance or teacher.kind}
@@ -143,8 +157,8 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
         yield Item("average (EMA)", own + base + buffers)
     if "frozen" in roles and settings.model.lora is None:
         yield Item("frozen teacher", own)
-    if settings.gradients.terms:
-        yield Item("gradient of one term", size_of(trained), exact=False)
+    if settings.gradients.space == "parameter" and len(settings.terms) > 1:
+        yield Item("gradient of one term", size_of(trained), exact=False, phases=("backward",))
 
 
 def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
@@ -177,29 +191,89 @@ def _meta_component(folder: Path, name: str) -> nn.Module | None:
         return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
 
 
-def activations(settings: RunConfig, network: Any, folder: Path) -> Iterator[Item]:
-    """One micro-batch's, by the rule of thumb of the module's docstring; nothing for a U-Net, which it does not fit."""
-    family = family_class(str(settings.model.family))
-    blocks = sum(type(module).__name__ in family.BLOCKS for module in network.modules())
-    config = network.transformer.config
-    if family.PART == "unet":
-        return
-    width = config.get("dim") or config["num_attention_heads"] * config["attention_head_dim"]
-    rows = settings.train.micro_batch or settings.train.batch
-    positions = (_latent_positions(settings, folder) // family.PATCH**2 + family.TOKENS) * rows * width
-    wide = 1 if settings.train.precision == "bf16" or settings.model.dtype == "bf16" else 2
-    recomputed = 2 * blocks + 34 if settings.model.gradient_checkpointing else 34 * blocks
-    yield Item("activations, about", recomputed * positions * wide, shared=False, exact=False)
+# --- a step without values --------------------------------------------------------------------------------
 
 
-def _latent_positions(settings: RunConfig, folder: Path) -> int:
-    """h·w of the largest bucket's latents; of 1024² pixels compressed 8× where no data are prepared."""
-    root = settings.data.root
-    if root is not None and (root / MANIFEST).is_file():
-        shapes = [row["latent_shape"] for row in json.loads((root / MANIFEST).read_text())["buckets"]]
-        return max(height * width for _, height, width in shapes)
-    factor = 32 if settings.model.family == "sana" else 8
-    return (DEFAULT_PIXELS // factor) ** 2
+def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) -> Iterator[Item]:
+    """What a step needs beyond what is held: passes of one micro-batch with the reward's, and the optimizer's.
+
+    A single micro-batch's activations are freed as its gradients appear; later ones' are there beside them.
+
+    Arguments:
+        network: on the meta device. source: shapes of latents and conditions, and a codec, as a data source has them.
+    """
+    share = max(1, settings.train.batch // processes)
+    rows = min(settings.train.micro_batch or share, share)
+    low = torch.bfloat16 if settings.train.precision == "bf16" else None
+    with footprint.without_values(), quiet():
+        for module in (network, *(part for part in (getattr(source, "vae", None),) if part is not None)):
+            footprint.strip(module)
+        x = torch.empty(rows, *source.latent_shape)
+        condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
+        reward = None if settings.reward is None else _asked(settings.reward, source)
+        passes = footprint.backward(network, x, condition, low, reward)
+        together = processes == 1 and settings.machine.device != "cpu"  # as torch and FSDP2 do
+        optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
+        update = footprint.update(partial(optimizer.build, settings.optim), network, together)
+    phases = ("forward",) if rows == share else ("forward", "backward")
+    yield Item("activations", passes, shared=False, exact=False, phases=phases)
+    yield Item("temporaries", update, exact=False, phases=("update",))
+
+
+def _asked(config: RewardConfig, codec: Any) -> Callable[[Tensor], object]:
+    """Asks the configured estimator for the gradient of a reward without a model."""
+    estimator = LatentReward(config.gradient)
+
+    def ask(z: Tensor) -> object:
+        rows = KeyedRows(0, 0, tuple(range(len(z))))
+        return estimator.gradient(z, [""] * len(z), codec, _Brightness(), rows)
+
+    return ask
+
+
+class _Brightness:
+    """The cheapest reward with a gradient; the real one's passes are those of an image encoder at 224 pixels."""
+
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.flatten(1).mean(1)
+
+
+class _Described:
+    """What a family's data look like, from its descriptions alone, and its VAE without values."""
+
+    def __init__(self, settings: RunConfig, folder: Path):
+        self.vae = _meta_component(folder, "vae") if "vae" in components(read_index(folder)) else None
+        if self.vae is not None:
+            with quiet():
+                self.vae.to(DTYPES[settings.model.frozen_dtype])
+        pipeline = SimpleNamespace(vae=self.vae, components={})
+        self.family = family_class(str(settings.model.family))(folder, pipeline)
+        self.transformer = transformer_config(folder, self.family.PART)
+        self.latent_shape = self._latent_shape(settings)
+
+    def _latent_shape(self, settings: RunConfig) -> tuple[int, int, int]:
+        """Of the largest bucket; where no data are prepared, the size that the model was made for, or 1024² pixels."""
+        root = settings.data.root
+        if root is not None and (root / MANIFEST).is_file():
+            shapes = [row["latent_shape"] for row in json.loads((root / MANIFEST).read_text())["buckets"]]
+            return max(((c, h, w) for c, h, w in shapes), key=math.prod)
+        side = self.transformer.get("sample_size") or DEFAULT_PIXELS // self.family.COMPRESSION
+        return self.family.channels, side, side
+
+    def null_condition(self, n: int) -> Condition:
+        """A condition of ``n`` rows with prompts of full length."""
+        shapes = self.family.condition_shapes(self.transformer)
+        return {name: torch.empty(n, *shape) for name, shape in shapes.items()}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """As the family's."""
+        return self.family.decode(latents)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """As the family's."""
+        return self.family.encode(pixels)
 
 
 def _rewards(settings: RunConfig) -> Iterator[Item]:
@@ -238,11 +312,22 @@ def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
     table = Table("held by each process", "MiB", "where", box=None, pad_edge=False)
     for item in items:
         table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", item.where)
-    total = sum(item.each(processes) for item in items if not item.host)
+    total = at_the_peak(items, processes)
     table.add_section()
-    table.add_row("all on the device", f"{total / 2**20:,.1f}", "")
+    table.add_row("most on the device in a step", f"{total / 2**20:,.1f}", "")
     if visitors := sum(item.visit(processes) for item in items):
-        table.add_row("… while rewards and pictures are made", f"{(total + visitors) / 2**20:,.1f}", "")
+        table.add_row("… with what visits", f"{(total + visitors) / 2**20:,.1f}", "")
     console.print(table)
-    console.print("Tensors are exact; activations and reward models are estimates. Decoding large images comes on top.")
+    console.print(
+        "Tensors are exact. What a step adds is from a step without values: kernels' workspaces, a reward model's own "
+        "passes and the decoding of validation samples come on top; parts of it come one after the other."
+    )
     return 0
+
+
+def at_the_peak(items: Sequence[Item], processes: int = 1) -> int:
+    """Bytes on the device of each process when most is there: of the parts of a step the larger counts."""
+    there = [item for item in items if not item.host]
+    return max(
+        sum(item.each(processes) for item in there if not item.phases or phase in item.phases) for phase in PHASES
+    )

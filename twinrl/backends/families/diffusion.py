@@ -45,7 +45,7 @@ class Bridge:
         prediction: what the model answers, ``epsilon`` or ``v``.
 
     Attributes:
-        times: (T,) the flow times t_s of its timesteps, rising, float64.
+        times: (T,) the flow times t_s of its timesteps, rising, float64. last: the largest of them.
 
     Raises:
         InputError: a model of ε whose last timestep is pure noise, where ε says nothing about the data.
@@ -63,6 +63,7 @@ class Bridge:
                 expected="model.prediction=v",
             )
         self.prediction, self.times = prediction, noise / (signal + noise)
+        self.last = float(self.times[-1])
         self._copies: dict[torch.device, Tensor] = {}
 
     @classmethod
@@ -96,14 +97,14 @@ class Bridge:
     def velocity(self, answer: Tensor, x_t: Tensor, level: Tensor) -> Tensor:
         """The model's answer at (x_s, s) → the flow's velocity, noise − data (B, …)."""
         t = _over(level, x_t)
-        known = t.clamp(max=float(self.times[-1]))
+        known = t.clamp(max=self.last)
         alpha, sigma = (1 - known) / _norm(known), known / _norm(known)
         x_s = x_t / _norm(t)
         if self.prediction == "epsilon":
             z, x = answer, (x_s - sigma * answer) / alpha
         else:
             z, x = sigma * x_s + alpha * answer, alpha * x_s - sigma * answer
-        return torch.where(t > known, (x_t - x) / t.clamp(min=0.5 * float(self.times[-1])), z - x)
+        return torch.where(t > known, (x_t - x) / t.clamp(min=0.5 * self.last), z - x)
 
     def _grid(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """The flow times and ``like``, both in float64 where ``like`` is."""

@@ -29,6 +29,8 @@ from twinrl.config import Settings
 from twinrl.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
+"""Where transformers' configurations have the width of the text, the most particular name first."""
 
 
 def check_bridge(family: str, prediction: str | None, diff2flow: bool) -> None:
@@ -142,6 +144,7 @@ class Family(ABC):
         BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.
         TOKENS: most text tokens of a prompt; longer ones are cut.
         PATCH: sides of latents are multiples of this.
+        COMPRESSION: pixels to a side of a latent, in the published models.
         PART: the pipeline's component that is trained.
         LEFT_OUT: components that are neither loaded nor exported.
         SETTINGS: what the pipeline's class is told beside its components.
@@ -155,6 +158,7 @@ class Family(ABC):
     BLOCKS: ClassVar[tuple[str, ...]]
     TOKENS: ClassVar[int] = 512
     PATCH: ClassVar[int] = 2
+    COMPRESSION: ClassVar[int] = 8
     PART: ClassVar[str] = "transformer"
     LEFT_OUT: ClassVar[tuple[str, ...]] = ()
     SETTINGS: ClassVar[Mapping[str, Any]] = {}
@@ -268,6 +272,12 @@ class Family(ABC):
     @abstractmethod
     def _encode_prompts(self, prompts: list[str]) -> Condition: ...
 
+    def condition_shapes(self, described: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Shapes of one row's condition with a prompt of full length, from the transformer's configuration."""
+        width = next(described[name] for name in TEXT_WIDTHS if name in described)
+        pooled = described.get("pooled_projection_dim")
+        return {"text": (self.TOKENS, width)} | ({} if pooled is None else {"pooled": (pooled,)})
+
     def null_condition(self, n: int) -> Condition:
         """The empty condition ∅, the empty prompt, n rows."""
         return {k: v.expand(n, *v.shape[1:]) for k, v in self.encode_prompts([""]).items()}
@@ -351,7 +361,9 @@ def pad_tokens(text: Tensor, length: int) -> Tensor:
 
 def trimmed(condition: Condition) -> tuple[Tensor, Tensor | None]:
     """Text (B, L, D) and mask (B, L) without columns that are padding in every row; no mask where nothing is padded."""
-    mask = condition["mask"]
+    mask = condition.get("mask")
+    if mask is None:
+        return condition["text"], None
     longest = max(1, int(mask.sum(dim=1).max()))
     text, mask = condition["text"][:, :longest], mask[:, :longest]
     return text, None if bool(mask.all()) else mask

@@ -45,7 +45,7 @@ class SanaNetwork(FamilyNetwork):
         velocity = self.transformer(
             x,
             encoder_hidden_states=condition["text"],
-            encoder_attention_mask=condition["mask"],
+            encoder_attention_mask=condition.get("mask"),
             timestep=self.transformer.module_time(level),
             return_dict=False,
         )[0]
@@ -66,6 +66,7 @@ class Sana(Family):
     BLOCKS = ("SanaTransformerBlock",)
     TOKENS = 300
     PATCH = 1
+    COMPRESSION = 32
 
     def check_variant(self, described: Mapping[str, Any]) -> None:
         """Refuse SANA-Sprint."""

@@ -1,5 +1,6 @@
 """Stable Diffusion 3 and 3.5 (arXiv:2403.03206): joint attention over latents and CLIP + T5 text."""
 
+from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork
 from twinrl.conditions import Condition
+
+CLIP_TOKENS = 77
+"""Of the two CLIP encoders, before T5's."""
 
 
 class SD3TwinFlowTransformer(TwinTimes, SD3Transformer2DModel):
@@ -63,6 +67,11 @@ class SD3(Family):
             max_sequence_length=self.TOKENS,
         )
         return {"text": text, "pooled": pooled}
+
+    def condition_shapes(self, described: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        shapes = super().condition_shapes(described)
+        tokens, width = shapes["text"]
+        return shapes | {"text": (CLIP_TOKENS + tokens, width)}
 
     def _pipeline_with_config(self) -> Any:
         """The pipeline; where T5 is missing it asks the transformer for its width, so it gets one without weights."""

@@ -47,7 +47,9 @@ class ZImageNetwork(FamilyNetwork):
 
     def velocity(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """See ``FamilyNetwork``."""
-        texts = [text[mask] for text, mask in zip(condition["text"], condition["mask"], strict=True)]
+        texts = list(condition["text"])
+        if "mask" in condition:
+            texts = [text[mask] for text, mask in zip(texts, condition["mask"], strict=True)]
         images = list(x[:, :, None].unbind())  # (C, 1, H, W) each
         answer = self.transformer(images, 1 - level, texts, return_dict=False)[0]
         return -torch.stack(answer)[:, :, 0]
