@@ -19,10 +19,12 @@ from matplotlib.figure import Figure
 
 from ablations.study import load
 from analysis.effects import main_effects
-from analysis.intervals import Interval, clopper_pearson, mean_t
+from analysis.intervals import Interval, clopper_pearson, mean_t, number
 
 PAGE = Path(__file__).parent / "autopsy.md"
 TEXT = FOLDER / "text.md"
+NO_DIGITS = 0.5
+"""Judge accuracy at the end below which a run's samples are no digits any more."""
 HEALTHY = 0.95
 """Judge accuracy at the reward's start from which a run counts as an early success."""
 
@@ -69,7 +71,7 @@ def regime_table(trials: pd.DataFrame, study: str) -> str:
     for arm, found in trials[trials.study == study].groupby("arm", sort=False):
         lines.append(
             f"| {arm} | {len(found)} | {share(found.diverged)} | {share(found.norm_ratio >= ORDERS)} "
-            f"| {found.norm_ratio.median():.3g} ({found.norm_ratio.max():.3g}) | {mean_t(found.final_fd)} "
+            f"| {number(found.norm_ratio.median())} ({number(found.norm_ratio.max())}) | {mean_t(found.final_fd)} "
             f"| {mean_t(found.final_lab_hps)} |"
         )
     return "\n".join(lines)
@@ -107,8 +109,8 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
         "norm_reached": share(with_reward.norm_ratio >= ORDERS),
         "norm_reached_without": share(without.norm_ratio >= ORDERS),
         "onset": f"{with_reward.diverged_step.median() / with_reward.steps.iloc[0]:.2f}",
-        "last_with": str(mean_t(with_reward.final_accuracy)),
-        "last_without": str(mean_t(without.final_accuracy)),
+        "ended": share(with_reward.final_accuracy < NO_DIGITS),
+        "ended_without": share(without.final_accuracy < NO_DIGITS),
     }
 
 
@@ -172,7 +174,8 @@ def screening_table(trials: pd.DataFrame) -> str:
 
 def _factor(found: Interval, base: float) -> str:
     """An interval of logarithms as one of factors."""
-    return f"{base**found.estimate:.2g} [{base**found.low:.2g}, {base**found.high:.2g}]"
+    ends = [number(base**value, 2) for value in (found.estimate, found.low, found.high)]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
@@ -216,15 +219,16 @@ def replay_values(heights: pd.DataFrame) -> dict[str, str]:
     inexact, heights = int((~heights.exact).sum()), heights[heights.exact]
     above = heights[[*INTERVENTIONS, "unchanged"]].div(heights.usual, axis=0)
     lines = ["| removed for these steps | spikes that keep at most a fifth | height ÷ usual, median |", "|---|--:|--:|"]
-    lines.append(f"| nothing | – | {above.unchanged.median():.3g} |")
+    lines.append(f"| nothing | – | {number(above.unchanged.median())} |")
     for name, change in INTERVENTIONS.items():
-        gone = heights[name] <= heights.unchanged / 5
-        lines.append(f"| `{' '.join(change)}` | {share(gone)} | {above[name].median():.3g} |")
+        tried = heights[name].notna()
+        gone = heights[name][tried] <= heights.unchanged[tried] / 5
+        lines.append(f"| `{' '.join(change)}` | {share(gone)} | {number(above[name].median())} |")
     return {
         "replays": "\n".join(lines),
         "replay_spikes": str(len(heights)),
         "replay_inexact": str(inexact),
-        "replay_runs": str(heights.seed.nunique()),
+        "replay_runs": str(len(heights.groupby(["study", "seed"]))),
     }
 
 

@@ -42,8 +42,8 @@ TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
 STUDIES = ("search", "plateau", "regime", "screening", "recommended", "control")
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
-SOUND = "reward=with teacher=ema"
-"""The regime's arm that stayed whole, with the reward."""
+BROKEN, SOUND = "reward=with teacher=live", "reward=with teacher=ema"
+"""The regime's published arm, and the one that stayed whole with the reward."""
 WINDOW = 10  # steps behind a point of the committed curves: their largest norm
 NORMS = {
     "norm": names.GRAD_TOTAL_RAW,
@@ -86,10 +86,10 @@ def collect(roots: Sequence[Path]) -> None:
         trials.append(key | made | {f"level.{factor}": level for factor, level in arm.levels.items()})
         curves += [key | point for point in curve(run.rows)] if study in CURVED else []
     FOLDER.mkdir(parents=True, exist_ok=True)
-    table = _kept(pd.read_csv(TRIALS) if TRIALS.exists() else None, pd.DataFrame.from_records(trials))
+    table = merged(pd.read_csv(TRIALS) if TRIALS.exists() else None, pd.DataFrame.from_records(trials))
     table = table[[of_today(*row) for row in zip(table.study, table.config_hash, strict=True)]]
     table.to_csv(TRIALS, index=False, float_format="%.6g")
-    points = _kept(pd.read_parquet(CURVES) if CURVES.exists() else None, pd.DataFrame.from_records(curves))
+    points = merged(pd.read_parquet(CURVES) if CURVES.exists() else None, pd.DataFrame.from_records(curves))
     points = points.merge(table[KEY].drop_duplicates(), on=KEY)
     points.astype({"seed": "int16"}).to_parquet(CURVES, index=False)
     write_ledger(roots, set(zip(table.config_hash, table.seed, strict=True)))
@@ -99,7 +99,7 @@ def collect(roots: Sequence[Path]) -> None:
 KEY = ["study", "arm", "seed"]
 
 
-def _kept(before: pd.DataFrame | None, made: pd.DataFrame) -> pd.DataFrame:
+def merged(before: pd.DataFrame | None, made: pd.DataFrame) -> pd.DataFrame:
     """What was made now, and of what was there before the trials that were not made again."""
     if before is None or made.empty:
         return made if before is None else before
@@ -201,32 +201,39 @@ INTERVENTIONS = {
     "teacher_ema": ["teacher={kind: ema, decay: 0.99}"],
     "float32": ["train.precision=float32"],
     "lr_tenth": ["optim.lr=1e-4"],
+    "own_clip": ["gradients.terms.reward={relative: {ratio: 0.1}}"],
 }
 """Suspect → what removes it for the steps around a spike."""
+SPIKE_KEY = ["study", "seed", "event"]
 LARGE = 10.0
 """Spikes that are looked at: this many times what was usual."""
 
 
 def replays(root: Path, most: int = 24) -> None:
-    """Replays large spikes of runs of the published arm under each intervention, and writes the heights.
+    """Replays large spikes of the published arm's runs under each intervention, and adds their heights to the table.
 
     Arguments:
-        root: folder of run directories that kept enough capsules (``stability.capsules.most``).
-        most: spikes in all, shared by the runs.
+        root: folder of run directories with capsules (``stability.capsules``).
+        most: spikes of each study, shared by its runs.
     """
     device = torch.device("cpu")
     source = load_source(schema.load("published"), device)
-    heights = []
-    published = [load_run(folder) for folder in run_folders(root)]
-    for run, number in chosen_spikes(published, most):
-        found = replay_each(RunDirectory(run.path), number, list(INTERVENTIONS.values()), lambda _: (source, device), 5)
-        peaks = [found.peak(trace) for trace in found.traces]
-        heights.append({
-            "seed": run.config["seed"], "event": number, "step": found.event.step, "series": found.event.series,
-            "usual": found.event.reference, "exact": found.exact, "unchanged": peaks[0],
-        } | dict(zip(INTERVENTIONS, peaks[1:], strict=True)))  # fmt: skip
-        print(heights[-1], flush=True)
-        pd.DataFrame.from_records(heights).to_csv(REPLAYS, index=False, float_format="%.6g")
+    table = pd.read_csv(REPLAYS) if REPLAYS.exists() else pd.DataFrame(columns=SPIKE_KEY)
+    for study in ("regime", "plateau"):
+        published = [run for arm, _, run in trials_of(study, root) if arm.name == BROKEN]
+        for run, number in chosen_spikes(published, most):
+            key = (study, int(run.config["seed"]), number)
+            found = replay_each(
+                RunDirectory(run.path), number, list(INTERVENTIONS.values()), lambda _: (source, device), 5
+            )
+            peaks = [found.peak(trace) for trace in found.traces]
+            event = {"step": found.event.step, "series": found.event.series, "usual": found.event.reference}
+            heights = {"exact": found.exact, "unchanged": peaks[0]} | dict(zip(INTERVENTIONS, peaks[1:], strict=True))
+            row = dict(zip(SPIKE_KEY, key, strict=True)) | event | heights
+            print(row, flush=True)
+            others = table[[tuple(known) != key for known in table[SPIKE_KEY].itertuples(index=False)]]
+            table = pd.concat([others, pd.DataFrame([row])], ignore_index=True)
+            table.sort_values(SPIKE_KEY).to_csv(REPLAYS, index=False, float_format="%.6g")
 
 
 def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:

@@ -1,6 +1,7 @@
 """The page of the autopsy says what its committed tables say."""
 
-import importlib.util
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -10,15 +11,22 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def docs() -> Iterator[None]:
+    """The scripts of ``docs`` as modules."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        yield
+
+
 @pytest.fixture(scope="module")
 def autopsy() -> ModuleType:
-    """``docs/autopsy.py`` as a module."""
-    spec = importlib.util.spec_from_file_location("autopsy", ROOT / "docs/autopsy.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("autopsy")
+
+
+@pytest.fixture(scope="module")
+def runs() -> ModuleType:
+    return importlib.import_module("autopsy_runs")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +50,25 @@ def test_paired_runs_are_the_same_until_the_reward_starts(autopsy: ModuleType) -
         )
 
 
-def test_outcomes_are_read_from_the_log(autopsy: ModuleType) -> None:
+def test_curves_are_read_from_the_log(runs: ModuleType) -> None:
     rows = [{"step": k + 1, "grad/total/norm_raw": 2.0 if k != 60 else 500.0} for k in range(100)]
-    points = list(autopsy.curve(rows))
+    points = list(runs.curve(rows))
     assert [point["step"] for point in points] == list(range(10, 101, 10))
     assert [point["norm"] for point in points] == [2.0] * 6 + [500.0] + [2.0] * 3
+
+
+def test_what_is_made_again_replaces_its_row_and_the_rest_stays(runs: ModuleType) -> None:
+    def table(*rows: tuple[str, int, float]) -> pd.DataFrame:
+        return pd.DataFrame([{"study": study, "arm": "a", "seed": seed, "fd": fd} for study, seed, fd in rows])
+
+    before, made = table(("search", 0, 1.0), ("regime", 0, 2.0)), table(("regime", 0, 3.0), ("regime", 1, 4.0))
+    pd.testing.assert_frame_equal(
+        runs.merged(before, made).reset_index(drop=True),
+        table(("search", 0, 1.0), ("regime", 0, 3.0), ("regime", 1, 4.0)),
+    )
+
+
+def test_the_committed_trials_are_those_that_the_studies_ask_for(runs: ModuleType, trials: pd.DataFrame) -> None:
+    """A study that is changed asks for other configurations; rows of the old ones must not pass for the new."""
+    assert all(runs.of_today(*row) for row in zip(trials.study, trials.config_hash, strict=True))
+    assert not trials.duplicated(runs.KEY).any()
