@@ -179,15 +179,19 @@ def _factor(found: Interval, base: float) -> str:
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
-    """What the published validation does in runs that are well: means over the seeds of the healthy arm with reward."""
+    """What the published validation does in runs that are well: means over the seeds of the healthy arm with reward.
+
+    ``end`` is the mean of the last 300 steps, as ``before`` is of the first.
+    """
     well = curves[(curves.study == "regime") & (curves.arm == SOUND)].dropna(subset="objective")
     at = {
         "before": well[well.step <= 300].groupby("seed")[["objective", "fd"]].mean(),
         "peak": well[well.step == 600].set_index("seed")[["objective", "fd"]],
-        "end": well[well.step == well.step.max()].set_index("seed")[["objective", "fd"]],
+        "end": well[well.step > well.step.max() - 300].groupby("seed")[["objective", "fd"]].mean(),
     }
     rise = 100 * (at["peak"].objective / at["before"].objective - 1)
-    values = {"objective_rise": str(mean_t(rise))}
+    later = 100 * (at["end"].objective / at["peak"].objective - 1)
+    values = {"objective_rise": str(mean_t(rise)), "objective_later": str(mean_t(later))}
     for when, found in at.items():
         values |= {f"objective_{when}": f"{found.objective.mean():.2f}", f"fd_{when}": f"{found.fd.mean():.1f}"}
     return values
@@ -196,40 +200,66 @@ def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
 def sampling_values(sampled: pd.DataFrame) -> dict[str, str]:
     """What the sampling makes of healthy runs: a table, and the published sampling over the plain one, paired."""
     lines = [
-        "| network evaluations | guidance | Fréchet distance | precision | accuracy | worst class, median (least) |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| network evaluations | guidance | Fréchet distance | precision | accuracy | worst class, median (least) "
+        "| with a plateau: distance | worst class |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for (guidance, nfe), found in sampled.groupby(["guidance", "nfe"]):
-        worst = found.accuracy_worst_class
+    regime, plateau = (sampled[sampled.study == study] for study in ("regime", "plateau"))
+    for (guidance, nfe), found in regime.groupby(["guidance", "nfe"]):
+        other = plateau[(plateau.guidance == guidance) & (plateau.nfe == nfe)]
         lines.append(
             f"| {nfe} | {guidance:g} | {mean_t(found.fd)} | {mean_t(found.precision)} | {found.accuracy.mean():.3f} "
-            f"| {worst.median():.2f} ({worst.min():.2f}) |"
+            f"| {_worst(found)} | {mean_t(other.fd)} | {_worst(other)} |"
         )
-    by_seed = sampled.set_index(["guidance", "nfe", "seed"]).sort_index()
-    ratio = mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8]))
     return {
         "samplings": "\n".join(lines),
-        "sampled_runs": str(sampled.seed.nunique()),
-        "guided_ratio": _factor(ratio, math.e),
+        "sampled_runs": str(regime.seed.nunique()),
+        "guided_ratio": _guided(regime),
+        "guided_ratio_plateau": _guided(plateau),
     }
+
+
+def _worst(sampled: pd.DataFrame) -> str:
+    return f"{sampled.accuracy_worst_class.median():.2f} ({sampled.accuracy_worst_class.min():.2f})"
+
+
+def _guided(sampled: pd.DataFrame) -> str:
+    """Factor of the Fréchet distance at 8 evaluations by guidance 4, paired by run."""
+    by_seed = sampled.set_index(["guidance", "nfe", "seed"]).sort_index()
+    return _factor(mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8])), math.e)
 
 
 def replay_values(heights: pd.DataFrame) -> dict[str, str]:
     """What was left of the large spikes under each intervention, of those whose unchanged replay repeats the log."""
     inexact, heights = int((~heights.exact).sum()), heights[heights.exact]
-    above = heights[[*INTERVENTIONS, "unchanged"]].div(heights.usual, axis=0)
-    lines = ["| removed for these steps | spikes that keep at most a fifth | height ÷ usual, median |", "|---|--:|--:|"]
-    lines.append(f"| nothing | – | {number(above.unchanged.median())} |")
+    regime, plateau = (heights[heights.study == study] for study in ("regime", "plateau"))
+    above = regime[[*INTERVENTIONS, "unchanged"]].div(regime.usual, axis=0).median()
+    lines = [
+        "| removed for these steps | spikes that keep at most a fifth | height ÷ usual, median | with a plateau |",
+        "|---|--:|--:|--:|",
+        f"| nothing | – | {number(above.unchanged)} | – |",
+    ]
     for name, change in INTERVENTIONS.items():
-        tried = heights[name].notna()
-        gone = heights[name][tried] <= heights.unchanged[tried] / 5
-        lines.append(f"| `{' '.join(change)}` | {share(gone)} | {number(above[name].median())} |")
+        lines.append(f"| `{' '.join(change)}` | {gone(regime, name)} | {number(above[name])} | {gone(plateau, name)} |")
     return {
         "replays": "\n".join(lines),
         "replay_spikes": str(len(heights)),
         "replay_inexact": str(inexact),
-        "replay_runs": str(len(heights.groupby(["study", "seed"]))),
+        "replay_regime": str(len(regime)),
+        "replay_runs": str(regime.seed.nunique()),
+        "replay_plateau": str(len(plateau)),
+        "replay_plateau_runs": str(plateau.seed.nunique()),
+        "replay_without_reward": gone(regime, "reward_off"),
+        "replay_decoded": gone(regime, "baseline_decoded"),
+        "replay_own_clip": gone(regime, "own_clip"),
+        "replay_ema": gone(regime, "teacher_ema"),
     }
+
+
+def gone(heights: pd.DataFrame, intervention: str) -> str:
+    """The share of spikes that keep at most a fifth of their height; – where it was not tried."""
+    tried = heights[heights[intervention].notna()]
+    return share(tried[intervention] <= tried.unchanged / 5) if len(tried) else "–"
 
 
 # --- figures ----------------------------------------------------------------------------------------------

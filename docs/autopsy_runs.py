@@ -258,29 +258,39 @@ SAMPLINGS = ((1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (4, 4.0), (8, 4.0))
 
 def samplings(root: Path) -> None:
     """Judges the healthy runs of the regime's sound arm under every sampling, and draws samples of the first."""
-    rows: list[dict[str, Any]] = []
-    for arm, seed, run in sorted(trials_of("regime", root), key=lambda found: found[1]):
-        if arm.name != SOUND or run_divergence(run) is not None:
-            continue
-        settings, _, source, network = inspect.load(run.path)
-        protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
-        assert isinstance(protocol, Protocol)
-        shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
-        drawn = []
-        for nfe, guidance in SAMPLINGS:
-            pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
-            drawn.append(pixels[shown])
-            judged = protocol.judge(pixels)
-            by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
-            key = {"seed": seed, "nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
-            rows.append(key | protocol.summary(judged))
-            print(rows[-1], flush=True)
-        if len(rows) == len(SAMPLINGS):
-            labels = [f"{nfe} NFE, guidance {guidance:g}" for nfe, guidance in SAMPLINGS]
-            sample_grid(torch.stack(drawn), labels, title="one healthy run, the same noise").save(
-                IMAGES / "autopsy-guidance.png"
-            )
-        pd.DataFrame.from_records(rows).to_csv(SAMPLED, index=False, float_format="%.6g")
+    table = pd.read_csv(SAMPLED) if SAMPLED.exists() else pd.DataFrame(columns=["study", "seed"])
+    for study in ("regime", "plateau"):
+        healthy = [run for arm, _, run in trials_of(study, root) if arm.name == SOUND and run_divergence(run) is None]
+        for run in healthy:
+            seed = int(run.config["seed"])
+            rows, drawn = sampled(run)
+            if study == "regime" and run is healthy[0]:
+                labels = [f"{nfe} NFE, guidance {guidance:g}" for nfe, guidance in SAMPLINGS]
+                sample_grid(drawn, labels, title="one healthy run, the same noise").save(
+                    IMAGES / "autopsy-guidance.png"
+                )
+            others = table[(table.study != study) | (table.seed != seed)]
+            made = pd.DataFrame([{"study": study, "seed": seed} | row for row in rows])
+            table = pd.concat([others, made], ignore_index=True)
+            print(made.to_string(), flush=True)
+            table.sort_values(["study", "seed", "guidance", "nfe"]).to_csv(SAMPLED, index=False, float_format="%.6g")
+
+
+def sampled(run: Run) -> tuple[list[dict[str, float]], torch.Tensor]:
+    """A row of metrics for every sampling of a run's student, and (samplings, classes, 3, H, W) of its samples."""
+    settings, _, source, network = inspect.load(run.path)
+    protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
+    assert isinstance(protocol, Protocol)
+    shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
+    rows, drawn = [], []
+    for nfe, guidance in SAMPLINGS:
+        pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
+        drawn.append(pixels[shown])
+        judged = protocol.judge(pixels)
+        by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
+        made = {"nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
+        rows.append(made | protocol.summary(judged))
+    return rows, torch.stack(drawn)
 
 
 def main() -> None:

@@ -206,7 +206,7 @@ def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) ->
     rows = min(settings.train.micro_batch or share, share)
     low = torch.bfloat16 if settings.train.precision == "bf16" else None
     with footprint.without_values(), quiet():
-        for module in (network, *(part for part in (getattr(source, "vae", None),) if part is not None)):
+        for module in filter(None, (network, getattr(source, "vae", None))):
             footprint.strip(module)
         x = torch.empty(rows, *source.latent_shape)
         condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
@@ -308,7 +308,8 @@ def size_of(tensors: Any) -> int:
 
 def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
     """Print what each process holds; 0."""
-    items = plan(settings, processes)
+    with console.status("taking a step without values"):
+        items = plan(settings, processes)
     table = Table("held by each process", "MiB", "where", box=None, pad_edge=False)
     for item in items:
         table.add_row(item.name, f"{item.each(processes) / 2**20:,.1f}", item.where)
