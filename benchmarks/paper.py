@@ -22,7 +22,7 @@ from step_time import twinflow_passes
 from torch import nn
 
 from twinrl import schema
-from twinrl.commands.plan import Item, activations, meta_family, of_training
+from twinrl.commands.plan import Item, meta_family, of_training
 
 QWEN_IMAGE = {  # transformer/config.json of Qwen/Qwen-Image
     "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,
@@ -116,7 +116,7 @@ def cost(layout: Layout) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(layout, Path(folder))
         network = _network(layout.overrides)
-        items = [*of_training(settings, network, layout.processes), *_rows(settings, network, Path(folder), layout)]
+        items = [*of_training(settings, network, layout.processes), *_rows(settings, network, layout)]
     held = [(item.name, item.each(layout.shards)) for item in items]
     passes = twinflow_passes(settings)
     rows = 4 * sum(passes.with_backward) + sum(passes.forward)  # forward, backward twice, recomputed once
@@ -129,15 +129,23 @@ def cost(layout: Layout) -> Cost:
     return Cost(held, operations, (weights + gradient) * part, layout.shards > PER_MACHINE, summed)
 
 
-def _rows(settings: schema.RunConfig, network: Any, folder: Path, layout: Layout) -> list[Item]:
-    """Activations of a rank's own rows, and the blocks that are gathered at a time: running, next, last and root."""
-    own = settings.train.model_copy(update={"batch": layout.batch // layout.processes})
+def _rows(settings: schema.RunConfig, network: Any, layout: Layout) -> list[Item]:
+    """Activations of a rank's own rows, and the blocks that are gathered at a time: running, next, last and root.
+
+    Activations of a block are 34·s·b·h bytes in 16 bits with fused attention (s tokens, b rows, h width;
+    arXiv:2205.05198, eq. 2 without the attention matrix); with recomputation 2·s·b·h a block plus one whole block.
+    """
     blocks = [m for m in network.modules() if type(m).__name__ == "QwenImageTransformerBlock"]
     each = sum(p.numel() for p in blocks[0].parameters())
     root = _numbers(network)[0] - each * len(blocks)
     gathered = 2 * (root + (2 + settings.fsdp.prefetch) * each)
-    found = list(activations(settings.model_copy(update={"train": own}), network, folder))
-    return [*found, Item("gathered at a time", gathered, shared=False, exact=False)]
+    width = QWEN_IMAGE["num_attention_heads"] * QWEN_IMAGE["attention_head_dim"]  # type: ignore[operator]
+    positions = (IMAGE_TOKENS + TEXT_TOKENS) * (layout.batch // layout.processes) * width
+    kept = (2 * len(blocks) + 34) * positions
+    return [
+        Item("activations, about", kept, shared=False, exact=False),
+        Item("gathered at a time", gathered, shared=False, exact=False),
+    ]
 
 
 def _numbers(network: nn.Module) -> tuple[int, int]:

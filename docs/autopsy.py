@@ -120,8 +120,8 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
     control = trials[trials.study == "control"]
     lines = [
         "| learning rate | seeds | fell apart | largest norm ÷ usual (most) | NFE | held-out judge − teacher's "
-        "| judge, with − without reward | Fréchet distance × | recall, with − without |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| judge, with − without reward | Fréchet distance × | recall, with − without | no worse |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for rate, runs in recipe.groupby("lr"):
         plain = control[control.lr == rate].set_index("seed")
@@ -134,7 +134,8 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
             first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {runs.norm_ratio.max():.2g}"
             lines.append(
                 f"| {first if nfe == 1 else ' | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
-                f"| {_factor(mean_t(distance), math.e)} | {mean_t(recall)} |"
+                f"| {_factor(mean_t(distance), math.e)} | {mean_t(recall)} "
+                f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
             )
     return {
         "recipe": "\n".join(lines),
@@ -170,6 +171,11 @@ def screening_table(trials: pd.DataFrame) -> str:
             f"| {_factor(distances[effect.factor].interval, math.e)} |"
         )
     return "\n".join(lines)
+
+
+def _no_worse(distance: Interval, recall: Interval) -> bool:
+    """As declared in the study's file: within 5 % of the Fréchet distance (here its logarithm) and 0.02 of recall."""
+    return distance.high <= math.log(1.05) and recall.low >= -0.02
 
 
 def _factor(found: Interval, base: float) -> str:

@@ -71,10 +71,10 @@ def without_values() -> AbstractContextManager[Any]:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def strip(module: nn.Module) -> None:
+def strip(module: nn.Module, low: torch.dtype | None = None) -> None:
     """Parameters and buffers without values in place of a module's own (usually on the meta device).
 
-    Called inside :func:`without_values`.
+    Called inside :func:`without_values`. ``low``: dtype of parameters instead of their own.
     """
     made: dict[int, Tensor] = {}
     for part in module.modules():
@@ -83,8 +83,9 @@ def strip(module: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:  # tied weights stay tied
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
                     is_parameter = isinstance(tensor, nn.Parameter)
+                    dtype = low if is_parameter and low is not None else tensor.dtype
+                    empty = torch.empty(tensor.shape, dtype=dtype, device="cpu")
                     made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 held[name] = made[id(tensor)]  # type: ignore[assignment]
 

@@ -205,13 +205,15 @@ def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) ->
     share = max(1, settings.train.batch // processes)
     rows = min(settings.train.micro_batch or share, share)
     low = torch.bfloat16 if settings.train.precision == "bf16" else None
+    gathered = low if processes > 1 else None  # sharded weights are gathered in low precision, block by block
     with footprint.without_values(), quiet():
-        for module in filter(None, (network, getattr(source, "vae", None))):
-            footprint.strip(module)
+        footprint.strip(network, gathered)
+        if (vae := getattr(source, "vae", None)) is not None:
+            footprint.strip(vae)
         x = torch.empty(rows, *source.latent_shape)
         condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
         reward = None if settings.reward is None else _asked(settings.reward, source)
-        passes = footprint.backward(network, x, condition, low, reward)
+        passes = footprint.backward(network, x, condition, None if gathered else low, reward)
         together = processes == 1 and settings.machine.device != "cpu"  # as torch and FSDP2 do
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         update = footprint.update(partial(optimizer.build, settings.optim), network, together)
