@@ -222,7 +222,7 @@ def test_the_relative_clip_bounds_the_reward_by_the_others(tmp_path: Path, accum
         assert clipped < 0.25 / 0.75 * total * 1.01  # ‖others‖ ≤ ‖total‖ + ‖reward‖
 
 
-@pytest.mark.parametrize("preset", ["published", "corrected"])
+@pytest.mark.parametrize("preset", ["published", "corrected", "recommended"])
 def test_presets_run_with_everything_on(tmp_path: Path, preset: str) -> None:
     shared = ("stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness")
     trainer = make(small(tmp_path, *shared, "evaluation.guided=null", preset=preset))
