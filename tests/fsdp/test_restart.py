@@ -28,8 +28,9 @@ def test_a_launcher_is_told_by_its_process(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     name = restart.launch()
     assert name == restart.launch()
-    assert f":{os.getppid()}:" in name
-    monkeypatch.setattr("os.getppid", lambda: 1)
+    parent = os.getppid()
+    assert f":{parent}:" in name
+    monkeypatch.setattr("os.getppid", lambda: parent + 1)
     assert restart.launch() != name
 
 
