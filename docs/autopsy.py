@@ -17,8 +17,6 @@ from autopsy_runs import CURVES, FOLDER, IMAGES, INTERVENTIONS, ORDERS, REPLAYS,
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ablations.study import load
-from analysis.effects import main_effects
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
 
 PAGE = Path(__file__).parent / "autopsy.md"
@@ -88,7 +86,6 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     regime = trials[trials.study == study].set_index(["arm", "seed"])
     with_reward, without = (regime.loc[f"reward={level} teacher=live"] for level in ("with", "without"))
     paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()
-    distance = (with_reward.final_fd - without.final_fd).dropna()
     early = with_reward[with_reward.accuracy_at_start >= HEALTHY]
     early_without = without.loc[early.index.intersection(without.index)]
     averaged = [regime.loc[f"reward={level} teacher=ema"] for level in ("with", "without")]
@@ -103,9 +100,7 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
         "early_broken": share(early.diverged),
         "early_without_broken": share(early_without.diverged),
         "norm_factor": _factor(mean_t(paired), 10),
-        "fd_difference": str(mean_t(distance)),
         "norm_max": f"{with_reward.norm_max.max():,.0f}",
-        "norm_max_without": f"{without.norm_max.max():,.0f}",
         "norm_reached": share(with_reward.norm_ratio >= ORDERS),
         "norm_reached_without": share(without.norm_ratio >= ORDERS),
         "onset": f"{with_reward.diverged_step.median() / with_reward.steps.iloc[0]:.2f}",
@@ -143,34 +138,6 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
         "recipe_seeds": str(recipe.seed.nunique()),
         "control_seeds": str(control.seed.nunique()),
     }
-
-
-def screening_table(trials: pd.DataFrame) -> str:
-    """One line a suspect: what its other level does to the largest norm, to the share of broken runs and to quality."""
-    chosen = trials[trials.study == "screening"].dropna(axis="columns", how="all")
-    chosen = chosen.assign(height=np.log10(chosen.norm_ratio), worse=np.log(chosen.final_fd))
-    factors = [name for name in chosen.columns if name.startswith("level.")]
-    levels = load("autopsy-screening").factors
-    reference = {name: next(iter(levels[name.removeprefix("level.")])) for name in factors}
-    heights = main_effects(chosen, "height", factors, reference=reference)
-    distances = {effect.factor: effect for effect in main_effects(chosen, "worse", factors, reference=reference)}
-    lines = [
-        "| suspect | published → other | largest norm × | p (Holm) | fell apart: published, other "
-        "| Fréchet distance × |",
-        "|---|---|--:|--:|--:|--:|",
-    ]
-    for effect in heights:
-        published = chosen[effect.factor].astype(str) == str(reference[effect.factor])
-        broken = [
-            f"{int(part.sum())} of {len(part)}" for part in (chosen.diverged[published], chosen.diverged[~published])
-        ]
-        other, _, _ = effect.contrast.partition(" − ")
-        lines.append(
-            f"| {effect.factor.removeprefix('level.')} | {reference[effect.factor]} → {other} "
-            f"| {_factor(effect.interval, 10)} | {effect.p_holm:.2g} | {', '.join(broken)} "
-            f"| {_factor(distances[effect.factor].interval, math.e)} |"
-        )
-    return "\n".join(lines)
 
 
 def _no_worse(distance: Interval, recall: Interval) -> bool:

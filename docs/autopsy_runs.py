@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parent / "results" / "autopsy"
 TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
-STUDIES = ("search", "plateau", "regime", "screening", "recommended", "control")
+STUDIES = ("search", "plateau", "regime", "recommended", "control")
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
 BROKEN, SOUND = "reward=with teacher=live", "reward=with teacher=ema"
@@ -104,7 +104,8 @@ def merged(before: pd.DataFrame | None, made: pd.DataFrame) -> pd.DataFrame:
     if before is None or made.empty:
         return made if before is None else before
     again = set(made[KEY].itertuples(index=False, name=None))
-    old = before[[key not in again for key in before[KEY].itertuples(index=False, name=None)]]
+    known = before[KEY].itertuples(index=False, name=None)
+    old = before[[key[0] in STUDIES and key not in again for key in known]]
     both = pd.concat([old, made], ignore_index=True) if len(old) else made
     return both.sort_values(KEY, key=lambda column: column if column.name != "study" else column.map(STUDIES.index))
 
@@ -122,12 +123,8 @@ def of_today(study: str, config_hash: str) -> bool:
 
 def write_ledger(roots: Sequence[Path], chosen: Collection[tuple[str, int]]) -> None:
     """The trials' lines of the ledgers, so that nobody who has the sources that made them runs them again."""
-    found = [
-        record
-        for path in (LEDGER, *(root / "ledger.jsonl" for root in roots))
-        for record in Ledger(path).read().values()
-    ]
-    records = {r.key: r for r in found if (r.config_hash, r.seed) in chosen}
+    found = Ledger(LEDGER, *(root / "ledger.jsonl" for root in roots)).read()
+    records = {key: r for key, r in found.items() if (r.config_hash, r.seed) in chosen}
     kept = [replace(r, where={key: r.where[key] for key in ("revision", "at")}) for r in records.values()]
     LEDGER.write_text("".join(f"{record.line()}\n" for record in sorted(kept, key=lambda record: record.key)))
 

@@ -273,8 +273,17 @@ class Family(ABC):
     def _encode_prompts(self, prompts: list[str]) -> Condition: ...
 
     def condition_shapes(self, described: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Shapes of one row's condition with a prompt of full length, from the transformer's configuration."""
-        width = next(described[name] for name in TEXT_WIDTHS if name in described)
+        """Shapes of one row's condition with a prompt of full length, from the transformer's configuration.
+
+        Raises:
+            InputError: the width of the text has an unknown name there; such a family says it itself.
+        """
+        width = next((described[name] for name in TEXT_WIDTHS if name in described), None)
+        if width is None:
+            raise InputError(
+                f"{self.NAME}'s transformer does not say how wide its text is", got=", ".join(described),
+                expected=" or ".join(TEXT_WIDTHS), fix="override Family.condition_shapes",
+            )  # fmt: skip
         pooled = described.get("pooled_projection_dim")
         return {"text": (self.TOKENS, width)} | ({} if pooled is None else {"pooled": (pooled,)})
 
