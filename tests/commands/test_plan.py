@@ -18,6 +18,7 @@ from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.commands import data
 from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
+from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
 from twinrl.trainer import Trainer
@@ -195,6 +196,18 @@ def test_another_familys_pipeline_is_not_planned(tmp_path: Path) -> None:
     tiny.build("sd3").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="is another family's; got StableDiffusion3Pipeline; expected FluxPipeline"):
         plan(schema.load("flux", [f"model.path={tmp_path}"]))
+
+
+def test_latents_beyond_a_models_positions_are_refused(tmp_path: Path) -> None:
+    tiny.build("sd3").save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / MANIFEST).write_text(json.dumps({"buckets": [{"latent_shape": [4, 1024, 1024]}]}))
+    given = [
+        f"model={{family: sd3, path: {tmp_path / 'pipeline'}}}",
+        f"data={{source: folder, root: {tmp_path / 'data'}}}",
+    ]
+    with pytest.raises(InputError, match="the model does not take latents of 4×1024×1024; got"):
+        plan(schema.load("twinflow", given))
 
 
 def test_equal_rewards_are_planned_once_and_offloading_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:

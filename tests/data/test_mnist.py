@@ -58,6 +58,7 @@ def quick(monkeypatch, tmp_path):
     """An empty cache, and a judge and teacher that are hardly trained."""
     monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mnist, "JUDGE_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=0))
+    monkeypatch.setattr(mnist, "CLASSIFIER_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=1))
     monkeypatch.setattr(mnist, "TEACHER_RECIPE", Pretraining(steps=2, batch=4))
 
 
@@ -285,11 +286,15 @@ def test_judge_is_frozen_and_differentiable_in_pixels(source):
     assert not any(p.requires_grad for p in source.judge.parameters())
 
 
-def test_scorer_is_held_out_and_reads_the_prompt(source):
-    assert set(source.held_out) == set(source.scorers) == {"judge_logprob"}
+def test_scorers_read_the_prompt_and_the_judge_is_held_out(source, tmp_path):
+    assert set(source.scorers) == {"judge_logprob", "classifier_logprob"}
+    assert source.held_out == {"judge_logprob"}
     pixels, prompts = source.test.pixels[:2], ["a handwritten two", "the digit 9"]
     expected = source.judge.logits(pixels).log_softmax(1)[[0, 1], [2, 9]]
     torch.testing.assert_close(source.scorers["judge_logprob"](pixels, prompts), expected)
+    assert len(list((tmp_path / "cache").glob("mnist-judge-*"))) == 1, "the classifier is trained when it is asked"
+    assert not torch.allclose(source.scorers["classifier_logprob"](pixels, prompts), expected)
+    assert len(list((tmp_path / "cache").glob("mnist-judge-*"))) == 2
 
 
 def test_teacher_is_pretrained_once_and_fits_the_network(source, tmp_path):

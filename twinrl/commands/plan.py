@@ -5,13 +5,11 @@ besides is found by taking one without values (:mod:`twinrl.commands.footprint`)
 their papers' architectures.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,12 +20,10 @@ from torch import Tensor, nn
 from twinrl import assembly
 from twinrl.backends.families import family_class
 from twinrl.backends.families.family import DTYPES
-from twinrl.backends.families.loading import INDEX, check_class, components, quiet, read_index, transformer_config
-from twinrl.backends.families.lora import add_lora
+from twinrl.backends.families.loading import check_class, components, quiet, read_index
 from twinrl.commands import footprint
-from twinrl.conditions import Condition
+from twinrl.commands.described import META, Described, described, meta_component, meta_family
 from twinrl.config import resolve
-from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
 from twinrl.optim import OPTIMIZERS
 from twinrl.rewards.guide import RewardConfig
@@ -35,13 +31,11 @@ from twinrl.rewards.latent import LatentReward
 from twinrl.rewards.latent.contract import KeyedRows
 from twinrl.schema import RunConfig
 
-META = torch.device("meta")
 PHASES = ("forward", "backward", "update")
 REWARD_PARAMETERS = {
     "hpsv2": 986e6, "pickscore": 986e6, "clipscore": 151e6, "imagereward": 447e6, "aesthetic": 428e6,
 }  # fmt: skip
 INCEPTION_PARAMETERS = 24_000_000
-DEFAULT_PIXELS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,48 +90,10 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
         return [*of_training(settings, network, processes), *of_a_step(settings, network, source, processes)]
     folder = described(str(settings.model.path))
     check_class(folder, family_class(settings.model.family).PIPELINE)
-    network, data = meta_family(settings, folder), _Described(settings, folder)
+    network, data = meta_family(settings, folder), Described(settings, folder)
     data.family.configure(network.transformer, settings.model.pretrained)
     items = [*of_training(settings, network, processes), *_frozen(settings, folder)]
     return [*items, *of_a_step(settings, network, data, processes), *_rewards(settings)]
-
-
-def described(path: str) -> Path:
-    """A folder with the pipeline's descriptions; of a hub name these alone are fetched.
-
-    Raises:
-        InputError: the hub cannot be reached and has no copy here.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=[INDEX, "*/config.json", "scheduler/*.json"]))
-    except (OSError, HfHubHTTPError, HTTPError, ValueError) as error:
-        why = str(error).removeprefix("Got: ").partition("\n")[0]  # the hub's client says that already
-        raise InputError(
-            f"{path} is no folder here, and the description of {path} cannot be fetched from the hub", got=why or None,
-            fix="give the folder of a downloaded pipeline as model.path",
-        ) from error  # fmt: skip
-
-
-def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
-    """The student as :meth:`Family.network` makes it, without values."""
-    model = settings.model
-    family = family_class(str(model.family))
-    with META, quiet():
-        transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder, family.PART))  # type: ignore[attr-defined]
-        transformer.to(DTYPES[model.dtype])
-        if model.lora is not None:
-            add_lora(transformer, model.lora, family.LORA_TARGETS)
-            for parameter in transformer.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-    if model.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return family.NETWORK(transformer)
 
 
 def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
@@ -167,28 +123,13 @@ def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
     shared = settings.fsdp.frozen == "sharded"
     for name in components(read_index(folder)):
         unused = name == family.PART or name in family.LEFT_OUT
-        module = None if unused else _meta_component(folder, name)
+        module = None if unused else meta_component(folder, name)
         if module is not None:
             # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
             held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
             offload = name == "vae" and settings.machine.offload
             host, visits = name != "vae" or offload, offload or (name == "vae" and shared)
             yield Item(name, size_of(held), shared, host=host, visits=visits)
-
-
-def _meta_component(folder: Path, name: str) -> nn.Module | None:
-    """A frozen component without values; None for tokenizers and schedulers."""
-    import diffusers
-    import transformers
-
-    library, cls = read_index(folder)[name]
-    file = folder / name / "config.json"
-    if not file.is_file():
-        return None
-    with META:
-        if library == "diffusers":
-            return getattr(diffusers, cls).from_config(json.loads(file.read_text()))
-        return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
 
 
 # --- a step without values --------------------------------------------------------------------------------
@@ -213,7 +154,11 @@ def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) ->
         x = torch.empty(rows, *source.latent_shape)
         condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
         reward = None if settings.reward is None else _asked(settings.reward, source)
-        passes = footprint.backward(network, x, condition, None if gathered else low, reward)
+        try:
+            passes = footprint.backward(network, x, condition, None if gathered else low, reward)
+        except ValueError as error:  # diffusers' own check, as of SD3's positions
+            size = "×".join(map(str, source.latent_shape))
+            raise InputError(f"the model does not take latents of {size}", got=error) from error
         together = processes == 1 and settings.machine.device != "cpu"  # as torch and FSDP2 do
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         update = footprint.update(partial(optimizer.build, settings.optim), network, together)
@@ -240,42 +185,6 @@ class _Brightness:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return images.flatten(1).mean(1)
-
-
-class _Described:
-    """What a family's data look like, from its descriptions alone, and its VAE without values."""
-
-    def __init__(self, settings: RunConfig, folder: Path):
-        self.vae = _meta_component(folder, "vae") if "vae" in components(read_index(folder)) else None
-        if self.vae is not None:
-            with quiet():
-                self.vae.to(DTYPES[settings.model.frozen_dtype])
-        pipeline = SimpleNamespace(vae=self.vae, components={})
-        self.family = family_class(str(settings.model.family))(folder, pipeline)
-        self.transformer = transformer_config(folder, self.family.PART)
-        self.latent_shape = self._latent_shape(settings)
-
-    def _latent_shape(self, settings: RunConfig) -> tuple[int, int, int]:
-        """Of the largest bucket; where no data are prepared, the size that the model was made for, or 1024² pixels."""
-        root = settings.data.root
-        if root is not None and (root / MANIFEST).is_file():
-            shapes = [row["latent_shape"] for row in json.loads((root / MANIFEST).read_text())["buckets"]]
-            return max(((c, h, w) for c, h, w in shapes), key=math.prod)
-        side = self.transformer.get("sample_size") or DEFAULT_PIXELS // self.family.COMPRESSION
-        return self.family.channels, side, side
-
-    def null_condition(self, n: int) -> Condition:
-        """A condition of ``n`` rows with prompts of full length."""
-        shapes = self.family.condition_shapes(self.transformer)
-        return {name: torch.empty(n, *shape) for name, shape in shapes.items()}
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """As the family's."""
-        return self.family.decode(latents)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """As the family's."""
-        return self.family.encode(pixels)
 
 
 def _rewards(settings: RunConfig) -> Iterator[Item]:

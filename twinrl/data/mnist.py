@@ -7,7 +7,8 @@ an empty folder. The network is told a class label. Captions are words about tha
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ NULL_LABEL = len(CLASSES)
 """The label of the empty condition ∅."""
 
 JUDGE_RECIPE = Recipe(steps=700, batch=128, lr=4e-3, seed=0)
+CLASSIFIER_RECIPE = Recipe(steps=700, batch=128, lr=4e-3, seed=1)
 TEACHER_RECIPE = Pretraining(steps=2000, batch=128)
 
 
@@ -125,21 +127,27 @@ def cached_judge(train: Split, recipe: Recipe) -> MNISTJudge:
 
 
 class LabelLogProbability:
-    """The log-probability that a judge gives the digit named in the prompt, as a preference model."""
+    """The log-probability that a classifier gives the digit named in the prompt, as a preference model.
 
-    def __init__(self, judge: Judge):
-        self.judge = judge
+    Arguments:
+        load: makes the classifier, when it is first asked.
+    """
+
+    def __init__(self, load: Callable[[], MNISTJudge]):
+        self.load = cache(load)
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 1, 28, 28) pixels in [−1, 1] and B prompts → (B,) scores ≤ 0."""
         labels = torch.tensor([parse_label(prompt) for prompt in prompts], device=pixels.device)
-        return self.judge.logits(pixels).log_softmax(1).gather(1, labels[:, None])[:, 0]
+        logits = self.load().to(pixels.device).logits(pixels)
+        return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 class MNISTSource:
-    """MNIST as a ``twinrl.data.source.Source``: pixel space, class labels, one held-out scorer.
+    """MNIST as a ``twinrl.data.source.Source``: pixel space, class labels, a reward and a held-out judge.
 
-    The scorer ``judge_logprob`` is the log-probability that the judge gives the digit of the prompt.
+    The scorer ``judge_logprob`` is the log-probability that the judge gives the digit of the prompt; it is held out.
+    ``classifier_logprob`` is the same by a classifier trained apart (other initial weights and batches), for training.
 
     Arguments:
         root: folder with the idx files (default: ``mnist`` in the cache folder); filled by download if there
@@ -158,11 +166,15 @@ class MNISTSource:
         self.train, self.validation, self.test = read_splits(root.expanduser() if root else cache_dir() / "mnist")
         judge = cached_judge(self.train, JUDGE_RECIPE)
         self.judge: Judge = judge
-        self.scorers: Mapping[str, Scorer] = {"judge_logprob": LabelLogProbability(judge)}
-        self.held_out = frozenset(self.scorers)
+        self.scorers: Mapping[str, Scorer] = {
+            "judge_logprob": LabelLogProbability(lambda: judge),
+            "classifier_logprob": LabelLogProbability(partial(cached_judge, self.train, CLASSIFIER_RECIPE)),
+        }
+        self.held_out = frozenset({"judge_logprob"})
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         digits = {name: {"pixels": split.pixels, "labels": split.labels} for name, split in splits.items()}
-        self.content_hash = content_hash(digits | {"judge": judge.state_dict()}, all_captions())
+        texts = [*all_captions(), str(CLASSIFIER_RECIPE)]
+        self.content_hash = content_hash(digits | {"judge": judge.state_dict()}, texts)
         self._latents = {name: split.pixels for name, split in splits.items()}
         self._judge = judge
         self._device = "cpu"

@@ -14,7 +14,7 @@ from twinrl.rewards.clipscore import CLIPScore
 from twinrl.rewards.ensemble import Ensemble, Hinge
 from twinrl.rewards.hpsv2 import HPSv2
 from twinrl.rewards.imagereward import ImageReward
-from twinrl.rewards.lab import JudgeLogProbability, LabClip, LabHPS, LabJudge
+from twinrl.rewards.lab import ClassifierLogProbability, JudgeLogProbability, LabClip, LabHPS, LabJudge
 from twinrl.rewards.per_prompt import PerPrompt
 from twinrl.rewards.pickscore import PickScore
 from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings, nonfinite_images
@@ -26,6 +26,7 @@ REWARDS.update(
         "lab_hps": LabHPS,
         "lab_judge": LabJudge,
         "judge_logprob": JudgeLogProbability,
+        "classifier_logprob": ClassifierLogProbability,
         # published models
         "hpsv2": HPSv2,
         "pickscore": PickScore,

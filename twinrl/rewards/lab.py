@@ -80,3 +80,10 @@ class JudgeLogProbability(SourceScorer):
 
     class Config(Settings):
         kind: Literal["judge_logprob"] = "judge_logprob"
+
+
+class ClassifierLogProbability(SourceScorer):
+    """MNIST's reward: the same by a classifier that was trained apart, which training may follow."""
+
+    class Config(Settings):
+        kind: Literal["classifier_logprob"] = "classifier_logprob"

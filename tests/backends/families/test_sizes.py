@@ -11,7 +11,7 @@ import torch
 
 from twinrl import schema
 from twinrl.backends.families import family_class
-from twinrl.commands.plan import meta_family
+from twinrl.commands.described import meta_family
 from twinrl.config import presets
 
 SD35_MEDIUM = {  # stabilityai/stable-diffusion-3.5-medium
