@@ -13,11 +13,12 @@ from string import Template
 
 import numpy as np
 import pandas as pd
+from autopsy_arms import factor, recipe_values, screening_values, sensitivity_values, share, suspects_values
 from autopsy_runs import CURVES, FOLDER, IMAGES, INTERVENTIONS, ORDERS, REPLAYS, SAMPLED, SOUND, TRIALS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.intervals import Interval, clopper_pearson, mean_t, number
+from analysis.intervals import mean_t, number
 
 PAGE = Path(__file__).parent / "autopsy.md"
 TEXT = FOLDER / "text.md"
@@ -38,7 +39,8 @@ def render(trials: pd.DataFrame) -> str:
     values |= regime_values(trials, "regime") | {
         f"plateau_{name}": value for name, value in regime_values(trials, "plateau").items()
     }
-    values |= recipe_values(trials)
+    values |= suspects_values(trials) | screening_values(trials)
+    values |= recipe_values(trials) | sensitivity_values(trials)
     values |= measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
     values |= sampling_values(pd.read_csv(SAMPLED))
     return Template(TEXT.read_text()).substitute(values)
@@ -75,12 +77,6 @@ def regime_table(trials: pd.DataFrame, study: str) -> str:
     return "\n".join(lines)
 
 
-def share(yes: pd.Series) -> str:
-    """k of n with its exact interval."""
-    found = clopper_pearson(int(yes.sum()), len(yes))
-    return f"{int(yes.sum())} of {len(yes)} [{found.low:.2f}, {found.high:.2f}]"
-
-
 def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     """What the text says of the regime, by name."""
     regime = trials[trials.study == study].set_index(["arm", "seed"])
@@ -99,7 +95,7 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
         "early": str(len(early)),
         "early_broken": share(early.diverged),
         "early_without_broken": share(early_without.diverged),
-        "norm_factor": _factor(mean_t(paired), 10),
+        "norm_factor": factor(mean_t(paired), 10),
         "norm_max": f"{with_reward.norm_max.max():,.0f}",
         "norm_reached": share(with_reward.norm_ratio >= ORDERS),
         "norm_reached_without": share(without.norm_ratio >= ORDERS),
@@ -107,48 +103,6 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
         "ended": share(with_reward.final_accuracy < NO_DIGITS),
         "ended_without": share(without.final_accuracy < NO_DIGITS),
     }
-
-
-def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
-    """Of the recommended recipe: the runs that fell apart at each rate, its judge against the teacher, its price."""
-    recipe = trials[trials.study == "recommended"].dropna(axis="columns", how="all")
-    control = trials[trials.study == "control"]
-    lines = [
-        "| learning rate | seeds | fell apart | largest norm ÷ usual (most) | NFE | held-out judge − teacher's "
-        "| judge, with − without reward | Fréchet distance × | recall, with − without | no worse |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    for rate, runs in recipe.groupby("lr"):
-        plain = control[control.lr == rate].set_index("seed")
-        paired = runs.set_index("seed")
-        for nfe in (1, 2):
-            metric = {name: f"test{nfe}_{name}" for name in ("judge", "fd", "recall")}
-            above = paired[metric["judge"]] - paired.teacher_judge
-            judge, recall = ((paired[metric[name]] - plain[metric[name]]).dropna() for name in ("judge", "recall"))
-            distance = np.log(paired[metric["fd"]] / plain[metric["fd"]]).dropna()
-            first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {runs.norm_ratio.max():.2g}"
-            lines.append(
-                f"| {first if nfe == 1 else ' | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
-                f"| {_factor(mean_t(distance), math.e)} | {mean_t(recall)} "
-                f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
-            )
-    return {
-        "recipe": "\n".join(lines),
-        "recipe_broken": share(recipe.diverged),
-        "recipe_seeds": str(recipe.seed.nunique()),
-        "control_seeds": str(control.seed.nunique()),
-    }
-
-
-def _no_worse(distance: Interval, recall: Interval) -> bool:
-    """As declared in the study's file: within 5 % of the Fréchet distance (here its logarithm) and 0.02 of recall."""
-    return distance.high <= math.log(1.05) and recall.low >= -0.02
-
-
-def _factor(found: Interval, base: float) -> str:
-    """An interval of logarithms as one of factors."""
-    ends = [number(base**value, 2) for value in (found.estimate, found.low, found.high)]
-    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
@@ -199,7 +153,7 @@ def _worst(sampled: pd.DataFrame) -> str:
 def _guided(sampled: pd.DataFrame) -> str:
     """Factor of the Fréchet distance at 8 evaluations by guidance 4, paired by run."""
     by_seed = sampled.set_index(["guidance", "nfe", "seed"]).sort_index()
-    return _factor(mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8])), math.e)
+    return factor(mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8])), math.e)
 
 
 def replay_values(heights: pd.DataFrame) -> dict[str, str]:

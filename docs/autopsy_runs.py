@@ -12,7 +12,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parent / "results" / "autopsy"
 TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
-STUDIES = ("search", "plateau", "regime", "recommended", "control")
+STUDIES = ("search", "plateau", "regime", "suspects", "screening", "recommended", "control", "sensitivity")
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
 BROKEN, SOUND = "reward=with teacher=live", "reward=with teacher=ema"
@@ -149,10 +149,12 @@ def outcome(run: Run) -> dict[str, Any]:
         "lr": run.config["optim"]["lr"],
         "steps": run.config["train"]["steps"],
         "usual_norm": usual,
-        "norm_ratio": max(ratio for _, ratio in later),
+        "norm_ratio": max((ratio for _, ratio in later), default=math.nan),  # a run may end before the reward starts
         "norm_max": max(norm for _, norm in norms),
         "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
         "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
+        "early_norm_noise": noise([norm for step, norm in norms if step < start]),
+        "early_loss_noise": noise([_number(row.get(names.LOSS_TOTAL)) for row in run.rows if row["step"] < start]),
         "diverged": diverged is not None,
         "diverged_step": diverged[0] if diverged else math.nan,
         "accuracy_at_start": at_start[WATCHED["accuracy"]],
@@ -161,6 +163,11 @@ def outcome(run: Run) -> dict[str, Any]:
         "fd_best": min(row[WATCHED["fd"]] for row in evaluations),
         "seconds": sum(_number(row.get(names.STEP_SECONDS)) for row in run.rows),
     } | {f"final_{name}": _number(evaluations[-1].get(metric)) for name, metric in WATCHED.items()}
+
+
+def noise(series: Sequence[float]) -> float:
+    """How unsteady a series of positive numbers is: the median change of its logarithm from one step to the next."""
+    return median(abs(math.log(after / before)) for before, after in pairwise(series))
 
 
 def judged(run: Run) -> dict[str, float]:

@@ -266,11 +266,12 @@ def test_content_hash_follows_pixels_labels_and_judge(quick, tmp_path, monkeypat
 
 
 def test_judge_is_cached_and_rebuilt_alike(source, tmp_path):
-    [path] = (tmp_path / "cache").glob("mnist-judge-*.safetensors")
-    written = path.stat().st_mtime_ns
+    paths = list((tmp_path / "cache").glob("mnist-judge-*.safetensors"))  # the judge's and the classifier's
+    written = [path.stat().st_mtime_ns for path in paths]
     again = MNISTSource(tmp_path / "data")
-    assert path.stat().st_mtime_ns == written
-    path.unlink()
+    assert len(paths) == 2 and [path.stat().st_mtime_ns for path in paths] == written
+    for path in paths:
+        path.unlink()
     torch.manual_seed(123)
     rebuilt = MNISTSource(tmp_path / "data")
     x = source.test.pixels
@@ -286,15 +287,13 @@ def test_judge_is_frozen_and_differentiable_in_pixels(source):
     assert not any(p.requires_grad for p in source.judge.parameters())
 
 
-def test_scorers_read_the_prompt_and_the_judge_is_held_out(source, tmp_path):
+def test_scorers_read_the_prompt_and_the_judge_is_held_out(source):
     assert set(source.scorers) == {"judge_logprob", "classifier_logprob"}
     assert source.held_out == {"judge_logprob"}
     pixels, prompts = source.test.pixels[:2], ["a handwritten two", "the digit 9"]
     expected = source.judge.logits(pixels).log_softmax(1)[[0, 1], [2, 9]]
     torch.testing.assert_close(source.scorers["judge_logprob"](pixels, prompts), expected)
-    assert len(list((tmp_path / "cache").glob("mnist-judge-*"))) == 1, "the classifier is trained when it is asked"
     assert not torch.allclose(source.scorers["classifier_logprob"](pixels, prompts), expected)
-    assert len(list((tmp_path / "cache").glob("mnist-judge-*"))) == 2
 
 
 def test_teacher_is_pretrained_once_and_fits_the_network(source, tmp_path):

@@ -64,7 +64,7 @@ def test_models_stay_the_sources(lab):
 def test_mnists_judge_takes_its_own_grey_pixels():
     from twinrl.data.mnist import LabelLogProbability, MNISTJudge
 
-    scorer = LabelLogProbability(lambda: MNISTJudge().eval())
+    scorer = LabelLogProbability(MNISTJudge().eval())
     around = Surroundings({"judge_logprob": scorer}, frozenset({"judge_logprob"}), training=False)
     x, prompts = torch.rand(2, 1, 28, 28), ["the digit three", "the digit nine"]
     judge = JudgeLogProbability(JudgeLogProbability.Config(), around)

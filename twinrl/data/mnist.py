@@ -7,8 +7,7 @@ an empty folder. The network is told a class label. Captions are words about tha
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -127,20 +126,15 @@ def cached_judge(train: Split, recipe: Recipe) -> MNISTJudge:
 
 
 class LabelLogProbability:
-    """The log-probability that a classifier gives the digit named in the prompt, as a preference model.
+    """The log-probability that a classifier gives the digit named in the prompt, as a preference model."""
 
-    Arguments:
-        load: makes the classifier, when it is first asked.
-    """
-
-    def __init__(self, load: Callable[[], MNISTJudge]):
-        self.load = cache(load)
+    def __init__(self, classifier: Judge):
+        self.classifier = classifier
 
     def __call__(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B, 1, 28, 28) pixels in [−1, 1] and B prompts → (B,) scores ≤ 0."""
         labels = torch.tensor([parse_label(prompt) for prompt in prompts], device=pixels.device)
-        logits = self.load().to(pixels.device).logits(pixels)
-        return logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
+        return self.classifier.logits(pixels).log_softmax(1).gather(1, labels[:, None])[:, 0]
 
 
 class MNISTSource:
@@ -151,7 +145,7 @@ class MNISTSource:
 
     Arguments:
         root: folder with the idx files (default: ``mnist`` in the cache folder); filled by download if there
-            are none. The judge is trained the first time (half a minute) and cached.
+            are none. Judge and classifier are trained the first time (half a minute each) and cached.
 
     Raises:
         InputError: files are missing and cannot be downloaded, damaged, or not MNIST's.
@@ -164,19 +158,19 @@ class MNISTSource:
         self.latent_shape: tuple[int, int, int] = (1, 28, 28)
         self.classes: tuple[str, ...] = CLASSES
         self.train, self.validation, self.test = read_splits(root.expanduser() if root else cache_dir() / "mnist")
-        judge = cached_judge(self.train, JUDGE_RECIPE)
+        judge, classifier = (cached_judge(self.train, recipe) for recipe in (JUDGE_RECIPE, CLASSIFIER_RECIPE))
         self.judge: Judge = judge
         self.scorers: Mapping[str, Scorer] = {
-            "judge_logprob": LabelLogProbability(lambda: judge),
-            "classifier_logprob": LabelLogProbability(partial(cached_judge, self.train, CLASSIFIER_RECIPE)),
+            "judge_logprob": LabelLogProbability(judge),
+            "classifier_logprob": LabelLogProbability(classifier),
         }
         self.held_out = frozenset({"judge_logprob"})
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         digits = {name: {"pixels": split.pixels, "labels": split.labels} for name, split in splits.items()}
-        texts = [*all_captions(), str(CLASSIFIER_RECIPE)]
-        self.content_hash = content_hash(digits | {"judge": judge.state_dict()}, texts)
+        models = {"judge": judge.state_dict(), "classifier": classifier.state_dict()}
+        self.content_hash = content_hash(digits | models, all_captions())
         self._latents = {name: split.pixels for name, split in splits.items()}
-        self._judge = judge
+        self._models = (judge, classifier)
         self._device = "cpu"
 
     def latents(self, split: str) -> Tensor:
@@ -227,8 +221,9 @@ class MNISTSource:
             return pretrain(teacher, data, TEACHER_RECIPE, stage("teacher", 1))
 
     def to(self, device: str) -> "MNISTSource":
-        """Judge, latents and conditions on ``device``, in place; the splits' pixels stay where they are."""
+        """Judge, classifier, latents and conditions on ``device``, in place; the splits' pixels stay where they are."""
         self._device = device
-        self._judge.to(device)
+        for model in self._models:
+            model.to(device)
         self._latents = {split: value.to(device) for split, value in self._latents.items()}
         return self
