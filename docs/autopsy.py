@@ -13,7 +13,16 @@ from string import Template
 
 import numpy as np
 import pandas as pd
-from autopsy_arms import factor, recipe_values, screening_values, sensitivity_values, share, suspects_values
+from autopsy_arms import (
+    dit_values,
+    factor,
+    recipe_values,
+    renoise_values,
+    sensitivity_values,
+    share,
+    single_changes,
+    suspects_values,
+)
 from autopsy_runs import CURVES, FOLDER, IMAGES, INTERVENTIONS, ORDERS, REPLAYS, SAMPLED, SOUND, TRIALS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -33,17 +42,21 @@ HEALTHY = 0.95
 
 def render(trials: pd.DataFrame) -> str:
     """The page, from the committed tables and the text."""
+    return Template(TEXT.read_text()).substitute(values_of(trials))
+
+
+def values_of(trials: pd.DataFrame) -> dict[str, str]:
+    """Every number and table of the page, by its name in the text."""
     values = {"hours": f"{trials.seconds.sum() / 3600:.0f}", "trials": str(len(trials))}
     values |= {"search": search_table(trials)}
     values |= {study: regime_table(trials, study) for study in ("regime", "plateau")}
     values |= regime_values(trials, "regime") | {
         f"plateau_{name}": value for name, value in regime_values(trials, "plateau").items()
     }
-    values |= suspects_values(trials) | screening_values(trials)
+    values |= suspects_values(trials) | renoise_values(trials) | dit_values(trials)
     values |= recipe_values(trials) | sensitivity_values(trials)
     values |= measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
-    values |= sampling_values(pd.read_csv(SAMPLED))
-    return Template(TEXT.read_text()).substitute(values)
+    return values | sampling_values(pd.read_csv(SAMPLED))
 
 
 def search_table(trials: pd.DataFrame) -> str:
@@ -86,11 +99,18 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     early_without = without.loc[early.index.intersection(without.index)]
     averaged = [regime.loc[f"reward={level} teacher=ema"] for level in ("with", "without")]
     gain = (averaged[1].final_fd - averaged[0].final_fd).dropna()
+    published = with_reward[with_reward.total_rise.notna() & with_reward.adversarial_rise.notna()]
+    first = (np.log(with_reward.latent_gradient_first) - np.log(averaged[0].latent_gradient_first)).dropna()
     return {
+        "latent_first": factor(mean_t(first), math.e) if len(first) else "–",
+        "rise_runs": str(len(published)),
+        "rise_earlier": str(int((published.adversarial_rise < published.total_rise).sum())),
+        "rise_lead": f"{(published.total_rise - published.adversarial_rise).median():.0f}",
         "live_with_broken": share(with_reward.diverged),
         "live_without_broken": share(without.diverged),
         "ema_broken": share(pd.concat(averaged).diverged),
         "ema_gain": str(mean_t(gain)),
+        "ema_clip_gain": str(mean_t((averaged[0].final_lab_clip - averaged[1].final_lab_clip).dropna())),
         "n": str(len(with_reward)),
         "early": str(len(early)),
         "early_broken": share(early.diverged),
@@ -238,8 +258,34 @@ def _mark(column: Sequence[Axes]) -> None:
     )
 
 
+def suspects_figure(trials: pd.DataFrame) -> Figure:
+    """When each run of each single change fell apart; a ring at the end is a run that stayed whole."""
+    arms = single_changes(trials)
+    figure = Figure(figsize=(8.4, 0.27 * len(arms) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    for row, (_, found) in enumerate(reversed(arms)):
+        shift = np.linspace(-0.22, 0.22, len(found))
+        found = found.sort_values("diverged_step").assign(shift=shift)
+        fell, whole = found[found.diverged], found[~found.diverged]
+        axes.axhline(row, color="0.92", lw=0.8, zorder=0)
+        axes.plot(fell.diverged_step, row + fell["shift"], "o", color=LIVE, ms=4, alpha=0.8)
+        axes.plot(whole.steps, row + whole["shift"], "o", color=EMA, ms=4, mfc="white", clip_on=False)
+        axes.text(
+            1.02, row, f"{len(fell)} of {len(found)}", transform=axes.get_yaxis_transform(), fontsize=8, va="center"
+        )
+    axes.set_yticks(range(len(arms)), [name for name, _ in reversed(arms)], fontsize=8)
+    _mark([axes])
+    axes.set_xlim(0, 2000)
+    axes.set_xlabel("step at which a run fell apart (orange); rings: whole to the end", fontsize=9)
+    axes.set_title("fell apart", loc="right", fontsize=8)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=8, left=False)
+    return figure
+
+
 def main() -> None:
     """See the module."""
+    suspects_figure(pd.read_csv(TRIALS)).savefig(IMAGES / "autopsy-suspects.png", dpi=150)
     central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
     PAGE.write_text(render(pd.read_csv(TRIALS)))
 

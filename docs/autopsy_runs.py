@@ -39,11 +39,11 @@ FOLDER = Path(__file__).parent / "results" / "autopsy"
 TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
-STUDIES = ("search", "plateau", "regime", "suspects", "screening", "recommended", "control", "sensitivity")
+STUDIES = ("search", "plateau", "regime", "suspects", "recommended", "control", "sensitivity", "dit-rates")
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
-BROKEN, SOUND = "reward=with teacher=live", "reward=with teacher=ema"
-"""The regime's published arm, and the one that stayed whole with the reward."""
+BROKEN, SOUND, NO_REWARD = "reward=with teacher=live", "reward=with teacher=ema", "reward=without teacher=live"
+"""The regime's published arm, the one that stayed whole with the reward, and the one without it."""
 WINDOW = 10  # steps behind a point of the committed curves: their largest norm
 NORMS = {
     "norm": names.GRAD_TOTAL_RAW,
@@ -64,6 +64,8 @@ WATCHED = {
 """Column → metric at an evaluation."""
 JUDGED = {"fd": "fd", "recall": "recall", "accuracy": "accuracy", "judge": "score/lab_judge", "hps": "score/lab_hps"}
 """Column → metric of the final table."""
+HIGH = 8.0
+"""A loss this many times its median before the reward's start has risen."""
 ORDERS = 100.0
 """A norm this many times its median before the reward's start is the reported kind of spike."""
 
@@ -142,27 +144,46 @@ def outcome(run: Run) -> dict[str, Any]:
     norms = [(int(row["step"]), _number(row.get(names.GRAD_TOTAL_RAW))) for row in run.rows]
     usual = median(norm for step, norm in norms if step < start)
     later = [(step, norm / usual) for step, norm in norms if step >= start]
-    evaluations = [row for row in run.rows if names.VAL_QUALITY in row]
-    at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"])
+    evaluations = [row for row in run.rows if names.VAL_QUALITY in row]  # none where it ended at once
+    last = evaluations[-1] if evaluations else {}
+    at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"], default={})
     diverged = run_divergence(run)
     return {
         "lr": run.config["optim"]["lr"],
+        "lr_at_start": next((_number(row[names.LR]) for row in run.rows if row["step"] >= start), math.nan),
+        "lr_end": _number(run.rows[-1][names.LR]),
         "steps": run.config["train"]["steps"],
         "usual_norm": usual,
         "norm_ratio": max((ratio for _, ratio in later), default=math.nan),  # a run may end before the reward starts
         "norm_max": max(norm for _, norm in norms),
         "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
         "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
+        "latent_gradient_first": latent_gradient(run, start),
+        "adversarial_rise": rise(run, names.loss("adversarial"), start),
+        "total_rise": rise(run, names.LOSS_TOTAL, start),
         "early_norm_noise": noise([norm for step, norm in norms if step < start]),
         "early_loss_noise": noise([_number(row.get(names.LOSS_TOTAL)) for row in run.rows if row["step"] < start]),
         "diverged": diverged is not None,
         "diverged_step": diverged[0] if diverged else math.nan,
-        "accuracy_at_start": at_start[WATCHED["accuracy"]],
-        "fd_at_start": at_start[WATCHED["fd"]],
-        "accuracy_least": min(row[WATCHED["accuracy"]] for row in evaluations),
-        "fd_best": min(row[WATCHED["fd"]] for row in evaluations),
+        "accuracy_at_start": _number(at_start.get(WATCHED["accuracy"])),
+        "fd_at_start": _number(at_start.get(WATCHED["fd"])),
+        "accuracy_least": min((row[WATCHED["accuracy"]] for row in evaluations), default=math.nan),
+        "fd_best": min((row[WATCHED["fd"]] for row in evaluations), default=math.nan),
         "seconds": sum(_number(row.get(names.STEP_SECONDS)) for row in run.rows),
-    } | {f"final_{name}": _number(evaluations[-1].get(metric)) for name, metric in WATCHED.items()}
+    } | {f"final_{name}": _number(last.get(metric)) for name, metric in WATCHED.items()}
+
+
+def latent_gradient(run: Run, start: int) -> float:
+    """Median norm of the reward's latent gradient in its first 100 steps."""
+    first = (row for row in run.rows if start <= row["step"] < start + 100 and names.REWARD_GRAD_NORM in row)
+    return median([_number(row[names.REWARD_GRAD_NORM]) for row in first] or [math.nan])
+
+
+def rise(run: Run, series: str, start: int) -> float:
+    """First step after ``start`` at which a loss is ``HIGH`` times its median over the 100 steps before."""
+    before = [_number(row[series]) for row in run.rows if start - 100 <= row["step"] < start]
+    level = HIGH * median(before or [math.nan])
+    return next((row["step"] for row in run.rows if row["step"] >= start and _number(row[series]) > level), math.nan)
 
 
 def noise(series: Sequence[float]) -> float:

@@ -38,6 +38,21 @@ def test_every_number_of_the_page_is_made_from_the_tables(autopsy: ModuleType, t
     assert autopsy.PAGE.read_text() == autopsy.render(trials), "run python docs/autopsy.py"
 
 
+def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.DataFrame) -> None:
+    said = " ".join((ROOT / "README.md").read_text().split())
+    values = {name: value.partition(" [")[0] for name, value in autopsy.values_of(trials).items()}
+    assert (
+        f"{values['live_with_broken']} such runs fell apart, {values['early']} of them after an early success" in said
+    )
+    assert f"without the reward {values['live_without_broken']} did" in said
+    assert f"with an EMA teacher (blue) {values['ema_broken']}, with and without the reward" in said
+    suspects = trials[trials.study == "suspects"].groupby("arm").diverged
+    fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
+    assert {fell["decoded baseline"], fell["own clip"]} == {"0 of 5"} and "keeps 5 of 5 whole" in said
+    for name in ("sigmoid start", "smaller eta", "more rows", "exact pixel gradient", "float32"):
+        assert fell[name] == "5 of 5", name
+
+
 def test_paired_runs_are_the_same_until_the_reward_starts(autopsy: ModuleType) -> None:
     """Otherwise a difference between arms would not be the reward's."""
     curves = pd.read_parquet(autopsy.CURVES)

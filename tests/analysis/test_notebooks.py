@@ -60,5 +60,7 @@ def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = run("published_recipe", monkeypatch)
     assert "log-rank p over all arms" in shown
     assert "live teacher: log₁₀ of the largest norm" in shown
+    assert "steps whole, more than published" in shown
+    assert "decoded baseline" in shown
     assert "baseline_decoded" in shown
     assert shown.count("<svg") >= 2

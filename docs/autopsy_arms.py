@@ -1,0 +1,174 @@
+"""What single changes do, from the autopsy's table of trials: of the published recipe, and of the recommended one."""
+
+import math
+
+import numpy as np
+import pandas as pd
+from autopsy_runs import BROKEN, NO_REWARD, SOUND
+
+from analysis.intervals import Interval, clopper_pearson, mean_t, number
+
+
+def share(yes: pd.Series) -> str:
+    """k of n with its exact interval."""
+    found = clopper_pearson(int(yes.sum()), len(yes))
+    return f"{int(yes.sum())} of {len(yes)} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def factor(found: Interval, base: float) -> str:
+    """An interval of logarithms as one of factors."""
+    ends = [number(base**value, 2) for value in (found.estimate, found.low, found.high)]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+# --- one suspect at a time ---------------------------------------------------------------------------------
+
+COLUMNS = (
+    "fell apart | at step, median | largest norm ÷ usual, median (most) | lowest accuracy, median "
+    "| Fréchet distance of the whole, median"
+)
+RULE = "--:|--:|--:|--:|--:|"
+
+
+def arm_line(found: pd.DataFrame) -> str:
+    """The cells of ``COLUMNS`` for the runs of an arm."""
+    step, distance = _median(found[found.diverged].diverged_step), _median(found[~found.diverged].final_fd)
+    norms = f"{number(_median(found.norm_ratio))} ({number(found.norm_ratio.max())})"
+    least = number(_median(found.accuracy_least), 2)
+    return f"{share(found.diverged)} | {number(step, 4)} | {norms} | {least} | {number(distance, 2)}"
+
+
+def _median(values: pd.Series) -> float:
+    return float(values.dropna().median())
+
+
+CURE, NONE, OPEN = "yes", "no", "not settled"
+GUESSES = ("sigmoid start", "own clip", "lr cut on spikes", "first three", "smaller eta", "more rows")
+"""Arms of autopsy-suspects that the run's author proposed."""
+
+
+def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
+    """Each single change of the published recipe beside the published arm, with the verdict that the study declares."""
+    (_, published), *arms = single_changes(trials)
+    bound = clopper_pearson(int(published.diverged.sum()), len(published)).low
+    lines = [f"| alone | whose guess | {COLUMNS} | a cure |", f"|---|---|{RULE}---|"]
+    lines.append(f"| `published` | | {arm_line(published)} | – |")
+    for name, found in arms:
+        whose = "the author's" if name in GUESSES else ""
+        lines.append(f"| {name} | {whose} | {arm_line(found)} | {verdict(found, bound)} |")
+    cut = dict(arms)["lr cut on spikes"]
+    return {
+        "suspects": "\n".join(lines),
+        "suspect_seeds": str(min(len(found) for _, found in arms)),
+        "decoded_broken": share(dict(arms)["decoded baseline"].diverged),
+        "eta_broken": share(dict(arms)["smaller eta"].diverged),
+        "exact_broken": share(dict(arms)["exact pixel gradient"].diverged),
+        "cut_at_start": number(100 * (cut.lr_at_start / cut.lr).median(), 2),
+        "cut_end": number(100 * (cut.lr_end / cut.lr).median(), 2),
+        "cures": ", ".join(name for name, found in arms if verdict(found, bound) == CURE),
+    }
+
+
+def single_changes(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """`published`, then each single change of it with its runs, those that keep the most runs whole first."""
+    regime = trials[trials.study == "regime"].groupby("arm")
+    chosen = trials[trials.study == "suspects"]
+    arms = [("EMA teacher", regime.get_group(SOUND)), ("no reward", regime.get_group(NO_REWARD))]
+    arms += list(chosen.groupby("arm", sort=False))
+    arms.sort(key=lambda arm: (arm[1].diverged.mean(), arm[1].norm_ratio.median()))
+    return [("published", regime.get_group(BROKEN)), *arms]
+
+
+def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The claim that dynamic renoise steadies training before the reward starts: uniform times instead, by seed."""
+    before = trials[(trials.study == "regime") & (trials.arm == BROKEN)].set_index("seed")
+    uniform = trials[(trials.study == "suspects") & (trials.arm == "uniform renoise")].set_index("seed")
+    shaped = before.loc[uniform.index]
+    ratios = {name: np.log(uniform[f"early_{name}_noise"] / shaped[f"early_{name}_noise"]) for name in ("norm", "loss")}
+    return {
+        "uniform_norm_noise": factor(mean_t(ratios["norm"]), math.e),
+        "uniform_loss_noise": factor(mean_t(ratios["loss"]), math.e),
+        "uniform_spikes": f"{int(uniform.early_spikes.sum())}",
+        "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
+        "renoise_seeds": str(len(uniform)),
+    }
+
+
+def dit_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The published recipe on a transformer, a line for each learning rate."""
+    chosen = trials[trials.study == "dit-rates"]
+    lines = [f"| learning rate | {COLUMNS} |", f"|--:|{RULE}"]
+    lines += [f"| {rate:.0e} | {arm_line(found)} |" for rate, found in chosen.groupby("lr")]
+    return {"dit_rates": "\n".join(lines)}
+
+
+def verdict(found: pd.DataFrame, bound: float) -> str:
+    """A cure: the share's upper end is below the published share's lower end. No cure: half and more fell apart."""
+    if clopper_pearson(int(found.diverged.sum()), len(found)).high < bound:
+        return CURE
+    return NONE if found.diverged.mean() >= 0.5 else OPEN
+
+
+# --- the recipe -------------------------------------------------------------------------------------------
+
+
+def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
+    """Of the recommended recipe: the runs that fell apart at each rate, its judge against the teacher, its price."""
+    recipe = trials[trials.study == "recommended"].dropna(axis="columns", how="all")
+    control = trials[trials.study == "control"]
+    lines = [
+        "| learning rate | seeds | fell apart | largest norm ÷ usual (most) | NFE | held-out judge − teacher's "
+        "| judge, with − without reward | Fréchet distance × | recall, with − without | no worse |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+    ]
+    for rate, runs in recipe.groupby("lr"):
+        plain = control[control.lr == rate].set_index("seed")
+        paired = runs.set_index("seed")
+        for nfe in (1, 2):
+            metric = {name: f"test{nfe}_{name}" for name in ("judge", "fd", "recall")}
+            above = paired[metric["judge"]] - paired.teacher_judge
+            judge, recall = ((paired[metric[name]] - plain[metric[name]]).dropna() for name in ("judge", "recall"))
+            distance = np.log(paired[metric["fd"]] / plain[metric["fd"]]).dropna()
+            first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {runs.norm_ratio.max():.2g}"
+            lines.append(
+                f"| {first if nfe == 1 else ' | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
+                f"| {factor(mean_t(distance), math.e)} | {mean_t(recall)} "
+                f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
+            )
+    return {
+        "recipe": "\n".join(lines),
+        "recipe_broken": share(recipe.diverged),
+        "recipe_seeds": str(recipe.seed.nunique()),
+        "control_seeds": str(control.seed.nunique()),
+    }
+
+
+def _no_worse(distance: Interval, recall: Interval) -> bool:
+    """As declared in the study's file: within 5 % of the Fréchet distance (here its logarithm) and 0.02 of recall."""
+    return distance.high <= math.log(1.05) and recall.low >= -0.02
+
+
+def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The recipe with one setting changed, paired by seed with the recipe itself at the same rate."""
+    chosen = trials[trials.study == "sensitivity"]
+    rate = chosen.lr.iloc[0]
+    recipe = trials[(trials.study == "recommended") & (trials.lr == rate)].set_index("seed")
+    lines = [
+        "| changed | fell apart | largest norm ÷ usual (most) | held-out judge − teacher's, 1 NFE "
+        "| judge − the recipe's | Fréchet distance ×, 1 NFE | 2 NFE | recall − the recipe's, 1 NFE |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, found in chosen.groupby("arm", sort=False):
+        runs = found.set_index("seed")
+        base = recipe.loc[runs.index]
+        distance = [factor(mean_t(np.log(runs[f"test{nfe}_fd"] / base[f"test{nfe}_fd"])), math.e) for nfe in (1, 2)]
+        lines.append(
+            f"| {name} | {share(found.diverged)} | {number(found.norm_ratio.max(), 2)} "
+            f"| {mean_t(runs.test1_judge - runs.teacher_judge)} | {mean_t(runs.test1_judge - base.test1_judge)} "
+            f"| {distance[0]} | {distance[1]} | {mean_t(runs.test1_recall - base.test1_recall)} |"
+        )
+    return {
+        "sensitivity": "\n".join(lines),
+        "sensitivity_seeds": str(chosen.seed.nunique()),
+        "sensitivity_broken": share(chosen.diverged),
+    }
