@@ -276,8 +276,9 @@ def suspects_figure(trials: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(arms)), [name for name, _ in reversed(arms)], fontsize=8)
     _mark([axes])
     axes.set_xlim(0, 2000)
+    axes.set_ylim(-0.6, len(arms) - 0.3)
     axes.set_xlabel("step at which a run fell apart (orange); rings: whole to the end", fontsize=9)
-    axes.set_title("fell apart", loc="right", fontsize=8)
+    axes.text(1.02, len(arms) - 0.3, "fell apart", transform=axes.get_yaxis_transform(), fontsize=8, va="bottom")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(labelsize=8, left=False)
     return figure

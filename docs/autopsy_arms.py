@@ -15,9 +15,9 @@ def share(yes: pd.Series) -> str:
     return f"{int(yes.sum())} of {len(yes)} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def factor(found: Interval, base: float) -> str:
+def factor(found: Interval, base: float, digits: int = 2) -> str:
     """An interval of logarithms as one of factors."""
-    ends = [number(base**value, 2) for value in (found.estimate, found.low, found.high)]
+    ends = [number(base**value, digits) for value in (found.estimate, found.low, found.high)]
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
@@ -132,7 +132,7 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
             first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {runs.norm_ratio.max():.2g}"
             lines.append(
                 f"| {first if nfe == 1 else ' | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
-                f"| {factor(mean_t(distance), math.e)} | {mean_t(recall)} "
+                f"| {factor(mean_t(distance), math.e, 3)} | {mean_t(recall)} "
                 f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
             )
     return {
@@ -161,7 +161,8 @@ def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
     for name, found in chosen.groupby("arm", sort=False):
         runs = found.set_index("seed")
         base = recipe.loc[runs.index]
-        distance = [factor(mean_t(np.log(runs[f"test{nfe}_fd"] / base[f"test{nfe}_fd"])), math.e) for nfe in (1, 2)]
+        ratios = [np.log(runs[f"test{nfe}_fd"] / base[f"test{nfe}_fd"]) for nfe in (1, 2)]
+        distance = [factor(mean_t(ratio), math.e, 3) for ratio in ratios]
         lines.append(
             f"| {name} | {share(found.diverged)} | {number(found.norm_ratio.max(), 2)} "
             f"| {mean_t(runs.test1_judge - runs.teacher_judge)} | {mean_t(runs.test1_judge - base.test1_judge)} "
