@@ -269,7 +269,8 @@ def test_judge_is_cached_and_rebuilt_alike(source, tmp_path):
     paths = list((tmp_path / "cache").glob("mnist-judge-*.safetensors"))  # the judge's and the classifier's
     written = [path.stat().st_mtime_ns for path in paths]
     again = MNISTSource(tmp_path / "data")
-    assert len(paths) == 2 and [path.stat().st_mtime_ns for path in paths] == written
+    assert len(paths) == 2
+    assert [path.stat().st_mtime_ns for path in paths] == written
     for path in paths:
         path.unlink()
     torch.manual_seed(123)
