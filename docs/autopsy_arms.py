@@ -95,11 +95,19 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
 
 
 def dit_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The published recipe on a transformer, a line for each learning rate."""
-    chosen = trials[trials.study == "dit-rates"]
+    """On a transformer: the published recipe at each learning rate, and the decisive changes at one."""
+    rates, changes = (trials[trials.study == study] for study in ("dit-rates", "dit"))
     lines = [f"| learning rate | {COLUMNS} |", f"|--:|{RULE}"]
-    lines += [f"| {rate:.0e} | {arm_line(found)} |" for rate, found in chosen.groupby("lr")]
-    return {"dit_rates": "\n".join(lines)}
+    lines += [f"| {rate:.0e} | {arm_line(found)} |" for rate, found in rates.groupby("lr")]
+    arms = [f"| alone | {COLUMNS} |", f"|---|{RULE}"]
+    arms += [f"| {name} | {arm_line(found)} |" for name, found in changes.groupby("arm", sort=False)]
+    averaged = changes.arm == "EMA teacher"
+    return {
+        "dit_rates": "\n".join(lines),
+        "dit": "\n".join(arms),
+        "dit_live_broken": share(changes.diverged[~averaged]),
+        "dit_ema_broken": share(changes.diverged[averaged]),
+    }
 
 
 def verdict(found: pd.DataFrame, bound: float) -> str:
