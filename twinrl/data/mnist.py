@@ -8,6 +8,7 @@ an empty folder. The network is told a class label. Captions are words about tha
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ NULL_LABEL = len(CLASSES)
 """The label of the empty condition ∅."""
 
 JUDGE_RECIPE = Recipe(steps=700, batch=128, lr=4e-3, seed=0)
-CLASSIFIER_RECIPE = Recipe(steps=700, batch=128, lr=4e-3, seed=1)
+CLASSIFIER_RECIPE = replace(JUDGE_RECIPE, seed=1)
 TEACHER_RECIPE = Pretraining(steps=2000, batch=128)
 
 

@@ -83,7 +83,7 @@ class JudgeLogProbability(SourceScorer):
 
 
 class ClassifierLogProbability(SourceScorer):
-    """MNIST's reward: the same by a classifier that was trained apart, which training may follow."""
+    """MNIST's reward: log-probability of the digit that the prompt names, by a classifier trained apart from the judge."""
 
     class Config(Settings):
         kind: Literal["classifier_logprob"] = "classifier_logprob"
