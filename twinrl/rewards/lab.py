@@ -83,7 +83,7 @@ class JudgeLogProbability(SourceScorer):
 
 
 class ClassifierLogProbability(SourceScorer):
-    """MNIST's reward: log-probability of the digit that the prompt names, by a classifier trained apart from the judge."""
+    """MNIST's reward: log-probability of the digit that the prompt names, by a classifier that is not the judge."""
 
     class Config(Settings):
         kind: Literal["classifier_logprob"] = "classifier_logprob"
