@@ -14,7 +14,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 from autopsy_arms import (
-    dit_values,
+    carried_values,
     factor,
     recipe_values,
     renoise_values,
@@ -47,13 +47,14 @@ def render(trials: pd.DataFrame) -> str:
 
 def values_of(trials: pd.DataFrame) -> dict[str, str]:
     """Every number and table of the page, by its name in the text."""
-    values = {"hours": f"{trials.seconds.sum() / 3600:.0f}", "trials": str(len(trials))}
+    made = trials.drop_duplicates(["config_hash", "seed"])  # studies share trials
+    values = {"hours": f"{made.seconds.sum() / 3600:.0f}", "trials": str(len(made))}
     values |= {"search": search_table(trials)}
     values |= {study: regime_table(trials, study) for study in ("regime", "plateau")}
     values |= regime_values(trials, "regime") | {
         f"plateau_{name}": value for name, value in regime_values(trials, "plateau").items()
     }
-    values |= suspects_values(trials) | renoise_values(trials) | dit_values(trials)
+    values |= suspects_values(trials) | renoise_values(trials) | carried_values(trials, "dit")
     values |= recipe_values(trials) | sensitivity_values(trials)
     values |= measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
     return values | sampling_values(pd.read_csv(SAMPLED))

@@ -48,7 +48,7 @@ GUESSES = ("sigmoid start", "own clip", "lr cut on spikes", "first three", "smal
 
 
 def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
-    """Each single change of the published recipe beside the published arm, with the verdict that the study declares."""
+    """Each single change of the published recipe beside the published arm, with the verdict that the studies declare."""
     (_, published), *arms = single_changes(trials)
     bound = clopper_pearson(int(published.diverged.sum()), len(published)).low
     lines = [f"| alone | whose guess | {COLUMNS} | a cure |", f"|---|---|{RULE}---|"]
@@ -60,7 +60,10 @@ def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
     return {
         "suspects": "\n".join(lines),
         "suspect_seeds": str(min(len(found) for _, found in arms)),
+        "finalist_seeds": str(trials[trials.study == "finalists"].seed.nunique()),
         "decoded_broken": share(dict(arms)["decoded baseline"].diverged),
+        "own_clip_broken": share(dict(arms)["own clip"].diverged),
+        "cut_broken": share(dict(arms)["lr cut on spikes"].diverged),
         "eta_broken": share(dict(arms)["smaller eta"].diverged),
         "exact_broken": share(dict(arms)["exact pixel gradient"].diverged),
         "cut_at_start": number(100 * (cut.lr_at_start / cut.lr).median(), 2),
@@ -70,7 +73,10 @@ def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
 
 
 def single_changes(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """`published`, then each single change of it with its runs, those that keep the most runs whole first."""
+    """`published`, then each single change of it with its runs, those that keep the most runs whole first.
+
+    An arm that is a finalist has the seeds of that study as well: its configuration is the same.
+    """
     regime = trials[trials.study == "regime"].groupby("arm")
     chosen = trials[trials.study == "suspects"]
     arms = [("EMA teacher", regime.get_group(SOUND)), ("no reward", regime.get_group(NO_REWARD))]
@@ -94,19 +100,31 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
     }
 
 
-def dit_values(trials: pd.DataFrame) -> dict[str, str]:
-    """On a transformer: the published recipe at each learning rate, and the decisive changes at one."""
-    rates, changes = (trials[trials.study == study] for study in ("dit-rates", "dit"))
+def causes_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The corrected recipe with the published teacher, the published reward, and both."""
+    chosen = trials[trials.study == "causes"].rename(columns=lambda name: name.removeprefix("level."))
+    chosen = chosen.loc[:, ~chosen.columns.duplicated()]
+    lines = [f"| teacher | reward | seeds | {COLUMNS} |", f"|---|---|--:|{RULE}"]
+    lines += [
+        f"| {teacher} | {reward} | {len(found)} | {arm_line(found)} |"
+        for (teacher, reward), found in chosen.groupby(["teacher", "reward"])
+    ]
+    return {"causes": "\n".join(lines), "causes_seeds": str(chosen.seed.nunique())}
+
+
+def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
+    """On other networks or data: the published recipe at each learning rate, and the decisive changes at one."""
+    rates, changes = (trials[trials.study == study] for study in (f"{where}-rates", where))
     lines = [f"| learning rate | {COLUMNS} |", f"|--:|{RULE}"]
     lines += [f"| {rate:.0e} | {arm_line(found)} |" for rate, found in rates.groupby("lr")]
     arms = [f"| alone | {COLUMNS} |", f"|---|{RULE}"]
     arms += [f"| {name} | {arm_line(found)} |" for name, found in changes.groupby("arm", sort=False)]
     averaged = changes.arm == "EMA teacher"
     return {
-        "dit_rates": "\n".join(lines),
-        "dit": "\n".join(arms),
-        "dit_live_broken": share(changes.diverged[~averaged]),
-        "dit_ema_broken": share(changes.diverged[averaged]),
+        f"{where}_rates": "\n".join(lines),
+        where: "\n".join(arms),
+        f"{where}_live_broken": share(changes.diverged[~averaged]) if len(changes) else "–",
+        f"{where}_ema_broken": share(changes.diverged[averaged]) if len(changes) else "–",
     }
 
 

@@ -39,7 +39,10 @@ FOLDER = Path(__file__).parent / "results" / "autopsy"
 TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
-STUDIES = ("search", "plateau", "regime", "suspects", "recommended", "control", "sensitivity", "dit-rates", "dit")
+STUDIES = (
+    *("search", "plateau", "regime", "suspects", "finalists", "causes", "size"),
+    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates"),
+)
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
 BROKEN, SOUND, NO_REWARD = "reward=with teacher=live", "reward=with teacher=ema", "reward=without teacher=live"

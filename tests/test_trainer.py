@@ -251,6 +251,22 @@ def test_image_free_training_never_looks_at_the_images(tmp_path: Path) -> None:
     assert make(small(tmp_path), source=Blank()).train().status == "diverged"
 
 
+def test_fewer_rows_train_on_the_first_alone(tmp_path: Path) -> None:
+    class HalfBlank(FakeSource):
+        def latents(self, split: str) -> Tensor:
+            known = super().latents(split)
+            known[20:] = math.nan
+            return known
+
+    finish(small(tmp_path, "data.rows=20"), source=HalfBlank())
+    assert make(small(tmp_path), source=HalfBlank()).train().status == "diverged"
+    assert small(tmp_path, "data.rows=null").hash == small(tmp_path).hash != small(tmp_path, "data.rows=20").hash
+    with pytest.raises(InputError) as error:
+        make(small(tmp_path, "data.rows=41"))
+    assert "data.rows" in one_line(error)
+    assert "at most 40" in one_line(error)
+
+
 def test_bf16_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
     full, mixed = (finish(small(tmp_path, f"train.precision={p}")) for p in ("float32", "bf16"))
     assert {v.dtype for v in state(mixed).values()} == {torch.float32}

@@ -71,10 +71,15 @@ def load_source(settings: RunConfig, device: torch.device) -> Data:
 
 
 def reader_of(settings: RunConfig, source: Data, split: str, device: torch.device) -> Reader:
-    """What reads the rows of a split."""
+    """What reads the rows of a split.
+
+    Raises:
+        InputError: ``data.rows`` asks for more than there are.
+    """
     dtype = DTYPES[settings.train.precision]
     if settings.model.family is None:
-        return InMemory.of(_labelled(source), split, device, dtype)
+        rows = settings.data.rows if split == "train" else None
+        return InMemory.of(_labelled(source), split, device, dtype, rows)
     return _folder(source).reader(split, device, dtype, settings.branches, settings.data.row_multiple)
 
 

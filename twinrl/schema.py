@@ -141,6 +141,7 @@ class DataConfig(Settings):
 
     source: SourceName = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
+    rows: int | None = Field(None, ge=1, description="digits, mnist: train on the first so many images; null = all")
     row_multiple: int = Field(
         1, ge=1,
         description="family: rows of each branch are multiples of this in every bucket's batch, where train.batch "
@@ -299,6 +300,8 @@ class RunConfig(Settings):
                 f"data.source is {source}, which does not go with model.family={family or 'null'}; "
                 f"expected {' or '.join(wanted)}"
             )
+        if family is not None and self.data.rows is not None:
+            raise ValueError("data.rows is for digits and mnist; for a family prepare a smaller folder (twinrl data)")
         if family is not None and self.train.init == "random":
             raise ValueError("train.init is random, but a family starts from its pretrained weights; fix: teacher")
         if self.machine.offload and self.fsdp.frozen == "sharded":
@@ -362,6 +365,8 @@ class RunConfig(Settings):
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
         if self.model.family is None:
             del plain["data"]["row_multiple"]
+        if self.data.rows is None:
+            del plain["data"]["rows"]
         if self.model.prediction is None:  # absent, as before there were diffusion models
             plain["model"] = {k: v for k, v in plain["model"].items() if k not in ("prediction", "diff2flow")}
         if not self.judges:

@@ -14,6 +14,7 @@ from torch import Tensor
 from twinrl import conditions, draws
 from twinrl.conditions import Condition
 from twinrl.data.source import Source, Split
+from twinrl.errors import InputError
 
 
 class Reader(Protocol):
@@ -51,7 +52,7 @@ class InMemory:
     Attributes:
         source: the data.
         split: its labels.
-        data: (N, C, h, w) latents.
+        data: (N, C, h, w) latents of the rows that are read, the split's first.
     """
 
     source: Source
@@ -59,9 +60,22 @@ class InMemory:
     data: Tensor
 
     @classmethod
-    def of(cls, source: Source, split: str, device: torch.device, dtype: torch.dtype) -> "InMemory":
-        """The split called ``split``."""
-        return cls(source, getattr(source, split), source.latents(split).to(device, dtype))
+    def of(
+        cls, source: Source, split: str, device: torch.device, dtype: torch.dtype, rows: int | None = None
+    ) -> "InMemory":
+        """The split called ``split``, or its first ``rows`` rows.
+
+        Raises:
+            InputError: it has fewer.
+        """
+        latents = source.latents(split)
+        if rows is not None and rows > len(latents):
+            raise InputError(
+                "data.rows is larger than the data",
+                got=rows,
+                expected=f"at most {len(latents)}, the {split} images of {source.name}",
+            )
+        return cls(source, getattr(source, split), latents[:rows].to(device, dtype))
 
     def rows(self, batch: int, seed: int, step: int) -> Tensor:
         return draws.shuffled_rows(len(self.data), batch, seed, step)
