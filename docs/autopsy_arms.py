@@ -48,7 +48,7 @@ GUESSES = ("sigmoid start", "own clip", "lr cut on spikes", "first three", "smal
 
 
 def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
-    """Each single change of the published recipe beside the published arm, with the verdict that the studies declare."""
+    """Each single change of the published recipe beside the published arm, with the verdict that was declared."""
     (_, published), *arms = single_changes(trials)
     bound = clopper_pearson(int(published.diverged.sum()), len(published)).low
     lines = [f"| alone | whose guess | {COLUMNS} | a cure |", f"|---|---|{RULE}---|"]
