@@ -89,6 +89,20 @@ def bisect(margin: Margin, healthy: Callable[[float], bool | None]) -> tuple[flo
     return low, high, None
 
 
+def probe_of(arm: Arm, margin: Margin, rate: float, start: str | None = None) -> Arm:
+    """The arm at another learning rate, for as long as it must survive, from its own start or the run at ``start``."""
+    train = {"steps": margin.steps} | ({"init": start} if start else {})
+    return Arm(f"{arm.name} lr={rate:g}", arm.levels, _with(arm.settings, train=train, optim={"lr": rate}))
+
+
+def reachable(margin: Margin, known: Mapping[float, bool] | None = None) -> set[float]:
+    """Every rate that a bisection may come to, whatever its probes say; beyond those ``known``."""
+    asked = bisect(margin, dict(known or {}).get)[2]
+    if asked is None:
+        return set()
+    return {asked}.union(*(reachable(margin, {**(known or {}), asked: verdict}) for verdict in (True, False)))
+
+
 @dataclass
 class Search:
     """The critical rates of all arms and seeds of a study.
@@ -141,12 +155,8 @@ class Search:
     def probe(self, arm: Arm, seed: int, rate: float) -> Trial:
         """The trial of an arm and a seed at a learning rate."""
         margin = self.study.config.margin
-        train: dict[str, object] = {"steps": margin.steps}
-        if margin.warmup_steps:
-            train["init"] = str(self._start(seed).run.path)
-        probed = _with(arm.settings, train=train, optim={"lr": rate})
-        name = f"{arm.name} lr={rate:g}"
-        return self._trial(Arm(name, arm.levels, probed), seed)
+        start = str(self._start(seed).run.path) if margin.warmup_steps else None
+        return self._trial(probe_of(arm, margin, rate, start), seed)
 
     def _start(self, seed: int) -> Trial:
         """The run whose last checkpoint every probe of a seed starts from."""

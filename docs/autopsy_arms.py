@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pandas as pd
-from autopsy_runs import BROKEN, NO_REWARD, SOUND
+from autopsy_runs import BROKEN, MARGIN, NO_REWARD, SOUND
 
+from ablations.margin import bisect
+from ablations.study import load
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
 
 
@@ -110,6 +112,41 @@ def causes_values(trials: pd.DataFrame) -> dict[str, str]:
         for (teacher, reward), found in chosen.groupby(["teacher", "reward"])
     ]
     return {"causes": "\n".join(lines), "causes_seeds": str(chosen.seed.nunique())}
+
+
+def margin_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
+    chosen = trials[trials.study == MARGIN].rename(columns=lambda name: name.removeprefix("level."))
+    chosen = chosen.loc[:, ~chosen.columns.duplicated()]
+    brackets = {key: _bracket(found) for key, found in chosen.groupby(["teacher", "reward", "seed"])}
+    found = pd.Series({key: math.sqrt(low * high) for key, (low, high) in brackets.items()}, dtype=float)
+    lines = ["| teacher | reward | critical learning rate, by seed | geometric mean |", "|---|---|---|--:|"]
+    for (teacher, reward), rates in found.groupby(level=[0, 1]):
+        each = ", ".join(_rate(*brackets[(teacher, reward, seed)]) for seed in rates.index.get_level_values(2))
+        mean = f"{math.exp(np.log(rates).mean()):.1e}" if rates.notna().all() else "–"
+        lines.append(f"| {teacher} | {reward} | {each} | {mean} |")
+    ratios = {
+        "margin_teacher_with": found["ema", "with"] / found["live", "with"],
+        "margin_teacher_without": found["ema", "without"] / found["live", "without"],
+        "margin_reward_live": found["live", "with"] / found["live", "without"],
+        "margin_reward_ema": found["ema", "with"] / found["ema", "without"],
+    }
+    said = {name: factor(mean_t(np.log(ratio.dropna())), math.e) for name, ratio in ratios.items()}
+    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
+
+
+def _bracket(probes: pd.DataFrame) -> tuple[float, float]:
+    """The largest rate that was healthy below every one that diverged, and the smallest above it; nan where open."""
+    verdicts = {rate: not diverged for rate, diverged in zip(probes.lr, probes.diverged.tolist(), strict=True)}
+    low, high, asked = bisect(load(f"autopsy-{MARGIN}").config.margin, verdicts.get)
+    assert asked is None, f"a bisection is not at its end: {asked:g} was not probed"
+    return low or math.nan, high or math.nan
+
+
+def _rate(low: float, high: float) -> str:
+    if math.isnan(low):
+        return f"< {high:.1e}"
+    return f"> {low:.1e}" if math.isnan(high) else f"{math.sqrt(low * high):.1e}"
 
 
 def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from ablations.ledger import Ledger
+from ablations.margin import probe_of, reachable
 from ablations.study import Arm, load
 from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
 from twinrl import assembly, schema
@@ -40,9 +41,11 @@ TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
 STUDIES = (
-    *("search", "plateau", "regime", "suspects", "finalists", "causes", "size"),
-    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates"),
+    *("search", "plateau", "regime", "suspects", "finalists", "causes", "margin", "size"),
+    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates", "mnist"),
 )
+MARGIN = "margin"
+"""The study that is a bisection: `ablate margin`."""
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
 BROKEN, SOUND, NO_REWARD = "reward=with teacher=live", "reward=with teacher=ema", "reward=without teacher=live"
@@ -117,8 +120,13 @@ def merged(before: pd.DataFrame | None, made: pd.DataFrame) -> pd.DataFrame:
 
 @cache
 def arms(study: str) -> dict[str, Arm]:
-    """Hash of the configuration → arm of ``autopsy-<study>``."""
-    return {arm.settings.hash: arm for arm in load(f"autopsy-{study}").arms}
+    """Hash of the configuration → arm of ``autopsy-<study>``; of a bisection each probe that it can come to."""
+    found = load(f"autopsy-{study}")
+    made: Iterable[Arm] = found.arms
+    if study == MARGIN:
+        margin = found.config.margin
+        made = (probe_of(arm, margin, rate) for arm in found.arms for rate in sorted(reachable(margin)))
+    return {arm.settings.hash: arm for arm in made}
 
 
 def of_today(study: str, config_hash: str) -> bool:

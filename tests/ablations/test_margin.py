@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ablations.margin import bisect
+from ablations.margin import bisect, reachable
 from ablations.study import Margin
 
 MARGIN = Margin(low=1e-5, high=1e-1, tolerance=1.25)
@@ -40,3 +40,10 @@ def test_a_tolerance_below_the_digits_ends() -> None:
     healthy, diverged, _ = search(3e-4, Margin(low=1e-5, high=1e-1, tolerance=1 + 1e-9))
     assert healthy == 3e-4
     assert diverged == pytest.approx(3.001e-4)
+
+
+def test_reachable_rates_are_those_that_some_edge_leads_to() -> None:
+    margin = Margin(low=1e-3, high=1e-2, tolerance=1.5)
+    asked = {rate for edge in range(5, 120) for rate in search(edge / 1e4, margin)[2]}
+    assert reachable(margin) == asked
+    assert len(asked) == 2 + (2**3 - 1)
