@@ -4,8 +4,10 @@ Each probe is an ordinary trial (the arm with another ``optim.lr`` and ``margin.
 ledger, run side by side, are reused by the next call and go on after a kill. The bisection itself has no state: it is
 computed again from the ledger, and asks for the next probe.
 
-Healthy means: not diverged, by the trainer's own definition, at the end of ``margin.steps`` steps. The answer is a
-bracket: a rate that stayed healthy and, above it, one that diverged, their ratio below ``margin.tolerance``.
+Healthy means: not diverged, by the trainer's own definition, at the end of ``margin.steps`` steps, and a final judge
+accuracy of at least ``margin.accuracy_floor`` (a run that broke before its first validation was never better, so it
+has not diverged). The answer is a bracket: a rate that stayed healthy and, above it, one that did not, their ratio
+below ``margin.tolerance``.
 Divergence need not be monotone in the rate; the bracket is then one such crossing between ``low`` and ``high``.
 
 *When to use*: to compare arms by how far they are from the edge, where none of them diverges at the working rate.
@@ -148,9 +150,12 @@ class Search:
     def _bracket(self, arm: Arm, seed: int, records: Mapping[str, Record]) -> Bracket:
         def healthy(rate: float) -> bool | None:
             record = records.get(self.probe(arm, seed, rate).key)
-            return None if record is None or not record.final else record.diverged is None
+            if record is None or not record.final:
+                return None
+            return record.diverged is None and record.metrics.get(accuracy, math.inf) >= margin.accuracy_floor
 
-        return Bracket(arm.name, seed, *bisect(self.study.config.margin, healthy))
+        margin, accuracy = self.study.config.margin, f"test/accuracy_{arm.settings.evaluation.nfe[0]}nfe"
+        return Bracket(arm.name, seed, *bisect(margin, healthy))
 
     def probe(self, arm: Arm, seed: int, rate: float) -> Trial:
         """The trial of an arm and a seed at a learning rate."""

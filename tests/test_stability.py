@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.fake_source import FakeSource, register, small
 from tests.test_trainer import At, finish, kill, make, rows, state
 from twinrl import checkpoints, draws, schema
 from twinrl.capsules import Capsules
+from twinrl.commands.replay import verdict
 from twinrl.errors import InputError
 from twinrl.replay import replay
 from twinrl.schema import RunConfig
@@ -169,6 +171,12 @@ def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_p
     assert unchanged.found["spike"] == AT + 1
     assert result.event.value == pytest.approx(result.peak(unchanged))
     assert result.peak(without) is None or result.peak(without) < result.event.value / 3
+    for placebo in result.placebos:  # a spike that has a cause stays under a change that does not remove it
+        assert result.recurs(placebo)
+        assert placebo.rows[-1][names.LOSS_TOTAL] != unchanged.rows[-1][names.LOSS_TOTAL]
+    assert not any("shows no cause" in line for line in verdict(result))
+    hanging = replace(result, placebos=[replace(without, label="learning rate × 0.99")])
+    assert "removes this spike, too" in verdict(hanging)[-1]
 
 
 @pytest.mark.parametrize(

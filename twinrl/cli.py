@@ -118,6 +118,7 @@ def replay(
 ) -> None:
     """Run the steps around an event again, unchanged and with a change: a cause by intervention.
 
+    Beside a change run two placebos, the learning rate × 0.99 and × 1.01: what they remove, too, hung on details.
     For example without the reward: `twinrl replay RUN --event 3 terms.reward=null`; in double precision:
     `train.precision=float64`; on another batch: `seed=1`.
     """

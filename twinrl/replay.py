@@ -1,8 +1,10 @@
 """Replay: the steps around an event again, from its capsule, unchanged and with a change. Cause by intervention.
 
-Correlation says which term was large before a spike; only running the same steps without it says whether it was
-the cause. Draws are keyed, so the unchanged replay repeats the log exactly, and a changed one differs by the
-change alone.
+Correlation says which term was large before a spike; running the same steps without it says whether it was the cause.
+Draws are keyed, so the unchanged replay repeats the log exactly, and a changed one differs by the change alone.
+
+Training near its edge is chaotic, though: there any change, however innocent, may remove a single spike. So a change is
+compared with *placebos*, the same steps at a slightly different learning rate: what they remove, too, shows no cause.
 """
 
 import math
@@ -26,6 +28,8 @@ from twinrl.tracking import runlog
 from twinrl.trainer import Row, Trainer
 
 NEAR = 5
+PLACEBOS = (0.99, 1.01)
+"""Factors of the learning rate under which a spike that has a cause is expected to recur."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,18 @@ class Trace:
 
 @dataclass(frozen=True)
 class Replay:
-    """An event, what the log says about the steps around it, and the traces."""
+    """An event, what the log says about the steps around it, and the traces.
+
+    Attributes:
+        event, logged: the event and its steps' rows of the log.
+        traces: unchanged, then one for each change.
+        placebos: changes that remove no suspect.
+    """
 
     event: Event
     logged: list[Row]
     traces: list[Trace]
+    placebos: list[Trace]
 
     @property
     def exact(self) -> bool:
@@ -87,7 +98,7 @@ def replay(
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
 ) -> Replay:
-    """Run the steps around event ``number`` again: unchanged, and with ``overrides`` if there are any.
+    """Run the steps around event ``number`` again: unchanged, and with ``overrides`` and placebos if there are any.
 
     Arguments:
         run: the run.
@@ -99,7 +110,7 @@ def replay(
     Raises:
         InputError: the event has no capsule, or the change does not fit its state.
     """
-    return replay_each(run, number, [overrides] if overrides else [], source, after)
+    return replay_each(run, number, [overrides] if overrides else [], source, after, PLACEBOS if overrides else ())
 
 
 def replay_each(
@@ -108,8 +119,14 @@ def replay_each(
     changes: Sequence[list[str]],
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
+    placebos: Sequence[float] = PLACEBOS,
 ) -> Replay:
     """:func:`replay` with several changes, one trace for each after the unchanged one.
+
+    Arguments:
+        run, number, source, after: as in :func:`replay`.
+        changes: overrides of each trace.
+        placebos: factors of the learning rate, one trace each.
 
     *When to use*: to try a list of suspects on one event; the unchanged steps run once.
     """
@@ -117,15 +134,24 @@ def replay_each(
     event, checkpoint = Capsules(run.path, settings.stability.capsules).load(number)
     steps = event.iteration - checkpoint.state["iteration"] + 1 + after
     versions = {"unchanged": settings} | {" ".join(change): changed(settings, change) for change in changes}
-    traces = [_trace(label, version, checkpoint, steps, source) for label, version in versions.items()]
+    harmless = {f"learning rate × {factor:g}": faster(settings, factor) for factor in placebos}
+    traces, beside = (
+        [_trace(label, version, checkpoint, steps, source) for label, version in group.items()]
+        for group in (versions, harmless)
+    )
     first = checkpoint.state["iteration"]
     logged = [row for row in runlog.read(run.log) if first <= row["iteration"] < first + steps]
-    return Replay(event, logged, traces)
+    return Replay(event, logged, traces, beside)
 
 
 def changed(settings: RunConfig, overrides: list[str]) -> RunConfig:
     """The run's configuration with changes."""
     return config.validate(RunConfig, config.override(settings.model_dump(mode="json"), overrides))
+
+
+def faster(settings: RunConfig, factor: float) -> RunConfig:
+    """The run's configuration at another learning rate."""
+    return changed(settings, [f"optim.lr={settings.optim.lr * factor!r}"])
 
 
 def _trace(

@@ -83,10 +83,15 @@ def verdict(result: Replay) -> list[str]:
     """What the traces say, in words."""
     unchanged, *others = result.traces
     lines = ["the unchanged replay repeats the log exactly" if result.exact else _inexact(result)]
-    lines += [_says(result, trace) for trace in others or [unchanged]]
-    lines += [_peaks(result, trace) for trace in others if result.peak(trace) is not None]
+    lines += [_says(result, trace) for trace in [*(others or [unchanged]), *result.placebos]]
+    lines += [_peaks(result, trace) for trace in [*others, *result.placebos] if result.peak(trace) is not None]
     if others and not result.recurs(unchanged):
         lines.append("the event does not recur even unchanged, so the change cannot be judged from this replay")
+    elif not all(result.recurs(trace) for trace in result.placebos):
+        lines.append(
+            f"a slightly different learning rate removes this {result.event.kind}, too, so its absence shows no cause; "
+            "compare heights with these over several events"
+        )
     return lines
 
 
