@@ -84,7 +84,7 @@ def verdict(result: Replay) -> list[str]:
     unchanged, *others = result.traces
     lines = ["the unchanged replay repeats the log exactly" if result.exact else _inexact(result)]
     lines += [_says(result, trace) for trace in [*(others or [unchanged]), *result.placebos]]
-    lines += [_peaks(result, trace) for trace in [*others, *result.placebos] if result.peak(trace) is not None]
+    lines += [_peaks(result)] if others else []
     if others and not result.recurs(unchanged):
         lines.append("the event does not recur even unchanged, so the change cannot be judged from this replay")
     elif not all(result.recurs(trace) for trace in result.placebos):
@@ -95,10 +95,10 @@ def verdict(result: Replay) -> list[str]:
     return lines
 
 
-def _peaks(result: Replay, trace: Trace) -> str:
-    before, after, usual = result.peak(result.traces[0]), result.peak(trace), result.event.reference
-    usually = f", usually {_number(usual)}" if usual is not None else ""
-    return f"{result.event.series} around the event: {_number(after)} instead of {_number(before)}{usually}"
+def _peaks(result: Replay) -> str:
+    heights = [f"{_number(result.peak(trace))} ({trace.label})" for trace in [*result.traces, *result.placebos]]
+    usually = f"; usually {_number(result.event.reference)}" if result.event.reference is not None else ""
+    return f"{result.event.series} around the event: {', '.join(heights)}{usually}"
 
 
 def _inexact(result: Replay) -> str:
