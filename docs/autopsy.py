@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 from autopsy_arms import (
     carried_values,
+    dose_values,
     factor,
+    median_of,
     recipe_values,
     renoise_values,
     sensitivity_values,
@@ -23,11 +25,27 @@ from autopsy_arms import (
     single_changes,
     suspects_values,
 )
-from autopsy_runs import CURVES, FOLDER, IMAGES, INTERVENTIONS, ORDERS, REPLAYS, SAMPLED, SOUND, TRIALS
+from autopsy_runs import (
+    BROKEN,
+    CURVES,
+    FOLDER,
+    IMAGES,
+    INTERVENTIONS,
+    NO_REWARD,
+    ORDERS,
+    PLACEBOS,
+    REPLAYS,
+    SAMPLED,
+    SOUND,
+    TRIALS,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import binomtest
 
 from analysis.intervals import mean_t, number
+from twinrl.stability.divergence import Divergence, first_divergence
+from twinrl.tracking import names
 
 PAGE = Path(__file__).parent / "autopsy.md"
 TEXT = FOLDER / "text.md"
@@ -54,9 +72,21 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
     values |= regime_values(trials, "regime") | {
         f"plateau_{name}": value for name, value in regime_values(trials, "plateau").items()
     }
-    values |= suspects_values(trials) | renoise_values(trials) | carried_values(trials, "dit")
+    values |= (
+        warning_values(trials)
+        | suspects_values(trials)
+        | renoise_values(trials)
+        | dose_values(trials)
+        | carried_values(trials, "dit")
+        | carried_values(trials, "mnist")
+    )
     values |= recipe_values(trials) | sensitivity_values(trials)
-    values |= measuring_values(pd.read_parquet(CURVES)) | replay_values(pd.read_csv(REPLAYS))
+    curves = pd.read_parquet(CURVES)
+    values |= (
+        {"definitions": definitions_table(curves)}
+        | measuring_values(curves)
+        | replay_values(pd.read_csv(REPLAYS), trials)
+    )
     return values | sampling_values(pd.read_csv(SAMPLED))
 
 
@@ -95,35 +125,93 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     """What the text says of the regime, by name."""
     regime = trials[trials.study == study].set_index(["arm", "seed"])
     with_reward, without = (regime.loc[f"reward={level} teacher=live"] for level in ("with", "without"))
-    paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()
-    early = with_reward[with_reward.accuracy_at_start >= HEALTHY]
-    early_without = without.loc[early.index.intersection(without.index)]
     averaged = [regime.loc[f"reward={level} teacher=ema"] for level in ("with", "without")]
+    start = 0.2 * with_reward.steps.iloc[0]
+    early = with_reward[with_reward.accuracy_at_start >= HEALTHY]
+    begun = with_reward[~(with_reward.diverged_step <= start)]
+    compared = {"early": early, "begun": begun}
     gain = (averaged[1].final_fd - averaged[0].final_fd).dropna()
-    published = with_reward[with_reward.total_rise.notna() & with_reward.adversarial_rise.notna()]
+    paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()
     first = (np.log(with_reward.latent_gradient_first) - np.log(averaged[0].latent_gradient_first)).dropna()
+    reached = with_reward[with_reward.spike_step.notna() & with_reward.diverged]
+    lag = reached.spike_step - reached.diverged_step
+    only = int((with_reward.diverged & ~without.diverged).sum()), int((without.diverged & ~with_reward.diverged).sum())
     return {
         "latent_first": factor(mean_t(first), math.e) if len(first) else "–",
-        "rise_runs": str(len(published)),
-        "rise_earlier": str(int((published.adversarial_rise < published.total_rise).sum())),
-        "rise_lead": f"{(published.total_rise - published.adversarial_rise).median():.0f}",
         "live_with_broken": share(with_reward.diverged),
         "live_without_broken": share(without.diverged),
-        "ema_broken": share(pd.concat(averaged).diverged),
+        "live_p": f"{binomtest(only[0], sum(only)).pvalue:.2g}",
+        "ema_with_broken": share(averaged[0].diverged),
+        "ema_without_broken": share(averaged[1].diverged),
         "ema_gain": str(mean_t(gain)),
         "ema_clip_gain": str(mean_t((averaged[0].final_lab_clip - averaged[1].final_lab_clip).dropna())),
+        "ema_hps_gain": str(mean_t((averaged[0].final_lab_hps - averaged[1].final_lab_hps).dropna())),
         "n": str(len(with_reward)),
-        "early": str(len(early)),
-        "early_broken": share(early.diverged),
-        "early_without_broken": share(early_without.diverged),
+        "before": str(len(with_reward) - len(begun)),
         "norm_factor": factor(mean_t(paired), 10),
-        "norm_max": f"{with_reward.norm_max.max():,.0f}",
         "norm_reached": share(with_reward.norm_ratio >= ORDERS),
         "norm_reached_without": share(without.norm_ratio >= ORDERS),
+        "norm_whole": number(median_of(with_reward.norm_ratio_whole), 2),
+        "lag": f"{lag.median():.0f}",
+        "lag_after": f"{int((lag > 0).sum())} of {len(lag)}",
         "onset": f"{with_reward.diverged_step.median() / with_reward.steps.iloc[0]:.2f}",
         "ended": share(with_reward.final_accuracy < NO_DIGITS),
         "ended_without": share(without.final_accuracy < NO_DIGITS),
+        **{name: str(len(runs)) for name, runs in compared.items()},
+        **{f"{name}_broken": share(runs.diverged) for name, runs in compared.items()},
+        **{f"{name}_without_broken": share(without.loc[runs.index].diverged) for name, runs in compared.items()},
+        "early_norm": f"{early.norm_max.max():,.0f}",
+        "early_norm_without": number(without.loc[early.index].norm_max.max(), 2),
     }
+
+
+def warning_values(trials: pd.DataFrame) -> dict[str, str]:
+    """What the adversarial loss says ahead of a fall in the regime, and where it says so for nothing."""
+    regime = trials[trials.study == "regime"].set_index(["arm", "seed"])
+    published = regime.loc[BROKEN]
+    rises = published.adversarial_rise
+    whole = {name: regime.loc[arm] for name, arm in {"live": NO_REWARD, "ema": SOUND}.items()}
+    whole["ema"] = pd.concat([whole["ema"], regime.loc["reward=without teacher=ema"]])
+    whole = {name: runs[~runs.diverged] for name, runs in whole.items()}
+    return {
+        "warned": f"{int((rises < published.diverged_step).sum())} of {len(published)}",
+        "warned_steps": f"{(published.diverged_step - rises)[rises < published.diverged_step].median():.0f}",
+        "warned_total": f"{int((published.total_rise < published.diverged_step).sum())} of {len(published)}",
+        **{
+            f"false_{name}": f"{int(runs.adversarial_rise.notna().sum())} of {len(runs)}"
+            for name, runs in whole.items()
+        },
+    }
+
+
+DEFINITIONS = ((0.9, 2), (0.5, 2), (0.9, 1), (0.9, 3))
+"""Floors of the judge's accuracy and bad evaluations in a row that make a fall; the first is the text's."""
+
+
+def definitions_table(curves: pd.DataFrame) -> str:
+    """The falls of the live teacher's runs under other definitions of a fall, from the committed evaluations."""
+    lines = [
+        "| accuracy below | evaluations in a row | with the reward | without | plateau: with | without |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for floor, evaluations in DEFINITIONS:
+        config = Divergence.Config(accuracy_floor=floor, evaluations=evaluations, recall_floor=0)
+        cells = []
+        for study in ("regime", "plateau"):
+            for arm in (BROKEN, NO_REWARD):
+                runs = curves[(curves.study == study) & (curves.arm == arm)].groupby("seed")
+                fell = [first_divergence(_evaluations(run), config, 1) is not None for _, run in runs]
+                cells.append(f"{sum(fell)} of {len(fell)}")
+        lines.append(f"| {floor} | {evaluations} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _evaluations(run: pd.DataFrame) -> list[dict[str, float]]:
+    """The log rows of a run's evaluations, as far as a fall is judged by them."""
+    return [
+        {"step": int(row.step), names.VAL_QUALITY: row.quality, names.val("accuracy", 1): row.accuracy}
+        for row in run[run.quality.notna()].itertuples()
+    ]
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:
@@ -177,37 +265,55 @@ def _guided(sampled: pd.DataFrame) -> str:
     return factor(mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8])), math.e)
 
 
-def replay_values(heights: pd.DataFrame) -> dict[str, str]:
-    """What was left of the large spikes under each intervention, of those whose unchanged replay repeats the log."""
+def replay_values(heights: pd.DataFrame, trials: pd.DataFrame) -> dict[str, str]:
+    """How high the series of large spikes still rise under each intervention, beside placebos.
+
+    Of those whose unchanged replay repeats the log; the reward's own series are left out, which vanish with it by
+    definition.
+    """
     inexact, heights = int((~heights.exact).sum()), heights[heights.exact]
-    regime, plateau = (heights[heights.study == study] for study in ("regime", "plateau"))
-    above = regime[[*INTERVENTIONS, "unchanged"]].div(regime.usual, axis=0).median()
+    others = heights[heights.series != names.grad("reward", "norm_raw")]
+    compared = others.dropna(subset=list(PLACEBOS))
+    fell = trials.set_index(["study", "arm", "seed"]).diverged_step
+    of_run = compared.set_index(["study", "arm", "seed"]).index
+    early = compared[compared.step.to_numpy() <= fell.reindex(of_run).to_numpy()]
+    old = others[others.study == "plateau"]
+    above = compared[[*INTERVENTIONS, "unchanged"]].div(compared.usual, axis=0).median()
     lines = [
-        "| removed for these steps | spikes that keep at most a fifth | height ÷ usual, median | with a plateau |",
-        "|---|--:|--:|--:|",
-        f"| nothing | – | {number(above.unchanged)} | – |",
+        "| changed for these steps | spikes that keep at most a fifth | height ÷ usual, median | height ÷ placebos' "
+        "| of these, before the run fell |",
+        "|---|--:|--:|--:|--:|",
+        f"| nothing | – | {number(above.unchanged)} | {against(compared, 'unchanged')} "
+        f"| {against(early, 'unchanged')} |",
     ]
     for name, change in INTERVENTIONS.items():
-        lines.append(f"| `{' '.join(change)}` | {gone(regime, name)} | {number(above[name])} | {gone(plateau, name)} |")
+        shown = f"`{' '.join(change)}`" + (" (placebo)" if name in PLACEBOS else "")
+        beside = ["–"] * 2 if name in PLACEBOS else [against(found, name) for found in (compared, early)]
+        lines.append(f"| {shown} | {gone(compared, name)} | {number(above[name])} | {' | '.join(beside)} |")
     return {
         "replays": "\n".join(lines),
-        "replay_spikes": str(len(heights)),
+        "replay_spikes": str(len(compared)),
         "replay_inexact": str(inexact),
-        "replay_regime": str(len(regime)),
-        "replay_runs": str(regime.seed.nunique()),
-        "replay_plateau": str(len(plateau)),
-        "replay_plateau_runs": str(plateau.seed.nunique()),
-        "replay_without_reward": gone(regime, "reward_off"),
-        "replay_decoded": gone(regime, "baseline_decoded"),
-        "replay_own_clip": gone(regime, "own_clip"),
-        "replay_ema": gone(regime, "teacher_ema"),
+        "replay_runs": str(compared.groupby(["study", "arm", "seed"]).ngroups),
+        "replay_early": str(len(early)),
+        "replay_early_runs": str(early.groupby(["study", "arm", "seed"]).ngroups),
+        "replay_old": str(len(old)),
+        "replay_old_gone": gone(old, "reward_off"),
+        "replay_placebo": " and ".join(gone(compared, name) for name in PLACEBOS),
+        **{f"replay_{name}": against(compared, name) for name in INTERVENTIONS if name not in PLACEBOS},
     }
 
 
 def gone(heights: pd.DataFrame, intervention: str) -> str:
-    """The share of spikes that keep at most a fifth of their height; – where it was not tried."""
-    tried = heights[heights[intervention].notna()]
-    return share(tried[intervention] <= tried.unchanged / 5) if len(tried) else "–"
+    """The share of spikes that keep at most a fifth of their height."""
+    return share(heights[intervention] <= heights.unchanged / 5)
+
+
+def against(heights: pd.DataFrame, intervention: str) -> str:
+    """Factor of the height under an intervention over that under the placebos: mean over runs of their spikes' mean."""
+    placebos = np.log(heights[list(PLACEBOS)]).mean(axis=1)
+    by_run = (np.log(heights[intervention]) - placebos).groupby([heights.study, heights.arm, heights.seed]).mean()
+    return factor(mean_t(by_run), math.e)
 
 
 # --- figures ----------------------------------------------------------------------------------------------

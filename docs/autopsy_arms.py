@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 from autopsy_runs import BROKEN, MARGIN, NO_REWARD, SOUND
 
-from ablations.margin import bisect
 from ablations.study import load
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
+from analysis.margins import Critical, critical_rate, critical_rates, margin
+from twinrl.errors import InputError
 
 
 def share(yes: pd.Series) -> str:
@@ -26,27 +27,33 @@ def factor(found: Interval, base: float, digits: int = 2) -> str:
 # --- one suspect at a time ---------------------------------------------------------------------------------
 
 COLUMNS = (
-    "fell apart | at step, median | largest norm ÷ usual, median (most) | lowest accuracy, median "
-    "| Fréchet distance of the whole, median"
+    "fell apart | of these, before the reward | at step, median | largest norm ÷ usual until then, median (most) "
+    "| of those that stayed whole: lowest accuracy, median | Fréchet distance, median"
 )
-RULE = "--:|--:|--:|--:|--:|"
+RULE = "--:|--:|--:|--:|--:|--:|"
 
 
 def arm_line(found: pd.DataFrame) -> str:
     """The cells of ``COLUMNS`` for the runs of an arm."""
-    step, distance = _median(found[found.diverged].diverged_step), _median(found[~found.diverged].final_fd)
-    norms = f"{number(_median(found.norm_ratio))} ({number(found.norm_ratio.max())})"
-    least = number(_median(found.accuracy_least), 2)
-    return f"{share(found.diverged)} | {number(step, 4)} | {norms} | {least} | {number(distance, 2)}"
+    fell, whole = found[found.diverged], found[~found.diverged]
+    early = int((fell.diverged_step <= 0.2 * fell.steps).sum())
+    norms = f"{number(median_of(found.norm_ratio_whole))} ({number(found.norm_ratio_whole.max())})"
+    least = f"{number(median_of(whole.accuracy_least), 2)} | {number(median_of(whole.final_fd), 2)}"
+    return f"{share(found.diverged)} | {early or '–'} | {number(median_of(fell.diverged_step), 4)} | {norms} | {least}"
 
 
-def _median(values: pd.Series) -> float:
-    return float(values.dropna().median())
+def median_of(values: pd.Series) -> float:
+    """The median of what is known; nan where nothing is."""
+    return float(values.median()) if values.notna().any() else math.nan
 
 
 CURE, NONE, OPEN = "yes", "no", "not settled"
 GUESSES = ("sigmoid start", "own clip", "lr cut on spikes", "first three", "smaller eta", "more rows")
 """Arms of autopsy-suspects that the run's author proposed."""
+
+
+FRESH = 5
+"""Seeds from this one on were not there when the finalists were chosen."""
 
 
 def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
@@ -59,10 +66,15 @@ def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
         whose = "the author's" if name in GUESSES else ""
         lines.append(f"| {name} | {whose} | {arm_line(found)} | {verdict(found, bound)} |")
     cut = dict(arms)["lr cut on spikes"]
+    fresh = trials[(trials.study == "finalists") & (trials.seed >= FRESH)].groupby("arm").diverged
+    shrunk = (trials[trials.study == "regime"]).set_index(["arm", "seed"]).latent_gradient_first.loc[BROKEN]
+    decoded = dict(arms)["decoded baseline"].set_index("seed").latent_gradient_first
     return {
         "suspects": "\n".join(lines),
         "suspect_seeds": str(min(len(found) for _, found in arms)),
         "finalist_seeds": str(trials[trials.study == "finalists"].seed.nunique()),
+        "fresh": ", ".join(f"{name} {int(fell.sum())} of {len(fell)}" for name, fell in fresh),
+        "shrunk": number((shrunk / decoded).dropna().median(), 2),
         "decoded_broken": share(dict(arms)["decoded baseline"].diverged),
         "own_clip_broken": share(dict(arms)["own clip"].diverged),
         "cut_broken": share(dict(arms)["lr cut on spikes"].diverged),
@@ -87,6 +99,34 @@ def single_changes(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [("published", regime.get_group(BROKEN)), *arms]
 
 
+DOSES = {
+    "residual": "residual alone",
+    "from_z": "from z at half the norm",
+    "from_decoded": "from E(D(z)) at half the norm",
+    "large_eta": "from E(D(z)) with eta 100",
+    "exact_eta": "exact from E(D(z)) with eta 1000",
+}
+"""Name in the text → arm of autopsy-dose."""
+
+
+def dose_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The published latent gradient's residual and its preference, each alone and at comparable sizes."""
+    chosen = trials[trials.study == "dose"]
+    regime = trials[trials.study == "regime"].groupby("arm")
+    arms = {
+        "`published`": regime.get_group(BROKEN),
+        **{arm: chosen[chosen.arm == arm] for arm in DOSES.values()},
+        "decoded baseline": trials[(trials.study == "suspects") & (trials.arm == "decoded baseline")],
+        "no reward": regime.get_group(NO_REWARD),
+    }
+    lines = [f"| reward's gradient | its norm in latents, first 100 steps | {COLUMNS} |", f"|---|--:|{RULE}"]
+    for name, found in arms.items():
+        size = number(found.latent_gradient_first.median(), 2) if name != "no reward" else "–"
+        lines.append(f"| {name} | {size} | {arm_line(found)} |")
+    shares = {f"dose_{name}": share(chosen[chosen.arm == arm].diverged) for name, arm in DOSES.items()}
+    return {"dose": "\n".join(lines), "dose_seeds": str(chosen.seed.nunique())} | shares
+
+
 def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
     """The claim that dynamic renoise steadies training before the reward starts: uniform times instead, by seed."""
     before = trials[(trials.study == "regime") & (trials.arm == BROKEN)].set_index("seed")
@@ -94,8 +134,10 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
     shaped = before.loc[uniform.index]
     ratios = {name: np.log(uniform[f"early_{name}_noise"] / shaped[f"early_{name}_noise"]) for name in ("norm", "loss")}
     return {
-        "uniform_norm_noise": factor(mean_t(ratios["norm"]), math.e),
-        "uniform_loss_noise": factor(mean_t(ratios["loss"]), math.e),
+        "uniform_norm_noise": factor(mean_t(ratios["norm"]), math.e, 3),
+        "uniform_loss_noise": factor(mean_t(ratios["loss"]), math.e, 3),
+        "uniform_early": f"{int((uniform.diverged_step <= 0.2 * uniform.steps).sum())} of {len(uniform)}",
+        "shaped_early": f"{int((shaped.diverged_step <= 0.2 * shaped.steps).sum())} of {len(shaped)}",
         "uniform_spikes": f"{int(uniform.early_spikes.sum())}",
         "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
         "renoise_seeds": str(len(uniform)),
@@ -116,37 +158,42 @@ def causes_values(trials: pd.DataFrame) -> dict[str, str]:
 
 def margin_values(trials: pd.DataFrame) -> dict[str, str]:
     """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    chosen = trials[trials.study == MARGIN].rename(columns=lambda name: name.removeprefix("level."))
-    chosen = chosen.loc[:, ~chosen.columns.duplicated()]
-    brackets = {key: _bracket(found) for key, found in chosen.groupby(["teacher", "reward", "seed"])}
-    found = pd.Series({key: math.sqrt(low * high) for key, (low, high) in brackets.items()}, dtype=float)
-    lines = ["| teacher | reward | critical learning rate, by seed | geometric mean |", "|---|---|---|--:|"]
-    for (teacher, reward), rates in found.groupby(level=[0, 1]):
-        each = ", ".join(_rate(*brackets[(teacher, reward, seed)]) for seed in rates.index.get_level_values(2))
-        mean = f"{math.exp(np.log(rates).mean()):.1e}" if rates.notna().all() else "–"
-        lines.append(f"| {teacher} | {reward} | {each} | {mean} |")
-    ratios = {
-        "margin_teacher_with": found["ema", "with"] / found["live", "with"],
-        "margin_teacher_without": found["ema", "without"] / found["live", "without"],
-        "margin_reward_live": found["live", "with"] / found["live", "without"],
-        "margin_reward_ema": found["ema", "with"] / found["ema", "without"],
+    chosen = trials[trials.study == MARGIN].copy()
+    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
+    chosen["diverged"] |= ~(chosen.test1_accuracy >= ACCURACY)  # broken from the start is not healthy, either
+    rates = critical_rates(chosen, "lr")
+    lines = ["| arm | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
+    for arm in sorted({rate.arm for rate in rates}):
+        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
+        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
+        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
+    live, ema = ({reward: f"reward={reward} teacher={teacher}" for reward in LEVELS} for teacher in ("live", "ema"))
+    pairs = {
+        "margin_teacher_with": (ema["with"], live["with"]),
+        "margin_teacher_without": (ema["without"], live["without"]),
+        "margin_reward_live": (live["with"], live["without"]),
+        "margin_reward_ema": (ema["with"], ema["without"]),
     }
-    said = {name: factor(mean_t(np.log(ratio.dropna())), math.e) for name, ratio in ratios.items()}
+    said = {name: _times(rates, *pair) for name, pair in pairs.items()}
     return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
 
 
-def _bracket(probes: pd.DataFrame) -> tuple[float, float]:
-    """The largest rate that was healthy below every one that diverged, and the smallest above it; nan where open."""
-    verdicts = {rate: not diverged for rate, diverged in zip(probes.lr, probes.diverged.tolist(), strict=True)}
-    low, high, asked = bisect(load(f"autopsy-{MARGIN}").config.margin, verdicts.get)
-    assert asked is None, f"a bisection is not at its end: {asked:g} was not probed"
-    return low or math.nan, high or math.nan
+LEVELS = ("with", "without")
+ACCURACY = load(f"autopsy-{MARGIN}").config.margin.accuracy_floor
 
 
-def _rate(low: float, high: float) -> str:
-    if math.isnan(low):
-        return f"< {high:.1e}"
-    return f"> {low:.1e}" if math.isnan(high) else f"{math.sqrt(low * high):.1e}"
+def _times(rates: list[Critical], arm: str, base: str) -> str:
+    """How many times the base's critical rate an arm's is; – where it is outside the search in one of them."""
+    try:
+        return factor(margin(rates, arm, base), 2)
+    except InputError:
+        return "–"
+
+
+def _rate(rate: Critical) -> str:
+    if rate.healthy == 0:
+        return f"< {rate.broken:.1e}"
+    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
 
 
 def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
@@ -156,12 +203,13 @@ def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
     lines += [f"| {rate:.0e} | {arm_line(found)} |" for rate, found in rates.groupby("lr")]
     arms = [f"| alone | {COLUMNS} |", f"|---|{RULE}"]
     arms += [f"| {name} | {arm_line(found)} |" for name, found in changes.groupby("arm", sort=False)]
-    averaged = changes.arm == "EMA teacher"
+    averaged, both = changes.arm == "EMA teacher", pd.concat([rates, changes])
     return {
         f"{where}_rates": "\n".join(lines),
         where: "\n".join(arms),
-        f"{where}_live_broken": share(changes.diverged[~averaged]) if len(changes) else "–",
-        f"{where}_ema_broken": share(changes.diverged[averaged]) if len(changes) else "–",
+        f"{where}_ema_broken": share(changes.diverged[averaged]),
+        f"{where}_seeds": str(changes.seed.nunique()),
+        f"{where}_norm": number(both.norm_ratio.max(), 2),
     }
 
 
@@ -198,9 +246,17 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
                 f"| {factor(mean_t(distance), math.e, 3)} | {mean_t(recall)} "
                 f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
             )
+    slow, fast = (recipe[recipe.lr == rate] for rate in sorted(recipe.lr.unique()))
+    plain = control[control.lr == recipe.lr.min()]
     return {
         "recipe": "\n".join(lines),
-        "recipe_broken": share(recipe.diverged),
+        "recipe_slow_broken": share(slow.diverged),
+        "recipe_fast_broken": share(fast.diverged),
+        "control_lead": str(mean_t(plain.test1_judge - plain.teacher_judge)),
+        "student_fd": str(mean_t(slow.test1_fd)),
+        "student_recall": str(mean_t(slow.test1_recall)),
+        "teacher_fd": number(slow.teacher_fd.mean()),
+        "teacher_recall": number(slow.teacher_recall.mean()),
         "recipe_seeds": str(recipe.seed.nunique()),
         "control_seeds": str(control.seed.nunique()),
     }
@@ -211,6 +267,10 @@ def _no_worse(distance: Interval, recall: Interval) -> bool:
     return distance.high <= math.log(1.05) and recall.low >= -0.02
 
 
+HARMLESS = 1.1
+"""The sensitivity study's declared bound of the Fréchet distance's factor."""
+
+
 def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
     """The recipe with one setting changed, paired by seed with the recipe itself at the same rate."""
     chosen = trials[trials.study == "sensitivity"]
@@ -218,18 +278,20 @@ def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
     recipe = trials[(trials.study == "recommended") & (trials.lr == rate)].set_index("seed")
     lines = [
         "| changed | fell apart | largest norm ÷ usual (most) | held-out judge − teacher's, 1 NFE "
-        "| judge − the recipe's | Fréchet distance ×, 1 NFE | 2 NFE | recall − the recipe's, 1 NFE |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| judge − the recipe's | Fréchet distance ×, 1 NFE | 2 NFE | recall − the recipe's, 1 NFE | harmless |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     for name, found in chosen.groupby("arm", sort=False):
         runs = found.set_index("seed")
         base = recipe.loc[runs.index]
         ratios = [np.log(runs[f"test{nfe}_fd"] / base[f"test{nfe}_fd"]) for nfe in (1, 2)]
         distance = [factor(mean_t(ratio), math.e, 3) for ratio in ratios]
+        harmless = not found.diverged.any() and mean_t(ratios[0]).high < math.log(HARMLESS)
         lines.append(
             f"| {name} | {share(found.diverged)} | {number(found.norm_ratio.max(), 2)} "
             f"| {mean_t(runs.test1_judge - runs.teacher_judge)} | {mean_t(runs.test1_judge - base.test1_judge)} "
-            f"| {distance[0]} | {distance[1]} | {mean_t(runs.test1_recall - base.test1_recall)} |"
+            f"| {distance[0]} | {distance[1]} | {mean_t(runs.test1_recall - base.test1_recall)} "
+            f"| {'yes' if harmless else 'not shown'} |"
         )
     return {
         "sensitivity": "\n".join(lines),

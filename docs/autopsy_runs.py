@@ -40,12 +40,12 @@ FOLDER = Path(__file__).parent / "results" / "autopsy"
 TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
     FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
 )
-STUDIES = (
-    *("search", "plateau", "regime", "suspects", "finalists", "causes", "margin", "size"),
-    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates", "mnist"),
-)
 MARGIN = "margin"
 """The study that is a bisection: `ablate margin`."""
+STUDIES = (
+    *("search", "plateau", "regime", "suspects", "finalists", "causes", MARGIN, "size", "dose"),
+    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates", "mnist"),
+)
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
 BROKEN, SOUND, NO_REWARD = "reward=with teacher=live", "reward=with teacher=ema", "reward=without teacher=live"
@@ -159,6 +159,7 @@ def outcome(run: Run) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"], default={})
     diverged = run_divergence(run)
+    fall = diverged[0] if diverged else math.inf
     return {
         "lr": run.config["optim"]["lr"],
         "lr_at_start": next((_number(row[names.LR]) for row in run.rows if row["step"] >= start), math.nan),
@@ -166,6 +167,7 @@ def outcome(run: Run) -> dict[str, Any]:
         "steps": run.config["train"]["steps"],
         "usual_norm": usual,
         "norm_ratio": max((ratio for _, ratio in later), default=math.nan),  # a run may end before the reward starts
+        "norm_ratio_whole": max((ratio for step, ratio in later if step <= fall), default=math.nan),
         "norm_max": max(norm for _, norm in norms),
         "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
         "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
@@ -208,7 +210,11 @@ def judged(run: Run) -> dict[str, float]:
     for row in ((run.result or {}).get("table") or {"rows": []})["rows"]:
         whose = {"student": f"test{row['nfe']}", "teacher, Euler": "teacher"}.get(row["name"])
         if whose is not None:
-            found |= {f"{whose}_{name}": _number(row["metrics"][metric]["value"]) for name, metric in JUDGED.items()}
+            found |= {
+                f"{whose}_{name}": _number(row["metrics"][metric]["value"])
+                for name, metric in JUDGED.items()
+                if metric in row["metrics"]  # MNIST has other scorers
+            }
     return found
 
 
@@ -231,6 +237,7 @@ def _number(value: object) -> float:
 
 # --- interventions ----------------------------------------------------------------------------------------
 
+PLACEBOS = {"rate_less": ["optim.lr=0.99e-3"], "rate_more": ["optim.lr=1.01e-3"]}
 INTERVENTIONS = {
     "reward_off": ["reward.schedule.weight.final=0"],
     "baseline_decoded": ["reward.gradient.baseline=decoded"],
@@ -238,15 +245,20 @@ INTERVENTIONS = {
     "float32": ["train.precision=float32"],
     "lr_tenth": ["optim.lr=1e-4"],
     "own_clip": ["gradients.terms.reward={relative: {ratio: 0.1}}"],
+    **PLACEBOS,
 }
-"""Suspect → what removes it for the steps around a spike."""
-SPIKE_KEY = ["study", "seed", "event"]
+"""Suspect → what removes it for the steps around a spike; placebos remove none, and show what any change does."""
+SPIKE_KEY = ["study", "arm", "seed", "event"]
+NO_HELP = ("sigmoid start", "smaller eta", "exact pixel gradient", "one-step sample")
+"""Arms of autopsy-suspects that fall apart as the published one does, and later than before the reward."""
+SPIKED = {"regime": (BROKEN,), "plateau": (BROKEN,), "suspects": NO_HELP}
+"""Study → arms whose spikes are replayed."""
 LARGE = 10.0
 """Spikes that are looked at: this many times what was usual."""
 
 
 def replays(root: Path, most: int = 24) -> None:
-    """Replays large spikes of the published arm's runs under each intervention, and adds their heights to the table.
+    """Replays large spikes of runs with the published reward under each intervention, and adds their heights.
 
     Arguments:
         root: folder of run directories with capsules (``stability.capsules``).
@@ -255,20 +267,22 @@ def replays(root: Path, most: int = 24) -> None:
     device = torch.device("cpu")
     source = load_source(schema.load("published"), device)
     table = pd.read_csv(REPLAYS) if REPLAYS.exists() else pd.DataFrame(columns=SPIKE_KEY)
-    for study in ("regime", "plateau"):
-        published = [run for arm, _, run in trials_of(study, root) if arm.name == BROKEN]
-        for run, number in chosen_spikes(published, most):
-            key = (study, int(run.config["seed"]), number)
-            found = replay_each(
-                RunDirectory(run.path), number, list(INTERVENTIONS.values()), lambda _: (source, device), 5
-            )
+    for study, arms_of in SPIKED.items():
+        names_of = {run.path: arm.name for arm, _, run in trials_of(study, root) if arm.name in arms_of}
+        for run, number in chosen_spikes(map(load_run, names_of), most):
+            key = (study, names_of[run.path], int(run.config["seed"]), number)
+            same = [tuple(known) == key for known in table[SPIKE_KEY].itertuples(index=False)]
+            known = {} if not any(same) else table[same].iloc[0].dropna().to_dict()
+            left = {name: change for name, change in INTERVENTIONS.items() if name not in known}
+            if not left:
+                continue
+            found = replay_each(RunDirectory(run.path), number, list(left.values()), lambda _: (source, device), 5, ())
             peaks = [found.peak(trace) for trace in found.traces]
             event = {"step": found.event.step, "series": found.event.series, "usual": found.event.reference}
-            heights = {"exact": found.exact, "unchanged": peaks[0]} | dict(zip(INTERVENTIONS, peaks[1:], strict=True))
-            row = dict(zip(SPIKE_KEY, key, strict=True)) | event | heights
+            heights = {"exact": found.exact, "unchanged": peaks[0]} | dict(zip(left, peaks[1:], strict=True))
+            row = known | dict(zip(SPIKE_KEY, key, strict=True)) | event | heights
             print(row, flush=True)
-            others = table[[tuple(known) != key for known in table[SPIKE_KEY].itertuples(index=False)]]
-            table = pd.concat([others, pd.DataFrame([row])], ignore_index=True)
+            table = pd.concat([table[[not one for one in same]], pd.DataFrame([row])], ignore_index=True)
             table.sort_values(SPIKE_KEY).to_csv(REPLAYS, index=False, float_format="%.6g")
 
 

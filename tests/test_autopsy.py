@@ -45,7 +45,11 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
         f"{values['live_with_broken']} such runs fell apart, {values['early']} of them after an early success" in said
     )
     assert f"without the reward {values['live_without_broken']} did" in said
-    assert f"with an EMA teacher (blue) {values['ema_broken']}, with and without the reward" in said
+    assert values["ema_with_broken"] == values["ema_without_broken"]
+    assert f"with an EMA teacher (blue) {values['ema_with_broken']}, with the reward and without" in said
+    assert f"gradient norms up to {values['early_norm']} under a clip at 10" in said
+    assert f"without any preference, breaks {values['dose_residual']}" in said
+    assert f"as long, measured from E(D(z)), {values['dose_large_eta']}" in said
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
     assert f"With E(D(z)), {fell['decoded baseline']} fall apart, as many as without any reward" in said
