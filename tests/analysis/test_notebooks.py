@@ -63,4 +63,5 @@ def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "steps whole, more than published" in shown
     assert "decoded baseline" in shown
     assert "baseline_decoded" in shown
+    assert "rate_less" in shown
     assert shown.count("<svg") >= 2
