@@ -119,10 +119,10 @@ def dose_values(trials: pd.DataFrame) -> dict[str, str]:
         "decoded baseline": trials[(trials.study == "suspects") & (trials.arm == "decoded baseline")],
         "no reward": regime.get_group(NO_REWARD),
     }
-    lines = [f"| reward's gradient | its norm in latents, first 100 steps | {COLUMNS} |", f"|---|--:|{RULE}"]
+    lines = [f"| reward's gradient | its norm in latents, first 10 and 100 steps | {COLUMNS} |", f"|---|--:|{RULE}"]
     for name, found in arms.items():
-        size = number(found.latent_gradient_first.median(), 2) if name != "no reward" else "–"
-        lines.append(f"| {name} | {size} | {arm_line(found)} |")
+        sizes = [number(median_of(found[f"latent_gradient_{when}"]), 2) for when in ("begin", "first")]
+        lines.append(f"| {name} | {'–' if name == 'no reward' else ', '.join(sizes)} | {arm_line(found)} |")
     shares = {f"dose_{name}": share(chosen[chosen.arm == arm].diverged) for name, arm in DOSES.items()}
     return {"dose": "\n".join(lines), "dose_seeds": str(chosen.seed.nunique())} | shares
 

@@ -171,7 +171,8 @@ def outcome(run: Run) -> dict[str, Any]:
         "norm_max": max(norm for _, norm in norms),
         "spike_step": next((step for step, ratio in later if ratio >= ORDERS), math.nan),
         "early_spikes": sum(norm >= 10 * usual for step, norm in norms if step < start),
-        "latent_gradient_first": latent_gradient(run, start),
+        "latent_gradient_begin": latent_gradient(run, start, 10),
+        "latent_gradient_first": latent_gradient(run, start, 100),
         "adversarial_rise": rise(run, names.loss("adversarial"), start),
         "total_rise": rise(run, names.LOSS_TOTAL, start),
         "early_norm_noise": noise([norm for step, norm in norms if step < start]),
@@ -186,9 +187,9 @@ def outcome(run: Run) -> dict[str, Any]:
     } | {f"final_{name}": _number(last.get(metric)) for name, metric in WATCHED.items()}
 
 
-def latent_gradient(run: Run, start: int) -> float:
-    """Median norm of the reward's latent gradient in its first 100 steps."""
-    first = (row for row in run.rows if start <= row["step"] < start + 100 and names.REWARD_GRAD_NORM in row)
+def latent_gradient(run: Run, start: int, steps: int) -> float:
+    """Median norm of the reward's latent gradient in its first ``steps`` steps."""
+    first = (row for row in run.rows if start < row["step"] <= start + steps and names.REWARD_GRAD_NORM in row)
     return median([_number(row[names.REWARD_GRAD_NORM]) for row in first] or [math.nan])
 
 
