@@ -4,12 +4,9 @@ import math
 
 import numpy as np
 import pandas as pd
-from autopsy_runs import BROKEN, MARGIN, NO_REWARD, SOUND
+from autopsy_runs import BROKEN, NO_REWARD, SOUND
 
-from ablations.study import load
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
-from analysis.margins import Critical, critical_rate, critical_rates, margin
-from twinrl.errors import InputError
 
 
 def share(yes: pd.Series) -> str:
@@ -142,58 +139,6 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
         "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
         "renoise_seeds": str(len(uniform)),
     }
-
-
-def causes_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The corrected recipe with the published teacher, the published reward, and both."""
-    chosen = trials[trials.study == "causes"].rename(columns=lambda name: name.removeprefix("level."))
-    chosen = chosen.loc[:, ~chosen.columns.duplicated()]
-    lines = [f"| teacher | reward | seeds | {COLUMNS} |", f"|---|---|--:|{RULE}"]
-    lines += [
-        f"| {teacher} | {reward} | {len(found)} | {arm_line(found)} |"
-        for (teacher, reward), found in chosen.groupby(["teacher", "reward"])
-    ]
-    return {"causes": "\n".join(lines), "causes_seeds": str(chosen.seed.nunique())}
-
-
-def margin_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    chosen = trials[trials.study == MARGIN].copy()
-    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    chosen["diverged"] |= ~(chosen.test1_accuracy >= ACCURACY)  # broken from the start is not healthy, either
-    rates = critical_rates(chosen, "lr")
-    lines = ["| arm | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
-    for arm in sorted({rate.arm for rate in rates}):
-        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
-        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
-        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
-    live, ema = ({reward: f"reward={reward} teacher={teacher}" for reward in LEVELS} for teacher in ("live", "ema"))
-    pairs = {
-        "margin_teacher_with": (ema["with"], live["with"]),
-        "margin_teacher_without": (ema["without"], live["without"]),
-        "margin_reward_live": (live["with"], live["without"]),
-        "margin_reward_ema": (ema["with"], ema["without"]),
-    }
-    said = {name: _times(rates, *pair) for name, pair in pairs.items()}
-    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
-
-
-LEVELS = ("with", "without")
-ACCURACY = load(f"autopsy-{MARGIN}").config.margin.accuracy_floor
-
-
-def _times(rates: list[Critical], arm: str, base: str) -> str:
-    """How many times the base's critical rate an arm's is; – where it is outside the search in one of them."""
-    try:
-        return factor(margin(rates, arm, base), 2)
-    except InputError:
-        return "–"
-
-
-def _rate(rate: Critical) -> str:
-    if rate.healthy == 0:
-        return f"< {rate.broken:.1e}"
-    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
 
 
 def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
