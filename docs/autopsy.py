@@ -23,6 +23,7 @@ from autopsy_arms import (
     sensitivity_values,
     share,
     single_changes,
+    size_values,
     suspects_values,
 )
 from autopsy_runs import (
@@ -77,6 +78,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | suspects_values(trials)
         | renoise_values(trials)
         | dose_values(trials)
+        | size_values(trials)
         | carried_values(trials, "dit")
         | carried_values(trials, "mnist")
     )
