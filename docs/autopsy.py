@@ -14,6 +14,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 from autopsy_arms import (
+    before_reward,
     carried_values,
     dose_values,
     factor,
@@ -128,9 +129,8 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     regime = trials[trials.study == study].set_index(["arm", "seed"])
     with_reward, without = (regime.loc[f"reward={level} teacher=live"] for level in ("with", "without"))
     averaged = [regime.loc[f"reward={level} teacher=ema"] for level in ("with", "without")]
-    start = 0.2 * with_reward.steps.iloc[0]
     early = with_reward[with_reward.accuracy_at_start >= HEALTHY]
-    begun = with_reward[~(with_reward.diverged_step <= start)]
+    begun = with_reward[~before_reward(with_reward)]
     compared = {"early": early, "begun": begun}
     gain = (averaged[1].final_fd - averaged[0].final_fd).dropna()
     paired = (np.log10(with_reward.norm_ratio) - np.log10(without.norm_ratio)).dropna()

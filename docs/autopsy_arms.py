@@ -33,10 +33,15 @@ RULE = "--:|--:|--:|--:|--:|--:|"
 def arm_line(found: pd.DataFrame) -> str:
     """The cells of ``COLUMNS`` for the runs of an arm."""
     fell, whole = found[found.diverged], found[~found.diverged]
-    early = int((fell.diverged_step <= 0.2 * fell.steps).sum())
+    early = int(before_reward(fell).sum())
     norms = f"{number(median_of(found.norm_ratio_whole))} ({number(found.norm_ratio_whole.max())})"
     least = f"{number(median_of(whole.accuracy_least), 2)} | {number(median_of(whole.final_fd), 2)}"
     return f"{share(found.diverged)} | {early or '–'} | {number(median_of(fell.diverged_step), 4)} | {norms} | {least}"
+
+
+def before_reward(found: pd.DataFrame) -> pd.Series:
+    """Which runs fell apart before the reward came on, at a fifth of the run."""
+    return found.diverged_step <= 0.2 * found.steps
 
 
 def median_of(values: pd.Series) -> float:
@@ -47,8 +52,6 @@ def median_of(values: pd.Series) -> float:
 CURE, NONE, OPEN = "yes", "no", "not settled"
 GUESSES = ("sigmoid start", "own clip", "lr cut on spikes", "first three", "smaller eta", "more rows")
 """Arms of autopsy-suspects that the run's author proposed."""
-
-
 FRESH = 5
 """Seeds from this one on were not there when the finalists were chosen."""
 
@@ -64,7 +67,7 @@ def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
         lines.append(f"| {name} | {whose} | {arm_line(found)} | {verdict(found, bound)} |")
     cut = dict(arms)["lr cut on spikes"]
     fresh = trials[(trials.study == "finalists") & (trials.seed >= FRESH)].groupby("arm").diverged
-    shrunk = (trials[trials.study == "regime"]).set_index(["arm", "seed"]).latent_gradient_first.loc[BROKEN]
+    shrunk = trials[trials.study == "regime"].set_index(["arm", "seed"]).latent_gradient_first.loc[BROKEN]
     decoded = dict(arms)["decoded baseline"].set_index("seed").latent_gradient_first
     return {
         "suspects": "\n".join(lines),
@@ -76,11 +79,17 @@ def suspects_values(trials: pd.DataFrame) -> dict[str, str]:
         "own_clip_broken": share(dict(arms)["own clip"].diverged),
         "cut_broken": share(dict(arms)["lr cut on spikes"].diverged),
         "eta_broken": share(dict(arms)["smaller eta"].diverged),
-        "exact_broken": share(dict(arms)["exact pixel gradient"].diverged),
         "cut_at_start": number(100 * (cut.lr_at_start / cut.lr).median(), 2),
         "cut_end": number(100 * (cut.lr_end / cut.lr).median(), 2),
         "cures": ", ".join(name for name, found in arms if verdict(found, bound) == CURE),
     }
+
+
+def verdict(found: pd.DataFrame, bound: float) -> str:
+    """A cure: the share's upper end is below the published share's lower end. No cure: half and more fell apart."""
+    if clopper_pearson(int(found.diverged.sum()), len(found)).high < bound:
+        return CURE
+    return NONE if found.diverged.mean() >= 0.5 else OPEN
 
 
 def single_changes(trials: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -133,8 +142,8 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
     return {
         "uniform_norm_noise": factor(mean_t(ratios["norm"]), math.e, 3),
         "uniform_loss_noise": factor(mean_t(ratios["loss"]), math.e, 3),
-        "uniform_early": f"{int((uniform.diverged_step <= 0.2 * uniform.steps).sum())} of {len(uniform)}",
-        "shaped_early": f"{int((shaped.diverged_step <= 0.2 * shaped.steps).sum())} of {len(shaped)}",
+        "uniform_early": f"{int(before_reward(uniform).sum())} of {len(uniform)}",
+        "shaped_early": f"{int(before_reward(shaped).sum())} of {len(shaped)}",
         "uniform_spikes": f"{int(uniform.early_spikes.sum())}",
         "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
         "renoise_seeds": str(len(uniform)),
@@ -144,15 +153,12 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
 def size_values(trials: pd.DataFrame) -> dict[str, str]:
     """Twice the steps and a quarter of the images, beside the published arm."""
     published = trials[(trials.study == "regime") & (trials.arm == BROKEN)].set_index("seed")
-    arms = list(trials[trials.study == "size"].groupby("arm", sort=False))
-    lines = [f"| alone | {COLUMNS} |", f"|---|{RULE}", f"| `published` | {arm_line(published)} |"]
-    lines += [f"| {name} | {arm_line(found)} |" for name, found in arms]
-    fewer = dict(arms)["a quarter of the images"].set_index("seed")
+    arms = trials[trials.study == "size"].groupby("arm")
+    fewer = arms.get_group("a quarter of the images").set_index("seed")
     later = (fewer.diverged_step - published.diverged_step).dropna()
     return {
-        "size": "\n".join(lines),
         "size_seeds": str(fewer.index.nunique()),
-        "longer_broken": share(dict(arms)["twice the steps"].diverged),
+        "longer_broken": share(arms.get_group("twice the steps").diverged),
         "fewer_broken": share(fewer.diverged),
         "fewer_later": str(mean_t(later)),
     }
@@ -173,13 +179,6 @@ def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
         f"{where}_seeds": str(changes.seed.nunique()),
         f"{where}_norm": number(both.norm_ratio.max(), 2),
     }
-
-
-def verdict(found: pd.DataFrame, bound: float) -> str:
-    """A cure: the share's upper end is below the published share's lower end. No cure: half and more fell apart."""
-    if clopper_pearson(int(found.diverged.sum()), len(found)).high < bound:
-        return CURE
-    return NONE if found.diverged.mean() >= 0.5 else OPEN
 
 
 # --- the recipe -------------------------------------------------------------------------------------------

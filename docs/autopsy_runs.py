@@ -277,7 +277,7 @@ def replays(root: Path, most: int = 24) -> None:
             left = {name: change for name, change in INTERVENTIONS.items() if name not in known}
             if not left:
                 continue
-            found = replay_each(RunDirectory(run.path), number, list(left.values()), lambda _: (source, device), 5, ())
+            found = replay_each(RunDirectory(run.path), number, list(left.values()), lambda _: (source, device), 5)
             peaks = [found.peak(trace) for trace in found.traces]
             event = {"step": found.event.step, "series": found.event.series, "usual": found.event.reference}
             heights = {"exact": found.exact, "unchanged": peaks[0]} | dict(zip(left, peaks[1:], strict=True))

@@ -119,7 +119,7 @@ def replay_each(
     changes: Sequence[list[str]],
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
-    placebos: Sequence[float] = PLACEBOS,
+    placebos: Sequence[float] = (),
 ) -> Replay:
     """:func:`replay` with several changes, one trace for each after the unchanged one.
 
