@@ -15,7 +15,7 @@ from twinrl import checkpoints, draws, schema
 from twinrl.capsules import Capsules
 from twinrl.commands.replay import verdict
 from twinrl.errors import InputError
-from twinrl.replay import replay
+from twinrl.replay import Judge, replay
 from twinrl.schema import RunConfig
 from twinrl.stability.events import Event
 from twinrl.tracking import names
@@ -177,6 +177,49 @@ def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_p
     assert not any("shows no cause" in line for line in verdict(result))
     hanging = replace(result, placebos=[replace(without, label="learning rate × 0.99")])
     assert "removes this spike, too" in verdict(hanging)[-1]
+
+
+def test_every_trace_starts_from_the_same_state(tmp_path: Path) -> None:
+    """Training writes into what a checkpoint was loaded to: its optimizer must not go on into the next trace."""
+    trainer = finish(planted(tmp_path))
+    result = replay(trainer.run, 1, ["tracking.experiment=other"], load, after=5)
+    unchanged, same = ([row[names.LOSS_TOTAL] for row in trace.rows] for trace in result.traces)
+    assert result.exact
+    assert same == unchanged
+
+
+def far(network: torch.nn.Module, step: int) -> dict[str, float]:
+    """A quality that is bad once the weights are far away; with a short memory Adam throws them there after a spike."""
+    size = max(float(p.detach().abs().max()) for p in network.parameters())
+    return {names.VAL_QUALITY: 0.1 if size < 1 else size}
+
+
+def test_a_judged_replay_says_whether_the_run_would_have_lived(tmp_path: Path) -> None:
+    thrown = (
+        "teacher={kind: live, allow_live: true}", "optim={lr: 0.001, betas: [0.9, 0.2]}", "evaluation.every=5",
+        "stability={policy: record, divergence: {accuracy_floor: 0, recall_floor: 0}}",
+    )  # fmt: skip
+    trainer = finish(planted(tmp_path, *thrown, size=1e6), validate=far)
+    told: list[tuple[str, int, int]] = []
+    result = replay(trainer.run, 1, ["terms.planted=null"], load, 19, Judge(5, far), lambda *what: told.append(what))
+    unchanged, without = result.traces
+    assert result.judged
+    assert [row["step"] for row in unchanged.rows if names.VAL_QUALITY in row] == list(range(35, 61, 5))
+    assert all(result.before[-1]["step"] < row["step"] for row in unchanged.rows)
+    falls = [result.fell(trace) for trace in (unchanged, *result.placebos)]
+    assert [fall.step for fall in falls if fall is not None] == [55, 55, 55]
+    assert result.fell(without) is None
+    assert told[-1] == ("learning rate × 1.01", 30, 30)
+    assert verdict(result)[-4:] == [
+        "unchanged: fell apart at step 55",
+        "terms.planted=null: whole to the last of these steps",
+        "learning rate × 0.99: fell apart at step 55",
+        "learning rate × 1.01: fell apart at step 55",
+    ]
+    hanging = replace(result, placebos=[replace(without, label="learning rate × 0.99")])
+    assert verdict(hanging)[-1].endswith("a change saves it shows no cause")
+    blunt = replace(result, traces=[replace(without, label="unchanged"), without])
+    assert "even unchanged" in verdict(blunt)[-1]
 
 
 @pytest.mark.parametrize(

@@ -115,16 +115,18 @@ def replay(
     overrides: Overrides = None,
     event: Annotated[int | None, typer.Option(min=1, help="number of the event; without it they are listed")] = None,
     after: Annotated[int, typer.Option(min=0, help="steps after the event")] = 20,
+    judge: Annotated[int | None, typer.Option(min=1, help="judge samples every so many steps: does it fall?")] = None,
 ) -> None:
     """Run the steps around an event again, unchanged and with a change: a cause by intervention.
 
     Beside a change run two placebos, the learning rate × 0.99 and × 1.01: what they remove, too, hung on details.
+    With `--after 300 --judge 50` it says whether the run would have lived.
     For example without the reward: `twinrl replay RUN --event 3 terms.reward=null`; in double precision:
     `train.precision=float64`; on another batch: `seed=1`.
     """
     from twinrl.commands.replay import replay as command
 
-    raise typer.Exit(command(run, event, overrides or [], after, _console()))
+    raise typer.Exit(command(run, event, overrides or [], after, judge, _console()))
 
 
 @app.command()

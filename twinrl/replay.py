@@ -5,6 +5,9 @@ Draws are keyed, so the unchanged replay repeats the log exactly, and a changed 
 
 Training near its edge is chaotic, though: there any change, however innocent, may remove a single spike. So a change is
 compared with *placebos*, the same steps at a slightly different learning rate: what they remove, too, shows no cause.
+
+A spike is not a fall. With a :class:`Judge` the samples are judged on the way, and a replay that goes on for some
+hundred steps says whether the run would have lived.
 """
 
 import math
@@ -23,13 +26,27 @@ from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
+from twinrl.stability.divergence import Diverged, Divergence, first_divergence
 from twinrl.stability.events import Event
-from twinrl.tracking import runlog
-from twinrl.trainer import Row, Trainer
+from twinrl.tracking import names, runlog
+from twinrl.trainer import Row, Trainer, Validation
 
 NEAR = 5
 PLACEBOS = (0.99, 1.01)
 """Factors of the learning rate under which a spike that has a cause is expected to recur."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges samples every so many steps of a replay; the same for all of its traces.
+
+    Attributes:
+        every: steps between two validations.
+        validate: as the trainer's.
+    """
+
+    every: int
+    validate: Validation
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Trace:
 
     Attributes:
         label: the change, or "unchanged".
-        rows: one log row a step.
+        rows: one log row a step, with validation metrics where samples were judged.
         found: kind of finding → first step at which the detectors had it.
     """
 
@@ -55,12 +72,17 @@ class Replay:
         event, logged: the event and its steps' rows of the log.
         traces: unchanged, then one for each change.
         placebos: changes that remove no suspect.
+        before: rows of the log before these steps, by which a fall is told.
+        divergence, nfe: what a fall is, and at how many network evaluations.
     """
 
     event: Event
     logged: list[Row]
     traces: list[Trace]
     placebos: list[Trace]
+    before: list[Row]
+    divergence: Divergence.Config
+    nfe: int
 
     @property
     def exact(self) -> bool:
@@ -72,6 +94,15 @@ class Replay:
     def recurs(self, trace: Trace) -> bool:
         """Whether what the event was happens in a trace too."""
         return self.event.kind in trace.found
+
+    @property
+    def judged(self) -> bool:
+        """Whether samples were judged on the way."""
+        return any(names.VAL_QUALITY in row for row in self.traces[0].rows)
+
+    def fell(self, trace: Trace) -> Diverged | None:
+        """The fall of a run that went on as the trace; None where it was whole to the end, or was not judged."""
+        return first_divergence([*self.before, *trace.rows], self.divergence, self.nfe)
 
     def peak(self, trace: Trace) -> float | None:
         """Largest value of the event's series within ``NEAR`` steps of it; None where the trace does not have it.
@@ -97,6 +128,8 @@ def replay(
     overrides: list[str],
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
+    judge: Judge | None = None,
+    tell: Callable[[str, int, int], None] = lambda label, step, steps: None,
 ) -> Replay:
     """Run the steps around event ``number`` again: unchanged, and with ``overrides`` and placebos if there are any.
 
@@ -106,11 +139,14 @@ def replay(
         overrides: ``key.path=value`` changes, e.g. ``terms.reward=null`` or ``train.precision=float64``.
         source: loads the data of a configuration onto its device.
         after: steps after the event.
+        judge: judges samples on the way.
+        tell: hears which trace has made how many of its steps.
 
     Raises:
         InputError: the event has no capsule, or the change does not fit its state.
     """
-    return replay_each(run, number, [overrides] if overrides else [], source, after, PLACEBOS if overrides else ())
+    changes, placebos = ([overrides], PLACEBOS) if overrides else ([], ())
+    return replay_each(run, number, changes, source, after, placebos, judge, tell)
 
 
 def replay_each(
@@ -120,28 +156,36 @@ def replay_each(
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
     placebos: Sequence[float] = (),
+    judge: Judge | None = None,
+    tell: Callable[[str, int, int], None] = lambda label, step, steps: None,
 ) -> Replay:
     """:func:`replay` with several changes, one trace for each after the unchanged one.
 
     Arguments:
-        run, number, source, after: as in :func:`replay`.
+        run, number, source, after, judge, tell: as in :func:`replay`.
         changes: overrides of each trace.
         placebos: factors of the learning rate, one trace each.
 
     *When to use*: to try a list of suspects on one event; the unchanged steps run once.
     """
     settings = run.settings()
-    event, checkpoint = Capsules(run.path, settings.stability.capsules).load(number)
+    capsules = Capsules(run.path, settings.stability.capsules)
+    event, checkpoint = capsules.load(number)
     steps = event.iteration - checkpoint.state["iteration"] + 1 + after
     versions = {"unchanged": settings} | {" ".join(change): changed(settings, change) for change in changes}
     harmless = {f"learning rate × {factor:g}": faster(settings, factor) for factor in placebos}
     traces, beside = (
-        [_trace(label, version, checkpoint, steps, source) for label, version in group.items()]
+        [
+            _trace(label, version, capsules.load(number)[1], steps, source, judge, tell)
+            for label, version in group.items()
+        ]
         for group in (versions, harmless)
     )
     first = checkpoint.state["iteration"]
-    logged = [row for row in runlog.read(run.log) if first <= row["iteration"] < first + steps]
-    return Replay(event, logged, traces, beside)
+    log = runlog.read(run.log)
+    logged = [row for row in log if first <= row["iteration"] < first + steps]
+    before = [row for row in log if row["iteration"] < first]
+    return Replay(event, logged, traces, beside, before, settings.stability.divergence, settings.evaluation.nfe[0])
 
 
 def changed(settings: RunConfig, overrides: list[str]) -> RunConfig:
@@ -160,8 +204,10 @@ def _trace(
     checkpoint: Checkpoint,
     steps: int,
     source: Callable[[RunConfig], tuple[Data, torch.device]],
+    judge: Judge | None,
+    tell: Callable[[str, int, int], None],
 ) -> Trace:
-    """Run ``steps`` steps from a state; whatever is found is recorded and nothing acts."""
+    """Run ``steps`` steps from a state, which training writes into; whatever is found is recorded and nothing acts."""
     quiet: dict[str, Any] = {
         "stability": {"policy": "record", "spike": "record", "drift": "record", "capsules": {"every": 0}}
     }
@@ -171,16 +217,20 @@ def _trace(
         run = RunDirectory(Path(folder) / "replay")
         run.start(settings, fresh=False)
         data, device = source(settings)
-        trainer = Trainer(settings, run, data, device, lambda network, step: {}, start_weights=False)
+        validate = judge.validate if judge is not None else lambda network, step: {}
+        trainer = Trainer(settings, run, data, device, validate, start_weights=False)
         try:
             trainer.restore(checkpoint, "the capsule", strict=False)
         except InputError as error:
             raise InputError(f"the change does not fit the capsule's state ({label})", got=error) from error
         rows: list[Row] = []
         found: dict[str, int] = {}
-        for _ in range(steps):
+        for made in range(1, steps + 1):
             row, _, _ = trainer.train_step()
+            if judge is not None and trainer.step % judge.every == 0:
+                row.update(trainer.validate(trainer.objective.teacher.best, trainer.step))
             rows.append(row)
+            tell(label, made, steps)
             for kind in trainer.kinds:
                 found.setdefault(kind, row["step"])
         trainer.log.close()

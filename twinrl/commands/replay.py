@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from twinrl.assembly import protocol_of
 from twinrl.capsules import Capsules
+from twinrl.commands.pictures import in_single_precision
+from twinrl.commands.progress import SHOWN
 from twinrl.commands.train import machine_and_data
-from twinrl.replay import Replay, Trace
+from twinrl.replay import Judge, Replay, Trace
 from twinrl.replay import replay as run_again
 from twinrl.runs import RunDirectory
+from twinrl.schema import RunConfig
 from twinrl.tracking import names, runlog
 
 SHOWN_BEFORE, SHOWN_AFTER = 8, 12
 
 
-def replay(path: Path, event: int | None, overrides: list[str], after: int, console: Console) -> int:
+def replay(path: Path, event: int | None, overrides: list[str], after: int, judge: int | None, console: Console) -> int:
     """Replay an event, or list the run's events where none is named; the exit code."""
     run = RunDirectory(path)
     settings = run.settings()
@@ -30,12 +35,30 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, cons
         device, data = machine_and_data(wanted)
         return data, device
 
-    with console.status(f"replaying event {event}"):
-        result = run_again(run, event, overrides, source, after)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(label: str, step: int, steps: int) -> None:
+            if label not in tasks:
+                tasks[label] = progress.add_task(label, total=steps)
+            progress.update(tasks[label], completed=step)
+
+        judging = None if judge is None else judge_of(settings, judge)
+        result = run_again(run, event, overrides, source, after, judging, tell)
     console.print(side_by_side(result))
+    if result.judged:
+        console.print(validations(result))
     for line in verdict(result):
         console.print(line)
     return 0
+
+
+def judge_of(settings: RunConfig, every: int) -> Judge:
+    """The run's own validation, every so many steps."""
+    device, data = machine_and_data(settings)
+    protocol = protocol_of(settings, data, "validation", device)
+    return Judge(every, lambda network, step: protocol.evaluate(in_single_precision(network)))
 
 
 def listing(run: RunDirectory, capsules: Capsules) -> Table:
@@ -73,6 +96,20 @@ def side_by_side(result: Replay) -> Table:
     return table
 
 
+def validations(result: Replay) -> Table:
+    """What the samples of every trace were judged to be, step by step."""
+    table = Table(title="samples on the way: " + ", ".join(SHOWN.values()))
+    table.add_column("step", justify="right", no_wrap=True)
+    traces = [*result.traces, *result.placebos]
+    for trace in traces:
+        table.add_column(trace.label, justify="right")
+    for rows in zip(*(trace.rows for trace in traces), strict=True):
+        if names.VAL_QUALITY in rows[0]:
+            cells = [" ".join(_number(row[name]) for name in SHOWN if name in row) for row in rows]
+            table.add_row(str(rows[0]["step"]), *cells)
+    return table
+
+
 def _number(value: Any) -> str:
     if value is None:
         return "–"
@@ -92,6 +129,21 @@ def verdict(result: Replay) -> list[str]:
             f"a slightly different learning rate removes this {result.event.kind}, too, so its absence shows no cause; "
             "compare heights with these over several events"
         )
+    return lines + (_lives(result) if result.judged else [])
+
+
+def _lives(result: Replay) -> list[str]:
+    """Whether the run would have lived, trace by trace, and what that shows."""
+    traces = [*result.traces, *result.placebos]
+    falls = {trace.label: result.fell(trace) for trace in traces}
+    lines = [
+        f"{label}: {'whole to the last of these steps' if fall is None else f'fell apart at step {fall.step}'}"
+        for label, fall in falls.items()
+    ]
+    if falls[traces[0].label] is None:
+        lines.append("the run does not fall apart within these steps even unchanged: judge more of them (--after)")
+    elif any(falls[trace.label] is None for trace in result.placebos):
+        lines.append("a slightly different learning rate saves the run, too, so that a change saves it shows no cause")
     return lines
 
 
