@@ -16,6 +16,7 @@ import pandas as pd
 from autopsy_arms import (
     before_reward,
     carried_values,
+    causes_values,
     dose_values,
     factor,
     median_of,
@@ -27,15 +28,15 @@ from autopsy_arms import (
     size_values,
     suspects_values,
 )
+from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
     CURVES,
+    FALLS,
     FOLDER,
     IMAGES,
-    INTERVENTIONS,
     NO_REWARD,
     ORDERS,
-    PLACEBOS,
     REPLAYS,
     SAMPLED,
     SOUND,
@@ -80,6 +81,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | renoise_values(trials)
         | dose_values(trials)
         | size_values(trials)
+        | causes_values(trials)
         | carried_values(trials, "dit")
         | carried_values(trials, "mnist")
     )
@@ -89,6 +91,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         {"definitions": definitions_table(curves)}
         | measuring_values(curves)
         | replay_values(pd.read_csv(REPLAYS), trials)
+        | falls_values(pd.read_csv(FALLS))
     )
     return values | sampling_values(pd.read_csv(SAMPLED))
 
@@ -265,57 +268,6 @@ def _guided(sampled: pd.DataFrame) -> str:
     """Factor of the Fréchet distance at 8 evaluations by guidance 4, paired by run."""
     by_seed = sampled.set_index(["guidance", "nfe", "seed"]).sort_index()
     return factor(mean_t(np.log(by_seed.fd.loc[4.0, 8]) - np.log(by_seed.fd.loc[0.0, 8])), math.e)
-
-
-def replay_values(heights: pd.DataFrame, trials: pd.DataFrame) -> dict[str, str]:
-    """How high the series of large spikes still rise under each intervention, beside placebos.
-
-    Of those whose unchanged replay repeats the log; the reward's own series are left out, which vanish with it by
-    definition.
-    """
-    inexact, heights = int((~heights.exact).sum()), heights[heights.exact]
-    others = heights[heights.series != names.grad("reward", "norm_raw")]
-    compared = others.dropna(subset=list(PLACEBOS))
-    fell = trials.set_index(["study", "arm", "seed"]).diverged_step
-    of_run = compared.set_index(["study", "arm", "seed"]).index
-    early = compared[compared.step.to_numpy() <= fell.reindex(of_run).to_numpy()]
-    old = others[others.study == "plateau"]
-    above = compared[[*INTERVENTIONS, "unchanged"]].div(compared.usual, axis=0).median()
-    lines = [
-        "| changed for these steps | spikes that keep at most a fifth | height ÷ usual, median | height ÷ placebos' "
-        "| of these, before the run fell |",
-        "|---|--:|--:|--:|--:|",
-        f"| nothing | – | {number(above.unchanged)} | {against(compared, 'unchanged')} "
-        f"| {against(early, 'unchanged')} |",
-    ]
-    for name, change in INTERVENTIONS.items():
-        shown = f"`{' '.join(change)}`" + (" (placebo)" if name in PLACEBOS else "")
-        beside = ["–"] * 2 if name in PLACEBOS else [against(found, name) for found in (compared, early)]
-        lines.append(f"| {shown} | {gone(compared, name)} | {number(above[name])} | {' | '.join(beside)} |")
-    return {
-        "replays": "\n".join(lines),
-        "replay_spikes": str(len(compared)),
-        "replay_inexact": str(inexact),
-        "replay_runs": str(compared.groupby(["study", "arm", "seed"]).ngroups),
-        "replay_early": str(len(early)),
-        "replay_early_runs": str(early.groupby(["study", "arm", "seed"]).ngroups),
-        "replay_old": str(len(old)),
-        "replay_old_gone": gone(old, "reward_off"),
-        "replay_placebo": " and ".join(gone(compared, name) for name in PLACEBOS),
-        **{f"replay_{name}": against(compared, name) for name in INTERVENTIONS if name not in PLACEBOS},
-    }
-
-
-def gone(heights: pd.DataFrame, intervention: str) -> str:
-    """The share of spikes that keep at most a fifth of their height."""
-    return share(heights[intervention] <= heights.unchanged / 5)
-
-
-def against(heights: pd.DataFrame, intervention: str) -> str:
-    """Factor of the height under an intervention over that under the placebos: mean over runs of their spikes' mean."""
-    placebos = np.log(heights[list(PLACEBOS)]).mean(axis=1)
-    by_run = (np.log(heights[intervention]) - placebos).groupby([heights.study, heights.arm, heights.seed]).mean()
-    return factor(mean_t(by_run), math.e)
 
 
 # --- figures ----------------------------------------------------------------------------------------------

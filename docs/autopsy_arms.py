@@ -164,6 +164,15 @@ def size_values(trials: pd.DataFrame) -> dict[str, str]:
     }
 
 
+def causes_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The corrected recipe with the published teacher, the published reward, and both."""
+    runs = trials[trials.study == "causes"]
+    lines = [f"| teacher | reward | seeds | {COLUMNS} |", f"|---|---|--:|{RULE}"]
+    for (teacher, reward), found in runs.groupby(["level.teacher", "level.reward"]):
+        lines.append(f"| {teacher} | {reward} | {len(found)} | {arm_line(found)} |")
+    return {"causes": "\n".join(lines)}
+
+
 def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
     """On other networks or data: the published recipe at each learning rate, and the decisive changes at one."""
     rates, changes = (trials[trials.study == study] for study in (f"{where}-rates", where))
@@ -193,10 +202,46 @@ WELL = 0.9
 
 
 def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
-    """Of the recommended recipe: the runs that fell apart at each rate, its judge against the teacher, its price."""
-    recipe = trials[trials.study == "recommended"].dropna(axis="columns", how="all")
-    without = trials[trials.study == "control"]
-    control = without[without.seed < CONTROLS]
+    """Of the recommended recipe, and of its first version without a clip of the rectify term: how many runs ended well
+    at each rate, the judge against the teacher, the price.
+    """
+    recipe, first = (trials[trials.study == study] for study in ("recommended", "unclipped"))
+    without = trials[trials.study == "unclipped-control"]
+    slow, fast = (recipe[recipe.lr == rate] for rate in sorted(recipe.lr.unique()))
+    first_slow, first_fast = (first[first.lr == rate] for rate in sorted(first.lr.unique()))
+    plain = without[(without.lr == first.lr.min()) & (without.seed < CONTROLS)]
+    paired = slow.set_index("seed").join(first_slow.set_index("seed"), rsuffix="_first")
+    well = paired[(paired.final_accuracy >= WELL) & (paired.final_accuracy_first >= WELL)]
+    return {
+        "recipe": recipe_table(recipe, trials[trials.study == "control"]),
+        "first_recipe": recipe_table(first, without[without.seed < CONTROLS]),
+        "recipe_slow_broken": share(slow.diverged),
+        "recipe_fast_broken": share(fast.diverged),
+        "recipe_well": _well(recipe),
+        "first_broken": share(first.diverged),
+        "first_well": _well(first),
+        "first_unwell": _ends(first[first.final_accuracy < WELL]),
+        "first_control_unwell": _ends(without[without.seed >= CONTROLS]),
+        "recipe_slow_spiky": _spiky(slow),
+        "recipe_fast_spiky": _spiky(fast),
+        "first_slow_spiky": _spiky(first_slow),
+        "first_fast_spiky": _spiky(first_fast),
+        "clip_fd": factor(mean_t(np.log(well.test1_fd / well.test1_fd_first)), math.e, 3),
+        "clip_norm": factor(mean_t(np.log(paired.norm_ratio / paired.norm_ratio_first)), math.e, 3),
+        "control_lead": str(mean_t(plain.test1_judge - plain.teacher_judge)),
+        "student_fd": str(mean_t(slow.test1_fd)),
+        "student_recall": str(mean_t(slow.test1_recall)),
+        "teacher_fd": number(slow.teacher_fd.mean()),
+        "teacher_recall": number(slow.teacher_recall.mean()),
+        "recipe_seeds": str(slow.seed.nunique()),
+        "recipe_fast_seeds": str(fast.seed.nunique()),
+        "first_seeds": str(first.seed.nunique()),
+        "control_seeds": str(plain.seed.nunique()),
+    }
+
+
+def recipe_table(recipe: pd.DataFrame, control: pd.DataFrame) -> str:
+    """One line for each rate and number of evaluations; the last columns are paired with runs without the reward."""
     lines = [
         "| learning rate | seeds | fell apart | unwell at the end | largest norm ÷ usual (most) | NFE "
         "| held-out judge − teacher's "
@@ -206,38 +251,27 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
     for rate, runs in recipe.groupby("lr"):
         plain = control[control.lr == rate].set_index("seed")
         paired = runs.set_index("seed")
+        unwell = int((runs.final_accuracy < WELL).sum())
+        first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {unwell} | {runs.norm_ratio.max():.2g}"
         for nfe in (1, 2):
             metric = {name: f"test{nfe}_{name}" for name in ("judge", "fd", "recall")}
             above = paired[metric["judge"]] - paired.teacher_judge
             judge, recall = ((paired[metric[name]] - plain[metric[name]]).dropna() for name in ("judge", "recall"))
             distance = np.log(paired[metric["fd"]] / plain[metric["fd"]]).dropna()
-            unwell = int((runs.final_accuracy < WELL).sum())
-            first = f"{rate:.0e} | {len(runs)} | {share(runs.diverged)} | {unwell} | {runs.norm_ratio.max():.2g}"
-            lines.append(
-                f"| {first if nfe == 1 else ' | | | | '} | {nfe} | {mean_t(above)} | {mean_t(judge)} "
-                f"| {factor(mean_t(distance), math.e, 3)} | {mean_t(recall)} "
-                f"| {'yes' if _no_worse(mean_t(distance), mean_t(recall)) else 'not shown'} |"
-            )
-    slow, fast = (recipe[recipe.lr == rate] for rate in sorted(recipe.lr.unique()))
-    plain = control[control.lr == recipe.lr.min()]
-    return {
-        "recipe": "\n".join(lines),
-        "recipe_slow_broken": share(slow.diverged),
-        "recipe_fast_broken": share(fast.diverged),
-        "recipe_well": f"{int((recipe.final_accuracy >= WELL).sum())} of {len(recipe)}",
-        "recipe_unwell": _ends(recipe[recipe.final_accuracy < WELL]),
-        "control_unwell": _ends(without[without.seed >= CONTROLS]),
-        "recipe_slow_rest": str(mean_t((slow.test1_judge - slow.teacher_judge)[slow.final_accuracy >= WELL])),
-        "recipe_slow_spiky": f"{int((slow.norm_ratio >= SPIKY).sum())} of {len(slow)}",
-        "recipe_fast_spiky": f"{int((fast.norm_ratio >= SPIKY).sum())} of {len(fast)}",
-        "control_lead": str(mean_t(plain.test1_judge - plain.teacher_judge)),
-        "student_fd": str(mean_t(slow.test1_fd)),
-        "student_recall": str(mean_t(slow.test1_recall)),
-        "teacher_fd": number(slow.teacher_fd.mean()),
-        "teacher_recall": number(slow.teacher_recall.mean()),
-        "recipe_seeds": str(recipe.seed.nunique()),
-        "control_seeds": str(control.seed.nunique()),
-    }
+            cells = ["–"] * 4
+            if len(distance) > 1:
+                worse = "yes" if _no_worse(mean_t(distance), mean_t(recall)) else "not shown"
+                cells = [str(mean_t(judge)), factor(mean_t(distance), math.e, 3), str(mean_t(recall)), worse]
+            lines.append(f"| {first if nfe == 1 else ' | | | | '} | {nfe} | {mean_t(above)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _well(runs: pd.DataFrame) -> str:
+    return f"{int((runs.final_accuracy >= WELL).sum())} of {len(runs)}"
+
+
+def _spiky(runs: pd.DataFrame) -> str:
+    return f"{int((runs.norm_ratio >= SPIKY).sum())} of {len(runs)}"
 
 
 def _ends(runs: pd.DataFrame) -> str:
@@ -260,7 +294,7 @@ def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
     """The recipe with one setting changed, paired by seed with the recipe itself at the same rate."""
     chosen = trials[trials.study == "sensitivity"]
     rate = chosen.lr.iloc[0]
-    recipe = trials[(trials.study == "recommended") & (trials.lr == rate)].set_index("seed")
+    recipe = trials[(trials.study == "unclipped") & (trials.lr == rate)].set_index("seed")
     lines = [
         "| changed | fell apart | largest norm ÷ usual (most) | held-out judge − teacher's, 1 NFE "
         "| judge − the recipe's | Fréchet distance ×, 1 NFE | 2 NFE | recall − the recipe's, 1 NFE | harmless |",

@@ -1,7 +1,6 @@
 """From run directories to the autopsy's tables in docs/results/autopsy; ``docs/autopsy.py`` makes the page of them.
 
     python docs/autopsy_runs.py collect runs/ablations …      trials and curves of the autopsy's studies
-    python docs/autopsy_runs.py replays runs/ablations        the steps around large spikes again, without each suspect
     python docs/autopsy_runs.py samplings runs/ablations      healthy runs sampled as published and as recommended
 
 What the committed tables hold of trials whose run directories are not here is kept, as long as the study is the same.
@@ -12,7 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise, zip_longest
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,27 +23,25 @@ from ablations.ledger import Ledger
 from ablations.margin import probe_of, reachable
 from ablations.study import Arm, load
 from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
-from twinrl import assembly, schema
-from twinrl.assembly import load_source
+from twinrl import assembly
 from twinrl.commands import inspect
 from twinrl.evaluation.grids import sample_grid
 from twinrl.evaluation.protocol import Protocol
-from twinrl.replay import replay_each
-from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
-from twinrl.stability.events import SPIKE
 from twinrl.tracking import names
 
 IMAGES = Path(__file__).parent / "images"
 FOLDER = Path(__file__).parent / "results" / "autopsy"
-TRIALS, CURVES, REPLAYS, SAMPLED, LEDGER = (
-    FOLDER / name for name in ("trials.csv", "curves.parquet", "replays.csv", "samplings.csv", "ledger.jsonl")
+TRIALS, CURVES, REPLAYS, FALLS, SAMPLED, LEDGER = (
+    FOLDER / name
+    for name in ("trials.csv", "curves.parquet", "replays.csv", "falls.csv", "samplings.csv", "ledger.jsonl")
 )
 MARGIN = "margin"
 """The study that is a bisection: `ablate margin`."""
 STUDIES = (
     *("search", "plateau", "regime", "suspects", "finalists", "causes", MARGIN, "size", "dose"),
-    *("recommended", "control", "sensitivity", "dit-rates", "dit", "mnist-rates", "mnist"),
+    *("unclipped", "unclipped-control", "sensitivity", "recommended", "control"),
+    *("dit-rates", "dit", "mnist-rates", "mnist"),
 )
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
@@ -236,71 +233,6 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-# --- interventions ----------------------------------------------------------------------------------------
-
-PLACEBOS = {"rate_less": ["optim.lr=0.99e-3"], "rate_more": ["optim.lr=1.01e-3"]}
-INTERVENTIONS = {
-    "reward_off": ["reward.schedule.weight.final=0"],
-    "baseline_decoded": ["reward.gradient.baseline=decoded"],
-    "teacher_ema": ["teacher={kind: ema, decay: 0.99}"],
-    "float32": ["train.precision=float32"],
-    "lr_tenth": ["optim.lr=1e-4"],
-    "own_clip": ["gradients.terms.reward={relative: {ratio: 0.1}}"],
-    **PLACEBOS,
-}
-"""Suspect → what removes it for the steps around a spike; placebos remove none, and show what any change does."""
-SPIKE_KEY = ["study", "arm", "seed", "event"]
-NO_HELP = ("sigmoid start", "smaller eta", "exact pixel gradient", "one-step sample")
-"""Arms of autopsy-suspects that fall apart as the published one does, and later than before the reward."""
-SPIKED = {"regime": (BROKEN,), "plateau": (BROKEN,), "suspects": NO_HELP}
-"""Study → arms whose spikes are replayed."""
-LARGE = 10.0
-"""Spikes that are looked at: this many times what was usual."""
-
-
-def replays(root: Path, most: int = 24) -> None:
-    """Replays large spikes of runs with the published reward under each intervention, and adds their heights.
-
-    Arguments:
-        root: folder of run directories with capsules (``stability.capsules``).
-        most: spikes of each study, shared by its runs.
-    """
-    device = torch.device("cpu")
-    source = load_source(schema.load("published"), device)
-    table = pd.read_csv(REPLAYS) if REPLAYS.exists() else pd.DataFrame(columns=SPIKE_KEY)
-    for study, arms_of in SPIKED.items():
-        names_of = {run.path: arm.name for arm, _, run in trials_of(study, root) if arm.name in arms_of}
-        for run, number in chosen_spikes(map(load_run, names_of), most):
-            key = (study, names_of[run.path], int(run.config["seed"]), number)
-            same = [tuple(known) == key for known in table[SPIKE_KEY].itertuples(index=False)]
-            known = {} if not any(same) else table[same].iloc[0].dropna().to_dict()
-            left = {name: change for name, change in INTERVENTIONS.items() if name not in known}
-            if not left:
-                continue
-            found = replay_each(RunDirectory(run.path), number, list(left.values()), lambda _: (source, device), 5)
-            peaks = [found.peak(trace) for trace in found.traces]
-            event = {"step": found.event.step, "series": found.event.series, "usual": found.event.reference}
-            heights = {"exact": found.exact, "unchanged": peaks[0]} | dict(zip(left, peaks[1:], strict=True))
-            row = known | dict(zip(SPIKE_KEY, key, strict=True)) | event | heights
-            print(row, flush=True)
-            table = pd.concat([table[[not one for one in same]], pd.DataFrame([row])], ignore_index=True)
-            table.sort_values(SPIKE_KEY).to_csv(REPLAYS, index=False, float_format="%.6g")
-
-
-def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:
-    """The first large spikes after the reward's start, in turn from each run, as (run, number of the event)."""
-    queues = []
-    for run in runs:
-        start, kept = round(0.2 * run.config["train"]["steps"]), run.path / "capsules"
-        queues.append([
-            (run, number) for number, event in enumerate(run.events, 1)
-            if event["kind"] == SPIKE and event["step"] > start and (kept / f"event-{number}").is_dir()
-            and float(event["value"]) >= LARGE * float(event["reference"])
-        ])  # fmt: skip
-    turns = [spike for turn in zip_longest(*queues) for spike in turn if spike is not None]
-    return turns[:most]
-
-
 # --- what sampling does to healthy runs --------------------------------------------------------------------
 
 SAMPLINGS = ((1, 0.0), (2, 0.0), (4, 0.0), (8, 0.0), (4, 4.0), (8, 4.0))
@@ -348,7 +280,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, roots in ((collect, "+"), (replays, None), (samplings, None)):
+    for command, roots in ((collect, "+"), (samplings, None)):
         chooser = commands.add_parser(command.__name__, help=command.__doc__)
         chooser.add_argument("root", type=Path, nargs=roots, help="folder of run directories")
         chooser.set_defaults(make=command)
