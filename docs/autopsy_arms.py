@@ -234,8 +234,6 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
         "teacher_fd": number(slow.teacher_fd.mean()),
         "teacher_recall": number(slow.teacher_recall.mean()),
         "recipe_seeds": str(slow.seed.nunique()),
-        "recipe_fast_seeds": str(fast.seed.nunique()),
-        "first_seeds": str(first.seed.nunique()),
         "control_seeds": str(plain.seed.nunique()),
     }
 

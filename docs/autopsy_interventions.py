@@ -17,8 +17,7 @@ def replay_values(heights: pd.DataFrame, trials: pd.DataFrame) -> dict[str, str]
     Of those whose unchanged replay repeats the log; the reward's own series are left out, which vanish with it by
     definition.
     """
-    inexact, heights = int((~heights.exact).sum()), heights[heights.exact]
-    others = heights[heights.series != names.grad("reward", "norm_raw")]
+    others = heights[heights.exact & (heights.series != names.grad("reward", "norm_raw"))]
     compared = others.dropna(subset=list(PLACEBOS))
     fell = trials.set_index(["study", "arm", "seed"]).diverged_step
     of_run = compared.set_index(["study", "arm", "seed"]).index
@@ -38,7 +37,6 @@ def replay_values(heights: pd.DataFrame, trials: pd.DataFrame) -> dict[str, str]
     return {
         "replays": "\n".join(lines),
         "replay_spikes": str(len(compared)),
-        "replay_inexact": str(inexact),
         "replay_runs": str(compared.groupby(["study", "arm", "seed"]).ngroups),
         "replay_early": str(len(early)),
         "replay_early_runs": str(early.groupby(["study", "arm", "seed"]).ngroups),

@@ -61,6 +61,11 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
         assert fell[name] == "5 of 5", name
 
 
+def test_the_unchanged_replays_repeat_their_logs(runs: ModuleType) -> None:
+    assert pd.read_csv(runs.REPLAYS).exact.all()
+    assert pd.read_csv(runs.FALLS).exact.all()
+
+
 def test_paired_runs_are_the_same_until_the_reward_starts(autopsy: ModuleType) -> None:
     """Otherwise a difference between arms would not be the reward's."""
     curves = pd.read_parquet(autopsy.CURVES)
