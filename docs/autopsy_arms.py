@@ -215,6 +215,7 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
     return {
         "recipe": recipe_table(recipe, trials[trials.study == "control"]),
         "first_recipe": recipe_table(first, without[without.seed < CONTROLS]),
+        "recipe_broken": share(recipe.diverged),
         "recipe_slow_broken": share(slow.diverged),
         "recipe_fast_broken": share(fast.diverged),
         "recipe_well": _well(recipe),

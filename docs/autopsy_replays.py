@@ -6,14 +6,13 @@
 Rows of events whose run directories are not here are kept; what is there already is not made again.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 import pandas as pd
 import torch
-from autopsy_runs import BROKEN, FALLS, REPLAYS, trials_of
+from autopsy_runs import BROKEN, FALLS, REPLAYS, run_chosen, trials_of
 
 from analysis.frames import Run, load_run, run_divergence
 from twinrl import schema
@@ -177,17 +176,5 @@ def lived(found: Replay, trace: Trace) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, roots in ((replays, None), (falls, "+")):
-        chooser = commands.add_parser(command.__name__, help=command.__doc__)
-        chooser.add_argument("root", type=Path, nargs=roots, help="folder of run directories")
-        chooser.set_defaults(make=command)
-    chosen = parser.parse_args()
-    chosen.make(chosen.root)
-
-
 if __name__ == "__main__":
-    main()
+    run_chosen(__doc__, {replays: None, falls: "+"})

@@ -8,7 +8,7 @@ What the committed tables hold of trials whose run directories are not here is k
 
 import argparse
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -276,12 +276,15 @@ def sampled(run: Run) -> tuple[list[dict[str, float]], torch.Tensor]:
     return rows, torch.stack(drawn)
 
 
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, roots in ((collect, "+"), (samplings, None)):
-        chooser = commands.add_parser(command.__name__, help=command.__doc__)
+def run_chosen(description: str | None, commands: Mapping[Callable[[Any], None], str | None]) -> None:
+    """Calls the command that the command line names with its folders of run directories.
+
+    ``commands``: each with how many it takes, as argparse has it.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choosers = parser.add_subparsers(dest="command", required=True)
+    for command, roots in commands.items():
+        chooser = choosers.add_parser(command.__name__, help=command.__doc__)
         chooser.add_argument("root", type=Path, nargs=roots, help="folder of run directories")
         chooser.set_defaults(make=command)
     chosen = parser.parse_args()
@@ -289,4 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_chosen(__doc__, {collect: "+", samplings: None})

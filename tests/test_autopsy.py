@@ -50,7 +50,8 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert f"gradient norms up to {values['early_norm']} under a clip at 10" in said
     assert f"without any preference, breaks {values['dose_residual']}" in said
     assert f"as long, measured from E(D(z)), {values['dose_large_eta']}" in said
-    assert f"{values['recipe_well']} runs ended well so far, {values['first_well']} before it had that clip" in said
+    broken, _, bound = autopsy.values_of(trials)["recipe_broken"].partition(" [0.00, ")
+    assert f"`recommended`: {broken} runs fell apart, at most {100 * float(bound.rstrip(']')):.0f} %" in said
     assert f"{values['falls_nothing']} fall again, and {values['falls_rectify_clip']} with a clip" in said
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
