@@ -209,11 +209,12 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
     without = trials[trials.study == "unclipped-control"]
     slow, fast = (recipe[recipe.lr == rate] for rate in sorted(recipe.lr.unique()))
     first_slow, first_fast = (first[first.lr == rate] for rate in sorted(first.lr.unique()))
-    plain = without[(without.lr == first.lr.min()) & (without.seed < CONTROLS)]
+    control = trials[trials.study == "control"]
+    plain = control[control.lr == control.lr.min()]
     paired = slow.set_index("seed").join(first_slow.set_index("seed"), rsuffix="_first")
     well = paired[(paired.final_accuracy >= WELL) & (paired.final_accuracy_first >= WELL)]
     return {
-        "recipe": recipe_table(recipe, trials[trials.study == "control"]),
+        "recipe": recipe_table(recipe, control),
         "first_recipe": recipe_table(first, without[without.seed < CONTROLS]),
         "recipe_broken": share(recipe.diverged),
         "recipe_slow_broken": share(slow.diverged),

@@ -52,6 +52,10 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert f"as long, measured from E(D(z)), {values['dose_large_eta']}" in said
     broken, _, bound = autopsy.values_of(trials)["recipe_broken"].partition(" [0.00, ")
     assert f"`recommended`: {broken} runs fell apart, at most {100 * float(bound.rstrip(']')):.0f} %" in said
+    assert "prefers its 1- and 2-step samples to the teacher's, and they are no worse than without the reward" in said
+    recipe = trials[trials.study == "recommended"]
+    assert all((recipe[f"test{nfe}_judge"] > recipe.teacher_judge).all() for nfe in (1, 2))
+    assert autopsy.values_of(trials)["recipe"].count("| yes |") == 4  # two rates, two numbers of evaluations
     assert f"{values['falls_nothing']} fall again, and {values['falls_rectify_clip']} with a clip" in said
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
