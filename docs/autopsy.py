@@ -27,6 +27,7 @@ from autopsy_arms import (
     single_changes,
     size_values,
     suspects_values,
+    transformer_values,
 )
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
@@ -83,6 +84,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | size_values(trials)
         | causes_values(trials)
         | carried_values(trials, "dit")
+        | transformer_values(trials)
         | carried_values(trials, "mnist")
     )
     values |= recipe_values(trials) | sensitivity_values(trials)

@@ -173,6 +173,23 @@ def causes_values(trials: pd.DataFrame) -> dict[str, str]:
     return {"causes": "\n".join(lines)}
 
 
+def transformer_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The transformer's live student between the rates of its search, with the published reward and without it; and how
+    high norms rose under each change in the seeds that are no fall without the reward.
+    """
+    window, changes = (trials[trials.study == study] for study in ("dit-window", "dit"))
+    lines = [f"| reward | seeds | {COLUMNS} |", f"|---|--:|{RULE}"]
+    lines += [f"| {reward} | {len(found)} | {arm_line(found)} |" for reward, found in window.groupby("level.reward")]
+    without = changes[changes.arm == "no reward"]
+    living = changes[changes.seed.isin(without.seed[~without.diverged])]
+    ratios = {arm.replace(" ", "_"): number(found.norm_ratio.max(), 2) for arm, found in living.groupby("arm")}
+    return {
+        "dit_window": "\n".join(lines),
+        "dit_lost": f"{int((without.accuracy_at_start < WELL).sum())} of {len(without)}",
+        **{f"dit_norm_{arm}": ratio for arm, ratio in ratios.items()},
+    }
+
+
 def carried_values(trials: pd.DataFrame, where: str) -> dict[str, str]:
     """On other networks or data: the published recipe at each learning rate, and the decisive changes at one."""
     rates, changes = (trials[trials.study == study] for study in (f"{where}-rates", where))

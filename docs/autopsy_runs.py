@@ -41,7 +41,7 @@ MARGIN = "margin"
 STUDIES = (
     *("search", "plateau", "regime", "suspects", "finalists", "causes", MARGIN, "size", "dose"),
     *("unclipped", "unclipped-control", "sensitivity", "recommended", "control"),
-    *("dit-rates", "dit", "mnist-rates", "mnist"),
+    *("dit-rates", "dit", "dit-window", "mnist-rates", "mnist"),
 )
 CURVED = ("search", "plateau", "regime")
 """Studies whose curves are kept."""
