@@ -177,9 +177,11 @@ def transformer_values(trials: pd.DataFrame) -> dict[str, str]:
     """The transformer's live student between the rates of its search, with the published reward and without it; and how
     high norms rose under each change in the seeds that are no fall without the reward.
     """
-    window, changes = (trials[trials.study == study] for study in ("dit-window", "dit"))
-    lines = [f"| reward | seeds | {COLUMNS} |", f"|---|--:|{RULE}"]
-    lines += [f"| {reward} | {len(found)} | {arm_line(found)} |" for reward, found in window.groupby("level.reward")]
+    window, search, changes = (trials[trials.study == study] for study in ("dit-window", "dit-rates", "dit"))
+    window = pd.concat([window, search[search.lr.isin(window.lr)]]).drop_duplicates(["config_hash", "seed"])
+    lines = [f"| learning rate | reward | seeds | {COLUMNS} |", f"|--:|---|--:|{RULE}"]
+    for (rate, reward), found in window.fillna({"level.reward": "with"}).groupby(["lr", "level.reward"]):
+        lines.append(f"| {rate:.1e} | {reward} | {len(found)} | {arm_line(found)} |")
     without = changes[changes.arm == "no reward"]
     living = changes[changes.seed.isin(without.seed[~without.diverged])]
     ratios = {arm.replace(" ", "_"): number(found.norm_ratio.max(), 2) for arm, found in living.groupby("arm")}
