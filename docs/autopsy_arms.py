@@ -177,10 +177,9 @@ def transformer_values(trials: pd.DataFrame) -> dict[str, str]:
     """The transformer's live student between the rates of its search, with the published reward and without it; and how
     high norms rose under each change in the seeds that are no fall without the reward.
     """
-    window, search, changes = (trials[trials.study == study] for study in ("dit-window", "dit-rates", "dit"))
-    window = pd.concat([window, search[search.lr.isin(window.lr)]]).drop_duplicates(["config_hash", "seed"])
+    window, changes = (trials[trials.study == study] for study in ("dit-window", "dit"))
     lines = [f"| learning rate | reward | seeds | {COLUMNS} |", f"|--:|---|--:|{RULE}"]
-    for (rate, reward), found in window.fillna({"level.reward": "with"}).groupby(["lr", "level.reward"]):
+    for (rate, reward), found in window.groupby(["lr", "level.reward"]):
         lines.append(f"| {rate:.1e} | {reward} | {len(found)} | {arm_line(found)} |")
     without = changes[changes.arm == "no reward"]
     living = changes[changes.seed.isin(without.seed[~without.diverged])]

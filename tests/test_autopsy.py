@@ -40,7 +40,8 @@ def test_every_number_of_the_page_is_made_from_the_tables(autopsy: ModuleType, t
 
 def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.DataFrame) -> None:
     said = " ".join((ROOT / "README.md").read_text().split())
-    values = {name: value.partition(" [")[0] for name, value in autopsy.values_of(trials).items()}
+    made = autopsy.values_of(trials)
+    values = {name: value.partition(" [")[0] for name, value in made.items()}
     assert (
         f"{values['live_with_broken']} such runs fell apart, {values['early']} of them after an early success" in said
     )
@@ -50,12 +51,12 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert f"gradient norms up to {values['early_norm']} under a clip at 10" in said
     assert f"without any preference, breaks {values['dose_residual']}" in said
     assert f"as long, measured from E(D(z)), {values['dose_large_eta']}" in said
-    broken, _, bound = autopsy.values_of(trials)["recipe_broken"].partition(" [0.00, ")
+    broken, _, bound = made["recipe_broken"].partition(" [0.00, ")
     assert f"`recommended`: {broken} runs fell apart, at most {100 * float(bound.rstrip(']')):.0f} %" in said
     assert "prefers its 1- and 2-step samples to the teacher's, and they are no worse than without the reward" in said
     recipe = trials[trials.study == "recommended"]
     assert all((recipe[f"test{nfe}_judge"] > recipe.teacher_judge).all() for nfe in (1, 2))
-    assert autopsy.values_of(trials)["recipe"].count("| yes |") == 4  # two rates, two numbers of evaluations
+    assert made["recipe"].count("| yes |") == 4  # two rates, two numbers of evaluations
     assert f"{values['falls_nothing']} fall again, and {values['falls_rectify_clip']} with a clip" in said
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
