@@ -16,7 +16,6 @@ import pandas as pd
 from autopsy_arms import (
     before_reward,
     carried_values,
-    causes_values,
     dose_values,
     factor,
     median_of,
@@ -29,6 +28,7 @@ from autopsy_arms import (
     suspects_values,
     transformer_values,
 )
+from autopsy_crossed import causes_values, screening_figure, screening_values
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
@@ -82,6 +82,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | renoise_values(trials)
         | dose_values(trials)
         | size_values(trials)
+        | screening_values(trials)
         | causes_values(trials)
         | carried_values(trials, "dit")
         | transformer_values(trials)
@@ -117,13 +118,14 @@ def regime_table(trials: pd.DataFrame, study: str) -> str:
     """One line for each arm of a study of the regime, over its seeds."""
     lines = [
         "| arm | seeds | fell apart | norm ≥ 100 × usual | largest norm ÷ usual, median (most) "
-        "| Fréchet distance at the end | `lab_hps` at the end |",
+        "| Fréchet distance at the end, geometric mean | `lab_hps` at the end |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for arm, found in trials[trials.study == study].groupby("arm", sort=False):
         lines.append(
             f"| {arm} | {len(found)} | {share(found.diverged)} | {share(found.norm_ratio >= ORDERS)} "
-            f"| {number(found.norm_ratio.median())} ({number(found.norm_ratio.max())}) | {mean_t(found.final_fd)} "
+            f"| {number(found.norm_ratio.median())} ({number(found.norm_ratio.max())}) "
+            f"| {factor(mean_t(np.log(found.final_fd)), math.e, 3)} "
             f"| {mean_t(found.final_lab_hps)} |"
         )
     return "\n".join(lines)
@@ -350,6 +352,7 @@ def suspects_figure(trials: pd.DataFrame) -> Figure:
 def main() -> None:
     """See the module."""
     suspects_figure(pd.read_csv(TRIALS)).savefig(IMAGES / "autopsy-suspects.png", dpi=150)
+    screening_figure(pd.read_csv(TRIALS)).savefig(IMAGES / "autopsy-screening.png", dpi=150)
     central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
     PAGE.write_text(render(pd.read_csv(TRIALS)))
 

@@ -40,8 +40,8 @@ def arm_line(found: pd.DataFrame) -> str:
 
 
 def before_reward(found: pd.DataFrame) -> pd.Series:
-    """Which runs fell apart before the reward came on, at a fifth of the run."""
-    return found.diverged_step <= 0.2 * found.steps
+    """Which runs' fall was confirmed before the reward came on, at a fifth of the run: it takes two evaluations."""
+    return found.diverged_step < 0.2 * found.steps
 
 
 def median_of(values: pd.Series) -> float:
@@ -130,7 +130,12 @@ def dose_values(trials: pd.DataFrame) -> dict[str, str]:
         sizes = [number(median_of(found[f"latent_gradient_{when}"]), 2) for when in ("begin", "first")]
         lines.append(f"| {name} | {'–' if name == 'no reward' else ', '.join(sizes)} | {arm_line(found)} |")
     shares = {f"dose_{name}": share(chosen[chosen.arm == arm].diverged) for name, arm in DOSES.items()}
-    return {"dose": "\n".join(lines), "dose_seeds": str(chosen.seed.nunique())} | shares
+    from_z, decoded = (median_of(arms[DOSES[name]].latent_gradient_begin) for name in ("from_z", "from_decoded"))
+    return {
+        "dose": "\n".join(lines),
+        "dose_seeds": str(chosen.seed.nunique()),
+        "dose_shorter": number(from_z / decoded, 2),
+    } | shares
 
 
 def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
@@ -146,6 +151,7 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
         "shaped_early": f"{int(before_reward(shaped).sum())} of {len(shaped)}",
         "uniform_spikes": f"{int(uniform.early_spikes.sum())}",
         "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
+        "shaped_spiky": f"{int((shaped.early_spikes > 0).sum())} of {len(shaped)} runs",
         "renoise_seeds": str(len(uniform)),
     }
 
@@ -154,23 +160,15 @@ def size_values(trials: pd.DataFrame) -> dict[str, str]:
     """Twice the steps and a quarter of the images, beside the published arm."""
     published = trials[(trials.study == "regime") & (trials.arm == BROKEN)].set_index("seed")
     arms = trials[trials.study == "size"].groupby("arm")
-    fewer = arms.get_group("a quarter of the images").set_index("seed")
+    longer, fewer = (arms.get_group(arm).set_index("seed") for arm in ("twice the steps", "a quarter of the images"))
     later = (fewer.diverged_step - published.diverged_step).dropna()
     return {
         "size_seeds": str(fewer.index.nunique()),
-        "longer_broken": share(arms.get_group("twice the steps").diverged),
+        "longer_broken": share(longer.diverged),
+        "longer_before": str(int(before_reward(longer).sum())),
         "fewer_broken": share(fewer.diverged),
         "fewer_later": str(mean_t(later)),
     }
-
-
-def causes_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The corrected recipe with the published teacher, the published reward, and both."""
-    runs = trials[trials.study == "causes"]
-    lines = [f"| teacher | reward | seeds | {COLUMNS} |", f"|---|---|--:|{RULE}"]
-    for (teacher, reward), found in runs.groupby(["level.teacher", "level.reward"]):
-        lines.append(f"| {teacher} | {reward} | {len(found)} | {arm_line(found)} |")
-    return {"causes": "\n".join(lines)}
 
 
 def transformer_values(trials: pd.DataFrame) -> dict[str, str]:
@@ -234,7 +232,6 @@ def recipe_values(trials: pd.DataFrame) -> dict[str, str]:
     return {
         "recipe": recipe_table(recipe, control),
         "first_recipe": recipe_table(first, without[without.seed < CONTROLS]),
-        "recipe_broken": share(recipe.diverged),
         "recipe_slow_broken": share(slow.diverged),
         "recipe_fast_broken": share(fast.diverged),
         "recipe_well": _well(recipe),
@@ -311,14 +308,16 @@ HARMLESS = 1.1
 def sensitivity_values(trials: pd.DataFrame) -> dict[str, str]:
     """The recipe with one setting changed, paired by seed with the recipe itself at the same rate."""
     chosen = trials[trials.study == "sensitivity"]
-    rate = chosen.lr.iloc[0]
-    recipe = trials[(trials.study == "unclipped") & (trials.lr == rate)].set_index("seed")
+    at_rate = trials[trials.lr == chosen.lr.iloc[0]]
+    recipe = at_rate[at_rate.study == "recommended"].set_index("seed")
+    unclipped = at_rate[(at_rate.study == "unclipped") & at_rate.seed.isin(chosen.seed)]
+    compared = pd.concat([chosen, unclipped.assign(arm="rectify not clipped")])
     lines = [
         "| changed | fell apart | largest norm ÷ usual (most) | held-out judge − teacher's, 1 NFE "
         "| judge − the recipe's | Fréchet distance ×, 1 NFE | 2 NFE | recall − the recipe's, 1 NFE | harmless |",
         "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
-    for name, found in chosen.groupby("arm", sort=False):
+    for name, found in compared.groupby("arm", sort=False):
         runs = found.set_index("seed")
         base = recipe.loc[runs.index]
         ratios = [np.log(runs[f"test{nfe}_fd"] / base[f"test{nfe}_fd"]) for nfe in (1, 2)]

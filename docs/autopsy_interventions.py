@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 from autopsy_arms import factor, median_of, share
-from autopsy_replays import INTERVENTIONS, PLACEBOS, RECTIFY
+from autopsy_replays import CHANGES, INTERVENTIONS, PLACEBOS
 
 from analysis.intervals import mean_t, number
 from twinrl.tracking import names
@@ -62,8 +62,8 @@ def falls_values(falls: pd.DataFrame) -> dict[str, str]:
     falls = falls[falls.exact]
     lines = ["| changed from there on | fell apart | lowest accuracy, median (least) | largest norm, median |"]
     lines.append("|---|--:|--:|--:|")
-    found = dict(iter(falls.groupby("change")))
-    for name, change in {"nothing": [], **RECTIFY}.items():
+    found, span = dict(iter(falls.groupby("change"))), falls.to - falls["from"]
+    for name, change in {"nothing": [], **CHANGES}.items():
         runs = found[name]
         shown = "nothing" if not change else f"`{' '.join(change)}`" + (" (placebo)" if name in PLACEBOS else "")
         least = f"{median_of(runs.accuracy):.2f} ({runs.accuracy.min():.2f})"
@@ -71,5 +71,6 @@ def falls_values(falls: pd.DataFrame) -> dict[str, str]:
     return {
         "falls": "\n".join(lines),
         "falls_runs": str(len(found["nothing"])),
+        "falls_horizon": " to ".join(str(ends) for ends in span.agg(["min", "max"])),
         **{f"falls_{name}": f"{int(runs.fell.notna().sum())} of {len(runs)}" for name, runs in found.items()},
     }

@@ -90,14 +90,17 @@ def chosen_spikes(runs: Iterable[Run], most: int) -> list[tuple[Run, int]]:
 
 # --- falls ------------------------------------------------------------------------------------------------
 
-RECTIFY = {
+CHANGES = {
     "rectify_clip": ["gradients.terms.rectify={relative: {ratio: 0.3}}"],
     "rectify_half": ["gradients.terms.rectify={scale: {factor: 0.5}}"],
+    "adversarial_half": ["gradients.terms.adversarial={scale: {factor: 0.5}}"],
+    "base_half": ["gradients.terms.base={scale: {factor: 0.5}}"],
+    "rate_half": ["optim.lr=5.0e-4"],
     "fake_rows": ["branches={e2e: 1, mul: 1, any: 1, adv: 2}"],
     "reward_off": ["gradients.terms.reward={scale: {factor: 0}}"],
     **PLACEBOS,
 }
-"""What is changed from a state before a fall on: the rectify term, the fake branch's rows, the reward; placebos."""
+"""What is changed from a state before a fall on: a term's force, the rate, the branch's rows, the reward; placebos."""
 FALLEN = {
     "causes": ("teacher=ema reward=corrected", "teacher=ema reward=published"),
     "unclipped": ("lr=1e-3",),
@@ -117,11 +120,12 @@ def falls(roots: Sequence[Path]) -> None:
     """
     device = torch.device("cpu")
     source = load_source(schema.load("published"), device)
-    table = pd.read_csv(FALLS) if FALLS.exists() else pd.DataFrame(columns=["study", "arm", "seed"])
+    table = pd.read_csv(FALLS) if FALLS.exists() else pd.DataFrame(columns=["study", "arm", "seed", "change"])
     for study, arms_of in FALLEN.items():
         for arm, seed, run in (trial for root in roots for trial in trials_of(study, root)):
-            known = (table.study == study) & (table.arm == arm.name) & (table.seed == seed)
-            if arm.name not in arms_of or known.any() or (well := well_until(run)) is None:
+            known = set(table.change[(table.study == study) & (table.arm == arm.name) & (table.seed == seed)])
+            left = {name: change for name, change in CHANGES.items() if name not in known}
+            if arm.name not in arms_of or not left or (well := well_until(run)) is None:
                 continue
             number = last_state(run, well)
             if number is None:
@@ -131,13 +135,16 @@ def falls(roots: Sequence[Path]) -> None:
             judge = Judge(EVERY, lambda network, step, protocol=protocol: protocol.evaluate(network))
             event, _ = Capsules(run.path, settings.stability.capsules).load(number)
             after = well + PAST - event.step
-            tried = {name: change for name, change in RECTIFY.items() if changed(settings, change) != settings}
+            tried = {name: change for name, change in left.items() if changed(settings, change) != settings}
+            if not tried:
+                continue
             found = replay_each(
                 RunDirectory(run.path), number, list(tried.values()), lambda _: (source, device), after, judge=judge
             )
             made = [
                 {"study": study, "arm": arm.name, "seed": seed, "change": name} | lived(found, trace)
                 for name, trace in zip(("nothing", *tried), found.traces, strict=True)
+                if name not in known
             ]
             print(pd.DataFrame(made).to_string(), flush=True)
             table = pd.concat([table, pd.DataFrame(made)], ignore_index=True)

@@ -39,7 +39,8 @@ TRIALS, CURVES, REPLAYS, FALLS, SAMPLED, LEDGER = (
 MARGIN = "margin"
 """The study that is a bisection: `ablate margin`."""
 STUDIES = (
-    *("search", "plateau", "regime", "suspects", "finalists", "causes", MARGIN, "size", "dose"),
+    *("search", "plateau", "regime", "suspects", "finalists", "screening", "interactions", MARGIN, "size", "dose"),
+    *("causes", "clipped"),
     *("unclipped", "unclipped-control", "sensitivity", "recommended", "control"),
     *("dit-rates", "dit", "dit-window", "mnist-rates", "mnist"),
 )
@@ -204,7 +205,7 @@ def noise(series: Sequence[float]) -> float:
 
 def judged(run: Run) -> dict[str, float]:
     """Of the final table on the test split: the student's distance, recall and held-out reward, and the teacher's."""
-    found = {}
+    found: dict[str, float] = {}
     for row in ((run.result or {}).get("table") or {"rows": []})["rows"]:
         whose = {"student": f"test{row['nfe']}", "teacher, Euler": "teacher"}.get(row["name"])
         if whose is not None:
@@ -264,13 +265,14 @@ def sampled(run: Run) -> tuple[list[dict[str, float]], torch.Tensor]:
     settings, _, source, network = inspect.load(run.path)
     protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
     assert isinstance(protocol, Protocol)
-    shown = [int((protocol.labels == label).nonzero()[0]) for label in range(len(source.classes))]
+    classes = protocol.labels.unique().tolist()
+    shown = [int((protocol.labels == label).nonzero()[0]) for label in classes]
     rows, drawn = [], []
     for nfe, guidance in SAMPLINGS:
         pixels = protocol.samples(network, few_step(nfe), guidance=guidance)
         drawn.append(pixels[shown])
         judged = protocol.judge(pixels)
-        by_class = [judged.correct[judged.labels == label].mean().item() for label in range(len(source.classes))]
+        by_class = [judged.correct[judged.labels == label].mean().item() for label in classes]
         made = {"nfe": nfe, "guidance": guidance, "accuracy_worst_class": min(by_class)}
         rows.append(made | protocol.summary(judged))
     return rows, torch.stack(drawn)

@@ -50,10 +50,13 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert f"with an EMA teacher (blue) {values['ema_with_broken']}, with the reward and without" in said
     assert f"gradient norms up to {values['early_norm']} under a clip at 10" in said
     assert f"without any preference, breaks {values['dose_residual']}" in said
-    assert f"as long, measured from E(D(z)), {values['dose_large_eta']}" in said
-    broken, _, bound = made["recipe_broken"].partition(" [0.00, ")
-    assert f"`recommended`: {broken} runs fell apart, at most {100 * float(bound.rstrip(']')):.0f} %" in said
-    assert "prefers its 1- and 2-step samples to the teacher's, and they are no worse than without the reward" in said
+    assert f"from E(D(z)) that begins as long, {values['dose_large_eta']};" in said
+    assert values["dose_from_z"] == values["dose_from_decoded"] == "5 of 5", "either breaks every run"
+    broken, _, bound = made["recipe_slow_broken"].partition(" [0.00, ")
+    assert made["recipe_fast_broken"] == made["recipe_slow_broken"]
+    assert f"at either {broken} seeds fell apart, at most {100 * float(bound.rstrip(']')):.0f} %" in said
+    assert "prefers its 1- and 2-step samples to the teacher's" in said
+    assert "by the bounds declared beforehand they are no worse than without the reward" in said
     recipe = trials[trials.study == "recommended"]
     assert all((recipe[f"test{nfe}_judge"] > recipe.teacher_judge).all() for nfe in (1, 2))
     assert made["recipe"].count("| yes |") == 4  # two rates, two numbers of evaluations

@@ -1,0 +1,247 @@
+"""What crossed factors do, from the autopsy's table of trials: many suspects at once, and pairs of them."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from autopsy_arms import COLUMNS, RULE, arm_line, before_reward, factor, share
+from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
+from matplotlib.figure import Figure
+
+from ablations.study import load
+from analysis import plots
+from analysis.effects import Effect, main_effects, odds_effects
+from analysis.intervals import Interval, clopper_pearson, mean_t, number
+from analysis.margins import Critical, critical_rate, critical_rates, margin
+from analysis.survival import Times, hazard_ratio
+
+# --- fifteen suspects at once ------------------------------------------------------------------------------
+
+FELL, STEP, NORM = "diverged", "step of the fall", "largest norm"
+
+
+def screened(trials: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, object]]:
+    """The screening's runs with a column for each suspect's level, and each suspect's published level."""
+    runs = trials[trials.study == "screening"]
+    levels = pd.DataFrame([arms("screening")[made].levels for made in runs.config_hash], index=runs.index)
+    norm = runs.norm_ratio.fillna(runs.norm_max / runs.usual_norm)  # it may have ended before the reward
+    outcomes = {STEP: runs.diverged_step.fillna(math.inf), NORM: norm}
+    reference = load("autopsy-screening").arms[0].levels
+    return pd.concat([runs[["seed", FELL]], levels, pd.DataFrame(outcomes)], axis=1), dict(reference)
+
+
+def screening_effects(trials: pd.DataFrame) -> dict[str, list[Effect]]:
+    """Outcome → effects of all suspects on it: log odds of a fall, ranks of its step and of the largest norm."""
+    runs, published = screened(trials)
+    found = {FELL: odds_effects(runs, list(published), reference=published)}
+    ranked = {
+        outcome: main_effects(runs, outcome, list(published), reference=published, ranks=True)
+        for outcome in (STEP, NORM)
+    }
+    return found | ranked
+
+
+def screening_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The screening's table and the suspects that each outcome names."""
+    runs, published = screened(trials)
+    effects = screening_effects(trials)
+    p = {outcome: {effect.factor: effect.p_holm for effect in found} for outcome, found in effects.items()}
+    lines = [
+        "| suspect | published, other level | fell apart as published | at the other level | odds × | p (Holm): a fall "
+        "| its step | largest norm |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for effect in effects[FELL]:
+        name = effect.factor
+        other = next(level for level in runs[name].unique() if level != published[name])
+        fell = [_of(runs[runs[name] == level][FELL]) for level in (published[name], other)]
+        corrected = [_p(p[outcome][name]) for outcome in (FELL, STEP, NORM)]
+        lines.append(
+            f"| {_words(name)} | {_words(str(published[name]))}, {_words(other)} | {' | '.join(fell)} "
+            f"| {factor(effect.interval, math.e)} | {' | '.join(corrected)} |"
+        )
+    itself = (runs[list(published)] == pd.Series(published)).all(axis=1)
+    named = {outcome: [_words(e.factor) for e in found if e.named] for outcome, found in effects.items()}
+    return {
+        "screening": "\n".join(lines),
+        "screening_runs": str(len(runs)),
+        "screening_seeds": str(runs.seed.nunique()),
+        "screening_broken": share(runs[FELL]),
+        "screening_itself": _of(runs[itself][FELL]),
+        "screening_others": _of(runs[~itself][FELL]),
+        "screening_unguided": _of(runs[runs.guidance == "0"][FELL]),
+        "screening_decoded": _of(runs[runs.baseline == "decoded"][FELL]),
+        "screening_float32": number(runs[runs.precision == "float32"][NORM].median(), 2),
+        "screening_bf16": number(runs[runs.precision == "bf16"][NORM].median(), 2),
+        "screening_fell": ", ".join(named[FELL]) or "none",
+        "screening_step": ", ".join(named[STEP]) or "none",
+        "screening_norm": ", ".join(named[NORM]) or "none",
+    }
+
+
+def screening_figure(trials: pd.DataFrame) -> Figure:
+    """Each suspect's log odds ratio of a fall, its other level against the published one."""
+    effects = screening_effects(trials)[FELL]
+    return plots.effects(effects, "log odds of falling apart, other level − published")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _of(yes: pd.Series) -> str:
+    return f"{int(yes.sum())} of {len(yes)}"
+
+
+def _p(value: float) -> str:
+    return f"**{value:.1g}**" if value < 0.05 else f"{value:.2g}"
+
+
+# --- pairs of factors --------------------------------------------------------------------------------------
+
+
+def crossed_table(runs: pd.DataFrame, factors: Sequence[str]) -> str:
+    """One line for each combination of levels."""
+    lines = [f"| {' | '.join(factors)} | seeds | {COLUMNS} |", f"|{'---|' * len(factors)}--:|{RULE}"]
+    for levels, found in runs.groupby([f"level.{name}" for name in factors], sort=False):
+        lines.append(f"| {' | '.join(levels)} | {len(found)} | {arm_line(found)} |")
+    return "\n".join(lines)
+
+
+def causes_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The corrected recipe with the published teacher, the published reward, and both."""
+    return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"])}
+
+
+def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The same with a clip of the rectify term."""
+    clipped = trials[trials.study == "clipped"]
+    by_arm = dict(iter(clipped.groupby(["level.teacher", "level.reward"])))
+    base = by_arm["ema", "corrected"]
+    bound = clopper_pearson(int(base.diverged.sum()), len(base)).high
+    values = {
+        "clipped": crossed_table(clipped, ["teacher", "reward"]),
+        "clipped_seeds": str(base.seed.nunique()),
+        "clipped_base": share(base.diverged),
+    }
+    for (teacher, reward), found in by_arm.items():
+        if found is base:
+            continue
+        low = clopper_pearson(int(found.diverged.sum()), len(found)).low
+        paired = found.set_index("seed").join(base.set_index("seed"), rsuffix="_base")
+        whole = paired[~paired.diverged & ~paired.diverged_base]
+        distance = mean_t(np.log(whole.final_fd / whole.final_fd_base)) if len(whole) > 1 else None
+        values |= {
+            f"clipped_{teacher}_{reward}": share(found.diverged),
+            f"clipped_{teacher}_{reward}_fd": factor(distance, math.e) if distance else "–",
+            f"clipped_{teacher}_{reward}_whole": str(len(whole)),
+            f"clipped_{teacher}_{reward}_norm": number(found.norm_ratio.max(), 2),
+            f"clipped_{teacher}_{reward}_verdict": "a cause" if low > bound else "not shown to be a cause",
+        }
+    return values
+
+
+def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
+    """What the reward does to the hazard of a fall after its start, with dynamic renoise and with uniform times.
+
+    The four arms share seeds; the intervals do not use that.
+    """
+    made = trials[trials.study == "interactions"]
+    shared = trials[trials.config_hash.isin(made.config_hash)].drop_duplicates(["config_hash", "seed"], keep="last")
+    level = made.drop_duplicates("config_hash").set_index("config_hash")["level.reward"]
+    uniform = shared.assign(renoise="uniform", reward=shared.config_hash.map(level))
+    regime = trials[(trials.study == "regime") & trials.arm.isin((BROKEN, NO_REWARD))]
+    runs = pd.concat([regime.assign(renoise="beta", reward=regime["level.reward"]), uniform])
+    later = runs[~before_reward(runs)]  # alike with the reward and without, which are the same runs until then
+    ratios = {
+        renoise: hazard_ratio(_times(found[found.reward == "with"]), _times(found[found.reward == "without"]))
+        for renoise, found in later.groupby("renoise")
+    }
+    crossed = difference(*(log_of(ratios[renoise]) for renoise in ("beta", "uniform")))
+    lines = runs.assign(**{"level.renoise": runs.renoise, "level.reward": runs.reward})
+    return {
+        "teacher_reward": str(teacher_reward(trials[trials.study == "regime"])),
+        "interactions": crossed_table(lines, ["renoise", "reward"]),
+        "interaction": factor(crossed, math.e),
+        "interaction_verdict": "interact" if crossed.low > 0 or crossed.high < 0 else "are not shown to interact",
+        "interaction_seeds": str(uniform.seed.nunique()),
+        **{f"hazard_{renoise}": str(ratio) for renoise, ratio in ratios.items()},
+        **{
+            f"interaction_{renoise}_{reward}": share(found.diverged)
+            for (renoise, reward), found in runs.groupby(["renoise", "reward"])
+        },
+        **{f"at_risk_{renoise}": f"{len(found)}" for renoise, found in later.groupby("renoise")},
+    }
+
+
+LEVELS = ("with", "without")
+
+
+def teacher_reward(regime: pd.DataFrame) -> Interval:
+    """By how much more the reward raises the share of falls under a live teacher than under an EMA."""
+    fell = {arm: clopper_pearson(int(yes.sum()), len(yes)) for arm, yes in regime.groupby("arm").diverged}
+    live, ema = (
+        difference(*(fell[f"reward={reward} teacher={teacher}"] for reward in LEVELS)) for teacher in ("live", "ema")
+    )
+    return difference(live, ema)
+
+
+def _times(runs: pd.DataFrame) -> Times:
+    """Steps from the start to the fall, or to the end of a run that stayed whole."""
+    return Times(runs.diverged_step.fillna(runs.steps).to_numpy(float), runs.diverged.to_numpy(bool))
+
+
+def log_of(ratio: Interval) -> Interval:
+    """The interval of a ratio as one of its logarithm."""
+    estimate, low, high = (math.log(x) if x else -math.inf for x in (ratio.estimate, ratio.low, ratio.high))
+    return Interval(estimate, low, high, ratio.n, ratio.method, ratio.level)
+
+
+def difference(a: Interval, b: Interval) -> Interval:
+    """a − b of independent estimates whose intervals may be lopsided (MOVER; Zou and Donner 2008)."""
+    estimate = a.estimate - b.estimate
+    low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
+    high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
+    return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
+
+
+# --- learning rate × teacher × reward ----------------------------------------------------------------------
+
+
+def margin_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
+    config = load(f"autopsy-{MARGIN}").config
+    chosen = trials[trials.study == MARGIN].copy()
+    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
+    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
+    rates = critical_rates(chosen, "lr")
+    if any(rate.bracketed and rate.width > math.log2(config.margin.tolerance) for rate in rates):
+        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is wider than its tolerance")
+    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
+    for arm in chosen.arm.unique():
+        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
+        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
+        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
+    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
+    pairs = {
+        "margin_teacher_with": (ema["with"], live["with"]),
+        "margin_teacher_without": (ema["without"], live["without"]),
+        "margin_reward_live": (live["with"], live["without"]),
+        "margin_reward_ema": (ema["with"], ema["without"]),
+    }
+    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
+    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
+
+
+def _times_more(rates: list[Critical], arm: str, base: str) -> str:
+    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
+    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
+        return "–"
+    return factor(margin(rates, arm, base), 2)
+
+
+def _rate(rate: Critical) -> str:
+    if rate.healthy == 0:
+        return f"< {rate.broken:.1e}"
+    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
