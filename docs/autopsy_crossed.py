@@ -3,18 +3,15 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
-from autopsy_arms import COLUMNS, RULE, arm_line, before_reward, factor, share
-from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
+from autopsy_arms import COLUMNS, RULE, arm_line, factor, share
+from autopsy_runs import arms
 from matplotlib.figure import Figure
 
 from ablations.study import load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
-from analysis.intervals import Interval, clopper_pearson, mean_t, number
-from analysis.margins import Critical, critical_rate, critical_rates, margin
-from analysis.survival import Times, hazard_ratio
+from analysis.intervals import number
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
 
@@ -112,136 +109,3 @@ def crossed_table(runs: pd.DataFrame, factors: Sequence[str]) -> str:
 def causes_values(trials: pd.DataFrame) -> dict[str, str]:
     """The corrected recipe with the published teacher, the published reward, and both."""
     return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"])}
-
-
-def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The same with a clip of the rectify term."""
-    clipped = trials[trials.study == "clipped"]
-    by_arm = dict(iter(clipped.groupby(["level.teacher", "level.reward"])))
-    base = by_arm["ema", "corrected"]
-    bound = clopper_pearson(int(base.diverged.sum()), len(base)).high
-    values = {
-        "clipped": crossed_table(clipped, ["teacher", "reward"]),
-        "clipped_seeds": str(base.seed.nunique()),
-        "clipped_base": share(base.diverged),
-    }
-    for (teacher, reward), found in by_arm.items():
-        if found is base:
-            continue
-        low = clopper_pearson(int(found.diverged.sum()), len(found)).low
-        paired = found.set_index("seed").join(base.set_index("seed"), rsuffix="_base")
-        whole = paired[~paired.diverged & ~paired.diverged_base]
-        distance = mean_t(np.log(whole.final_fd / whole.final_fd_base)) if len(whole) > 1 else None
-        values |= {
-            f"clipped_{teacher}_{reward}": share(found.diverged),
-            f"clipped_{teacher}_{reward}_fd": factor(distance, math.e) if distance else "–",
-            f"clipped_{teacher}_{reward}_whole": str(len(whole)),
-            f"clipped_{teacher}_{reward}_norm": number(found.norm_ratio.max(), 2),
-            f"clipped_{teacher}_{reward}_verdict": "a cause" if low > bound else "not shown to be a cause",
-        }
-    return values
-
-
-def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
-    """What the reward does to the hazard of a fall after its start, with dynamic renoise and with uniform times.
-
-    The four arms share seeds; the intervals do not use that.
-    """
-    made = trials[trials.study == "interactions"]
-    shared = trials[trials.config_hash.isin(made.config_hash)].drop_duplicates(["config_hash", "seed"], keep="last")
-    level = made.drop_duplicates("config_hash").set_index("config_hash")["level.reward"]
-    uniform = shared.assign(renoise="uniform", reward=shared.config_hash.map(level))
-    regime = trials[(trials.study == "regime") & trials.arm.isin((BROKEN, NO_REWARD))]
-    runs = pd.concat([regime.assign(renoise="beta", reward=regime["level.reward"]), uniform])
-    later = runs[~before_reward(runs)]  # alike with the reward and without, which are the same runs until then
-    ratios = {
-        renoise: hazard_ratio(_times(found[found.reward == "with"]), _times(found[found.reward == "without"]))
-        for renoise, found in later.groupby("renoise")
-    }
-    crossed = difference(*(log_of(ratios[renoise]) for renoise in ("beta", "uniform")))
-    lines = runs.assign(**{"level.renoise": runs.renoise, "level.reward": runs.reward})
-    return {
-        "teacher_reward": str(teacher_reward(trials[trials.study == "regime"])),
-        "interactions": crossed_table(lines, ["renoise", "reward"]),
-        "interaction": factor(crossed, math.e),
-        "interaction_verdict": "interact" if crossed.low > 0 or crossed.high < 0 else "are not shown to interact",
-        "interaction_seeds": str(uniform.seed.nunique()),
-        **{f"hazard_{renoise}": str(ratio) for renoise, ratio in ratios.items()},
-        **{
-            f"interaction_{renoise}_{reward}": share(found.diverged)
-            for (renoise, reward), found in runs.groupby(["renoise", "reward"])
-        },
-        **{f"at_risk_{renoise}": f"{len(found)}" for renoise, found in later.groupby("renoise")},
-    }
-
-
-LEVELS = ("with", "without")
-
-
-def teacher_reward(regime: pd.DataFrame) -> Interval:
-    """By how much more the reward raises the share of falls under a live teacher than under an EMA."""
-    fell = {arm: clopper_pearson(int(yes.sum()), len(yes)) for arm, yes in regime.groupby("arm").diverged}
-    live, ema = (
-        difference(*(fell[f"reward={reward} teacher={teacher}"] for reward in LEVELS)) for teacher in ("live", "ema")
-    )
-    return difference(live, ema)
-
-
-def _times(runs: pd.DataFrame) -> Times:
-    """Steps from the start to the fall, or to the end of a run that stayed whole."""
-    return Times(runs.diverged_step.fillna(runs.steps).to_numpy(float), runs.diverged.to_numpy(bool))
-
-
-def log_of(ratio: Interval) -> Interval:
-    """The interval of a ratio as one of its logarithm."""
-    estimate, low, high = (math.log(x) if x else -math.inf for x in (ratio.estimate, ratio.low, ratio.high))
-    return Interval(estimate, low, high, ratio.n, ratio.method, ratio.level)
-
-
-def difference(a: Interval, b: Interval) -> Interval:
-    """a − b of independent estimates whose intervals may be lopsided (MOVER; Zou and Donner 2008)."""
-    estimate = a.estimate - b.estimate
-    low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
-    high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
-    return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
-
-
-# --- learning rate × teacher × reward ----------------------------------------------------------------------
-
-
-def margin_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    config = load(f"autopsy-{MARGIN}").config
-    chosen = trials[trials.study == MARGIN].copy()
-    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
-    rates = critical_rates(chosen, "lr")
-    if any(rate.bracketed and rate.width > math.log2(config.margin.tolerance) for rate in rates):
-        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is wider than its tolerance")
-    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
-    for arm in chosen.arm.unique():
-        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
-        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
-        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
-    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
-    pairs = {
-        "margin_teacher_with": (ema["with"], live["with"]),
-        "margin_teacher_without": (ema["without"], live["without"]),
-        "margin_reward_live": (live["with"], live["without"]),
-        "margin_reward_ema": (ema["with"], ema["without"]),
-    }
-    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
-    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
-
-
-def _times_more(rates: list[Critical], arm: str, base: str) -> str:
-    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
-    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
-        return "–"
-    return factor(margin(rates, arm, base), 2)
-
-
-def _rate(rate: Critical) -> str:
-    if rate.healthy == 0:
-        return f"< {rate.broken:.1e}"
-    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
