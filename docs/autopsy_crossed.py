@@ -62,7 +62,6 @@ def screening_values(trials: pd.DataFrame) -> dict[str, str]:
     named = {outcome: [_words(e.factor) for e in found if e.named] for outcome, found in effects.items()}
     return {
         "screening": "\n".join(lines),
-        "screening_runs": str(len(runs)),
         "screening_seeds": str(runs.seed.nunique()),
         "screening_broken": share(runs[FELL]),
         "screening_itself": _of(runs[itself][FELL]),
