@@ -28,7 +28,7 @@ from autopsy_arms import (
     suspects_values,
     transformer_values,
 )
-from autopsy_crossed import causes_values, screening_figure, screening_values
+from autopsy_crossed import causes_values, interaction_values, screening_figure, screening_values
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
@@ -83,6 +83,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | dose_values(trials)
         | size_values(trials)
         | screening_values(trials)
+        | interaction_values(trials)
         | causes_values(trials)
         | carried_values(trials, "dit")
         | transformer_values(trials)

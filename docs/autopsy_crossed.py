@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 
 import pandas as pd
-from autopsy_arms import COLUMNS, RULE, arm_line, factor, share
-from autopsy_runs import arms
+from autopsy_arms import COLUMNS, RULE, arm_line, before_reward, factor, share
+from autopsy_runs import BROKEN, NO_REWARD, arms
 from matplotlib.figure import Figure
 
 from ablations.study import load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
-from analysis.intervals import number
+from analysis.intervals import Interval, clopper_pearson, number
+from analysis.survival import Times, hazard_ratio
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
 
@@ -108,3 +109,67 @@ def crossed_table(runs: pd.DataFrame, factors: Sequence[str]) -> str:
 def causes_values(trials: pd.DataFrame) -> dict[str, str]:
     """The corrected recipe with the published teacher, the published reward, and both."""
     return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"])}
+
+
+def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
+    """What the reward does to the hazard of a fall after its start, with dynamic renoise and with uniform times.
+
+    The four arms share seeds; the intervals do not use that.
+    """
+    made = trials[trials.study == "interactions"]
+    shared = trials[trials.config_hash.isin(made.config_hash)].drop_duplicates(["config_hash", "seed"], keep="last")
+    level = made.drop_duplicates("config_hash").set_index("config_hash")["level.reward"]
+    uniform = shared.assign(renoise="uniform", reward=shared.config_hash.map(level))
+    regime = trials[(trials.study == "regime") & trials.arm.isin((BROKEN, NO_REWARD))]
+    runs = pd.concat([regime.assign(renoise="beta", reward=regime["level.reward"]), uniform])
+    later = runs[~before_reward(runs)]  # alike with the reward and without, which are the same runs until then
+    ratios = {
+        renoise: hazard_ratio(_times(found[found.reward == "with"]), _times(found[found.reward == "without"]))
+        for renoise, found in later.groupby("renoise")
+    }
+    crossed = difference(*(log_of(ratios[renoise]) for renoise in ("beta", "uniform")))
+    lines = runs.assign(**{"level.renoise": runs.renoise, "level.reward": runs.reward})
+    return {
+        "teacher_reward": str(teacher_reward(trials[trials.study == "regime"])),
+        "interactions": crossed_table(lines, ["renoise", "reward"]),
+        "interaction": factor(crossed, math.e),
+        "interaction_verdict": "interact" if crossed.low > 0 or crossed.high < 0 else "are not shown to interact",
+        "interaction_seeds": str(uniform.seed.nunique()),
+        **{f"hazard_{renoise}": str(ratio) for renoise, ratio in ratios.items()},
+        **{
+            f"interaction_{renoise}_{reward}": share(found.diverged)
+            for (renoise, reward), found in runs.groupby(["renoise", "reward"])
+        },
+        **{f"at_risk_{renoise}": f"{len(found)}" for renoise, found in later.groupby("renoise")},
+    }
+
+
+LEVELS = ("with", "without")
+
+
+def teacher_reward(regime: pd.DataFrame) -> Interval:
+    """By how much more the reward raises the share of falls under a live teacher than under an EMA."""
+    fell = {arm: clopper_pearson(int(yes.sum()), len(yes)) for arm, yes in regime.groupby("arm").diverged}
+    live, ema = (
+        difference(*(fell[f"reward={reward} teacher={teacher}"] for reward in LEVELS)) for teacher in ("live", "ema")
+    )
+    return difference(live, ema)
+
+
+def _times(runs: pd.DataFrame) -> Times:
+    """Steps from the start to the fall, or to the end of a run that stayed whole."""
+    return Times(runs.diverged_step.fillna(runs.steps).to_numpy(float), runs.diverged.to_numpy(bool))
+
+
+def log_of(ratio: Interval) -> Interval:
+    """The interval of a ratio as one of its logarithm."""
+    estimate, low, high = (math.log(x) if x else -math.inf for x in (ratio.estimate, ratio.low, ratio.high))
+    return Interval(estimate, low, high, ratio.n, ratio.method, ratio.level)
+
+
+def difference(a: Interval, b: Interval) -> Interval:
+    """a − b of independent estimates whose intervals may be lopsided (MOVER; Zou and Donner 2008)."""
+    estimate = a.estimate - b.estimate
+    low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
+    high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
+    return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
