@@ -19,6 +19,7 @@ from autopsy_arms import (
     dose_values,
     factor,
     median_of,
+    paired_p,
     recipe_values,
     renoise_values,
     sensitivity_values,
@@ -28,7 +29,7 @@ from autopsy_arms import (
     suspects_values,
     transformer_values,
 )
-from autopsy_crossed import causes_values, interaction_values, screening_figure, screening_values
+from autopsy_crossed import causes_values, clipped_values, interaction_values, screening_figure, screening_values
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
@@ -45,7 +46,6 @@ from autopsy_runs import (
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
 
 from analysis.intervals import mean_t, number
 from twinrl.stability.divergence import Divergence, first_divergence
@@ -85,6 +85,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | screening_values(trials)
         | interaction_values(trials)
         | causes_values(trials)
+        | clipped_values(trials)
         | carried_values(trials, "dit")
         | transformer_values(trials)
         | carried_values(trials, "mnist")
@@ -145,12 +146,11 @@ def regime_values(trials: pd.DataFrame, study: str) -> dict[str, str]:
     first = (np.log(with_reward.latent_gradient_first) - np.log(averaged[0].latent_gradient_first)).dropna()
     reached = with_reward[with_reward.spike_step.notna() & with_reward.diverged]
     lag = reached.spike_step - reached.diverged_step
-    only = int((with_reward.diverged & ~without.diverged).sum()), int((without.diverged & ~with_reward.diverged).sum())
     return {
         "latent_first": factor(mean_t(first), math.e) if len(first) else "–",
         "live_with_broken": share(with_reward.diverged),
         "live_without_broken": share(without.diverged),
-        "live_p": f"{binomtest(only[0], sum(only)).pvalue:.2g}",
+        "live_p": paired_p(with_reward.diverged, without.diverged),
         "ema_with_broken": share(averaged[0].diverged),
         "ema_without_broken": share(averaged[1].diverged),
         "ema_gain": str(mean_t(gain)),

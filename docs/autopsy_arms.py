@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 from autopsy_runs import BROKEN, NO_REWARD, SOUND
+from scipy.stats import binomtest
 
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
 
@@ -13,6 +14,12 @@ def share(yes: pd.Series) -> str:
     """k of n with its exact interval."""
     found = clopper_pearson(int(yes.sum()), len(yes))
     return f"{int(yes.sum())} of {len(yes)} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def paired_p(a: pd.Series, b: pd.Series) -> str:
+    """p that two arms fall apart alike: the exact sign test on the seeds of which only one does (McNemar)."""
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    return f"{binomtest(only_a, only_a + only_b).pvalue:.2g}" if only_a + only_b else "1"
 
 
 def factor(found: Interval, base: float, digits: int = 2) -> str:

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
-from autopsy_arms import COLUMNS, RULE, arm_line, before_reward, factor, share
-from autopsy_runs import BROKEN, NO_REWARD, arms
+from autopsy_arms import COLUMNS, RULE, WELL, arm_line, before_reward, factor, paired_p, share
+from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
 from matplotlib.figure import Figure
 
 from ablations.study import load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
-from analysis.intervals import Interval, clopper_pearson, number
+from analysis.intervals import Interval, clopper_pearson, mean_t, number
+from analysis.margins import Critical, critical_rate, critical_rates, margin
 from analysis.survival import Times, hazard_ratio
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
@@ -111,6 +113,41 @@ def causes_values(trials: pd.DataFrame) -> dict[str, str]:
     return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"])}
 
 
+CLIPPED_BASE = ("ema", "corrected")
+"""Levels of the arm of autopsy-clipped that has nothing published: teacher, reward."""
+
+
+def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The same with a clip of the rectify term; the study's rule for a cause is that the intervals lie apart."""
+    clipped = trials[trials.study == "clipped"]
+    arms_of = {levels: found.set_index("seed") for levels, found in clipped.groupby(["level.teacher", "level.reward"])}
+    base = arms_of.pop(CLIPPED_BASE)
+    bound = clopper_pearson(int(base.diverged.sum()), len(base)).high
+    values = {
+        "clipped": crossed_table(clipped, ["teacher", "reward"]),
+        "clipped_seeds": str(len(base)),
+        "clipped_base": share(base.diverged),
+    }
+    for (teacher, reward), found in arms_of.items():
+        low = clopper_pearson(int(found.diverged.sum()), len(found)).low
+        values |= {
+            f"clipped_{teacher}_{reward}": share(found.diverged),
+            f"clipped_{teacher}_{reward}_p": paired_p(found.diverged, base.diverged),
+            f"clipped_{teacher}_{reward}_verdict": "a cause" if low > bound else "not shown to be a cause",
+        }
+    live, averaged = (arms_of[teacher, "published"] for teacher in ("live", "ema"))
+    quality = np.log(averaged.final_fd / base.final_fd)
+    fell = clipped[clipped.diverged]
+    return values | {
+        "clipped_live_unwell": _of(arms_of["live", "published"].accuracy_at_start < WELL),
+        "clipped_fell_norm": number(fell.norm_ratio_whole.max(), 2),
+        "clipped_whole_norm": number(clipped[~clipped.diverged].norm_ratio_whole.max(), 2),
+        "clipped_reward_p": paired_p(live.diverged, arms_of["live", "corrected"].diverged),
+        "clipped_reward_fd": factor(mean_t(quality), math.e, 3),
+        "clipped_reward_hps": str(mean_t(averaged.final_lab_hps - base.final_lab_hps)),
+    }
+
+
 def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
     """What the reward does to the hazard of a fall after its start, with dynamic renoise and with uniform times.
 
@@ -173,3 +210,44 @@ def difference(a: Interval, b: Interval) -> Interval:
     low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
     high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
     return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
+
+
+# --- learning rate × teacher × reward ----------------------------------------------------------------------
+
+
+def margin_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
+    config = load(f"autopsy-{MARGIN}").config
+    chosen = trials[trials.study == MARGIN].copy()
+    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
+    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
+    rates = critical_rates(chosen, "lr")
+    if any(rate.bracketed and rate.width > math.log2(config.margin.tolerance) for rate in rates):
+        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is wider than its tolerance")
+    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
+    for arm in chosen.arm.unique():
+        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
+        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
+        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
+    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
+    pairs = {
+        "margin_teacher_with": (ema["with"], live["with"]),
+        "margin_teacher_without": (ema["without"], live["without"]),
+        "margin_reward_live": (live["with"], live["without"]),
+        "margin_reward_ema": (ema["with"], ema["without"]),
+    }
+    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
+    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
+
+
+def _times_more(rates: list[Critical], arm: str, base: str) -> str:
+    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
+    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
+        return "–"
+    return factor(margin(rates, arm, base), 2)
+
+
+def _rate(rate: Critical) -> str:
+    if rate.healthy == 0:
+        return f"< {rate.broken:.1e}"
+    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
