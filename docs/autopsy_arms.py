@@ -158,6 +158,8 @@ def renoise_values(trials: pd.DataFrame) -> dict[str, str]:
         "shaped_early": f"{int(before_reward(shaped).sum())} of {len(shaped)}",
         "uniform_spikes": f"{int(uniform.early_spikes.sum())}",
         "shaped_spikes": f"{int(shaped.early_spikes.sum())}",
+        "shaped_spikes_most": f"{int(shaped.early_spikes.max())}",
+        "uniform_usual": factor(mean_t(np.log(uniform.usual_norm / shaped.usual_norm)), math.e, 3),
         "shaped_spiky": f"{int((shaped.early_spikes > 0).sum())} of {len(shaped)} runs",
         "renoise_seeds": str(len(uniform)),
     }

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from autopsy_arms import COLUMNS, RULE, WELL, arm_line, before_reward, factor, paired_p, share
-from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
+from autopsy_runs import BROKEN, NO_REWARD, arms
 from matplotlib.figure import Figure
 
 from ablations.study import load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
-from analysis.margins import Critical, critical_rate, critical_rates, margin
 from analysis.survival import Times, hazard_ratio
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
@@ -100,9 +99,13 @@ def _p(value: float) -> str:
 # --- pairs of factors --------------------------------------------------------------------------------------
 
 
-def crossed_table(runs: pd.DataFrame, factors: Sequence[str]) -> str:
+FROM_CORRECTED = COLUMNS.replace("before the reward", "in the first fifth")
+"""Columns where the arms' rewards start at different steps."""
+
+
+def crossed_table(runs: pd.DataFrame, factors: Sequence[str], columns: str = COLUMNS) -> str:
     """One line for each combination of levels."""
-    lines = [f"| {' | '.join(factors)} | seeds | {COLUMNS} |", f"|{'---|' * len(factors)}--:|{RULE}"]
+    lines = [f"| {' | '.join(factors)} | seeds | {columns} |", f"|{'---|' * len(factors)}--:|{RULE}"]
     for levels, found in runs.groupby([f"level.{name}" for name in factors], sort=False):
         lines.append(f"| {' | '.join(levels)} | {len(found)} | {arm_line(found)} |")
     return "\n".join(lines)
@@ -110,9 +113,11 @@ def crossed_table(runs: pd.DataFrame, factors: Sequence[str]) -> str:
 
 def causes_values(trials: pd.DataFrame) -> dict[str, str]:
     """The corrected recipe with the published teacher, the published reward, and both."""
-    return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"])}
+    return {"causes": crossed_table(trials[trials.study == "causes"], ["teacher", "reward"], FROM_CORRECTED)}
 
 
+CORRECTED_START = 0.3
+"""Share of the run at which the reward of `corrected` starts: where renoise ends."""
 CLIPPED_BASE = ("ema", "corrected")
 """Levels of the arm of autopsy-clipped that has nothing published: teacher, reward."""
 
@@ -124,7 +129,7 @@ def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
     base = arms_of.pop(CLIPPED_BASE)
     bound = clopper_pearson(int(base.diverged.sum()), len(base)).high
     values = {
-        "clipped": crossed_table(clipped, ["teacher", "reward"]),
+        "clipped": crossed_table(clipped, ["teacher", "reward"], FROM_CORRECTED),
         "clipped_seeds": str(len(base)),
         "clipped_base": share(base.diverged),
     }
@@ -137,8 +142,11 @@ def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
         }
     live, averaged = (arms_of[teacher, "published"] for teacher in ("live", "ema"))
     quality = np.log(averaged.final_fd / base.final_fd)
-    fell = clipped[clipped.diverged]
+    fell, alone = clipped[clipped.diverged], arms_of["live", "corrected"]
+    begun = alone.diverged_step[alone.diverged] <= CORRECTED_START * alone.steps[alone.diverged]
     return values | {
+        "clipped_live_begun": _of(begun),
+        "clipped_accuracies": f"{fell.final_accuracy.min():.2f} to {fell.final_accuracy.max():.2f}",
         "clipped_live_unwell": _of(arms_of["live", "published"].accuracy_at_start < WELL),
         "clipped_fell_norm": number(fell.norm_ratio_whole.max(), 2),
         "clipped_whole_norm": number(clipped[~clipped.diverged].norm_ratio_whole.max(), 2),
@@ -149,22 +157,21 @@ def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
 
 
 def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
-    """What the reward does to the hazard of a fall after its start, with dynamic renoise and with uniform times.
-
-    The four arms share seeds; the intervals do not use that.
+    """Teacher × reward on the share of falls; and what the reward does to the hazard of a fall after its start, with
+    dynamic renoise and with uniform times. Arms share seeds; the intervals do not use that.
     """
     made = trials[trials.study == "interactions"]
     shared = trials[trials.config_hash.isin(made.config_hash)].drop_duplicates(["config_hash", "seed"], keep="last")
     level = made.drop_duplicates("config_hash").set_index("config_hash")["level.reward"]
     uniform = shared.assign(renoise="uniform", reward=shared.config_hash.map(level))
     regime = trials[(trials.study == "regime") & trials.arm.isin((BROKEN, NO_REWARD))]
-    runs = pd.concat([regime.assign(renoise="beta", reward=regime["level.reward"]), uniform])
+    runs = pd.concat([regime.assign(renoise="dynamic", reward=regime["level.reward"]), uniform])
     later = runs[~before_reward(runs)]  # alike with the reward and without, which are the same runs until then
     ratios = {
         renoise: hazard_ratio(_times(found[found.reward == "with"]), _times(found[found.reward == "without"]))
         for renoise, found in later.groupby("renoise")
     }
-    crossed = difference(*(log_of(ratios[renoise]) for renoise in ("beta", "uniform")))
+    crossed = difference(*(log_of(ratios[renoise]) for renoise in ("dynamic", "uniform")))
     lines = runs.assign(**{"level.renoise": runs.renoise, "level.reward": runs.reward})
     return {
         "teacher_reward": str(teacher_reward(trials[trials.study == "regime"])),
@@ -173,11 +180,7 @@ def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
         "interaction_verdict": "interact" if crossed.low > 0 or crossed.high < 0 else "are not shown to interact",
         "interaction_seeds": str(uniform.seed.nunique()),
         **{f"hazard_{renoise}": str(ratio) for renoise, ratio in ratios.items()},
-        **{
-            f"interaction_{renoise}_{reward}": share(found.diverged)
-            for (renoise, reward), found in runs.groupby(["renoise", "reward"])
-        },
-        **{f"at_risk_{renoise}": f"{len(found)}" for renoise, found in later.groupby("renoise")},
+        **{f"at_risk_{renoise}": str(len(found) // 2) for renoise, found in later.groupby("renoise")},
     }
 
 
@@ -210,44 +213,3 @@ def difference(a: Interval, b: Interval) -> Interval:
     low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
     high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
     return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
-
-
-# --- learning rate × teacher × reward ----------------------------------------------------------------------
-
-
-def margin_values(trials: pd.DataFrame) -> dict[str, str]:
-    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    config = load(f"autopsy-{MARGIN}").config
-    chosen = trials[trials.study == MARGIN].copy()
-    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
-    rates = critical_rates(chosen, "lr")
-    if any(rate.bracketed and rate.width > math.log2(config.margin.tolerance) for rate in rates):
-        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is wider than its tolerance")
-    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
-    for arm in chosen.arm.unique():
-        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
-        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
-        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
-    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
-    pairs = {
-        "margin_teacher_with": (ema["with"], live["with"]),
-        "margin_teacher_without": (ema["without"], live["without"]),
-        "margin_reward_live": (live["with"], live["without"]),
-        "margin_reward_ema": (ema["with"], ema["without"]),
-    }
-    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
-    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
-
-
-def _times_more(rates: list[Critical], arm: str, base: str) -> str:
-    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
-    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
-        return "–"
-    return factor(margin(rates, arm, base), 2)
-
-
-def _rate(rate: Critical) -> str:
-    if rate.healthy == 0:
-        return f"< {rate.broken:.1e}"
-    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"

@@ -49,7 +49,9 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert values["ema_with_broken"] == values["ema_without_broken"]
     assert f"with an EMA teacher (blue) {values['ema_with_broken']}, with the reward and without" in said
     both, live, reward = (values[f"clipped_{arm}"] for arm in ("live_published", "live_corrected", "ema_published"))
-    assert f"both together break {both}, the live teacher alone {live}, the reward alone {reward}." in said
+    assert made["clipped_live_published_verdict"] == "a cause"
+    assert f"both together make {both} fall, more mildly, which is a cause by the declared rule" in said
+    assert f"the live teacher alone ({live}) and the reward alone ({reward}) are not shown to be" in said
     assert f"gradient norms up to {values['early_norm']} under a clip at 10" in said
     assert f"without any preference, breaks {values['dose_residual']}" in said
     assert f"from E(D(z)) that begins as long, {values['dose_large_eta']};" in said
