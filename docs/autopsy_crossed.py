@@ -13,7 +13,7 @@ from ablations.study import load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
-from analysis.survival import Times, hazard_ratio
+from analysis.survival import hazard_ratio, times_of
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
 
@@ -140,20 +140,24 @@ def clipped_values(trials: pd.DataFrame) -> dict[str, str]:
             f"clipped_{teacher}_{reward}_p": paired_p(found.diverged, base.diverged),
             f"clipped_{teacher}_{reward}_verdict": "a cause" if low > bound else "not shown to be a cause",
         }
-    live, averaged = (arms_of[teacher, "published"] for teacher in ("live", "ema"))
+    live, averaged, alone = arms_of["live", "published"], arms_of["ema", "published"], arms_of["live", "corrected"]
+    fell = clipped[clipped.diverged]
     quality = np.log(averaged.final_fd / base.final_fd)
-    fell, alone = clipped[clipped.diverged], arms_of["live", "corrected"]
     begun = alone.diverged_step[alone.diverged] <= CORRECTED_START * alone.steps[alone.diverged]
     return values | {
         "clipped_live_begun": _of(begun),
         "clipped_accuracies": f"{fell.final_accuracy.min():.2f} to {fell.final_accuracy.max():.2f}",
-        "clipped_live_unwell": _of(arms_of["live", "published"].accuracy_at_start < WELL),
+        "clipped_live_unwell": _of(live.accuracy_at_start < WELL),
         "clipped_fell_norm": number(fell.norm_ratio_whole.max(), 2),
         "clipped_whole_norm": number(clipped[~clipped.diverged].norm_ratio_whole.max(), 2),
-        "clipped_reward_p": paired_p(live.diverged, arms_of["live", "corrected"].diverged),
+        "clipped_reward_p": paired_p(live.diverged, alone.diverged),
         "clipped_reward_fd": factor(mean_t(quality), math.e, 3),
         "clipped_reward_hps": str(mean_t(averaged.final_lab_hps - base.final_lab_hps)),
     }
+
+
+LEVELS = ("with", "without")
+"""Of the reward."""
 
 
 def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
@@ -163,28 +167,25 @@ def interaction_values(trials: pd.DataFrame) -> dict[str, str]:
     made = trials[trials.study == "interactions"]
     shared = trials[trials.config_hash.isin(made.config_hash)].drop_duplicates(["config_hash", "seed"], keep="last")
     level = made.drop_duplicates("config_hash").set_index("config_hash")["level.reward"]
-    uniform = shared.assign(renoise="uniform", reward=shared.config_hash.map(level))
+    uniform = shared.assign(**{"level.renoise": "uniform", "level.reward": shared.config_hash.map(level)})
     regime = trials[(trials.study == "regime") & trials.arm.isin((BROKEN, NO_REWARD))]
-    runs = pd.concat([regime.assign(renoise="dynamic", reward=regime["level.reward"]), uniform])
+    runs = pd.concat([regime.assign(**{"level.renoise": "dynamic"}), uniform])
+    runs = runs.assign(time=runs.diverged_step.fillna(runs.steps))
     later = runs[~before_reward(runs)]  # alike with the reward and without, which are the same runs until then
-    ratios = {
-        renoise: hazard_ratio(_times(found[found.reward == "with"]), _times(found[found.reward == "without"]))
-        for renoise, found in later.groupby("renoise")
-    }
+    ratios = {}
+    for renoise, found in later.groupby("level.renoise"):
+        with_reward, without = (times_of(found[found["level.reward"] == reward]) for reward in LEVELS)
+        ratios[renoise] = hazard_ratio(with_reward, without)
     crossed = difference(*(log_of(ratios[renoise]) for renoise in ("dynamic", "uniform")))
-    lines = runs.assign(**{"level.renoise": runs.renoise, "level.reward": runs.reward})
     return {
         "teacher_reward": str(teacher_reward(trials[trials.study == "regime"])),
-        "interactions": crossed_table(lines, ["renoise", "reward"]),
+        "interactions": crossed_table(runs, ["renoise", "reward"]),
         "interaction": factor(crossed, math.e),
         "interaction_verdict": "interact" if crossed.low > 0 or crossed.high < 0 else "are not shown to interact",
         "interaction_seeds": str(uniform.seed.nunique()),
         **{f"hazard_{renoise}": str(ratio) for renoise, ratio in ratios.items()},
-        **{f"at_risk_{renoise}": str(len(found) // 2) for renoise, found in later.groupby("renoise")},
+        **{f"at_risk_{renoise}": str(len(found) // 2) for renoise, found in later.groupby("level.renoise")},
     }
-
-
-LEVELS = ("with", "without")
 
 
 def teacher_reward(regime: pd.DataFrame) -> Interval:
@@ -194,11 +195,6 @@ def teacher_reward(regime: pd.DataFrame) -> Interval:
         difference(*(fell[f"reward={reward} teacher={teacher}"] for reward in LEVELS)) for teacher in ("live", "ema")
     )
     return difference(live, ema)
-
-
-def _times(runs: pd.DataFrame) -> Times:
-    """Steps from the start to the fall, or to the end of a run that stayed whole."""
-    return Times(runs.diverged_step.fillna(runs.steps).to_numpy(float), runs.diverged.to_numpy(bool))
 
 
 def log_of(ratio: Interval) -> Interval:
