@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from autopsy_arms import COLUMNS, RULE, WELL, arm_line, before_reward, factor, paired_p, share
-from autopsy_runs import BROKEN, NO_REWARD, arms
+from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
 from matplotlib.figure import Figure
 
-from ablations.study import load
+from ablations.study import Margin, load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
+from analysis.margins import Critical, critical_rate, critical_rates, margin
 from analysis.survival import hazard_ratio, times_of
 
 # --- fifteen suspects at once ------------------------------------------------------------------------------
@@ -209,3 +210,52 @@ def difference(a: Interval, b: Interval) -> Interval:
     low = estimate - math.hypot(a.estimate - a.low, b.high - b.estimate)
     high = estimate + math.hypot(a.high - a.estimate, b.estimate - b.low)
     return Interval(estimate, low, high, min(a.n, b.n), "MOVER", a.level)
+
+
+# --- learning rate × teacher × reward ----------------------------------------------------------------------
+
+
+def margin_values(trials: pd.DataFrame) -> dict[str, str]:
+    """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
+    config = load(f"autopsy-{MARGIN}").config
+    chosen = trials[trials.study == MARGIN].copy()
+    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
+    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
+    rates = critical_rates(chosen, "lr")
+    asked = {(arm.name, seed) for arm in load(f"autopsy-{MARGIN}").arms for seed in config.seeds}
+    if {(rate.arm, rate.seed) for rate in rates if _found(rate, config.margin)} != asked:
+        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing or wider than its tolerance")
+    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
+    for arm in chosen.arm.unique():
+        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
+        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
+        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
+    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
+    pairs = {
+        "margin_teacher_with": (ema["with"], live["with"]),
+        "margin_teacher_without": (ema["without"], live["without"]),
+        "margin_reward_live": (live["with"], live["without"]),
+        "margin_reward_ema": (ema["with"], ema["without"]),
+    }
+    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
+    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
+
+
+def _times_more(rates: list[Critical], arm: str, base: str) -> str:
+    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
+    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
+        return "–"
+    return factor(margin(rates, arm, base), 2)
+
+
+def _found(rate: Critical, asked: Margin) -> bool:
+    """Whether the search has ended: in a bracket as narrow as asked, or at an end of the rates asked for."""
+    if rate.bracketed:
+        return rate.width <= math.log2(asked.tolerance)
+    return rate.healthy >= asked.high or rate.broken <= asked.low
+
+
+def _rate(rate: Critical) -> str:
+    if rate.healthy == 0:
+        return f"< {rate.broken:.1e}"
+    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
