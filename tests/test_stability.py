@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from twinrl import checkpoints, draws, schema
 from twinrl.capsules import Capsules
 from twinrl.commands.replay import verdict
 from twinrl.errors import InputError
-from twinrl.replay import Judge, replay
+from twinrl.replay import Judge, changed, replay
 from twinrl.schema import RunConfig
 from twinrl.stability.events import Event
 from twinrl.tracking import names
@@ -177,6 +178,30 @@ def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_p
     assert not any("shows no cause" in line for line in verdict(result))
     hanging = replace(result, placebos=[replace(without, label="learning rate × 0.99")])
     assert "removes this spike, too" in verdict(hanging)[-1]
+
+
+@pytest.mark.parametrize("action", ["skip", "zero", "cut_lr+skip", "rollback", "stop"])
+def test_the_unchanged_replay_repeats_the_log_under_every_policy(tmp_path: Path, action: str) -> None:
+    trainer = make(planted(tmp_path, f"stability.spike={action}"))
+    trainer.train()
+    result = replay(trainer.run, 1, [], load, after=5)
+    assert result.exact
+    assert result.recurs(result.traces[0])
+    assert result.traces[0].rows[-1]["iteration"] == AT + 5
+
+
+@pytest.mark.parametrize("preset", ["published", "corrected", "recommended"])
+def test_the_change_that_help_and_docs_name_turns_the_reward_off(preset: str) -> None:
+    settings = schema.load(preset)
+    off = changed(settings, ["reward.schedule.weight=0"])
+    largest = [max(s.reward.schedule.weight_at(step, 100, Fraction(30)) for step in range(100)) for s in (settings, off)]
+    assert largest == [pytest.approx(1), 0]
+
+
+def test_a_change_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    trainer = finish(planted(tmp_path))
+    with pytest.raises(InputError, match=r"changes nothing.*terms\.reward=null.*reward\.schedule\.weight=0"):
+        replay(trainer.run, 1, ["terms.reward=null"], load)
 
 
 def test_every_trace_starts_from_the_same_state(tmp_path: Path) -> None:

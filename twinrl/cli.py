@@ -121,7 +121,7 @@ def replay(
 
     Beside a change run two placebos, the learning rate × 0.99 and × 1.01: what they remove, too, hung on details.
     With `--after 300 --judge 50` it says whether the run would have lived.
-    For example without the reward: `twinrl replay RUN --event 3 terms.reward=null`; in double precision:
+    For example without the reward: `twinrl replay RUN --event 3 reward.schedule.weight=0`; in double precision:
     `train.precision=float64`; on another batch: `seed=1`.
     """
     from twinrl.commands.replay import replay as command

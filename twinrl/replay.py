@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from twinrl import config, schema
+from twinrl import config
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
 from twinrl.data.source import Data
@@ -86,9 +86,10 @@ class Replay:
 
     @property
     def exact(self) -> bool:
-        """Whether the unchanged replay gave the logged numbers to the last bit."""
-        again = {row["iteration"]: row for row in self.traces[0].rows}
-        pairs = [(row, again[row["iteration"]]) for row in self.logged if row["iteration"] in again]
+        """Whether the unchanged replay gave the logged numbers to the last bit, up to where the run went back."""
+        again = {(row["iteration"], row["step"]): row for row in self.traces[0].rows}
+        keyed = [((row["iteration"], row["step"]), row) for row in self.logged]
+        pairs = [(row, again[key]) for key, row in keyed if key in again]
         return bool(pairs) and all(_same(logged, row) for logged, row in pairs)
 
     def recurs(self, trace: Trace) -> bool:
@@ -136,15 +137,21 @@ def replay(
     Arguments:
         run: the run.
         number: of the event: its line in events.jsonl, from 1.
-        overrides: ``key.path=value`` changes, e.g. ``terms.reward=null`` or ``train.precision=float64``.
+        overrides: ``key.path=value`` changes, e.g. ``reward.schedule.weight=0`` or ``train.precision=float64``.
         source: loads the data of a configuration onto its device.
         after: steps after the event.
         judge: judges samples on the way.
         tell: hears which trace has made how many of its steps.
 
     Raises:
-        InputError: the event has no capsule, or the change does not fit its state.
+        InputError: the event has no capsule, or the change changes nothing or does not fit its state.
     """
+    settings = run.settings()
+    if overrides and changed(settings, overrides) == settings:
+        raise InputError(
+            "the change changes nothing", got=" ".join(overrides), expected="another configuration than the run's",
+            fix="`twinrl doctor --schema` lists the keys; without the reward: reward.schedule.weight=0",
+        )  # fmt: skip
     changes, placebos = ([overrides], PLACEBOS) if overrides else ([], ())
     return replay_each(run, number, changes, source, after, placebos, judge, tell)
 
@@ -198,6 +205,14 @@ def faster(settings: RunConfig, factor: float) -> RunConfig:
     return changed(settings, [f"optim.lr={settings.optim.lr * factor!r}"])
 
 
+def _going_on(settings: RunConfig) -> RunConfig:
+    """The configuration with its policies, but for those that would end the steps or go back: they only record."""
+    plain = settings.model_dump(mode="json")
+    ending = [on for on in ("policy", "spike", "drift") if plain["stability"][on] in ("stop", "rollback")]
+    quiet = {"stability": dict.fromkeys(ending, "record") | {"capsules": {"every": 0}}}
+    return config.validate(RunConfig, config.merge(plain, quiet))
+
+
 def _trace(
     label: str,
     settings: RunConfig,
@@ -207,12 +222,8 @@ def _trace(
     judge: Judge | None,
     tell: Callable[[str, int, int], None],
 ) -> Trace:
-    """Run ``steps`` steps from a state, which training writes into; whatever is found is recorded and nothing acts."""
-    quiet: dict[str, Any] = {
-        "stability": {"policy": "record", "spike": "record", "drift": "record", "capsules": {"every": 0}}
-    }
-    plain = config.merge(settings.model_dump(mode="json"), quiet)
-    settings = config.validate(schema.RunConfig, plain)
+    """Run ``steps`` steps from a state, which training writes into; nothing ends them or goes back."""
+    settings = _going_on(settings)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(Path(folder) / "replay")
         run.start(settings, fresh=False)

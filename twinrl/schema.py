@@ -328,7 +328,7 @@ class RunConfig(Settings):
         if self.reward is not None and not wanting:
             raise ValueError(
                 "reward is configured and no term follows it; fix: terms.reward={branches: [e2e]} or "
-                "terms.adversarial.reward=one_step"
+                "terms.adversarial.reward=one_step; to train without it: reward.schedule.weight=0"
             )
         try:
             end = self.renoise_end()
