@@ -1,26 +1,56 @@
 """``twinrl doctor``: what this machine has, and what the configuration's keys mean."""
 
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import torch
+import yaml
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twinrl import config, schema
 from twinrl.backends import NETWORKS
+from twinrl.data.folders.settings import PrepareConfig
 from twinrl.data.source import cache_dir
+from twinrl.gradients.transforms import TRANSFORMS
 from twinrl.optim import LR_POLICIES, OPTIMIZERS
+from twinrl.renoise import RENOISE
+from twinrl.rewards import REWARDS
+from twinrl.rewards.latent import ESTIMATORS
+from twinrl.schedules import SCHEDULES
 from twinrl.terms import TERMS
 from twinrl.terms.losses import LOSSES
 from twinrl.tracking import environment
 
 COMPONENTS: dict[str, Mapping[str, Any]] = {
-    "model.network": NETWORKS, "terms.<name>": TERMS, "terms.<name>.loss": LOSSES, "optim": OPTIMIZERS,
+    "model.network": NETWORKS,
+    "terms.<name>  (kind: by default the name)": TERMS,
+    "terms.<name>.loss": LOSSES,
+    "renoise": RENOISE,
+    "reward.model, reward.held_out.<name>, judges.<name>": REWARDS,
+    "reward.gradient.estimator": ESTIMATORS,
+    "gradients.total.<name>, .each.<name>, .terms.<term>.<name>  (kind: by default the name)": TRANSFORMS,
+    "optim": OPTIMIZERS,
     "lr_policy": LR_POLICIES,
-}  # fmt: skip
+    "a schedule  (a number is a constant one; moments: 300 = steps, 30%, after_renoise, after_renoise+10%)": SCHEDULES,
+}
+"""Where components are configured → their kinds."""
+WIDTH, KEY_WIDTH, DEFAULT_WIDTH = 120, 36, 18
+"""Columns of the printed keys: in all where there is no terminal, of a key, of its default."""
+
+
+class Key(NamedTuple):
+    """A dotted key of the configuration, its default as YAML (empty for a section), its meaning."""
+
+    name: str
+    default: str
+    meaning: str
 
 
 def doctor(show_schema: bool, console: Console) -> int:
@@ -45,27 +75,104 @@ def _size(folder: Path) -> str:
     return f"{size / 2**20:.0f} MiB"
 
 
+# --- the schema -------------------------------------------------------------------------------------------
+
+
 def print_schema(console: Console) -> None:
-    """Every key with its default and meaning, components by kind."""
-    table = Table("key", "default", "meaning", box=None, pad_edge=False)
-    for key, default, meaning in keys(schema.RunConfig):
-        table.add_row(key, default, meaning)
+    """Every key with its default and meaning: of a run, of each kind of component, of ``twinrl data prepare``."""
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    _heading("A run: key, default, meaning", console)
+    console.print(_table(keys(schema.RunConfig)))
+    _heading("Components: a kind by name, or {kind: …} with its keys; a class of one's own by its dotted path", console)
     for where, registry in COMPONENTS.items():
-        for kind, cls in registry.items():
-            table.add_section()
-            table.add_row(f"[bold]{where}: kind {kind}[/]", "", (cls.__doc__ or "").split("\n")[0])
-            for key, default, meaning in keys(cls.Config):
-                if key != "kind":
-                    table.add_row(f"  {key}", default, meaning)
-    console.print(table)
+        _heading(where, console)
+        console.print(_table(_by_kind(registry)))
+    _heading("twinrl data prepare", console)
+    console.print(_table(keys(PrepareConfig)))
 
 
-def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, description) of a settings class, sections unfolded."""
-    for name, info in model.model_fields.items():
-        section: Any = info.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and section is not BaseModel:
-            yield from keys(section, f"{prefix}{name}.")
+def _heading(text: str, console: Console) -> None:
+    console.print(f"\n{text}", style="bold underline", markup=False, highlight=False)
+
+
+def _table(shown: Iterable[Key]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(width=KEY_WIDTH, no_wrap=True)
+    table.add_column(width=DEFAULT_WIDTH, overflow="fold")
+    table.add_column()
+    for key in shown:
+        table.add_row(*map(escape, key), style=None if key.default else "bold")
+    return table
+
+
+def keys(settings: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """The keys of a settings class, sections unfolded; ``<name>`` stands for names of one's own."""
+    for name, info in settings.model_fields.items():
+        key, sections = f"{prefix}{name}", list(_sections(info.annotation))
+        if sections == [("", info.annotation)]:
+            if said := _text(info.description or sections[0][1].__doc__):
+                yield Key(key, "", said)
         else:
-            default = "" if info.is_required() else str(info.get_default(call_default_factory=True))
-            yield f"{prefix}{name}", default.replace("[", r"\["), info.description or ""
+            yield Key(key, _default(info), _meaning(info))
+        for between, section in sections:
+            yield from keys(section, f"{key}{between}.")
+
+
+def kinds(registry: Mapping[str, Any]) -> dict[str, list[Key]]:
+    """Kind → its keys."""
+    return {kind: [key for key in keys(cls.Config) if key.name != "kind"] for kind, cls in registry.items()}
+
+
+def _by_kind(registry: Mapping[str, Any]) -> Iterator[Key]:
+    """The kinds, each with its keys; those that all have alike come once, before them."""
+    known = kinds(registry)
+    common = [key for key in next(iter(known.values())) if all(key in own for own in known.values())]
+    if common:
+        yield Key("every kind", "", "")
+        yield from map(_indented, common)
+    for kind, own in known.items():
+        yield Key(kind, "", _text(registry[kind].__doc__, paragraphs=1))
+        yield from (_indented(key) for key in own if key not in common)
+
+
+def _indented(key: Key) -> Key:
+    return key._replace(name=f"  {key.name}")
+
+
+def _sections(annotation: Any) -> Iterator[tuple[str, type[BaseModel]]]:
+    """(what stands between, class) of settings in a type: of ``Lora | None`` ("", Lora), of ``dict[str, Lora]``
+    (".<name>", Lora). A component's type is the bare BaseModel, which any kind may fill."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if annotation is not BaseModel:
+            yield "", annotation
+        return
+    own = ".<name>" if get_origin(annotation) is dict else ""
+    for part in get_args(annotation):
+        yield from ((own + between, section) for between, section in _sections(part))
+
+
+def _default(info: FieldInfo) -> str:
+    if info.is_required():
+        return "required"
+    value = to_jsonable_python(info.get_default(call_default_factory=True))
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=WIDTH).removesuffix("...\n").strip()
+
+
+def _meaning(info: FieldInfo) -> str:
+    """The description, and the choices that it does not name."""
+    said, choices = info.description or "", [str(choice) for choice in _choices(info.annotation)]
+    if len(choices) < 2 or all(choice in said for choice in choices):
+        return said
+    return f"{said}; one of {', '.join(choices)}"
+
+
+def _choices(annotation: Any) -> Iterator[object]:
+    for part in get_args(annotation):
+        yield from [part] if get_origin(annotation) is Literal else _choices(part)
+
+
+def _text(doc: str | None, paragraphs: int | None = None) -> str:
+    """A docstring's paragraphs, each in one line."""
+    parts = inspect.cleandoc(doc or "").replace("``", "`").split("\n\n")
+    return "\n".join(" ".join(part.split()) for part in parts[:paragraphs])
