@@ -22,6 +22,7 @@ from twinrl.data import SOURCES
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
 
+ROOT = Path(__file__).parents[1]
 TWINFLOW = ("train", "twinflow", *SMALL)
 
 
@@ -31,6 +32,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     register(monkeypatch)
     threads = torch.get_num_threads()
     yield
@@ -403,7 +405,7 @@ def help_of(*arguments: str) -> str:
 
 def test_help_is_light_and_says_how_to_begin() -> None:
     shown = help_of()
-    assert "twinrl train twinflow" in shown
+    assert "twinrl train lab" in shown
     for command in ("train", "resume", "sample", "evaluate", "publish", "ui", "doctor"):
         assert command in shown
 
@@ -430,3 +432,31 @@ def test_doctor_explains_every_key(twinrl: Any) -> None:
     for key in ("train.steps", "checkpoint.every", "optim", "data.root", "stability.policy", "run.dir", "seed"):
         assert key in result.out
     assert twinrl("doctor").code == 0
+
+
+# --- classes of one's own ----------------------------------------------------------------------------------
+
+
+def the_example() -> tuple[str, str]:
+    """The term of docs/architecture.md, and the override that names it."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    (code,) = re.findall(r"```python\n# my_terms.py\n(.*?)```", page, re.DOTALL)
+    (assignment,) = re.findall(r"twinrl train \w+ '(terms.near=.*?)'", page)
+    return code, assignment
+
+
+def test_the_documented_term_trains(twinrl: Any) -> None:
+    code, assignment = the_example()
+    Path("my_terms.py").write_text(code)
+    assert twinrl("train", "lab", *SMALL, assignment).code == 0
+    assert all(row["loss/near"] >= 0 for row in runlog.read(the_run().log))
+
+
+def test_the_console_script_finds_what_lies_beside_it() -> None:
+    """As ``python -m twinrl`` does; and files there do not stand for the packages of the command line itself."""
+    code, assignment = the_example()
+    Path("my_terms.py").write_text(code)
+    Path("analysis.py").touch()
+    command = [Path(sys.executable).with_name("twinrl"), "train", "lab", assignment, "terms.near.wieght=1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "twinrl: unknown key terms.near.wieght; did you mean weight?\n")

@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train few-step generators with TwinFlow, loss term by loss term, and find out what makes them diverge.\n\n"
-    "Start with:  twinrl train twinflow",
+    "Start with:  twinrl train lab  (with a reward: twinrl train recommended)",
 )
 
 Overrides = Annotated[
@@ -33,7 +33,7 @@ PrepareOverrides = Annotated[
         help="overrides, e.g. buckets.sizes=qwen-image read.caption_column=text batch=8",
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/twinflow-1a2b3c4d-s0")]
+Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/lab-1a2b3c4d-s0")]
 Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
 
 
@@ -76,7 +76,8 @@ def sample(
     run: Run,
     nfe: Annotated[int, typer.Option(min=1, help="network evaluations per sample")] = 1,
     prompt: Annotated[
-        list[str] | None, typer.Option(help="what to draw; may be repeated; default: every class")
+        list[str] | None,
+        typer.Option(help="what to draw; may be repeated; default: every class, of a family four validation prompts"),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="samples per prompt, each from its own noise")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
@@ -91,7 +92,10 @@ def sample(
 
 @app.command()
 def evaluate(run: Run, step: Step = None) -> None:
-    """Judge a run on the test split: NFE 1, 2, 4, its 50-step teacher, real images, the floor."""
+    """Judge a run's samples, at every NFE of its evaluation.nfe, beside real images.
+
+    On the test split, beside the teacher that it started from; a family's run on the validation split, without teacher.
+    """
     from twinrl.commands.inspect import evaluate as command
 
     raise typer.Exit(command(run, step, _console()))
@@ -199,7 +203,10 @@ def data_prepare(
     ] = None,
     to: Annotated[Path | None, typer.Option(help="prepared folder; default: prepared/<name of PATH>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[Literal["float32", "bf16"], typer.Option(help="of the model's weights")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "bf16"],
+        typer.Option(help="of the model's weights; as model.frozen_dtype of the run, which the presets set to bf16"),
+    ] = "float32",
 ) -> None:
     """Verify images and captions, and encode what is not encoded yet.
 
@@ -244,6 +251,16 @@ def _register_subcommands() -> None:
         entry.load()(app)
 
 
+def _find_own_classes() -> None:
+    """Put the working directory first on the path, as ``python -m twinrl`` has it and workers do.
+
+    Dotted paths then name classes beside the command, whichever way it was started.
+    """
+    here = os.getcwd()
+    if not sys.flags.safe_path and sys.path[0] not in ("", here):
+        sys.path.insert(0, here)
+
+
 def main() -> None:
     """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2.
 
@@ -251,6 +268,7 @@ def main() -> None:
     """
     try:
         _register_subcommands()
+        _find_own_classes()  # after that: a file analysis.py there must not stand for the package
         app()
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":
