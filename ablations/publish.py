@@ -156,11 +156,17 @@ class StudyView:
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: Record) -> None:
-        """Step and kind of a divergence; the ledger's verdict goes before what the run's events alone suggest."""
+        """Steps made, and step and kind of a divergence.
+
+        The ledger's verdict goes before what the run's events alone suggest: a rollback may have taken some back.
+        """
+        self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
         if record.diverged is None:
+            for name in self.client.get_run(run).data.tags.keys() & {"diverged.step", "diverged.why"}:
+                self.client.delete_tag(run, name)
             return
         step, kind = record.diverged["step"], record.diverged["kind"]
-        self._tag(run, {"diverged": "true", "diverged.step": step, "diverged.kind": kind})
+        self._tag(run, {"diverged.step": step, "diverged.kind": kind})
         self.client.log_metric(run, "diverged/step", step, timestamp=0, step=0)
 
     def _levels(self, run: str, trial: Trial) -> None:

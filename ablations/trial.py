@@ -266,10 +266,11 @@ def pruned(task: Task, rung: int) -> Record:
 
 def _record(task: Task, result: Mapping[str, Any]) -> Record:
     rows = runlog.read(task.path / runlog.LOG_NAME)
+    metrics = final_metrics(runlog.surviving(rows, rows), (*KEPT, task.metric))
     return Record(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
-        metrics=final_metrics(rows, (*KEPT, task.metric)) | table_metrics(result.get("table")),
-        diverged=divergence(task.path, result),
+        metrics=metrics | table_metrics(result.get("table")),
+        diverged=divergence(task.path, rows, result),
         seconds=round(sum(row.get(names.STEP_SECONDS, 0.0) for row in rows), 3),
         where=ledger.provenance(Path(task.directory), task.revision),
     )  # fmt: skip
@@ -293,12 +294,12 @@ def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def divergence(run: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Step and kind of a run's divergence; None if it stayed healthy.
+def divergence(run: Path, rows: list[dict[str, Any]], result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Step and kind of a run's divergence; None if it stayed healthy, or was rescued by a rollback.
 
     The event ``diverged`` is the trainer's verdict. A run that a policy stopped has diverged too, by its last event.
     """
-    events = runlog.read(run / EVENTS) if (run / EVENTS).is_file() else []
+    events = runlog.surviving(runlog.read(run / EVENTS), rows) if (run / EVENTS).is_file() else []
     verdict = next((event for event in events if event["kind"] == "diverged"), None)
     if verdict is not None:
         kind = "quality" if verdict.get("series") == names.VAL_QUALITY else "nonfinite"
@@ -310,7 +311,8 @@ def divergence(run: Path, result: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def at_rung(run: Path, metric: str, rung: int) -> float:
     """The last value of a metric logged at ``rung`` steps or before, ``WORST`` where it is missing or not finite."""
-    values = [row[metric] for row in runlog.rows(run / runlog.LOG_NAME) if metric in row and row["step"] <= rung]
+    rows = runlog.read(run / runlog.LOG_NAME)
+    values = [row[metric] for row in runlog.surviving(rows, rows) if metric in row and row["step"] <= rung]
     return comparable(values[-1] if values else math.nan)
 
 

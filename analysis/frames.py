@@ -73,6 +73,11 @@ class Run:
             return named
         return hashlib.sha256(json.dumps(numeric(self.config), sort_keys=True, default=str).encode()).hexdigest()[:8]
 
+    @property
+    def lasting(self) -> list[dict[str, Any]]:
+        """The rows that no rollback has taken back; verdicts are on these."""
+        return runlog.surviving(self.rows, self.rows)
+
     def frame(self) -> "pd.DataFrame":
         """The log as a table."""
         import pandas as pd
@@ -175,7 +180,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def trial_of(run: Run) -> dict[str, Any]:
     """The run's line in a study's table, without arm and factors."""
-    last = {name: float(row[name]) for row in run.rows for name in row if is_outcome(name) and _is_number(row[name])}
+    last = {name: float(row[name]) for row in run.lasting for name in row if is_outcome(name) and _is_number(row[name])}
     made = int(run.result.get("step", run.rows[-1]["step"]))
     divergence = run_divergence(run)
     nonzero = [float(row.get(names.STEP_SECONDS) or 0) for row in run.rows]
@@ -205,11 +210,12 @@ def _is_number(value: object) -> bool:
 def run_divergence(run: Run) -> tuple[int, str] | None:
     """Step and kind (the telling series) of the run's divergence, judged anew from its log; None if it survived.
 
-    The run's own margins (``stability.divergence``) are used where its configuration has them.
+    The run's own margins (``stability.divergence``) are used where its configuration has them. What a rollback has
+    taken back is not judged: a run that it rescued has not diverged.
     """
     own = (run.config.get("stability") or {}).get("divergence")
     nfe = (run.config.get("evaluation") or {}).get("nfe") or [1]
-    found = first_divergence(run.rows, Divergence.Config.model_validate(own) if own else None, int(nfe[0]))
+    found = first_divergence(run.lasting, Divergence.Config.model_validate(own) if own else None, int(nfe[0]))
     if found is not None:
         return max(1, found.step), found.series
     if run.status == "diverged":

@@ -8,12 +8,16 @@ from typing import Any
 
 from analysis.frames import BOOKKEEPING, Run, Study, assemble, is_outcome
 from twinrl.errors import InputError
-from twinrl.tracking import mlflow_state, store, ui
+from twinrl.tracking import mlflow_state, names, store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
 PARENT_TAG = "mlflow.parentRunId"
 REPORT_TAG = "twinrl.report"
+NONFINITE = "nonfinite/"
+"""Before a metric's name: how many of its values were not finite."""
+STATUS = {"FINISHED": "finished", "FAILED": "diverged"}
+"""How a run ended by MLflow's status, where no tag says it."""
 LOCAL = "http://127.0.0.1:5000"
 
 
@@ -111,7 +115,7 @@ def from_mlflow(uri: str, experiment: str, base: str | None = None) -> Study:
         uri: the store. experiment: its name, or ``experiment/study`` for the runs with that tag ``study``.
         base: as for a study in files.
 
-    *When to use*: where only the MLflow store is at hand; it has neither events nor non-finite values.
+    *When to use*: where only the MLflow store is at hand; it has neither events nor the time that a run took.
 
     Raises:
         InputError: the store is away, or has no such experiment or no such runs.
@@ -124,10 +128,10 @@ def from_mlflow(uri: str, experiment: str, base: str | None = None) -> Study:
             name, _, study = experiment.partition("/")
             found = client.get_experiment_by_name(name)
             runs = list(client.search_runs([found.experiment_id], max_results=5000)) if found else []
+            seeds = [run for run in runs if "seed" in run.data.tags and run.data.tags.get("study", "") in (study, "")]
+            lines = [_from_mlflow_run(client, run) for run in seeds if run.info.status != "RUNNING"]
     except store.failures() as error:
         raise InputError("MLflow cannot be reached", got=str(error).splitlines()[0], fix="check the store") from error
-    seeds = [run for run in runs if "seed" in run.data.tags and run.data.tags.get("study", "") in (study, "")]
-    lines = [_from_mlflow_run(run) for run in seeds if run.info.status != "RUNNING"]
     if not lines:
         raise InputError(f"MLflow has no finished runs of {experiment!r}", expected="runs with a tag seed", got=uri)
     params = {key for line in lines for key in line if "." in key}
@@ -137,17 +141,43 @@ def from_mlflow(uri: str, experiment: str, base: str | None = None) -> Study:
     return assemble(experiment, kept, varying, base=base)
 
 
-def _from_mlflow_run(run: Any) -> dict[str, Any]:
+def _from_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
+    """A run's line. A study's tags hold its verdict; of a run by itself MLflow's own status says what they lack."""
     tags, params = run.data.tags, run.data.params
-    step = int(run.data.metrics.get("step", params.get("train.steps", 1)))
+    status = tags.get("status") or STATUS.get(run.info.status, "unfinished")
+    diverged = tags.get("diverged") == "true" or status == "diverged"
+    step = _steps_made(client, run)
+    watched = int(tags.get("diverged.step", step)) if diverged else step
     settings = {k: v for k, v in params.items() if "." in k and k.split(".")[0] not in BOOKKEEPING}
-    diverged = run.info.status == "FAILED"
     base = {
         "arm": tags.get("arm") or tags.get("config_hash", "run"),
         "seed": int(tags["seed"]),
         "config_hash": tags.get("config_hash", ""),
-        "status": "diverged" if diverged else "finished",
+        "status": status,
         "step": step, "planned": int(params.get("train.steps", step)),
-        "diverged": diverged, "time": float(step), "kind": "", "seconds": math.nan, "directory": "",
+        "diverged": diverged, "time": float(max(1, watched)),
+        "kind": tags.get("diverged.kind", "") if diverged else "", "seconds": math.nan, "directory": "",
     }  # fmt: skip
-    return settings | base | {name: float(value) for name, value in run.data.metrics.items() if is_outcome(name)}
+    return settings | base | _outcomes(client, run)
+
+
+def _steps_made(client: Any, run: Any) -> int:
+    """From the study's tag, else the last iteration of a series that every row has; a rollback repeats steps there."""
+    planned = int(run.data.params.get("train.steps", 1))
+    if (made := run.data.tags.get("step")) is not None:
+        return int(made)
+    return min(planned, _last_iteration(client, run, names.STEP_SECONDS, default=planned - 1) + 1)
+
+
+def _outcomes(client: Any, run: Any) -> dict[str, float]:
+    """The last values. The store holds finite ones alone: where its counter of others is ahead, the last was one."""
+    values = {name: float(value) for name, value in run.data.metrics.items() if is_outcome(name)}
+    counters = {name.removeprefix(NONFINITE): name for name in run.data.metrics if name.startswith(NONFINITE)}
+    for name, counter in counters.items():
+        if is_outcome(name) and _last_iteration(client, run, counter) > _last_iteration(client, run, name, default=-1):
+            values[name] = math.nan
+    return values
+
+
+def _last_iteration(client: Any, run: Any, metric: str, default: int = 0) -> int:
+    return max((point.step for point in client.get_metric_history(run.info.run_id, metric)), default=default)

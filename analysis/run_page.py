@@ -12,7 +12,7 @@ from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
 from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
 from analysis.spikes import Spike
-from twinrl.tracking import names
+from twinrl.tracking import names, runlog
 
 CLOSE_UPS = 3
 MOST_ROWS = 30
@@ -84,6 +84,8 @@ def _what(run: Run, found: Sequence[Spike]) -> str:
     status = f"It {run.status} after" if run.result else "It is unfinished, at" if run.config else "Its log ends at"
     text = f"{status} {run.rows[-1]['step']:,} steps. "
     text += f"Diverged at step {divergence[0]:,} ({divergence[1]}). " if divergence else "It has not diverged. "
+    if rescues := runlog.rollbacks(run.rows):
+        text += f"It was rolled back to a checkpoint {rescues} time{'s' * (rescues != 1)}. "
     text += f"{len(found)} spike{'s' * (len(found) != 1)}"
     spread = spikes.gaps(found)
     if not math.isnan(spread):

@@ -28,7 +28,7 @@ from analysis.survival import (
     times_of,
 )
 from twinrl.errors import InputError
-from twinrl.tracking import names
+from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,6 +117,8 @@ def _survival(study: Study, figures: Path) -> list[Block]:
     horizon = float(study.trials["planned"].max())
     table = survival_table(arms, study.base, horizon)
     blocks: list[Block] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table)]
+    if rescued := sum(runlog.rollbacks(run.rows) > 0 for k, run in study.runs.items() if not study.trials.diverged[k]):
+        blocks.append(Text(f"Rolled back to a checkpoint on the way, and not diverged: {rescued} of the runs."))
     if any(times.events for times in arms.values()):
         curves = plots.save(plots.survival_curves(arms, horizon), figures / "survival.svg")
         ratios = {name: hazard_ratio(t, arms[study.base]) for name, t in arms.items() if name != study.base}
@@ -258,7 +260,10 @@ def _prompts(study: Study, figures: Path) -> list[Block]:
                  "prompts": "which (runs)"}
     )  # fmt: skip
     caption = "Judge accuracy by prompt, mean over the runs that did not diverge."
-    note = f"Collapsed: below {percent(COLLAPSED)} of its samples are recognised. Diverged runs are not counted here."
+    note = (
+        f"Collapsed: below {percent(COLLAPSED)} of its samples are recognised, or nan, as samples of it were not "
+        "finite. Diverged runs are not counted here."
+    )
     return [Heading("Prompts"), Table(table), Picture(figure, caption), Text(note, note=True)]
 
 

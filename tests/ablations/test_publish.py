@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -21,13 +23,16 @@ from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace
 from ablations.publish import StudyView, following
 from ablations.summary import curves
-from ablations.trial import durable_log
+from ablations.trial import durable_log, final_metrics
+from analysis.frames import load_study
+from analysis.mlflow_store import from_mlflow
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
 from tests.tracking.synthetic import SPIKE_AT, make_row
 from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
 from twinrl.errors import InputError
 from twinrl.runs import dump
 from twinrl.tracking import names, runlog, store, thinning, ui
+from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.tracking.runlog import RunLog
 from twinrl.tracking.thinning import Thinner
 
@@ -165,6 +170,66 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace, lab: object) ->
     expected = {"status": "diverged", "diverged": "true", "diverged.step": "999", "diverged.kind": "nonfinite"}
     assert expected.items() <= run.data.tags.items()
     assert [value for _, value in points(view, run, "diverged/step")] == [999]
+
+
+def test_a_rescued_run_is_no_divergence(workspace: Workspace, lab: object) -> None:
+    """The ledger's verdict stands, though an event of an attempt that was taken back says otherwise."""
+    plan = plan_of(workspace)
+    trial, view = plan.trials[0], StudyView(plan)
+    train(trial, until=100, durable=100)
+    event = {"step": 50, "iteration": 50, "kind": "diverged", "message": "samples fell apart"}
+    trial.run.events.write_text(json.dumps(event) + "\n")
+    end(plan, trial)
+    for _ in range(2):
+        view.trial(trial)
+    tags = seed_run(view, trial).data.tags
+    assert {name: tags.get(name) for name in ("diverged", "diverged.step", "diverged.why", "events.diverged")} == {
+        "diverged": "false", "diverged.step": None, "diverged.why": None, "events.diverged": "1"
+    }  # fmt: skip
+
+
+def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace, lab: object) -> None:
+    plan = plan_of(workspace)
+    stopped, went_on, _, _ = plan.trials
+    ends: list[dict[str, Any]] = [
+        {"status": "diverged", "step": 700, "diverged": {"step": 600, "kind": "quality"}},
+        {"diverged": {"step": 900, "kind": "nonfinite"}},
+        {"status": "stopped", "step": 1200},
+        {},
+    ]
+    for trial, ended in zip(plan.trials, ends, strict=True):
+        step = ended.get("step", STEPS)
+        train(trial, until=step, durable=step, only=METRICS)
+        if trial is went_on:
+            with RunLog(trial.run.log) as log:
+                log.append({"iteration": STEPS, "step": STEPS, names.VAL_QUALITY: math.nan})
+        metrics = final_metrics(runlog.read(trial.run.log), METRICS)
+        record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics)
+        workspace.ledger.append(replace(record, **ended))
+    view = StudyView(plan)
+    assert view.try_summaries() is None
+    assert seed_run(view, stopped).info.status == "FINISHED"
+
+    columns = ["config_hash", "seed", "status", "step", "planned", "diverged", "time", "kind", *METRICS]
+    index = {"arms": [{"name": a.name, "config_hash": a.settings.hash, "steps": STEPS} for a in plan.study.arms]}
+    ledger = load_study(workspace.root / "ledger.jsonl", index=index).trials[columns].set_index(["config_hash", "seed"])
+    store_of = from_mlflow(view.uri, "ablations/first").trials[columns].set_index(["config_hash", "seed"])
+    pandas.testing.assert_frame_equal(store_of.sort_index(), ledger.sort_index())
+
+
+def test_without_a_studys_tags_mlflows_own_status_is_read(workspace: Workspace, lab: object) -> None:
+    """Runs that were published by themselves, as ``twinrl train`` does."""
+    view = StudyView(plan := plan_of(workspace))
+    for trial, status in zip(plan.trials, ("FAILED", "KILLED", "KILLED", "FINISHED"), strict=True):
+        train(trial, until=300, durable=300)
+        tags = {"seed": trial.settings.seed, "arm": trial.arm}
+        MLflowView(trial.run.path, view.uri, experiment="alone", tags=tags).close(status)
+    trials = from_mlflow(view.uri, "alone").trials
+    assert sorted(trials["status"]) == ["diverged", "finished", "unfinished", "unfinished"]
+    assert (trials["diverged"] == (trials["status"] == "diverged")).all()
+    ended = trials["status"] != "unfinished"
+    assert set(trials["time"][ended]) == {300.0}
+    assert trials["time"][~ended].between(150, 299).all()  # as far as its open bucket
 
 
 def test_a_reused_trial_stays_where_it_was_and_is_linked(workspace: Workspace, lab: object) -> None:

@@ -13,6 +13,10 @@ import pytest
 
 from ablations import trial
 from ablations.trial import WORST
+from analysis import frames
+from tests.fake_source import register, small
+from tests.test_trainer import make
+from twinrl.tracking import runlog
 
 SLEEPER = (
     "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
@@ -94,10 +98,39 @@ def test_non_finite_metrics_are_the_worst_at_a_rung(value: float, tmp_path: Path
 def test_divergence_is_the_trainers_verdict_or_what_stopped_the_run(tmp_path: Path) -> None:
     spike, verdict = {"step": 5, "kind": "spike"}, {"step": 8, "kind": "diverged", "series": "val/quality"}
     (tmp_path / "events.jsonl").write_text(json.dumps(spike) + "\n")
-    assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) is None
-    assert trial.divergence(tmp_path, {"status": "diverged", "step": 6}) == {"step": 6, "kind": "spike"}
+    assert trial.divergence(tmp_path, [], {"status": "finished", "step": 20}) is None
+    assert trial.divergence(tmp_path, [], {"status": "diverged", "step": 6}) == {"step": 6, "kind": "spike"}
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (spike, verdict)))
-    assert trial.divergence(tmp_path, {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
+    assert trial.divergence(tmp_path, [], {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
+
+
+@pytest.mark.parametrize("term", ["planted={at: 40, size: nan, row: 9, branches: [any]}", "poison={at: 40}"])
+def test_a_run_that_a_rollback_rescued_has_not_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
+) -> None:
+    """Trained for real: the planted nan is not in the next data order, the poison is in every one."""
+    register(monkeypatch)
+    rescue = ("stability.policy=rollback", "stability.rollbacks=2", "stability.rollback_margin=5")
+    trainer = make(small(tmp_path, f"terms.{term}", *rescue, "train.steps=60", "checkpoint.every=10"))
+    outcome = trainer.train()
+    trainer.run.finish(result := {"status": outcome.status, "step": outcome.step, "message": outcome.message})
+    rows, events = runlog.read(trainer.run.log), runlog.read(trainer.run.events)
+    rescued = term.startswith("planted")
+    assert [row["step"] for row in rows].count(41) == (2 if rescued else 3)
+    assert "diverged" in {event["kind"] for event in events}  # what happened stays on record
+    assert trial.divergence(trainer.run.path, rows, result) == (None if rescued else {"step": 41, "kind": "nonfinite"})
+    line = frames.trial_of(frames.load_run(trainer.run.path))
+    assert (line["status"], line["diverged"]) == ("finished", False) if rescued else ("diverged", True)
+    assert (line["time"], math.isfinite(line["loss/total"])) == ((60.0, True) if rescued else (41.0, False))
+
+
+def test_what_was_taken_back_is_no_value_at_a_rung(tmp_path: Path) -> None:
+    rows = [(0, 4, 0.5), (1, 8, 9.0), (2, 5, 0.4)]
+    lines = [json.dumps({"iteration": iteration, "step": step, "m": value}) for iteration, step, value in rows]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
+    assert trial.at_rung(tmp_path, "m", 8) == 0.4
+    (tmp_path / "log.jsonl").write_text("\n".join([*lines[:2], lines[2].replace("m", "other")]) + "\n")
+    assert trial.at_rung(tmp_path, "m", 8) == 0.5
 
 
 def test_only_what_a_checkpoint_has_made_durable_counts(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import frames
+from analysis import frames, run_page, study_page
 from analysis.frames import load_run, load_study
+from analysis.page import Text
 from tests.analysis import simulated
 from twinrl.errors import InputError
+from twinrl.tracking import runlog
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,27 @@ def test_a_run_reads_back(tmp_path: Path) -> None:
     assert line["val/quality"] == 0.9
     assert line["seconds"] == pytest.approx(4.1, rel=0.01)
     assert len(run.frame()) == 400
+
+
+def test_what_a_rollback_took_back_is_not_judged(tmp_path: Path) -> None:
+    healthy = load_run(simulated.make_run(tmp_path / "another" / "healthy"))
+    path = simulated.make_run(tmp_path, diverges_at=200)
+    first = load_run(path)
+    assert frames.run_divergence(first) == (200, "val/quality")
+    (path / "log.jsonl").unlink()
+    with runlog.RunLog(path / "log.jsonl") as log:
+        for iteration, row in enumerate([*first.rows[:260], *healthy.rows[180:]]):
+            log.append(row | {"iteration": iteration})
+    rescued = load_run(path)
+    assert len(rescued.rows) == 480
+    assert [row["step"] for row in rescued.lasting] == list(range(1, 401))
+    line = frames.trial_of(rescued)
+    assert (line["diverged"], line["kind"], line["val/quality"]) == (False, "", healthy.rows[-1]["val/quality"])
+    assert line["seconds"] == pytest.approx(480 * 0.01025, rel=0.01)  # all of the time was spent
+    simulated.make_run(tmp_path, name="other", config_hash="00000001")
+    said = study_page._survival(load_study(tmp_path), tmp_path)
+    assert Text("Rolled back to a checkpoint on the way, and not diverged: 1 of the runs.") in said
+    assert "It has not diverged. It was rolled back to a checkpoint 1 time." in run_page._what(rescued, [])
 
 
 def test_the_runs_own_margins_decide_about_divergence(tmp_path: Path) -> None:

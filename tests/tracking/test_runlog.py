@@ -165,3 +165,30 @@ def test_frame_and_parquet_hold_the_same_numbers(path: Path) -> None:
     assert frame["iteration"].dtype == np.int64
     assert frame["y"].isna().tolist() == [True] + [False] * (len(FLOATS) - 1)
     pandas.testing.assert_frame_equal(frame, runlog.to_frame(path))
+
+
+def attempts(*stretches: tuple[int, int]) -> list[dict[str, int]]:
+    """Rows of stretches of steps first…last, each after a rollback to before its first; iterations count up."""
+    steps = [step for first, last in stretches for step in range(first, last + 1)]
+    return [{"iteration": iteration, "step": step} for iteration, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("stretches", "lasting"),
+    [
+        (((1, 60),), ((1, 60),)),
+        (((1, 41), (31, 60)), ((1, 30), (31, 60))),
+        (((1, 41), (31, 45), (31, 60)), ((1, 30), (31, 60))),  # to the same checkpoint
+        (((1, 41), (31, 52), (11, 20)), ((1, 10), (11, 20))),  # to one before that of the first rollback
+        (((1, 41), (31, 52), (43, 60)), ((1, 30), (31, 42), (43, 60))),  # in the second attempt
+    ],
+)
+def test_what_a_rollback_took_back_does_not_survive(
+    stretches: tuple[tuple[int, int], ...], lasting: tuple[tuple[int, int], ...]
+) -> None:
+    rows = attempts(*stretches)
+    kept = runlog.surviving(rows, rows)
+    assert [row["step"] for row in kept] == [step for first, last in lasting for step in range(first, last + 1)]
+    assert runlog.rollbacks(rows) == len(stretches) - 1
+    events = [{"kind": "spike", "iteration": row["iteration"]} for row in rows]
+    assert [event["iteration"] for event in runlog.surviving(events, rows)] == [row["iteration"] for row in kept]

@@ -11,7 +11,8 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,31 @@ def _parse(line: bytes, path: Path, end: int) -> dict[str, Any]:
 def read(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All rows of a log; arguments and errors as for :func:`rows`."""
     return list(rows(path))
+
+
+def surviving(entries: Iterable[dict[str, Any]], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The ``entries`` of a run, its rows or its events, that no rollback has taken back.
+
+    A rollback returns to the step of a checkpoint, while ``iteration`` never repeats: where the log goes back in
+    steps, what it had from there on belongs to an attempt that was abandoned.
+
+    Arguments:
+        entries: rows, or lines of events.jsonl. rows: the whole log, in order.
+
+    *When to use*: for every verdict on a run. What was lived through (time spent, spikes) is in all rows.
+    """
+    kept: list[Mapping[str, Any]] = []
+    abandoned = set()
+    for row in rows:
+        while kept and kept[-1]["step"] >= row["step"]:
+            abandoned.add(kept.pop()["iteration"])
+        kept.append(row)
+    return [entry for entry in entries if entry.get("iteration") not in abandoned]
+
+
+def rollbacks(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How often a run returned to a checkpoint: the places where its log goes back in steps."""
+    return sum(after["step"] <= before["step"] for before, after in pairwise(rows))
 
 
 def to_frame(path: str | os.PathLike[str]) -> "pandas.DataFrame":
