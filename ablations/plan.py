@@ -7,8 +7,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,9 +19,11 @@ from ablations.ledger import Ledger, Record
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
 from twinrl.assembly import load_source
+from twinrl.config import validate
 from twinrl.errors import InputError
 from twinrl.packed import check_packed
 from twinrl.runs import RunDirectory, dump
+from twinrl.schedules import ANCHOR, SCHEDULES, position
 from twinrl.schema import RunConfig
 from twinrl.tracking import names, runlog
 from twinrl.tracking.environment import git_state
@@ -225,26 +229,59 @@ def measure(plan: Plan) -> Timing:
     """Train the first arm for a few steps in a throw-away folder.
 
     Raises:
-        InputError: it can't be trained; gives the reason.
+        InputError: it can't be trained, or not in a quarter of an hour; gives the reason.
     """
-    settings = plan.trials[0].settings
+    trial = plan.trials[0]
     with tempfile.TemporaryDirectory() as folder:
         path, output = Path(folder, "timing.yaml"), Path(folder, "output.txt")
-        train = settings.train.model_copy(update={"steps": TIMED_STEPS})
-        place = settings.run.model_copy(update={"dir": Path(folder)})
-        short = settings.model_copy(update={"train": train, "run": place})
+        short = shortened(trial.settings, TIMED_STEPS, Path(folder))
         path.write_text(dump(short))
         started = time.monotonic()
-        with output.open("wb") as file:
-            subprocess.run(
-                [sys.executable, "-m", "twinrl", "train", str(path)], stdout=file, stderr=file, check=False,
-                env=environment(settings.machine.threads or 1), timeout=TIMING_PATIENCE_SECONDS,
-            )  # fmt: skip
+        try:
+            with output.open("wb") as file:
+                subprocess.run(
+                    [sys.executable, "-m", "twinrl", "train", str(path)], stdout=file, stderr=file, check=False,
+                    env=environment(trial.settings.machine.threads or 1), timeout=TIMING_PATIENCE_SECONDS,
+                )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"arm {trial.arm} took longer than {TIMING_PATIENCE_SECONDS:g} s for {TIMED_STEPS} steps",
+                got=last_line(output), fix="give --no-timing to plan without the cost",
+            ) from error  # fmt: skip
         elapsed = time.monotonic() - started
         if RunDirectory(short.directory).result is None:
-            raise InputError(f"arm {plan.trials[0].arm} can't be trained", got=last_line(output))
+            raise InputError(f"arm {trial.arm} can't be trained", got=last_line(output))
         seconds = [row[names.STEP_SECONDS] for row in runlog.read(short.directory / runlog.LOG_NAME)]
     return Timing(statistics.median(seconds[1:]), elapsed - sum(seconds))
+
+
+def shortened(settings: RunConfig, steps: int, folder: Path) -> RunConfig:
+    """The configuration as a run of ``steps`` in ``folder``, made to its end whatever happens on the way.
+
+    Schedules shrink with the run, so that what an arm switches on late is in the steps that are timed.
+    """
+    plain = _with_shares(settings.model_dump(mode="json"), settings.train.steps)
+    plain["train"]["steps"], plain["run"]["dir"] = steps, str(folder)
+    plain["stability"] |= dict.fromkeys(("policy", "spike", "drift"), "record")
+    plain["early_stop"]["patience"] = None
+    return validate(RunConfig, plain)
+
+
+def _with_shares(value: Any, steps: int) -> Any:
+    """Plain settings in which schedules have their moments as shares of a run of ``steps``."""
+    if isinstance(value, list):
+        return [_with_shares(item, steps) for item in value]
+    if not isinstance(value, dict):
+        return value
+    moments = [key for key in ("start", "end") if key in value and value.get("kind") in SCHEDULES]
+    shares = {key: _share(value[key], steps) for key in moments}
+    return {key: _with_shares(item, steps) for key, item in value.items()} | shares
+
+
+def _share(moment: int | str, steps: int) -> str:
+    """A moment as the same share of a run of ``steps``; what lies beyond it stays at its end."""
+    share = f"{min(100.0, float(100 * position(moment, steps, Fraction(0)) / steps)):.6f}%"
+    return f"{ANCHOR}+{share}" if str(moment).startswith(ANCHOR) else share
 
 
 def remaining_seconds(plan: Plan, timing: Timing, slots: int) -> float:

@@ -1,0 +1,85 @@
+"""The timing run of a plan: any valid arm can be timed, in a few steps that stand for the whole run."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import TINY, write
+
+from ablations import plan as plans
+from ablations import study as studies
+from ablations.plan import Plan, Trial, Workspace, measure, shortened
+from twinrl import schema
+from twinrl.errors import InputError
+from twinrl.runs import dump
+from twinrl.schema import RunConfig
+
+STEPS = 2000
+LONG = (f"train.steps={STEPS}", "checkpoint.every=500", "early_stop.patience=1", "evaluation.every=1")
+ACTIONS = ("stability.policy=rollback", "stability.spike=rollback", "stability.drift=stop")
+RAMP = "reward.schedule.weight={kind: linear, final: 1, start: 100, end: 50%}"
+LATER = "reward.schedule.weight={kind: cosine, final: 1, start: after_renoise, end: after_renoise+600}"
+BEYOND = "reward.schedule.weight={kind: hard, final: 1, start: 3000}"
+RENOISE = "renoise={kind: beta, alpha: {kind: linear, initial: 4, final: 1, end: 600}, placement: [training]}"
+MATCH = "gradients.terms.reward={match: {ratio: {kind: linear, initial: 1, final: 2, start: 300, end: 20%}}}"
+
+
+def weights(settings: RunConfig, shares: tuple[float, ...]) -> list[float]:
+    """The reward's weight at shares of the run."""
+    steps, end = settings.train.steps, settings.renoise_end()
+    assert settings.reward is not None
+    return [settings.reward.schedule.weight_at(round(share * steps), steps, end) for share in shares]
+
+
+@pytest.mark.parametrize("schedule", [RAMP, LATER, BEYOND])
+def test_a_shortened_run_is_valid_and_its_schedules_shrink_with_it(tmp_path: Path, schedule: str) -> None:
+    settings = schema.load("recommended", [*LONG, *ACTIONS, RENOISE, schedule])
+    short = shortened(settings, 20, tmp_path)
+    shares = (0.0, 0.05, 0.1, 0.3, 0.5, 0.8)
+    assert weights(short, shares) == pytest.approx(weights(settings, shares), abs=1e-6)
+    assert (short.train.steps, short.run.dir, short.early_stop.patience) == (20, tmp_path, None)
+    assert not short.stability.decide(["nonfinite", "diverged", "spike", "drift"]).stop
+    assert not short.stability.rolls_back
+    assert dump(short) != dump(settings) == dump(schema.load("recommended", [*LONG, *ACTIONS, RENOISE, schedule]))
+
+
+def test_moments_of_gradient_rules_shrink_too(tmp_path: Path) -> None:
+    short = shortened(schema.load("recommended", [*LONG, MATCH]), 20, tmp_path)
+    rule = short.gradients.terms["reward"]["match"]
+    assert (rule.ratio.start, rule.ratio.end) == ("15%", "20%")
+
+
+@pytest.fixture
+def plan_of(tmp_path: Path) -> Callable[..., Plan]:
+    """A plan of one trial, without its data being read."""
+
+    def make(*overrides: str) -> Plan:
+        settings = schema.load("twinflow", [f"{key}={value}" for key, value in TINY.items()] + list(overrides))
+        trial = Trial("arm", {}, settings, "f" * 16, (), "")
+        return Plan(studies.load(write(tmp_path / "study.yaml")), Workspace(tmp_path), [trial])
+
+    return make
+
+
+def test_a_timing_run_that_takes_too_long_is_one_line(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "TIMING_PATIENCE_SECONDS", 0.01)
+    with pytest.raises(
+        InputError, match=r"arm arm took longer than 0\.01 s for 6 steps.*fix: give --no-timing"
+    ) as caught:
+        measure(plan_of())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_an_arm_that_rolls_back_and_ramps_is_timed(plan_of: Callable[..., Plan], lab: object) -> None:
+    ramp = (
+        "renoise={kind: beta, alpha: {kind: linear, initial: 4, final: 1, start: 100, end: 50%}, placement: [training]}"
+    )
+    timing = measure(plan_of("train.steps=2000", "checkpoint.every=500", "stability.policy=rollback", ramp))
+    assert 0 < timing.step < timing.fixed
