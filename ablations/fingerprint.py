@@ -30,6 +30,7 @@ WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
+STATE = "state.json"
 DIGITS = 16
 
 
@@ -128,8 +129,17 @@ def own_modules(settings: Any) -> set[tuple[str, Path]]:
 
 
 def start_weights(init: str) -> str:
-    """Hash of the checkpoint that ``train.init`` names; empty for the source's teacher and random weights."""
+    """Hash of the checkpoint that ``train.init`` names; empty for the source's teacher and random weights.
+
+    All its tensors, in safetensors files or in ``shards/``; its ``state.json`` says how to go on, which no start does.
+    """
     found = [] if init in ("teacher", "random") else sorted(Path(init, "checkpoints").glob("step-*"))
     if not found:
         return ""
-    return _digest(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found[-1].glob("*.safetensors")))
+    files = sorted(path for path in found[-1].rglob("*") if path.is_file() and path.name != STATE)
+    return _digest(_content(path) for path in files)
+
+
+def _content(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

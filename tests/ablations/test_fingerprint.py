@@ -1,5 +1,6 @@
 """Fingerprints: what changes one, and what must not."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -82,6 +83,30 @@ def test_start_weights_count_by_content(tmp_path: Path) -> None:
     before = prints.start_weights(str(tmp_path))
     (checkpoint / "ema.safetensors").write_bytes(b"other")
     assert before != prints.start_weights(str(tmp_path)) != prints.start_weights("teacher") == ""
+
+
+def test_start_weights_in_shards_count_by_content(tmp_path: Path) -> None:
+    shards = tmp_path / "checkpoints" / "step-00000010" / "shards"
+    shards.mkdir(parents=True)
+    (shards.parent / "state.json").write_text("{}")
+    (shards / ".metadata").write_bytes(b"layout")
+    found = set()
+    for first, second in ((b"a", b"b"), (b"other", b"b"), (b"a", b"other")):
+        (shards / "__0_0.distcp").write_bytes(first)
+        (shards / "__1_0.distcp").write_bytes(second)
+        found.add(prints.start_weights(str(tmp_path)))
+    assert len(found) == 3
+
+
+def test_start_weights_keep_their_hash(tmp_path: Path) -> None:
+    """Of one process's checkpoint: the digest of its safetensors files' digests, as finished trials have it."""
+    checkpoint = tmp_path / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    for name in ("student", "ema", "optimizer"):
+        (checkpoint / f"{name}.safetensors").write_bytes(name.encode())
+    (checkpoint / "state.json").write_text("{}")
+    parts = [hashlib.sha256(name).hexdigest().encode() + b"\0" for name in (b"ema", b"optimizer", b"student")]
+    assert prints.start_weights(str(tmp_path)) == hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
