@@ -201,19 +201,36 @@ ACCURACY = re.compile(r"val/accuracy/(?P<prompt>.+)_(?P<nfe>\d+)nfe")
 
 def accuracies(study: Study) -> "pd.DataFrame":
     """Judge accuracy by prompt (columns) of the study's trials (rows), at the fewest evaluations that were logged."""
+    columns = _prompts(study)
+    return study.trials[list(columns)].rename(columns=columns)
+
+
+def _prompts(study: Study) -> dict[str, str]:
+    """Column → prompt."""
     named = {name: found for name in study.metrics if (found := ACCURACY.fullmatch(str(name)))}
     fewest = min((int(found["nfe"]) for found in named.values()), default=1)
-    columns = {name: found["prompt"] for name, found in named.items() if int(found["nfe"]) == fewest}
-    return study.trials[list(columns)].rename(columns=columns)
+    return {name: found["prompt"] for name, found in named.items() if int(found["nfe"]) == fewest}
+
+
+def judged(study: Study) -> "pd.Series":
+    """Whether a trial did not diverge and has accuracies by prompt, be they NaN: its log tells that from none."""
+    known = accuracies(study).notna().any(axis=1)
+    columns = _prompts(study)
+    for k, run in study.runs.items():
+        known[k] |= any(name in row for row in run.lasting for name in columns)
+    return known & ~study.trials["diverged"]
 
 
 def per_prompt(study: Study) -> "pd.DataFrame":
     """Judge accuracy of each prompt (rows) in each arm (columns): the mean over runs that did not diverge.
 
+    NaN where it is for one of them: samples of that prompt were not finite.
+
     *When to use*: a mean accuracy of 0.9 may be one prompt of ten that is gone. Empty where it was not logged.
     """
-    alive = ~study.trials["diverged"]
-    means = accuracies(study)[alive].groupby(study.trials["arm"][alive], sort=False).mean().T
+    mine = judged(study)
+    by_arm = accuracies(study)[mine].groupby(study.trials["arm"][mine], sort=False)
+    means = by_arm.agg(lambda prompt: prompt.mean(skipna=False)).T
     return means[[arm for arm in study.arms if arm in means.columns]]
 
 
@@ -224,18 +241,22 @@ def collapses(study: Study, floor: float = COLLAPSED) -> "pd.DataFrame":
 
     Returns:
         columns ``arm``, ``runs`` that did not diverge and were judged, ``collapsed`` of these with a prompt below
-        ``floor``, its ``share`` with an exact interval, ``prompts`` as ``name (runs)``, the most frequent first.
+        ``floor`` or NaN, its ``share`` with an exact interval, ``prompts`` as ``name (runs)`` or ``name (runs, of them
+        n nan)``, the most frequent first.
     """
     import pandas as pd
 
-    lines = []
-    below = accuracies(study) < floor
-    judged = accuracies(study).notna().any(axis=1) & ~study.trials["diverged"]
+    lines, values, was_judged = [], accuracies(study), judged(study)
     for arm in study.arms:
-        mine = below[judged & (study.trials["arm"] == arm)]
-        counts = mine.sum().sort_values(ascending=False, kind="stable")
-        prompts = ", ".join(f"{prompt} ({count})" for prompt, count in counts.items() if count)
-        hit, n = int(mine.any(axis=1).sum()), len(mine)
+        mine = values[was_judged & (study.trials["arm"] == arm)]
+        below = ~(mine >= floor)
+        counts = below.sum().sort_values(ascending=False, kind="stable")
+        lost = mine.isna().sum()
+        prompts = ", ".join(
+            f"{prompt} ({count}{f', of them {lost[prompt]} nan' if lost[prompt] else ''})"
+            for prompt, count in counts.items() if count
+        )  # fmt: skip
+        hit, n = int(below.any(axis=1).sum()), len(mine)
         share = clopper_pearson(hit, n) if n else None
         lines.append({"arm": arm, "runs": n, "collapsed": hit, "share": share, "prompts": prompts or "none"})
     return pd.DataFrame(lines)

@@ -201,15 +201,17 @@ def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "
 
 
 def prompts(accuracy: "pd.DataFrame") -> "Figure":
-    """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades."""
+    """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades; NaN as such, on none."""
     height, width = accuracy.shape
     figure, axes = _figure(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
     axis = axes[0, 0]
     axis.grid(visible=False)
     axis.imshow(accuracy.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(accuracy.to_numpy(float)):
-        ink = "black" if value > 0.6 else "white"
-        axis.text(column, row, number(value, 2), ha="center", va="center", fontsize=8, color=ink)
+        lost = math.isnan(value)
+        ink = COLOURS[1] if lost else "black" if value > 0.6 else "white"
+        shown = "nan" if lost else number(value, 2)
+        axis.text(column, row, shown, ha="center", va="center", fontsize=8, color=ink)
     axis.set_xticks(range(width), list(accuracy.columns), fontsize=8, rotation=30, ha="right")
     axis.set_yticks(range(height), list(accuracy.index), fontsize=8)
     return figure

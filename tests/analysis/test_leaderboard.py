@@ -1,15 +1,18 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import leaderboard, margins
-from analysis.frames import Study, assemble
+from analysis import leaderboard, margins, plots
+from analysis.frames import Study, assemble, load_study
 from analysis.intervals import Interval
 from analysis.leaderboard import _in_range, compare, per_prompt, values_of
+from tests.analysis import simulated
 from twinrl.errors import InputError
+from twinrl.tracking import runlog
 
 METRIC = "val/quality"
 
@@ -135,6 +138,35 @@ def test_prompts_that_collapsed_are_listed() -> None:
     assert accuracy.loc["one", "arm"] == pytest.approx(0.2)
     lines = leaderboard.collapses(found).set_index("arm")
     assert lines.loc["arm", ["runs", "collapsed", "prompts"]].tolist() == [10, 10, "one (10)"]
+
+
+def test_a_prompt_that_is_nan_has_collapsed() -> None:
+    found = study(
+        {"base": noisy(1.0), "arm": noisy(1.0)}, **{"val/accuracy/zero_1nfe": 0.9, "val/accuracy/one_1nfe": 0.9}
+    )
+    found.trials.loc[[10, 11], "val/accuracy/one_1nfe"] = math.nan, 0.1
+    accuracy = per_prompt(found)
+    assert accuracy.isna().to_numpy().tolist() == [[False, False], [False, True]]
+    lines = leaderboard.collapses(found).set_index("arm")
+    assert lines["collapsed"].to_dict() == {"base": 0, "arm": 2}
+    assert lines.loc["arm", "prompts"] == "one (2, of them 1 nan)"
+    cells = {text.get_text() for text in plots.prompts(accuracy).axes[0].texts}
+    assert cells == {"0.9", "nan"}
+
+
+def test_nan_for_every_prompt_is_a_verdict_where_the_log_has_it(tmp_path: Path) -> None:
+    """A run whose samples are all broken, though it has not diverged, beside one that was not judged yet."""
+    for name, config_hash, steps in (("base", "00000001", 40), ("arm", "00000002", 40), ("new", "00000003", 10)):
+        simulated.make_run(tmp_path, name=name, config_hash=config_hash, steps=steps, finished=steps == 40)
+    log = next(tmp_path.glob("arm-*")) / "log.jsonl"
+    rows = runlog.read(log)
+    log.unlink()
+    with runlog.RunLog(log) as broken:
+        for row in rows:
+            lost = {key: math.nan for key in row if key.startswith("val/accuracy") and row["step"] == 40}
+            broken.append(row | lost)
+    lines = leaderboard.collapses(load_study(tmp_path)).set_index("arm")
+    assert lines[["runs", "collapsed"]].T.to_dict("list") == {"arm": [1, 1], "base": [1, 0], "new": [0, 0]}
 
 
 def test_another_prompt_gone_in_every_run_is_seen_though_the_means_are_high() -> None:
