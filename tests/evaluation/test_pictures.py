@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from twinrl.evaluation.figures import save, time_scatter, training_curves
+from twinrl.evaluation.figures import gradient_norms, save, time_scatter, training_curves
 from twinrl.evaluation.grids import BROKEN, GAP, as_uint8, diversity_grid, sample_grid, training_grid
+from twinrl.tracking import runlog
+from twinrl.tracking.runlog import RunLog
 
 
 def texts(figure) -> list[str]:
@@ -75,6 +77,16 @@ class TestTimeScatter:
         assert any("2 rows at (1, 0)" in text.get_text() for text in figure.axes[0].texts)
 
 
+def norms(value: float) -> dict[str, float]:
+    """Gradient norms of a term and of the total, and the term's share."""
+    return {"grad/base/norm_raw": value, "grad/base/share": value / 10, "grad/total/norm_raw": value}
+
+
+def marked(axis) -> list[int]:
+    """Where a panel's curves are marked as not finite."""
+    return [int(x) for line in axis.lines if line.get_marker() == "x" for x in line.get_xdata()]
+
+
 class TestTrainingCurves:
     rows = (
         {"step": 1, "loss/base": 1.0, "loss/total": 2.0},
@@ -93,6 +105,25 @@ class TestTrainingCurves:
         marks = [line for line in axis.lines if line.get_marker() == "x" and len(line.get_xdata())]
         assert [line.get_xdata().tolist() for line in marks] == [[2], [2]]
         assert "not finite" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_what_the_log_reads_back_is_marked(self, tmp_path, bad: float):
+        """In both pictures of a run: its log gives non-finite values as floats, and what a row lacks is a gap."""
+        rows = [{"iteration": k, "step": k + 1, "loss/total": 1.0, **norms(2.0 + k)} for k in range(6)]
+        rows[3] |= {"loss/total": bad, **norms(bad)}
+        rows[4] = {"iteration": 4, "step": 5, "grad/total/norm_raw": 1.0}
+        with RunLog(tmp_path / "log.jsonl") as log:
+            for row in rows:
+                log.append(row)
+        read = runlog.read(tmp_path / "log.jsonl")
+        assert [marked(axis) for axis in training_curves(read).axes] == [[4], [4]]
+        assert [marked(axis) for axis in gradient_norms(read).axes] == [[3, 3], [3]]
+
+    def test_nothing_finite_is_drawn_too(self, tmp_path):
+        nothing = [{"iteration": k, "step": k + 1, **norms(float("nan"))} for k in range(3)]
+        for figure, marks in ((training_curves(nothing), [1, 2, 3]), (gradient_norms(nothing), [0, 1, 2, 0, 1, 2])):
+            assert marked(figure.axes[0]) == marks
+            assert save(figure, tmp_path / "nothing.png").stat().st_size > 1000
 
     def test_gaps_are_not_marked(self):
         axis = training_curves(self.rows).axes[1]

@@ -22,7 +22,8 @@ Times: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 Frame: TypeAlias = "DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]"
 """Log rows: a pandas frame, columns by name, or the rows of log.jsonl, with a ``step`` column.
 
-Numeric NaN is a gap (nothing logged); the run log's string "nan" is a value that was not finite."""
+A value that was not finite is NaN in a row that has it, and the run log's string "nan" anywhere. What a row lacks is a
+gap (nothing logged), as is NaN in a frame or in columns."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 WINDOWS = 100  # a curve's running median spans 1/WINDOWS of its points
@@ -101,9 +102,11 @@ def renoise_histograms(times: Mapping[float, Times], placement: Sequence[str]) -
 
 
 def _numeric(rows: Frame) -> "DataFrame":
-    """Numeric columns indexed by ``step``; a logged "nan" becomes infinite, so that it differs from a gap."""
+    """Numeric columns indexed by ``step``; a logged nan becomes infinite, so that it differs from a gap."""
     import pandas as pd
 
+    if not isinstance(rows, pd.DataFrame | Mapping):
+        rows = [{name: "nan" if value != value else value for name, value in row.items()} for row in rows]
     frame = pd.DataFrame(rows)
     if "step" not in frame.columns:
         raise ValueError(f"no column 'step' among {', '.join(map(str, frame.columns))}")
@@ -149,10 +152,8 @@ def gradient_norms(rows: Frame, events: Sequence[Mapping[str, Any]] = (), *, tit
         events: lines of events.jsonl (``iteration``, ``kind``).
         title: above the panels.
     """
-    import pandas as pd
-
-    frame = pd.DataFrame(rows)
-    frame = _numeric(frame.assign(step=frame["iteration"]) if "iteration" in frame.columns else frame)
+    frame = _numeric(rows)
+    frame = frame.set_index("iteration") if "iteration" in frame.columns else frame
     norms, shares = _per_term(frame, "norm_raw"), _per_term(frame, "share")
     panels = [(h, c, log) for h, c, log in (("Gradient norm before clipping", norms, True),
                                             ("Signed share of the gradient", shares, False)) if c]  # fmt: skip
