@@ -156,14 +156,9 @@ class StudyView:
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: Record) -> None:
-        """Steps made, and step and kind of a divergence.
-
-        The ledger's verdict goes before what the run's events alone suggest: a rollback may have taken some back.
-        """
+        """Steps made, and step and kind of a divergence."""
         self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
         if record.diverged is None:
-            for name in self.client.get_run(run).data.tags.keys() & {"diverged.step", "diverged.why"}:
-                self.client.delete_tag(run, name)
             return
         step, kind = record.diverged["step"], record.diverged["kind"]
         self._tag(run, {"diverged.step": step, "diverged.kind": kind})

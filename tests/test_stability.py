@@ -18,8 +18,9 @@ from twinrl.commands.replay import verdict
 from twinrl.errors import InputError
 from twinrl.replay import Judge, changed, replay
 from twinrl.schema import RunConfig
+from twinrl.stability.detectors import Watch, scan
 from twinrl.stability.events import Event
-from twinrl.tracking import names
+from twinrl.tracking import names, runlog
 from twinrl.trainer import Trainer
 
 AT = 40
@@ -139,14 +140,84 @@ def test_a_rollback_survives_a_kill(tmp_path: Path) -> None:
     assert all(torch.equal(v, state(again)[k]) for k, v in state(undisturbed).items())
 
 
-def test_too_many_rollbacks_stop_the_run(tmp_path: Path) -> None:
+def test_a_log_gives_what_the_run_found_also_after_a_rollback(tmp_path: Path) -> None:
+    settings = planted(tmp_path, "stability.spike=rollback", "stability.rollback_margin=5")
+    kill(settings, 55)  # in the second data order
+    trainer = finish(settings)
+    assert trainer.attempt == 1
+    watch = Watch(settings.stability.watch, settings.pulls)
+    for row in runlog.read(trainer.run.log):
+        watch.observe(row["step"], row)
+    assert watch.state()["detectors"] == trainer.monitor.watch.state()["detectors"]
+
+
+@pytest.mark.parametrize("margin", [20, 0])
+def test_too_many_rollbacks_stop_the_run(tmp_path: Path, margin: int) -> None:
+    """Also where the trouble comes back within the cooldown of its first episode."""
     always = "terms.poison={at: 41, branches: [any]}"  # whatever the data order
-    settings = planted(tmp_path, always, "stability.policy=rollback", "stability.rollbacks=2", "terms.planted=null")
-    trainer = make(settings)
+    policy = f"stability={{policy: rollback, rollbacks: 2, rollback_margin: {margin}, divergence: {{nonfinite_steps: 9}}}}"
+    trainer = make(planted(tmp_path, always, policy, "terms.planted=null"))
     outcome = trainer.train()
     assert (outcome.status, outcome.step) == ("diverged", 42)
     assert "2 rollbacks did not help" in outcome.message
     assert trainer.attempt == 2
+
+
+# --- a limit on what is known after the step only -----------------------------------------------------------------
+
+THROWN = 10
+QUIET = "stability.watch.spike={ratio: 1e9, z: 1e9}"
+
+
+def thrown(runs: Path, *overrides: str) -> RunConfig:
+    """16 steps, at the 11th of which Adam's g²/v is far above the limit; before it is about 1 to 2."""
+    term = f"terms.planted={{at: {THROWN}, row: 9, branches: [any]}}"
+    watched = ("stability.watch={rms_limit: 2.6, spike: {warmup: 4}}", "stability.capsules={every: 5, before: 2}")
+    return small(runs, term, "train.steps=16", "evaluation.every=0", *watched, *overrides)
+
+
+def test_an_rms_spike_is_an_event_of_its_step(tmp_path: Path) -> None:
+    trainer = finish(thrown(tmp_path, QUIET))
+    (event,) = events(trainer)
+    row = rows(trainer)[THROWN]
+    assert (event.kind, event.step, event.iteration, event.series) == ("spike", THROWN + 1, THROWN, names.RMS_MAX)
+    assert (event.value, row[names.event("spike")]) == (row[names.RMS_MAX], 1)
+    (finding,) = scan(runlog.read(trainer.run.log), trainer.settings.stability.watch)
+    assert (finding.step, finding.series, finding.value) == (event.step, event.series, event.value)
+    again = replay(trainer.run, 1, ["terms.planted=null"], load, after=1)
+    assert [again.recurs(trace) for trace in again.traces] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "policy", [("stability.spike=cut_lr", "stability.lr_cut=0.25"), ("lr_policy={kind: decay_on_spike, cut: 0.25}",)]
+)
+def test_an_rms_spike_lowers_the_rate_from_the_next_step_on(tmp_path: Path, policy: tuple[str, ...]) -> None:
+    rates = [row[names.LR] for row in rows(finish(thrown(tmp_path, QUIET, *policy)))]
+    assert rates == pytest.approx([3e-3] * (THROWN + 1) + [0.75e-3] * (15 - THROWN))
+
+
+def test_a_gradient_spike_with_an_rms_spike_is_one_event_and_one_cut(tmp_path: Path) -> None:
+    trainer = finish(thrown(tmp_path, "stability.spike=cut_lr", "stability.lr_cut=0.25"))
+    found = scan(runlog.read(trainer.run.log), trainer.settings.stability.watch)
+    assert {f.series for f in found if f.step == THROWN + 1} > {names.RMS_MAX, names.GRAD_TOTAL_RAW}
+    (event,) = events(trainer)
+    assert event.terms[0] == "planted"
+    assert [row[names.LR] for row in rows(trainer)] == pytest.approx([3e-3] * THROWN + [0.75e-3] * (16 - THROWN))
+
+
+def test_an_rms_spike_stops_a_run_or_takes_it_back(tmp_path: Path) -> None:
+    stopped = make(thrown(tmp_path / "stop", QUIET, "stability.spike=stop"))
+    outcome = stopped.train()
+    assert (outcome.status, outcome.step) == ("diverged", THROWN + 1)
+    assert outcome.message.startswith(f"spike of opt/rms_max at step {THROWN + 1}")
+    trainer = finish(thrown(tmp_path / "back", QUIET, "stability={spike: rollback, rollback_margin: 5}"))
+    assert trainer.attempt == 1
+    assert [row["step"] for row in rows(trainer)] == [*range(1, 12), *range(6, 17)]
+
+
+def test_a_limit_on_what_is_never_measured_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"rms_limit limits opt/rms_max.*got gradients\.telemetry\.rms_every 0; fix"):
+        make(thrown(tmp_path, "gradients.telemetry.rms_every=0"))
 
 
 def test_rollback_without_checkpoints_is_refused(tmp_path: Path) -> None:
@@ -194,7 +265,8 @@ def test_the_unchanged_replay_repeats_the_log_under_every_policy(tmp_path: Path,
 def test_the_change_that_help_and_docs_name_turns_the_reward_off(preset: str) -> None:
     settings = schema.load(preset)
     off = changed(settings, ["reward.schedule.weight=0"])
-    largest = [max(s.reward.schedule.weight_at(step, 100, Fraction(30)) for step in range(100)) for s in (settings, off)]
+    schedules = [version.reward.schedule for version in (settings, off)]
+    largest = [max(schedule.weight_at(step, 100, Fraction(30)) for step in range(100)) for schedule in schedules]
     assert largest == [pytest.approx(1), 0]
 
 

@@ -172,22 +172,6 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace, lab: object) ->
     assert [value for _, value in points(view, run, "diverged/step")] == [999]
 
 
-def test_a_rescued_run_is_no_divergence(workspace: Workspace, lab: object) -> None:
-    """The ledger's verdict stands, though an event of an attempt that was taken back says otherwise."""
-    plan = plan_of(workspace)
-    trial, view = plan.trials[0], StudyView(plan)
-    train(trial, until=100, durable=100)
-    event = {"step": 50, "iteration": 50, "kind": "diverged", "message": "samples fell apart"}
-    trial.run.events.write_text(json.dumps(event) + "\n")
-    end(plan, trial)
-    for _ in range(2):
-        view.trial(trial)
-    tags = seed_run(view, trial).data.tags
-    assert {name: tags.get(name) for name in ("diverged", "diverged.step", "diverged.why", "events.diverged")} == {
-        "diverged": "false", "diverged.step": None, "diverged.why": None, "events.diverged": "1"
-    }  # fmt: skip
-
-
 def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace, lab: object) -> None:
     plan = plan_of(workspace)
     stopped, went_on, _, _ = plan.trials

@@ -245,6 +245,20 @@ def test_events_become_tags_and_a_divergence_says_when_and_why(runs: Path) -> No
     assert "events.jsonl" in files
 
 
+def test_a_divergence_that_a_rollback_took_back_is_counted_and_no_verdict(runs: Path) -> None:
+    run = make_run(runs, rows=400)
+    fell = {"step": 200, "iteration": 199, "kind": "diverged", "message": "val/quality is 3 times its best"}
+    (run / "events.jsonl").write_text(json.dumps(fell) + "\n")
+    publish(run)
+    assert tags_of(run)["diverged.step"] == "200"
+    log = run / runlog.LOG_NAME
+    last = runlog.read(log)[-1]
+    back = [last | {"iteration": last["iteration"] + n, "step": 150 + n} for n in range(1, 60)]
+    log.write_text(log.read_text() + "".join(json.dumps(row) + "\n" for row in back))
+    publish(run)
+    assert tags_of(run) == {"events.diverged": "1", "diverged": "false"}
+
+
 def tags_of(run: Path) -> dict[str, str]:
     """Those of the events."""
     tags = active_runs(run)[0].data.tags

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from twinrl.errors import InputError
-from twinrl.tracking import store
+from twinrl.tracking import runlog, store
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Point
 
@@ -116,20 +116,28 @@ class MlflowRun:
                 self._sent[path] = modified
 
     def tag_events(self) -> None:
-        """Say in tags what happened, so that the run table can be searched for it: counts by kind, the divergence."""
+        """Say in tags what happened, so that the run table can be searched for it: counts by kind, the divergence.
+
+        A divergence that a rollback has taken back is counted, and is no verdict.
+        """
         from mlflow.entities import RunTag
 
         path = self._dir / "events.jsonl"
         events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
         counts = Counter(event["kind"] for event in events)
         tags = {f"events.{kind}": str(count) for kind, count in counts.items()}
-        diverged = next((event for event in events if event["kind"] == "diverged"), None)
-        if diverged is not None:
-            tags |= {"diverged": "true", "diverged.step": str(diverged["step"]), "diverged.why": diverged["message"]}
+        diverged = [event for event in events if event["kind"] == "diverged"]
+        lasting = runlog.surviving(diverged, runlog.read(self._dir / runlog.LOG_NAME) if diverged else [])
+        if lasting:
+            first = lasting[0]
+            tags |= {"diverged": "true", "diverged.step": str(first["step"]), "diverged.why": first["message"]}
         elif events:
             tags["diverged"] = "false"
         if tags != self._tagged:
             self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
+            if diverged and not lasting:
+                for name in self._client.get_run(self.id).data.tags.keys() & {"diverged.step", "diverged.why"}:
+                    self._client.delete_tag(self.id, name)
             self._tagged = tags
 
     def _log_step_image(self, path: Path) -> None:
