@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.config import Settings
-from twinrl.rewards.reward import NOWHERE, Reward, RewardSettings, Surroundings, build_part
+from twinrl.rewards.reward import NOWHERE, Keeper, Reward, RewardSettings, Surroundings, build_part
 
 
 class Composite(Reward):
@@ -28,9 +28,10 @@ class Composite(Reward):
         self.differentiable = all(part.differentiable for part in parts.values())
         self.needs_prompts = any(part.needs_prompts for part in parts.values())
 
-    def observe(self, images: Tensor, prompts: Sequence[str]) -> None:
-        for part in self.parts.values():
-            part.observe(images, prompts)
+    def keepers(self) -> dict[str, Keeper]:
+        return {
+            f"{name}.{inner}": keeper for name, part in self.parts.items() for inner, keeper in part.keepers().items()
+        }
 
     def state(self) -> dict[str, Any]:
         states = {name: part.state() for name, part in self.parts.items()}

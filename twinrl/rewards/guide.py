@@ -4,7 +4,8 @@
 context (``ctx.reward(samples, rows)``); it does not know through which route its pull enters the loss.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -80,8 +81,9 @@ class Guide:
     def __call__(self, samples: Tensor, rows: Rows) -> Pull:
         """``weight·g`` for samples (B, C, h, w) of the rows' prompts; zero where the reward is not on.
 
-        An image whose score or gradient is not finite gets no pull, and says so in ``reward/nonfinite``: the
-        trainer makes an event of it, naming the image, and the other images' gradients are as they would be.
+        An image whose score (also that of a part that keeps statistics) or gradient is not finite gets no pull, and
+        says so in ``reward/nonfinite_frac``: an event names the first such images of an episode, and the other images'
+        gradients are as they would be.
 
         Raises:
             InputError: the reward reads prompts and the data have none.
@@ -99,20 +101,53 @@ class Guide:
         z = samples.detach().float()
         with torch.autocast(samples.device.type, enabled=False), visiting(self.visitors, samples.device):
             found = self.latent.gradient(z, prompts, self.codec, self.reward, keyed)
+            observed = self._observed(z, prompts)
             aux = self._aux(found, z, prompts, rows.draws.step)
+        bad = torch.zeros(len(z), device=z.device)
+        bad[found.nonfinite] = 1.0
+        for scores in observed.values():
+            bad[~scores.isfinite()] = 1.0
         g = found.g.clone()
-        g[found.nonfinite] = 0.0
-        return Pull((weight * g).to(samples), aux)
+        g[bad > 0] = 0.0
+        return Pull((weight * g).to(samples), {**aux, **observed, names.REWARD_NONFINITE: bad})
+
+    @torch.no_grad()
+    def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """(B,) scores that :meth:`observe` will be given, by metric; nothing is computed where no reward asks."""
+        keepers, size = self.reward.keepers(), self.config.gradient.chunk or len(z)
+        found: dict[str, list[Tensor]] = {_mean_of(part): [] for part in keepers}
+        for start in range(0, len(z) if keepers else 0, size):
+            images = self.codec.decode(z[start : start + size])
+            for part, keeper in keepers.items():
+                found[_mean_of(part)].append(keeper.observed(images, prompts[start : start + size]))
+        return {metric: torch.cat(scores) for metric, scores in found.items()}
 
     def _aux(self, found: Any, z: Tensor, prompts: list[str], step: int) -> Mapping[str, Tensor]:
         """What is worth logging, for each row."""
         spread = found.scores.std(unbiased=False).expand(len(z))
-        bad = torch.zeros(len(z), device=z.device)
-        bad[found.nonfinite] = 1.0
-        aux = {names.REWARD_MEAN: found.scores, names.REWARD_STD: spread, names.REWARD_NONFINITE: bad} | found.aux
+        aux = {names.REWARD_MEAN: found.scores, names.REWARD_STD: spread} | found.aux
         if self.config.compare_every and step % self.config.compare_every == 0:
             aux |= self.latent.compare(found, z, prompts, self.codec, self.reward)
         return aux
+
+    def observe(self, pulled: Iterable[tuple[Tensor, Mapping[str, Tensor]]], captions: Sequence[str]) -> None:
+        """Take the scores of a whole step into the statistics of rewards that keep some.
+
+        *When to use*: once, after the step, in every process with the same arguments.
+
+        Arguments:
+            pulled: rows (B,), as positions in the global batch, and ``aux`` of the pulls on them, of all micro-batches
+                and processes, in any order.
+            captions: the prompts of the global batch.
+        """
+        pulled = list(pulled)
+        for part, keeper in self.reward.keepers().items():
+            metric = _mean_of(part)
+            here = [zip(rows.tolist(), aux[metric].tolist(), strict=True) for rows, aux in pulled if metric in aux]
+            finite = sorted((row, score) for pull in here for row, score in pull if math.isfinite(score))
+            if finite:
+                scores = torch.tensor([score for _, score in finite], dtype=torch.double)
+                keeper.observe(scores, [captions[row] for row, _ in finite])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
@@ -121,3 +156,8 @@ class Guide:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.reward.load(state)
+
+
+def _mean_of(part: str) -> str:
+    """Metric of the scores of a part that keeps statistics, before these are applied."""
+    return f"{names.REWARD_MEAN}_of_{part}"

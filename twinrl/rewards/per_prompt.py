@@ -4,9 +4,11 @@
 
 Mean m_c and standard deviation s_c are those of the scores that :meth:`PerPrompt.observe` has seen of c, older ones
 discounted by ``decay`` each time c is observed; ``decay: 0`` leaves the latest batch alone, which is GRPO's advantage
-(Shao et al., arXiv:2402.03300) if the batch is observed before it is scored. They are constants to the gradient,
-∂R'/∂y = ∂R/∂y / (s_c + ε): prompts on which the model's images differ much pull less. Scoring itself changes nothing
-and treats each image for itself, so finite differences are those of one function.
+(Shao et al., arXiv:2402.03300) if the batch is observed before it is scored. Training observes the samples of a step
+after it, those of all micro-batches and processes together, so a step is normalised by the steps before it; a score
+that is not finite is left out, and the step logs it. The statistics are constants to the gradient,
+∂R'/∂y = ∂R/∂y / (s_c + ε): prompts on which the model's images differ much pull less, and m_c pulls nowhere. Scoring
+itself changes nothing and treats each image for itself, so finite differences are those of one function.
 
 A prompt with fewer than ``least`` (discounted) images uses the statistics of all prompts together; while those are
 fewer too, scores are returned as they are (m = 0, s = 1 and no ε).
@@ -19,13 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
+from twinrl.errors import InputError
 from twinrl.rewards.ensemble import Composite
-from twinrl.rewards.reward import NOWHERE, RewardSettings, Surroundings, build_part
+from twinrl.rewards.reward import NOWHERE, Keeper, RewardSettings, Surroundings, build_part
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,12 @@ class Statistics:
 class PerPrompt(Composite):
     """A reward normalised within each prompt.
 
-    *When to use*: a step draws several images of each prompt (``decay: 0, least: 2``), or prompts recur over steps.
-    Values have no scale of their own afterwards: log the inner reward as well.
+    *When to use*: prompts recur over steps, as classes or a list of prompts do; with several images of each prompt in
+    a step ``decay: 0, least: 2`` follows the model fastest. Values have no scale of their own afterwards: the inner
+    reward is logged as ``reward/mean_of_<part>``. It costs one more decoding and forward pass of the inner reward.
+
+    Raises:
+        InputError: it is to judge and not to be followed, where it would have no statistics.
     """
 
     class Config(Settings):
@@ -65,13 +71,19 @@ class PerPrompt(Composite):
         epsilon: float = Field(1e-4, gt=0, description="added to the standard deviation")
 
     def __init__(self, config: Any, around: Surroundings = NOWHERE):
+        if not around.training and not around.key.startswith("reward.model"):  # validation shows that one's inner score
+            raise InputError(
+                "per_prompt normalises by scores seen in training, which a reward that only judges never sees",
+                got=around.key,
+                fix="judge by its inner reward",
+            )
         super().__init__(config, around, {"reward": build_part(config.reward, around, "reward")})
         self.needs_prompts = True
         self.known: dict[str, Statistics] = {}
         self.pooled = Statistics()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        scores = self.parts["reward"](images, prompts)
+        scores = self.observed(images, prompts)
         mean, scale = scores.new_tensor([self._constants(prompt) for prompt in prompts]).T
         return (scores - mean) / scale
 
@@ -83,15 +95,20 @@ class PerPrompt(Composite):
             return 0.0, 1.0
         return statistics.mean, statistics.variance**0.5 + self.config.epsilon
 
-    @torch.no_grad()
-    def observe(self, images: Tensor, prompts: Sequence[str]) -> None:
-        """Take these images' scores into the statistics; one more forward pass of the inner reward.
+    def keepers(self) -> dict[str, Keeper]:
+        return {"reward": self} | super().keepers()
+
+    def observed(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) scores of the inner reward."""
+        return self.parts["reward"](images, prompts)
+
+    def observe(self, scores: Tensor, prompts: Sequence[str]) -> None:
+        """Take scores (B,) of the inner reward into the statistics.
 
         Raises:
             ValueError: a score is not finite, which would stay in the statistics for good.
         """
-        super().observe(images, prompts)
-        scores = self.parts["reward"](images, prompts).double().cpu()
+        scores = scores.detach().double().cpu()
         if not scores.isfinite().all():
             raise ValueError("per_prompt cannot take non-finite scores into its statistics")
         self.pooled = self.pooled.updated(scores, self.config.decay)

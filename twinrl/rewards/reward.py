@@ -5,15 +5,14 @@ deviation) happens inside the reward, on tensors, so that ∂R/∂y exists. Scor
 images of the same prompt.
 
 A reward is built from its settings and its :class:`Surroundings`; composite rewards (:mod:`twinrl.rewards.ensemble`)
-build their parts in the same way. Some keep statistics of scores they have seen; these change in
-:meth:`Reward.observe` alone, so that within one training step a reward is a fixed function, which finite
-differences need.
+build their parts in the same way. Some keep statistics of scores they have seen (:class:`Keeper`); training adds to
+these once after each step, so that within a step a reward is a fixed function, which finite differences need.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +57,18 @@ NOWHERE = Surroundings()
 """No data source; the reward is to be followed."""
 
 
+class Keeper(Protocol):
+    """A reward that keeps statistics of scores."""
+
+    def observed(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) scores of which statistics are kept, for arguments as a reward's; changes nothing."""
+        ...
+
+    def observe(self, scores: Tensor, prompts: Sequence[str]) -> None:
+        """Take (B,) such scores into the statistics, those of a whole training step at once; all are finite."""
+        ...
+
+
 class Reward(ABC):
     """Base of all rewards. Subclasses give ``Config`` (with ``kind``) and :meth:`__call__`.
 
@@ -92,11 +103,9 @@ class Reward(ABC):
             they are (:func:`nonfinite_images` names them).
         """
 
-    def observe(self, images: Tensor, prompts: Sequence[str]) -> None:  # noqa: B027  most rewards keep nothing
-        """Take these images' scores into the statistics, if the reward keeps any.
-
-        *When to use*: once per training step, on every rank with the *global* batch, which keeps the ranks equal.
-        """
+    def keepers(self) -> dict[str, Keeper]:
+        """What keeps statistics, by the dotted path of the part whose scores these are; empty for most rewards."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Statistics for the checkpoint, in plain values; empty for most rewards."""
