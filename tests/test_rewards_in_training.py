@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 from tests.fake_source import FakeSource, register, small
 from tests.test_trainer import CPU, assert_same, finish, kill, make, rows, state
 from twinrl import assembly, schema
+from twinrl.capsules import Capsules
 from twinrl.config import Settings
 from twinrl.errors import InputError
+from twinrl.replay import replay
 from twinrl.rewards import REWARDS, Reward
 from twinrl.sampling import few_step, sample
 from twinrl.schema import RunConfig
@@ -29,16 +31,20 @@ BRIGHT = ("reward.model=brightness", "reward.gradient={estimator: vae_backprop, 
 
 
 class Picky(Reward):
-    """The mean brightness; nan for every image of one data row's prompt position in each batch."""
+    """The mean brightness; nan for every image of one data row's prompt position in each batch, after some calls."""
 
     class Config(Settings):
         kind: Literal["picky"] = "picky"
         at: int = 1
+        since: int = 0
 
     needs_prompts = False
+    calls = 0
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        scores = images.mean((1, 2, 3))
+        scores, self.calls = images.mean((1, 2, 3)), self.calls + 1
+        if self.calls <= self.config.since:
+            return scores
         return scores + torch.zeros(len(images)).index_fill(0, torch.tensor([self.config.at]), math.nan)
 
 
@@ -50,6 +56,10 @@ def _known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rewarded(runs: Path, route: str, *overrides: str) -> RunConfig:
     return small(runs, *ROUTES[route], *BRIGHT, *overrides)
+
+
+def events(trainer: Trainer) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in trainer.run.events.read_text().splitlines()]
 
 
 def brightness(trainer: Trainer) -> float:
@@ -179,11 +189,24 @@ def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path
     settings = small(tmp_path, *GENERATOR, "reward.model=picky", "stability.policy=stop", "train.steps=3")
     trainer = finish(settings)  # not even under a stop policy: the step is healthy
     assert all(v.isfinite().all() for v in state(trainer).values())
-    events = [json.loads(line) for line in trainer.run.events.read_text().splitlines()]
-    assert [(e["step"], e["kind"], e["terms"]) for e in events] == [(i, "nonfinite", ["reward"]) for i in (1, 2, 3)]
+    (event,) = events(trainer)  # one line for the episode, and one capsule
+    assert (event["step"], event["kind"], event["terms"], event["value"]) == (1, "unscored", ["reward"], 0.25)
     data_rows, batch = make(settings).feed.batch(0, 0)
-    assert events[0]["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
+    assert event["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
+    assert f"not finite for data row {event['rows'][0]} at step 1" in event["message"]
     assert [row[names.REWARD_NONFINITE] for row in rows(trainer)] == [0.25] * 3
+    assert Capsules(trainer.run.path, settings.stability.capsules).numbers() == [1]
+    again = replay(trainer.run, 1, ["reward.model=brightness"], lambda _: (FakeSource(), CPU), after=1)
+    assert [again.recurs(trace) for trace in again.traces] == [True, False]
+
+
+def test_an_unscored_image_does_not_speak_for_what_stopped_the_run(tmp_path: Path) -> None:
+    spike = ("terms.planted={at: 9, row: 9, branches: [any]}", "stability={spike: stop, watch: {spike: {warmup: 4}}}")
+    trainer = make(small(tmp_path, *GENERATOR, "reward.model={kind: picky, since: 9}", *spike))
+    outcome = trainer.train()
+    assert (outcome.status, outcome.step) == ("diverged", 10)
+    assert [event["kind"] for event in events(trainer)] == ["spike", "unscored"]
+    assert outcome.message.startswith("spike of grad/planted/norm_raw at step 10")
 
 
 def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_path: Path) -> None:
@@ -209,6 +232,72 @@ def test_resume_is_exact(tmp_path: Path, route: str) -> None:
     disturbed = rewarded(tmp_path / "b", route, *more)
     kill(disturbed, 7)
     assert_same(finish(disturbed), undisturbed)
+
+
+# --- statistics of scores ------------------------------------------------------------------------------------------
+
+PER_PROMPT = "reward.model={kind: per_prompt, least: 4, decay: 1, reward: %s}"
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("micro", ["train.micro_batch=null", "train.micro_batch=3"])
+def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str, micro: str) -> None:
+    """However often the engine asks for a pull; and none of validation's."""
+    settings = rewarded(tmp_path, route, PER_PROMPT % "brightness", micro, "evaluation.objective=true")
+    trainer = finish(settings)
+    logged, reward = rows(trainer), trainer.guide.state()  # type: ignore[union-attr]
+    raw, normalised = ([row[name] for row in logged] for name in ("reward/mean_of_reward", names.REWARD_MEAN))
+    batch = trainer.feed.batch(0, 0)[1]
+    each = len(batch.branch["e2e"] if route == "generator" else batch.on(settings.terms["adversarial"].branches))
+    assert reward["pooled"]["count"] == each * settings.train.steps
+    assert reward["pooled"]["mean"] == pytest.approx(sum(raw) / len(raw), abs=1e-6)
+    assert sum(known["count"] for known in reward["known"].values()) == reward["pooled"]["count"]
+    assert set(reward["known"]) == {"a dark picture", "a bright picture"}
+    assert normalised[0] == raw[0]  # a step is normalised by those before it
+    assert all(abs(n - r) > 1e-3 for n, r in zip(normalised[1:], raw[1:], strict=True))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_per_prompt_does_not_depend_on_micro_batches(tmp_path: Path, route: str) -> None:
+    more = (PER_PROMPT % "brightness", "optim.eps=1")
+    whole, parts = (
+        finish(rewarded(tmp_path / str(n), route, *more, f"train.micro_batch={n}")).guide.state()  # type: ignore[union-attr]
+        for n in (16, 3)
+    )
+    assert set(whole["known"]) == set(parts["known"]) == {"a dark picture", "a bright picture"}
+    for prompt, statistics in whole["known"].items():
+        assert parts["known"][prompt] == pytest.approx(statistics, rel=1e-5)
+
+
+def test_per_prompt_takes_what_processes_and_micro_batches_have_in_any_order(tmp_path: Path) -> None:
+    model = "reward.model={kind: ensemble, rewards: {x: {reward: {kind: per_prompt, reward: brightness}}}}"
+    scores = torch.rand(16, generator=torch.Generator().manual_seed(0)) ** 9
+    captions, order = [f"prompt {i % 3}" for i in range(16)], torch.randperm(16)
+    states = []
+    for at in (torch.arange(16).split(16), order.split(5)):
+        guide = make(rewarded(tmp_path, "generator", model)).guide
+        assert guide is not None
+        guide.observe([(rows_, {"reward/mean_of_x.reward": scores[rows_]}) for rows_ in at], captions)
+        states.append(guide.state())
+    assert states[0] == states[1]
+    assert states[0]["x"]["pooled"]["mean"] == pytest.approx(float(scores.mean()))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_resume_with_statistics_is_exact(tmp_path: Path, route: str) -> None:
+    undisturbed = finish(rewarded(tmp_path / "a", route, PER_PROMPT % "brightness"))
+    disturbed = rewarded(tmp_path / "b", route, PER_PROMPT % "brightness")
+    kill(disturbed, 7)
+    assert_same(finish(disturbed), undisturbed)
+
+
+def test_an_image_without_a_score_stays_out_of_the_statistics(tmp_path: Path) -> None:
+    ceiling = f"{{kind: hinge, ceiling: 9, reward: {PER_PROMPT.partition('=')[2] % 'picky'}}}"
+    trainer = finish(small(tmp_path, *GENERATOR, f"reward.model={ceiling}", "train.steps=3"))
+    statistics = trainer.guide.state()["reward"]["pooled"]  # type: ignore[union-attr]
+    assert statistics["count"] == 3 * 3  # of four images in each step
+    assert all(map(math.isfinite, statistics.values()))
+    assert [row[names.REWARD_NONFINITE] for row in rows(trainer)] == [0.25] * 3
 
 
 @pytest.mark.parametrize("accumulated", [False, True])

@@ -155,8 +155,9 @@ def test_a_log_gives_what_the_run_found_also_after_a_rollback(tmp_path: Path) ->
 def test_too_many_rollbacks_stop_the_run(tmp_path: Path, margin: int) -> None:
     """Also where the trouble comes back within the cooldown of its first episode."""
     always = "terms.poison={at: 41, branches: [any]}"  # whatever the data order
-    policy = f"stability={{policy: rollback, rollbacks: 2, rollback_margin: {margin}, divergence: {{nonfinite_steps: 9}}}}"
-    trainer = make(planted(tmp_path, always, policy, "terms.planted=null"))
+    policy = ("stability={policy: rollback, rollbacks: 2}", "stability.divergence.nonfinite_steps=9")
+    settings = planted(tmp_path, always, *policy, f"stability.rollback_margin={margin}", "terms.planted=null")
+    trainer = make(settings)
     outcome = trainer.train()
     assert (outcome.status, outcome.step) == ("diverged", 42)
     assert "2 rollbacks did not help" in outcome.message

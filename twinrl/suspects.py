@@ -1,11 +1,51 @@
 """Which rows of a batch an event is about: those of a term that stand out, and those that no reward could score."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from twinrl.branches import Batch
 from twinrl.gradients import Losses
-from twinrl.stability.events import NONFINITE, Event, Suspects
+from twinrl.stability.events import UNSCORED, Suspects
 from twinrl.tracking import names
+
+TIME_DIGITS = 6  # of the times in events
+
+
+@dataclass(frozen=True)
+class Behind:
+    """Names the rows behind trouble at one step, with their times and branches.
+
+    Every process must ask it for the same: each knows only its own rows.
+
+    Attributes:
+        losses: of the whole step.
+        data_rows: (B,) rows of the split behind the global batch.
+        batch: this process's part of the global batch.
+        total: the sum of a tensor over all processes.
+    """
+
+    losses: Losses
+    data_rows: Tensor
+    batch: Batch
+    total: Callable[[Tensor], Tensor]
+
+    def __call__(self, kind: str, term: str | None) -> Suspects:
+        """The rows behind a kind of trouble in a term, or in the whole batch for None, the most conspicuous first."""
+        whole = len(self.data_rows)
+        at = unscored(self.losses) if kind == UNSCORED else conspicuous(self.losses, term, whole)
+        rows, branches, t = self.batch.rows, list(self.batch.branch), torch.zeros(whole, 2)
+        t[rows.index, 0] = rows.t.float().cpu()
+        for number, of_branch in enumerate(self.batch.branch.values()):
+            t[rows.index[of_branch], 1] = number
+        times, numbers = self.total(t.to(rows.t.device)).cpu()[at].unbind(1)
+        return Suspects(
+            tuple(self.data_rows[at].tolist()),
+            tuple(round(time, TIME_DIGITS) for time in times.tolist()),
+            tuple(branches[int(number)] for number in numbers),
+        )
 
 
 def conspicuous(losses: Losses, term: str | None, size: int) -> Tensor:
@@ -26,13 +66,3 @@ def unscored(losses: Losses) -> Tensor:
     parts = [part for found in losses for part in found.values() if names.REWARD_NONFINITE in part.aux]
     at = [part.rows[part.aux[names.REWARD_NONFINITE].cpu() > 0] for part in parts]
     return torch.cat(at).cpu() if at else torch.zeros(0, dtype=torch.long)
-
-
-def unscored_images(of: Suspects, step: int, iteration: int) -> Event:
-    """An event naming the images for which the reward gave no finite number; training went on without its pull."""
-    shown = ", ".join(map(str, of.rows[:3]))
-    message = f"the reward is not finite for data row {shown} at step {step}; it did not pull there"
-    return Event(
-        step, iteration, NONFINITE, ("reward",), of.rows, message,
-        series=names.REWARD_NONFINITE, t=of.t, branches=of.branches,
-    )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints, suspects
+from twinrl import assembly, checkpoints
 from twinrl.branches import Batch
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
@@ -26,14 +26,15 @@ from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.saving import Informed, Saver
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import SPIKE, Event, Suspects, nonfinite
+from twinrl.stability.events import SPIKE, Event, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
+from twinrl.stability.series import Finding
+from twinrl.suspects import Behind
 from twinrl.tracking import names
 from twinrl.tracking.runlog import RunLog
 
 Row = dict[str, Any]
-TIME_DIGITS = 6  # of the times in events
 
 
 class Observer(Informed, Protocol):
@@ -119,6 +120,7 @@ class Trainer:
         )  # fmt: skip
         self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
+        settings.stability.check_measured(settings.gradients.telemetry.rms_every)
         self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
         self.feed = self._feed("train")
         self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
@@ -175,7 +177,7 @@ class Trainer:
         return self.settings.seed + (self.attempt << 32)
 
     def train_step(self) -> tuple[Row, Event | None, Decision]:
-        """One optimizer step; the log row, the last event that began at it, and what to do about what was found."""
+        """One optimizer step; the log row, the event that ends the run or takes it back, and what to do."""
         started = time.perf_counter()
         self.ranks.begin(self.step)
         assembly.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
@@ -183,28 +185,40 @@ class Trainer:
         self.objective.teacher.update()
         losses, scalars = self._backward(batch)
         values = self.ranks.agree(_to_floats(scalars)) | self._schedules()
-        events, self.kinds = self.monitor.step(
-            self.step + 1,
-            self.iteration,
-            values,
-            lambda term: self._located(suspects.conspicuous(losses, term, len(data_rows)), data_rows, batch),
-        )
-        decision = self.settings.stability.decide(self.kinds)
-        if SPIKE in {event.kind for event in events}:
-            self.lr_policy.spike()
-        if decision.cut:
-            self.lr_policy.cut(self.settings.stability.lr_cut, self.settings.stability.lr_minimum)
+        self.kinds = set()
+        found, decision = self._judge(values)
         if decision.zero:
             self.engine.zero()
         lr = self._set_lr()
-        values |= {names.SKIPPED: 1.0} if decision.skip else self._update()
+        if decision.skip:
+            values[names.SKIPPED] = 1.0
+        else:
+            values |= (updated := self._update())
+            late, decision = self._judge(updated)  # too late for this step, not for the rate, a rollback or the end
+            found += late
+        if self.guide is not None:
+            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], batch.rows.captions)
+        behind = Behind(losses, data_rows, batch, self.ranks.total)
+        events = self.monitor.watch.events(found, self.iteration, values, behind)
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        if len(at := suspects.unscored(losses)):
-            events.append(suspects.unscored_images(self._located(at, data_rows, batch), self.step, self.iteration - 1))
         for event in events:
             self._record(event, row)
-        return row | {names.STEP_SECONDS: time.perf_counter() - started}, events[-1] if events else None, decision
+        row[names.STEP_SECONDS] = time.perf_counter() - started
+        return row, self.settings.stability.cause(events), decision
+
+    def _judge(self, values: Mapping[str, float]) -> tuple[list[Finding], Decision]:
+        """Findings among values of this step, and what to do about new kinds; the learning rate's part is done."""
+        found = self.monitor.watch.observe(self.step + 1, values)
+        new = {finding.kind for finding in found} - self.kinds
+        self.kinds |= new
+        config = self.settings.stability
+        decision = config.decide(new)
+        if SPIKE in new and self.monitor.watch.begins(SPIKE):
+            self.lr_policy.spike()
+        if decision.cut:
+            self.lr_policy.cut(config.lr_cut, config.lr_minimum)
+        return found, decision
 
     def _backward(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
@@ -213,22 +227,6 @@ class Trainer:
         own, measures = self.engine.backward(passes, self.step)
         losses = self.ranks.merge(own)
         return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
-
-    def _located(self, at: Tensor, data_rows: Tensor, batch: Batch) -> Suspects:
-        """Data row, time and branch at positions of the global batch, of which ``batch`` is this process's part.
-
-        Every process must call it: each knows only its own rows.
-        """
-        branches, t = list(batch.branch), torch.zeros(len(data_rows), 2)
-        t[batch.rows.index, 0] = batch.rows.t.float().cpu()
-        for number, of_branch in enumerate(batch.branch.values()):
-            t[batch.rows.index[of_branch], 1] = number
-        times, numbers = self.ranks.total(t.to(self.device)).cpu()[at].unbind(1)
-        return Suspects(
-            tuple(data_rows[at].tolist()),
-            tuple(round(time, TIME_DIGITS) for time in times.tolist()),
-            tuple(branches[int(number)] for number in numbers),
-        )
 
     def _update(self) -> dict[str, float]:
         """The optimizer's step, and what it says about the step's health."""
@@ -332,9 +330,11 @@ class Trainer:
             return Outcome("diverged", self.step, f"{event.message}; no healthy checkpoint to roll back to")
         if self.attempt >= config.rollbacks:
             return Outcome("diverged", self.step, f"{event.message}; {self.attempt} rollbacks did not help")
-        iteration, attempt, count = self.iteration, self.attempt, self.event_count
+        kept, seen = (self.iteration, self.attempt + 1, self.event_count), self.monitor.watch.state()
         self.restore(self.ranks.load(healthy[-1]), str(healthy[-1]))
-        self.iteration, self.attempt, self.event_count = iteration, attempt + 1, count
+        self.iteration, self.attempt, self.event_count = kept
+        self.monitor.watch.load(seen)
+        self.monitor.watch.end_episodes()
         self.ranks.on_first(lambda: checkpoints.drop_after(self.run.checkpoints, self.step))
         self.capsules.forget_after(self.step)
         self._attempt(self._save)

@@ -62,6 +62,9 @@ CASES: dict[str, Case] = {
     "rcgm": Case("rcgm"),
     "published": Case("published", REWARDED),
     "corrected": Case("corrected", REWARDED),
+    "statistics of scores": Case(
+        "published", (*REWARDED, "reward.model={kind: per_prompt, least: 4, reward: brightness}", "train.micro_batch=4")
+    ),
     "frozen guidance, live recursion": Case(
         "twinflow", ("teacher={kind: live, guidance: frozen, allow_live: true}", "optim.kind=adam")
     ),

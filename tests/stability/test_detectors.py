@@ -28,7 +28,8 @@ RMS = {"rms_limit": 2.3}
 def events_of(rows: list[dict[str, Any]], watch: Watch | None = None) -> list[Event]:
     """As the trainer asks for them."""
     watch = watch or Watch(Watch.Config(), TERMS)
-    return [event for row in rows for event in watch.events(row["step"], row["iteration"], row)]
+    found = ((row, watch.observe(row["step"], row)) for row in rows)
+    return [event for row, findings in found for event in watch.events(findings, row["iteration"], row)]
 
 
 def found(step: int, series: str, score: float | None = 9.0, kind: str = "spike") -> Finding:
@@ -90,13 +91,14 @@ def test_rows_are_asked_for_the_first_term_and_only_for_events() -> None:
     rows: list[dict[str, Any]] = [{"step": i, **steady} for i in range(60)]
     rows[40] |= {norm("base"): 20.0, names.GRAD_TOTAL_RAW: 50.0}
     rows[45][names.LOSS_TOTAL] = math.nan
-    asked: list[str | None] = []
+    asked: list[tuple[str, str | None]] = []
     suspects = Suspects((3, 1), (0.5, 1.0), ("mul", "e2e"))
     watch = Watch(Watch.Config(), TERMS)
     for row in rows:
-        for event in watch.events(row["step"], 0, row, lambda term: asked.append(term) or suspects):  # type: ignore[func-returns-value]
+        found = watch.observe(row["step"], row)
+        for event in watch.events(found, 0, row, lambda *about: asked.append(about) or suspects):  # type: ignore[func-returns-value]
             assert (event.rows, event.t, event.branches) == suspects
-    assert asked == ["base", None]
+    assert asked == [("spike", "base"), ("nonfinite", None)]
 
 
 def test_terms_that_spike_together_are_named_by_conspicuousness() -> None:
@@ -129,6 +131,21 @@ def test_each_kind_has_episodes_of_its_own(troubled: Simulated) -> None:
     assert drift.terms == ("rectify",)
     assert 490 < drift.step < 520
     assert [e.terms for e in events if e.kind == "spike" and e.step == 401] == [("rectify",)]
+
+
+def test_unscored_images_are_one_event_and_hide_no_other_trouble() -> None:
+    """At every step for 30 steps, then again: two events; a loss that is not finite meanwhile is one of its own."""
+    bad = {*range(5, 35), *range(60, 62)}
+    rows = [{"step": i, "iteration": i, "loss/base": 1.0, names.REWARD_NONFINITE: 0.25 * (i in bad)} for i in range(80)]
+    rows[20]["loss/base"] = math.nan
+    watch, suspects = Watch(Watch.Config(), TERMS), Suspects((7, 3), (0.5, 1.0), ("mul", "e2e"))
+    found = ((row, watch.observe(row["step"], row)) for row in rows)
+    begun = [event for row, now in found for event in watch.events(now, 0, row, lambda *_: suspects)]
+    assert [(event.kind, event.step) for event in begun] == [("unscored", 5), ("nonfinite", 20), ("unscored", 60)]
+    assert begun[0].message == "the reward is not finite for data row 7, 3 at step 5; it did not pull there"
+    assert (begun[0].terms, begun[0].series, begun[0].value) == (("reward",), names.REWARD_NONFINITE, 0.25)
+    assert {f.step for f in scan(rows) if f.kind == "unscored"} == bad
+    assert [[f.kind for f in episode] for episode in episodes(scan(rows))] == [["nonfinite"]]
 
 
 # --- resuming and logs --------------------------------------------------------------------------------------
@@ -172,6 +189,15 @@ def test_a_log_gives_the_findings_of_the_run(troubled: Simulated, tmp_path: Path
     offline = scan(runlog.read(tmp_path / "log.jsonl"), Watch.Config(**RMS))
     assert [finding.as_dict() for finding in offline] == online
     assert {f.series for f in offline if f.kind == "spike"} >= {"opt/rms_max", names.GRAD_TOTAL_RAW}
+
+
+def test_a_state_from_before_unscored_images_were_watched_is_taken() -> None:
+    watch, again = Watch(Watch.Config(), TERMS), Watch(Watch.Config(), TERMS)
+    watch.observe(1, {names.LOSS_TOTAL: math.nan})
+    old = watch.state()
+    del old["detectors"]["unscored"], old["episodes"]["unscored"]
+    again.load(old)
+    assert again.state() == watch.state()
 
 
 def test_a_state_of_other_series_is_refused() -> None:

@@ -14,9 +14,9 @@ from pydantic import Field
 
 from twinrl.config import Settings
 from twinrl.errors import InputError
-from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, Event, Suspects
+from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, Event, Suspects
 from twinrl.stability.rolling import Episode
-from twinrl.stability.series import Detector, Drift, Finding, Limit, NonFinite, Spike, Values
+from twinrl.stability.series import Detector, Drift, Finding, Limit, NonFinite, Spike, Unscored, Values
 from twinrl.tracking import names, runlog
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Limit",
     "NonFinite",
     "Spike",
+    "Unscored",
     "Watch",
     "episodes",
     "leading_term",
@@ -35,26 +36,29 @@ __all__ = [
     "terms_in",
 ]
 
-SuspectsOf = Callable[[str | None], Suspects]
+SuspectsOf = Callable[[str, str | None], Suspects]
+"""Kind of trouble, and a term or None for the whole batch → the data rows behind it, the most conspicuous first."""
 NORM, SHARE, TOTAL = "norm_raw", "share", "total"
+REWARD = "reward"
+"""Whose an event is that names images without a score."""
 
 
 class Watch:
-    """All detectors of a run: spikes and drifts of every term's gradient norm and of the total's, non-finite values.
+    """All detectors of a run: spikes and drifts of every term's gradient norm and of the total's, non-finite values,
+    images without a score.
 
     Series that a row lacks are not judged at that step, so a run without per-term gradients is watched by its
     total norm and its losses alone. The watch sees iterations in their order and keeps no steps: after a
-    rollback it goes on with what it has seen, the spike that caused the rollback included.
+    rollback it goes on with what it has seen, the spike that caused the rollback included, as the log does. A rollback
+    ends the episodes alone (:meth:`end_episodes`).
 
-    *When to use*: one for a run, in the process that writes its log, asked once a step: for :meth:`events` or, where
-    findings are enough, :meth:`observe`. For finished logs :func:`scan`.
+    *When to use*: one for a run. At every step it is told the values that there are before the optimizer's step and
+    those that there are after it (:meth:`observe`), and then asked for the :meth:`events`. For finished logs
+    :func:`scan`.
 
     Arguments:
         config: thresholds.
         terms: names of the loss terms.
-
-    Attributes:
-        found: the findings at the last step.
     """
 
     class Config(Settings):
@@ -75,40 +79,48 @@ class Watch:
         self._detectors |= {f"{DRIFT} {series}": Drift(config.drift, series) for series in norms}
         if config.rms_limit is not None:
             self._detectors[f"{SPIKE} {names.RMS_MAX}"] = Limit(names.RMS_MAX, config.rms_limit, cooldown)
-        self.found: list[Finding] = []
+        self._detectors[UNSCORED] = Unscored(cooldown)
         self._shares: deque[dict[str, float]] = deque(maxlen=config.history)
         self._episodes = {
             NONFINITE: Episode(cooldown),
             SPIKE: Episode(cooldown),
             DRIFT: Episode(config.drift.window),
+            UNSCORED: Episode(cooldown),
         }
 
     def observe(self, step: int, values: Values) -> list[Finding]:
         """What is wrong with the values of one step, in any series.
 
         Arguments:
-            step: step number of the findings. values: a log row, or what will be one; other names are ignored.
+            step: step number of the findings. values: a log row, or a part of what will be one, each series in one
+                part; other names are ignored.
         """
-        self.found = [finding for detector in self._detectors.values() for finding in detector.observe(step, values)]
-        return self.found
+        return [finding for detector in self._detectors.values() for finding in detector.observe(step, values)]
+
+    def begins(self, kind: str) -> bool:
+        """Whether trouble of this kind, found before this step's :meth:`events`, begins an episode."""
+        return self._episodes[kind].over
 
     def events(
-        self, step: int, iteration: int, values: Values, rows_of: SuspectsOf = lambda term: Suspects()
+        self,
+        found: Sequence[Finding],
+        iteration: int,
+        values: Values,
+        rows_of: SuspectsOf = lambda kind, term: Suspects(),
     ) -> list[Event]:
-        """:meth:`observe`, with one event for each kind of trouble that begins at this step.
+        """One event for each kind of trouble that begins at this step; to be asked at every step, healthy ones too.
 
         An episode spans all series, whatever the :attr:`Finding.onset` of each: a term that spikes and, two steps
         later, the total and the other terms that it upset are one event, which names the term that was first. It
         ends with the cooldown of the spikes; for drifts, with one window.
 
         Arguments:
-            step, iteration, values: of this step; the gradient shares are taken from the values, too.
-            rows_of: data rows behind a term, or of the whole batch for None, each with its time and branch; called for
-                an event only.
+            found: all findings at this step.
+            iteration, values: of this step; the gradient shares are taken from the values.
+            rows_of: data rows with their times and branches; called for an event only.
         """
         shares = {term: values.get(names.grad(term, SHARE)) for term in self.terms}
         self._shares.append({term: float(share) for term, share in shares.items() if share is not None})
-        found = self.observe(step, values)
         by_kind = {kind: [finding for finding in found if finding.kind == kind] for kind in self._episodes}
         begun = [kind for kind, episode in self._episodes.items() if episode.begins(bool(by_kind[kind]))]
         return [self._event(by_kind[kind], iteration, rows_of) for kind in begun]
@@ -118,14 +130,15 @@ class Watch:
         found = sorted(found, key=_conspicuous, reverse=True)
         terms = tuple(dict.fromkeys(term for finding in found if (term := term_of(finding.series))))
         worst = next((finding for finding in found if term_of(finding.series)), found[0])
-        suspects = rows_of(terms[0] if terms else None)
+        terms = (REWARD,) if worst.kind == UNSCORED else terms
+        suspects = rows_of(worst.kind, terms[0] if terms else None)
         return Event(
             worst.step,
             iteration,
             worst.kind,
             terms,
             suspects.rows,
-            _message(worst),
+            _message(worst, suspects.rows),
             shares=self.shares(),
             series=worst.series,
             value=worst.value,
@@ -138,6 +151,11 @@ class Watch:
         """Term → its signed gradient shares in the last steps for which they were measured, oldest first."""
         series = {term: tuple(s[term] for s in self._shares if term in s) for term in self.terms}
         return {term: shares for term, shares in series.items() if shares}
+
+    def end_episodes(self) -> None:
+        """After a rollback: trouble that comes back is an event again, upon which the policy acts again."""
+        for episode in self._episodes.values():
+            episode.healthy = episode.cooldown
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, as plain JSON values."""
@@ -153,15 +171,15 @@ class Watch:
         Raises:
             InputError: the state is of a watch over other series.
         """
-        if set(state["detectors"]) != set(self._detectors):
-            different = sorted(set(state["detectors"]) ^ set(self._detectors))
+        different = sorted((set(state["detectors"]) ^ set(self._detectors)) - {UNSCORED})  # older states lack it
+        if different:
             raise InputError(
                 "the saved detectors watch other series",
                 got=f"a difference in {', '.join(different[:3])}",
                 fix="resume with the terms and the rms_limit of the checkpoint",
             )
-        for name, detector in self._detectors.items():
-            detector.load(state["detectors"][name])
+        for name, saved in state["detectors"].items():
+            self._detectors[name].load(saved)
         for kind, healthy in state["episodes"].items():
             self._episodes[kind].healthy = healthy
         steps = [{term: float(share) for term, share in step.items()} for step in state["shares"]]
@@ -173,8 +191,11 @@ def _conspicuous(finding: Finding) -> float:
     return 0.0 if finding.score is None else finding.score
 
 
-def _message(finding: Finding) -> str:
+def _message(finding: Finding, rows: Sequence[int]) -> str:
     """One line for people."""
+    if finding.kind == UNSCORED:
+        shown = ", ".join(map(str, rows[:3]))
+        return f"the reward is not finite for data row {shown} at step {finding.step}; it did not pull there"
     if finding.reference is None:
         return f"non-finite {finding.series} at step {finding.step}"
     times = f"{finding.value / finding.reference:.3g} times {finding.reference:.3g}"

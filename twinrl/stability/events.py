@@ -1,7 +1,8 @@
 """Events: what went wrong in a step, as data. Torch-free.
 
-A spike, a drift or a non-finite number recurs and is studied as a cause; a divergence is absorbing and is the
-outcome. Each becomes one :class:`Event`, a line of ``events.jsonl``, from which the step can be replayed.
+A spike, a drift or a non-finite number recurs and is studied as a cause, as images are that no reward could score; a
+divergence is absorbing and is the outcome. Each becomes one :class:`Event`, a line of ``events.jsonl``, from which
+the step can be replayed.
 """
 
 import math
@@ -14,6 +15,7 @@ from twinrl.tracking import runlog
 NONFINITE = "nonfinite"
 SPIKE = "spike"
 DRIFT = "drift"
+UNSCORED = "unscored"
 DIVERGED = "diverged"
 MAX_ROWS = 64
 
@@ -38,7 +40,7 @@ class Event:
 
     Attributes:
         step, iteration: when.
-        kind: ``nonfinite``, ``spike``, ``drift`` or ``diverged``.
+        kind: ``nonfinite``, ``spike``, ``drift``, ``unscored`` or ``diverged``.
         terms: the loss terms concerned, the most conspicuous first; empty where only the total is.
         rows: data rows concerned (indices into the training split); at most 64 are kept.
         message: one line for people.

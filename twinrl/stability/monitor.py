@@ -3,38 +3,28 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from twinrl.stability.detectors import SuspectsOf, Watch
+from twinrl.stability.detectors import Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import NONFINITE, Event
 from twinrl.stability.policy import StabilityConfig
 
 
 class Monitor:
-    """Watches one run.
+    """Watches one run: by the watch step by step, and by :meth:`judge` row by row.
 
     Arguments:
         config: thresholds.
         terms: names of the gradients that are taken apart.
         nfe: network evaluations of the samples behind ``val/quality``.
+
+    Attributes:
+        watch: told of every step; goes on after a rollback.
+        divergence: told of every log row; absorbing, so a rollback takes it back to the checkpoint.
     """
 
     def __init__(self, config: StabilityConfig, terms: Sequence[str], nfe: int = 1):
         self.watch = Watch(config.watch, terms)
         self.divergence = Divergence(config.divergence, nfe)
-
-    def step(
-        self, step: int, iteration: int, values: Mapping[str, float], rows_of: SuspectsOf
-    ) -> tuple[list[Event], set[str]]:
-        """Events that begin at a step, and the kinds of everything found at it.
-
-        Arguments:
-            step, iteration: of the step.
-            values: its numbers, before the optimizer used them.
-            rows_of: data rows behind a term with their times and branches, the most conspicuous first; of the whole
-                batch for None.
-        """
-        events = self.watch.events(step, iteration, values, rows_of)
-        return events, {finding.kind for finding in self.watch.found}
 
     def judge(self, step: int, iteration: int, row: Mapping[str, Any]) -> Event | None:
         """The divergence, at the row that makes it certain."""

@@ -1,15 +1,16 @@
 """What is done about trouble: each kind of finding has an action. Torch-free."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 
 from twinrl.config import Settings
+from twinrl.errors import InputError
 from twinrl.stability.detectors import Watch
 from twinrl.stability.divergence import Divergence
-from twinrl.stability.events import DIVERGED, DRIFT, NONFINITE, SPIKE
+from twinrl.stability.events import DIVERGED, DRIFT, NONFINITE, SPIKE, UNSCORED, Event
 
 Action = Literal["record", "zero", "skip", "cut_lr", "cut_lr+skip", "rollback", "stop"]
 
@@ -33,7 +34,10 @@ class StabilityConfig(Settings):
     policy: Action = Field(
         "stop", description="at non-finite numbers and at a confirmed divergence (which only rollback and stop act on)"
     )
-    spike: Action = Field("record", description="at a gradient spike, at every step that it lasts")
+    spike: Action = Field(
+        "record",
+        description="at a spike, at every step that it lasts; zero and skip come too late for one of opt/rms_max",
+    )
     drift: Action = Field("record", description="at a lasting rise of gradient norms")
     lr_cut: float = Field(0.5, gt=0, lt=1, description="factor of the learning rate at a cut")
     lr_minimum: float = Field(0.01, ge=0, le=1, description="cuts end at this share of the learning rate")
@@ -49,8 +53,9 @@ class StabilityConfig(Settings):
         return "rollback" in (self.policy, self.spike, self.drift)
 
     def decide(self, kinds: Iterable[str]) -> "Decision":
-        """What to do about the kinds of finding at one step."""
+        """What to do about the kinds of finding at one step; a step with unscored images is healthy."""
         action = {NONFINITE: self.policy, DIVERGED: self.policy, SPIKE: self.spike, DRIFT: self.drift}
+        action[UNSCORED] = "record"
         actions = {part for kind in kinds for part in action[kind].split("+")}
         return Decision(
             stop="stop" in actions,
@@ -59,6 +64,21 @@ class StabilityConfig(Settings):
             skip=bool(actions & {"skip", "rollback", "stop"}),
             cut="cut_lr" in actions,
         )
+
+    def cause(self, events: Sequence[Event]) -> Event | None:
+        """Of the events of one step, the one that ends the run, or else takes it back; None where none does."""
+        decided = [(event, self.decide([event.kind])) for event in events]
+        stops = [event for event, decision in decided if decision.stop]
+        return next(iter(stops + [event for event, decision in decided if decision.rollback]), None)
+
+    def check_measured(self, rms_every: int) -> None:
+        """Raises InputError where a limit is set on what is never measured."""
+        if self.watch.rms_limit is not None and rms_every == 0:
+            raise InputError(
+                "stability.watch.rms_limit limits opt/rms_max, which is never measured",
+                got="gradients.telemetry.rms_every 0",
+                fix="raise it to 1, or leave rms_limit out",
+            )
 
 
 @dataclass(frozen=True)

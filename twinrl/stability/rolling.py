@@ -75,8 +75,13 @@ class Episode:
         self.cooldown = cooldown
         self.healthy = cooldown if healthy is None else healthy
 
+    @property
+    def over(self) -> bool:
+        """Whether the next trouble begins an episode."""
+        return self.healthy >= self.cooldown
+
     def begins(self, troubled: bool) -> bool:
         """Whether this step begins a new episode; to be told of every step, healthy ones too."""
-        onset = troubled and self.healthy >= self.cooldown
+        onset = troubled and self.over
         self.healthy = 0 if troubled else min(self.healthy + 1, self.cooldown)
         return onset

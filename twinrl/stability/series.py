@@ -1,4 +1,4 @@
-"""Streaming detectors over single series: spikes, drifts, limits, non-finite numbers. Torch-free.
+"""Streaming detectors over single series: spikes, drifts, limits, non-finite numbers, unscored images. Torch-free.
 
 They work on the logarithm of a *pre-clip* gradient norm, because norms are positive and vary by factors::
 
@@ -22,9 +22,9 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from twinrl.config import Settings
-from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, nonfinite
+from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, nonfinite
 from twinrl.stability.rolling import Episode, Rolling
-from twinrl.tracking import runlog
+from twinrl.tracking import names, runlog
 
 Values = Mapping[str, Any]
 
@@ -35,12 +35,13 @@ class Finding:
 
     Attributes:
         step: the step that the row names.
-        kind: ``spike``, ``drift`` or ``nonfinite``.
+        kind: ``spike``, ``drift``, ``nonfinite`` or ``unscored``.
         series: metric name.
         value: its value; for a drift the recent median.
-        reference: what it was compared with: the rolling median, the baseline, the limit; None if non-finite.
+        reference: what it was compared with: the rolling median, the baseline, the limit; None if non-finite
+            or unscored.
         score: how far off it is in robust standard deviations of the log; value/limit at a limit; None if
-            non-finite.
+            non-finite or unscored.
         onset: whether an episode of this kind begins here, in this series.
     """
 
@@ -58,7 +59,7 @@ class Finding:
 
 
 class Detector(Protocol):
-    """Sees every step of a run once, in order, and says what is wrong with it."""
+    """Sees every value of a run once, in order, and says what is wrong with it."""
 
     def observe(self, step: int, values: Values) -> list[Finding]:
         """Findings at this step. A series that ``values`` lack, or hold as None, was not measured at the step."""
@@ -277,6 +278,32 @@ class NonFinite:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._episodes = {name: Episode(self.cooldown, state["healthy"][name]) for name in self.series}
+
+
+class Unscored:
+    """Images for which the reward gave no finite number: their share in a step, above 0.
+
+    *When to use*: always. It is no trouble of training, where such an image gets no pull and the step is healthy.
+
+    Arguments:
+        cooldown: steps in a row without such images that end an episode.
+    """
+
+    def __init__(self, cooldown: int = 10):
+        self._episode = Episode(cooldown)
+
+    def observe(self, step: int, values: Values) -> list[Finding]:
+        share = values.get(names.REWARD_NONFINITE)
+        if share is None:
+            return []
+        onset = self._episode.begins(share > 0)
+        return [Finding(step, UNSCORED, names.REWARD_NONFINITE, float(share), None, None, onset)] if share > 0 else []
+
+    def state(self) -> dict[str, Any]:
+        return {"healthy": self._episode.healthy}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        self._episode = Episode(self._episode.cooldown, state["healthy"])
 
 
 def _log(value: Any) -> float | None:
