@@ -29,7 +29,14 @@ from autopsy_arms import (
     suspects_values,
     transformer_values,
 )
-from autopsy_crossed import causes_values, clipped_values, interaction_values, screening_figure, screening_values
+from autopsy_crossed import (
+    causes_values,
+    clipped_values,
+    interaction_values,
+    margin_values,
+    screening_figure,
+    screening_values,
+)
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
@@ -84,6 +91,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | size_values(trials)
         | screening_values(trials)
         | interaction_values(trials)
+        | margin_values(trials)
         | causes_values(trials)
         | clipped_values(trials)
         | carried_values(trials, "dit")

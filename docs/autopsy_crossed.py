@@ -217,45 +217,76 @@ def difference(a: Interval, b: Interval) -> Interval:
 
 def margin_values(trials: pd.DataFrame) -> dict[str, str]:
     """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    config = load(f"autopsy-{MARGIN}").config
+    study = load(f"autopsy-{MARGIN}")
+    asked = study.config.margin
     chosen = trials[trials.study == MARGIN].copy()
     chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    chosen["diverged"] |= ~(chosen.test1_accuracy >= config.margin.accuracy_floor)  # nor is a run that never was well
+    chosen["diverged"] |= ~(chosen.test1_accuracy >= asked.accuracy_floor)  # nor is a run that never was well
     rates = critical_rates(chosen, "lr")
-    asked = {(arm.name, seed) for arm in load(f"autopsy-{MARGIN}").arms for seed in config.seeds}
-    if {(rate.arm, rate.seed) for rate in rates if _found(rate, config.margin)} != asked:
+    found = {(rate.arm, rate.seed): rate for rate in rates if _ended(rate, asked)}
+    if set(found) != {(arm.name, seed) for arm in study.arms for seed in study.config.seeds}:
         raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing or wider than its tolerance")
     lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
-    for arm in chosen.arm.unique():
-        mine = sorted((rate for rate in rates if rate.arm == arm), key=lambda rate: rate.seed)
-        mean = factor(critical_rate(rates, arm), 2) if all(rate.bracketed for rate in mine) else "–"
-        lines.append(f"| {arm} | {', '.join(map(_rate, mine))} | {mean} |")
-    live, ema = ({reward: f"teacher={teacher} reward={reward}" for reward in LEVELS} for teacher in ("live", "ema"))
-    pairs = {
-        "margin_teacher_with": (ema["with"], live["with"]),
-        "margin_teacher_without": (ema["without"], live["without"]),
-        "margin_reward_live": (live["with"], live["without"]),
-        "margin_reward_ema": (ema["with"], ema["without"]),
+    for arm in study.arms:
+        mine = [found[arm.name, seed] for seed in study.config.seeds]
+        mean = critical_rate(mine, arm.name) if all(rate.bracketed for rate in mine) else None
+        ends = [_rate(2**log) for log in (mean.estimate, mean.low, mean.high)] if mean is not None else []
+        shown = f"{ends[0]} [{ends[1]}, {ends[2]}]" if ends else "–"
+        lines.append(f"| {arm.name} | {', '.join(map(_critical, mine))} | {shown} |")
+
+    def of(teacher: str, reward: str) -> list[Critical]:
+        return [found[f"teacher={teacher} reward={reward}", seed] for seed in study.config.seeds]
+
+    lowered = margin(
+        [*of("live", "with"), *of("live", "without")], *(f"teacher=live reward={level}" for level in LEVELS)
+    )
+    same = [
+        (a.healthy, a.broken) == (b.healthy, b.broken)
+        for a, b in zip(of("ema", "with"), of("ema", "without"), strict=True)
+    ]
+    open_ended = chosen[chosen.arm.str.startswith("teacher=ema") & (chosen.lr == asked.high) & ~chosen.diverged]
+    below = chosen[(chosen.arm == "teacher=live reward=without") & (chosen.lr < of("live", "without")[0].healthy)]
+    return {
+        "margin": "\n".join(lines),
+        "margin_probes": str(len(chosen)),
+        "margin_tolerance": number(2 ** max(rate.width for rate in found.values() if rate.bracketed), 3),
+        "margin_open_seeds": str(open_ended.seed.nunique()),
+        "margin_open_start": _span(open_ended.accuracy_at_start),
+        "margin_open_end": _span(open_ended.test1_accuracy),
+        "margin_below": _span(below.test1_accuracy),
+        "margin_seeds": str(len(study.config.seeds)),
+        "margin_reward_live": factor(lowered, 2),
+        "margin_reward_live_verdict": "closer to the edge"
+        if lowered.high < 0
+        else "not shown to be closer to the edge",
+        "margin_reward_ema_same": f"{sum(same)} of {len(same)}",
+        **{f"margin_teacher_{level}": _at_least(of("ema", level), of("live", level)) for level in LEVELS},
     }
-    said = {name: _times_more(rates, *pair) for name, pair in pairs.items()}
-    return {"margin": "\n".join(lines), "margin_seeds": str(chosen.seed.nunique())} | said
 
 
-def _times_more(rates: list[Critical], arm: str, base: str) -> str:
-    """How many times the base's critical rate an arm's is; – where a seed of either is outside the search."""
-    if not all(rate.bracketed for rate in rates if rate.arm in (arm, base)):
-        return "–"
-    return factor(margin(rates, arm, base), 2)
+def _span(values: pd.Series) -> str:
+    low, high = (f"{value:.2f}" for value in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
 
 
-def _found(rate: Critical, asked: Margin) -> bool:
+def _ended(rate: Critical, asked: Margin) -> bool:
     """Whether the search has ended: in a bracket as narrow as asked, or at an end of the rates asked for."""
     if rate.bracketed:
         return rate.width <= math.log2(asked.tolerance)
     return rate.healthy >= asked.high or rate.broken <= asked.low
 
 
-def _rate(rate: Critical) -> str:
+def _at_least(rates: Sequence[Critical], base: Sequence[Critical]) -> str:
+    """How many times the base's critical rate a rate is in every seed, whatever lies inside the brackets."""
+    return number(min(mine.healthy / theirs.broken for mine, theirs in zip(rates, base, strict=True)), 3)
+
+
+def _critical(rate: Critical) -> str:
     if rate.healthy == 0:
-        return f"< {rate.broken:.1e}"
-    return f"{2**rate.log2:.1e}" if rate.bracketed else f"> {rate.healthy:.1e}"
+        return f"< {_rate(rate.broken)}"
+    return _rate(2**rate.log2) if rate.bracketed else f"> {_rate(rate.healthy)}"
+
+
+def _rate(rate: float) -> str:
+    digits, _, power = f"{rate:.1e}".partition("e")
+    return f"{digits}e{int(power)}"
