@@ -194,7 +194,9 @@ class Trainer:
             values[names.SKIPPED] = 1.0
         else:
             values |= (updated := self._update())
-            late, decision = self._judge(updated)  # too late for this step, not for the rate, a rollback or the end
+            # what is found now comes too late for this step, not for the rate, a rollback or the end, and a step that
+            # was not dropped had neither of these from before
+            late, decision = self._judge(updated)
             found += late
         if self.guide is not None:
             self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], batch.rows.captions)

@@ -61,6 +61,7 @@ def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "log-rank p over all arms" in shown
     assert "live teacher: log₁₀ of the largest norm" in shown
     assert "steps whole, more than published" in shown
+    assert "7.2e-04 and 1.1e-03" in shown
     assert "decoded baseline" in shown
     assert "baseline_decoded" in shown
     assert "rate_less" in shown
