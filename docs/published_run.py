@@ -35,9 +35,10 @@ def collect(roots: Sequence[Path]) -> None:
         for study in STUDIES:
             arm = arms.get((study, hash_of(folder)))
             if arm is not None and (run := load_run(folder)).result:
-                made.append({"study": study, "seed": int(run.config["seed"])} | dict(arm.levels) | judged(run))
-    table = pd.DataFrame(made).drop_duplicates(["study", "seed", "reward", "route", "sign"], keep="last")
-    table.sort_values(["study", "reward", "route", "sign", "seed"]).to_csv(TRIALS, index=False, float_format="%.6g")
+                key = {"study": study, "arm": arm.name, "seed": int(run.config["seed"])}
+                made.append(key | dict(arm.levels) | judged(run))
+    table = pd.DataFrame(made).drop_duplicates(["study", "arm", "seed"], keep="last")
+    table.sort_values(["study", "arm", "seed"]).to_csv(TRIALS, index=False, float_format="%.6g")
     print(table.groupby("study").size().to_string())
 
 

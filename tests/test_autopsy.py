@@ -1,4 +1,4 @@
-"""The page of the autopsy says what its committed tables say."""
+"""The pages of the autopsy and of the published run say what their committed tables say."""
 
 import importlib
 from collections.abc import Iterator
@@ -36,6 +36,13 @@ def trials(autopsy: ModuleType) -> pd.DataFrame:
 
 def test_every_number_of_the_page_is_made_from_the_tables(autopsy: ModuleType, trials: pd.DataFrame) -> None:
     assert autopsy.PAGE.read_text() == autopsy.render(trials), "run python docs/autopsy.py"
+
+
+def test_every_table_of_the_published_runs_page_is_made_from_its_trials(docs: None) -> None:
+    published = importlib.import_module("published_run")
+    page = published.PAGE.read_text()
+    assert page == published.render(page, published.tables(pd.read_csv(published.TRIALS))), "run docs/published_run.py"
+    assert page.count("| held-out judge's reward (`lab_judge`) |") == 1
 
 
 def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.DataFrame) -> None:
