@@ -55,6 +55,7 @@ def test_the_readme_says_what_the_page_says(autopsy: ModuleType, trials: pd.Data
     assert f"without the reward {values['live_without_broken']} did" in said
     assert values["ema_with_broken"] == values["ema_without_broken"]
     assert f"with an EMA teacher (blue) {values['ema_with_broken']}, with the reward and without" in said
+    assert f"student survives is {made['margin_reward_live']} times that without the reward" in said
     both, live, reward = (values[f"clipped_{arm}"] for arm in ("live_published", "live_corrected", "ema_published"))
     assert made["clipped_live_published_verdict"] == "a cause"
     assert f"both together make {both} fall, more mildly, which is a cause by the declared rule" in said
