@@ -7,7 +7,7 @@ DEMO ?= runs/demo
 
 .PHONY: demo test check install lint types imports fast clean
 
-demo: install  ## train a one-step generator of handwritten digits and judge it: four to six minutes on two cores
+demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
 
 test: install  ## every test
