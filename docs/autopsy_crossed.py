@@ -256,9 +256,7 @@ def margin_values(trials: pd.DataFrame) -> dict[str, str]:
         "margin_below": _span(below.test1_accuracy),
         "margin_seeds": str(len(study.config.seeds)),
         "margin_reward_live": factor(lowered, 2),
-        "margin_reward_live_verdict": "closer to the edge"
-        if lowered.high < 0
-        else "not shown to be closer to the edge",
+        "margin_reward_live_verdict": f"{'' if lowered.high < 0 else 'not shown to be '}closer to the edge",
         "margin_reward_ema_same": f"{sum(same)} of {len(same)}",
         **{f"margin_teacher_{level}": _at_least(of("ema", level), of("live", level)) for level in LEVELS},
     }
