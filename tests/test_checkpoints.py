@@ -105,8 +105,10 @@ def test_an_exception_during_a_save_leaves_the_older_ones(
         assert loaded.tensors["student"]["weight"].unique().tolist() == [old]
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path: Path) -> None:
-    half = tmp_path / ".step-00000010.new"
+@pytest.mark.parametrize("step", [9, 10])
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path: Path, step: int) -> None:
+    """Also where no later save is of the same step."""
+    half = tmp_path / f".{checkpoints.folder_of(step)}.new"
     half.mkdir()
     (half / "student.safetensors").write_bytes(b"half")
     assert checkpoints.newest(tmp_path) is None
