@@ -241,7 +241,7 @@ def test_an_infinite_threshold_changes_no_bit(kind: str) -> None:
         assert numbers(gradient) == before
 
 
-@pytest.mark.parametrize("kind", set(TRANSFORMS) - {"scale"})
+@pytest.mark.parametrize("kind", [kind for kind in TRANSFORMS if kind != "scale"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_left_for_the_policy(kind: str, bad: float) -> None:
     """Every entry of the gradient, the finite ones too: scaled by 1/inf they would turn to zero unnoticed."""
