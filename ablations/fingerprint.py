@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from twinrl.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
-PACKED = "packed"
-"""Counts in packed trials alone."""
-NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets", PACKED)
+NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets")
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
 WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
@@ -34,11 +32,11 @@ STATE = "state.json"
 DIGITS = 16
 
 
-def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1, packed: int = 1) -> str:
+def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) -> str:
     """16 hex digits for a trial with ``settings`` on data of ``content_hash`` (``Source.content_hash``).
 
     ``machine.threads`` and ``machine.device`` must be resolved: null and auto differ between machines. Several
-    ``processes`` sum in another order than one, and so do seeds that are ``packed`` into one.
+    ``processes`` sum in another order than one.
     """
     parts: dict[str, object] = {
         "sources": sources(unused=unused(settings, processes)),
@@ -51,8 +49,6 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1, pa
         "device": settings.machine.device.partition(":")[0],
         "torch": metadata.version("torch").partition("+")[0],
     }
-    if packed > 1:
-        parts["packed"] = (packed, sources(PACKAGE / PACKED))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]
 
 
