@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import twinrl
@@ -59,16 +59,12 @@ def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
     """Hash of the package's numeric sources as they are on disk now, but for what is ``unused``."""
-    left_out = [PurePath(part) for part in (*NOT_NUMERIC, *unused)]
-    paths = [
-        path for path in sorted(package.rglob("*.py"))
-        if not any(_relative(path, package).is_relative_to(part) for part in left_out)
-    ]  # fmt: skip
-    return _digest(f"{_relative(path, package).as_posix()} {source_hash(path)}" for path in paths)
-
-
-def _relative(path: Path, package: Path) -> Path:
-    return path.relative_to(package)
+    left_out = (*NOT_NUMERIC, *unused)
+    modules = {path.relative_to(package).as_posix(): path for path in sorted(package.rglob("*.py"))}
+    return _digest(
+        f"{name} {source_hash(path)}" for name, path in modules.items()
+        if not any(name == part or name.startswith(f"{part}/") for part in left_out)
+    )  # fmt: skip
 
 
 def source_hash(path: Path) -> str:
