@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 PROMPTS = ["a red cat", "b"]
 MAX_NORM = 1e-3
-STEPS = 6
+STEPS = 4
 
 
 def settings_of(family: Made, runs: Path, *overrides: str) -> schema.RunConfig:
@@ -46,7 +46,7 @@ def settings_of(family: Made, runs: Path, *overrides: str) -> schema.RunConfig:
             *family.overrides, f"train={{steps: {STEPS}, batch: 8}}", "optim.lr=1e-3", "terms.reward={branches: [e2e]}",
             "reward={model: brightness, gradient: {eta: 50}, held_out: {edges: sharpness}}",
             f"gradients.terms.reward.clip.max_norm={MAX_NORM}", "checkpoint.every=2", "tracking.mlflow=false",
-            "evaluation={every: 3, n: 20, nfe: [1, 2], grid_samples: 2, batch: 4, velocity_rows: 4}",
+            "evaluation={every: 4, n: 20, nfe: [1, 2], grid_samples: 2, batch: 20, velocity_rows: 4}",
             f"run.dir={runs}", "name=tiny", *overrides,
         ],
     )  # fmt: skip
@@ -133,10 +133,10 @@ def test_train_with_reward_kill_resume_export_sample(family: Made, tmp_path: Pat
     assert all(row["grad/reward/norm_clipped"] <= MAX_NORM * 1.001 for row in logged)
     assert max(row["grad/reward/norm_raw"] for row in logged) > 2 * MAX_NORM  # so the clip has something to do
     for name in ("val/quality", "val/velocity_mse", "val/score/brightness_1nfe", "val/held_out_score/edges_2nfe"):
-        assert math.isfinite(logged[2][name])
+        assert math.isfinite(logged[-1][name])
     assert all("lora_" in name or "twin" in name or "_2." in name for name in judged(run))  # the base is not stored
 
-    killed = kill(settings_of(family, tmp_path / "killed", "model.lora={rank: 2}"), 5)
+    killed = kill(settings_of(family, tmp_path / "killed", "model.lora={rank: 2}"), 3)
     assert resume(killed.path, quiet) == 0
     before, after = judged(run), judged(killed)
     assert before.keys() == after.keys()
@@ -267,7 +267,7 @@ def test_judges_of_a_run_whose_frozen_models_wait_on_the_host(
     clip = f"{{kind: clipscore, checkpoint: {tmp_path / 'clip'}}}"
     more = [
         f"reward={{model: {clip}, gradient: {{eta: 50}}, held_out: {{same: {clip}}}}}", f"judges={{clip: {clip}}}",
-        "train.steps=2", "evaluation={every: 2, n: 20, nfe: [1]}",
+        "train.steps=2", "evaluation={every: 2, n: 20, nfe: [1], batch: 20}",
     ]  # fmt: skip
     if fid:
         write_pairs(tmp_path / "others", [(40, 30)] * 4)
@@ -282,9 +282,9 @@ def test_judges_of_a_run_whose_frozen_models_wait_on_the_host(
     assert logged["true"] == logged["false"]
     last = logged["true"][-1]
     assert last["val/held_out_score/clip_1nfe"] == last["val/score/clipscore_1nfe"]
-    assert inspect.evaluate(settings.directory, None, quiet) == 0
-    table = json.loads((settings.directory / "evaluation" / "table.json").read_text())
     if fid:
+        assert inspect.evaluate(settings.directory, None, quiet) == 0
+        table = json.loads((settings.directory / "evaluation" / "table.json").read_text())
         assert last["val/fid_1nfe"] > 0
         assert math.isfinite(last["val/kid_1nfe"])
         assert table["rows"]["1"]["fid"] > 0
