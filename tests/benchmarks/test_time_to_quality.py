@@ -4,14 +4,14 @@ import json
 import math
 
 import pytest
-import time_to_quality as ttq
 import torch
-from measuring import Pixels
 from torch import nn
 
+from tests.benchmarks.scripts import script
 from twinrl.data.source import Split
 from twinrl.errors import InputError
 
+ttq = script("time_to_quality")
 PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, init="random", cost_ratio=2.5)
 TINY = ["--width", "8", "--batch", "8", "--horizons", "2", "4", "--points", "2", "--lrs", "1e-3", "2e-3", "--n", "20"]
 TINY += ["--init", "random"]
@@ -27,7 +27,7 @@ class Quadrants(nn.Module):
         return self.features(pixels).repeat(1, 3)[:, :10]
 
 
-class Digits(Pixels):
+class Digits(script("measuring").Pixels):
     """Random pixels as a whole source: held-out splits and a judge."""
 
     def __init__(self):
@@ -76,7 +76,7 @@ def test_the_best_rate_is_never_one_that_diverged():
     assert ttq.best_rates({"tutorial": {1e-3: math.nan, 2e-3: 5.0, 4e-3: 7.0}}) == {"tutorial": 2e-3}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits, capsys):
     monkeypatch.setattr(ttq, "cost_ratio", lambda width, batch: 2.0)
     out = tmp_path / "study"
