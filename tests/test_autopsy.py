@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-NUMBER = re.compile(r"\d+ of \d+|\d+(?:,\d{3})*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<!\w)(?:\d+ of \d+|\d+(?:,\d{3})*(?:\.\d+)?)")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ import pytest
 
 from analysis import effects, firth
 from analysis.effects import main_effects, odds_effects
-from analysis.intervals import holm
+from analysis.intervals import Interval, holm
 from tests.analysis.simulated import at_least, at_most
 from twinrl.errors import InputError
 
@@ -221,6 +221,13 @@ def test_missing_columns_and_too_few_runs_are_refused() -> None:
         main_effects(trials[trials["lr"] == "a"].assign(y=1.0), "y", ["lr"])
     with pytest.raises(InputError, match="no factor varies"):
         main_effects(trials.assign(y=1.0), "y", [])
+
+
+def test_effects_that_differ_by_rounding_alone_keep_their_order() -> None:
+    same = Interval(1.0, 0.0, 2.0, 8, "")
+    found = [effects.Effect(name, "b − a", same, p, p, "values") for name, p in
+             (("first", 0.2 * (1 + 1e-12)), ("second", 0.2), ("third", 0.1))]  # fmt: skip
+    assert [e.factor for e in effects.corrected(found, seeds=2)] == ["third", "first", "second"]
 
 
 def test_one_seed_names_no_factor() -> None:

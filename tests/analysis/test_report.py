@@ -124,7 +124,8 @@ def test_a_report_can_be_repeated(study_page: Path, study_folder: Path, tmp_path
     again = report(study_folder, tmp_path)
     assert again.parent == tmp_path
     assert (tmp_path / "trials.csv").read_bytes() == (study_page.parent / "trials.csv").read_bytes()
-    assert (tmp_path / "report.md").read_text() == (study_page.parent / "report.md").read_text()
+    first, second = ((folder / "report.md").read_text() for folder in (study_page.parent, tmp_path))
+    assert re.sub(r"\]\(.*?\)", "](a file)", second) == re.sub(r"\]\(.*?\)", "](a file)", first)
 
 
 def test_a_figure_that_is_drawn_again_is_the_same(tmp_path: Path) -> None:
