@@ -109,6 +109,7 @@ def test_labels_with_an_empty_one(kind):
 
 
 @kinds
+@torch.no_grad()
 def test_rows_do_not_mix(kind):
     x, t, condition = batch()
     net = perturbed(network(kind))

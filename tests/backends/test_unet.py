@@ -84,6 +84,7 @@ def test_label_and_both_times_change_the_output():
         assert ((base - other).flatten(1).norm(dim=1) > 1e-5).all(), name
 
 
+@torch.no_grad()
 def test_rows_do_not_mix():
     x, t, r, condition = batch()
     net = opened(network())

@@ -129,6 +129,7 @@ STEPS = {
         "terms.reward={branches: [e2e]}",
         "reward={model: brightness, gradient: {estimator: autograd}}",
         "gradients.terms.rectify.clip.max_norm=1",
+        "model.gradient_checkpointing=true",  # so that the pass through the VAE is most of it
     ],
 }
 PEAKS = {("flux", "reward"), ("flux", "recomputed"), ("stable_diffusion", "full")}

@@ -4,6 +4,9 @@ Everything that trainers, data and exports ask of a family then works with it.
 """
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,18 @@ import diffusers
 import pytest
 import torch
 import transformers
-from rich.console import Console
 
 import twinrl
-from tests.backends.families import made, tiny
-from tests.backends.families.conftest import Case, disturbed
+from tests.backends.families import tiny
+from tests.backends.families.conftest import SWITCHES, Case, disturbed
+from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import at
+from tests.data.folders.tiny import write_pairs
 from tests.logs import rows
 from twinrl import schema
-from twinrl.backends.families import FAMILIES, family_class, load_family
+from twinrl.backends.families import FAMILIES, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
-from twinrl.commands.export import export
-from twinrl.commands.train import train
 from twinrl.sampling import euler, sample
 
 NAME, MODULE = "ovis_image", "tests.backends.families.ovis_image"
@@ -50,10 +52,10 @@ def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
     monkeypatch.setitem(FAMILIES, NAME, f"{MODULE}:OvisImage")
     monkeypatch.setitem(tiny.BUILDERS, NAME, pipeline)
     monkeypatch.setitem(twinrl._COMPONENTS, "OvisImageTwinFlowTransformer", MODULE)
-    own = tiny.build(NAME)
-    own.save_pretrained(tmp_path / NAME)
-    family = load_family(NAME, FamilyConfig(path=str(tmp_path / NAME)))
-    return Case(NAME, tmp_path / NAME, own, family)
+    made = tiny.build(NAME)
+    made.save_pretrained(tmp_path / "pipeline")
+    family = load_family(NAME, FamilyConfig(path=str(tmp_path / "pipeline")))
+    return Case(NAME, tmp_path / "pipeline", made, family)
 
 
 def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +64,7 @@ def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monke
     theirs = added.call(added.pipeline, z, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent")
     ours = sample(network, z, added.condition, euler(4))
     assert (ours - z).abs().mean() > 0.1
-    made.assert_alike(NAME, added.family.from_pipeline(theirs, added.shape), ours)
+    assert_alike(NAME, added.family.from_pipeline(theirs, added.shape), ours)
 
     t = torch.tensor([0.3, 1.0])
     assert torch.equal(at(network, added, -t, 0 * t), at(network, added, t))
@@ -70,21 +72,55 @@ def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monke
     assert added.network(lora=LoraSettings(rank=2)).transformer.peft_config
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_takes_whatever_is_registered(name: str) -> None:
+    switches = [f"model.{key}={str(value).lower()}" for key, value in SWITCHES.get(name, {}).items()]
+    given = [f"model={{family: {name}, path: x}}", *switches, "data={source: folder, root: x}"]
+    assert schema.load("twinflow", given).model.family == name
+
+
+COMMANDS = """
+import sys
+from pathlib import Path
+
+import twinrl
+from twinrl.backends.families import FAMILIES
+
+FAMILIES["ovis_image"] = "{module}:OvisImage"  # the line in twinrl.backends.families
+twinrl._COMPONENTS["OvisImageTwinFlowTransformer"] = "{module}"  # the one in twinrl/__init__.py
+
+from twinrl.cli import main
+
+def twinrl_does(*arguments):
+    sys.argv = ["twinrl", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, arguments
+
+twinrl_does("data", "prepare", "images", "--model", "pipeline", "--to", "prepared", "--device", "cpu",
+    "buckets.sizes=[[32,32]]", "buckets.multiple=8", "validation=0.3")
+twinrl_does("train", "twinflow", "model={{family: ovis_image, path: pipeline, lora: {{rank: 2}}}}",
+    "data={{source: folder, root: prepared}}", "train={{steps: 2, batch: 4}}", "tracking.mlflow=false", "run.dir=runs",
+    "terms.reward={{branches: [e2e]}}", "reward={{model: brightness, gradient: {{eta: 50}}}}",
+    "evaluation={{n: 20, nfe: [1], grid_samples: 2, batch: 4, velocity_rows: 4}}")
+twinrl_does("export", str(next(Path("runs").glob("*-s0"))), "student")
+
+from diffusers import DiffusionPipeline
+student = DiffusionPipeline.from_pretrained("student")
+image = student("a red cat", num_inference_steps=2, guidance_scale=0, height=32, width=32).images[0]
+assert image.size == (32, 32)
+"""
+
+
 @pytest.mark.slow
-def test_from_images_to_a_stock_pipeline_by_the_commands(
-    added: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(family_class(NAME), "TOKENS", 32)
-    family, quiet = made.made(tmp_path, NAME), Console(quiet=True)
-    more = [
-        "model.lora={rank: 2}", "train={steps: 2, batch: 4}", "tracking.mlflow=false", f"run.dir={tmp_path / 'runs'}",
-        "terms.reward={branches: [e2e]}", "reward={model: brightness, gradient: {eta: 50}}",
-        "evaluation={n: 20, nfe: [1], grid_samples: 2, batch: 4, velocity_rows: 4}",
-    ]  # fmt: skip
-    settings = schema.load("twinflow", [*family.overrides, *more])
-    assert train(settings, False, quiet) == 0
-    assert [math.isfinite(row["reward/mean"]) for row in rows(settings.directory)] == [True, True]
-    export(settings.directory, tmp_path / "student", False, None, None, None, quiet)
-    student = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "student")
-    image = student("a red cat", num_inference_steps=2, guidance_scale=0, height=32, width=32).images[0]
-    assert image.size == (32, 32)
+@pytest.mark.campaign
+def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: Path) -> None:
+    """In a process that knows the family from its start, as after the two lines."""
+    write_pairs(tmp_path / "images", [(32, 32)] * 16)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, "-c", COMMANDS.format(module=MODULE)]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (run,) = (tmp_path / "runs").glob("*-s0")
+    assert [math.isfinite(row["reward/mean"]) for row in rows(run)] == [True, True]

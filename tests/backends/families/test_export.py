@@ -26,6 +26,7 @@ image = pipeline("a red cat", num_inference_steps=2, guidance_scale=0, {more}).i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
 def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
     network = disturbed(case.network(lora=lora))
@@ -106,6 +107,7 @@ def test_a_folder_in_use_is_left_alone(sd3, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [{}, {"torch_dtype": torch.bfloat16}])
 def test_a_pipeline_in_bf16_loads_in_one_precision(cases, tmp_path, told):
     """As the presets write it: text encoders and VAE in bf16, whether or not the script says how to load them."""

@@ -331,6 +331,7 @@ prepare(Path(sys.argv[1]), Slow(), settings(), Path(sys.argv[2]), quiet)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_a_second_one_equal_an_undisturbed_one(
     folder: Path, tmp_path: Path, encoder: TinyEncoder
 ) -> None:
