@@ -16,6 +16,7 @@ from ray.tune.schedulers import TrialScheduler
 from ablations import fingerprint, runner, trial
 from ablations import plan as plans
 from ablations.plan import Plan, Trial
+from ablations.runner import Runner
 from ablations.table import Board
 from ablations.trial import RayTrial, Task, TrialError
 from twinrl.config import read_yaml, validate
@@ -37,16 +38,19 @@ class Planted:
             divergence, at which ``stability.policy: stop`` ends the run. TrialError: the process fails there.
         accuracy: the judge's, in the final table.
         trained: title, first and last step of every piece of training.
+        begun: titles of the trials that were given to Ray.
     """
 
     quality: Callable[[RunConfig, int], float]
     accuracy: float = 0.9
     trained: list[tuple[str, int, int]] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Until the end of the test."""
         monkeypatch.setattr(trial, "advance", self.advance)
-        monkeypatch.setattr(runner, "_tune", tune)
+        monkeypatch.setattr(runner, "_tune", self.tune)
+        monkeypatch.setattr(Runner, "_slots", lambda this, resources: 1)
         monkeypatch.setattr(plans, "content_hash", lambda settings: "content")
         once = cache(fingerprint.sources)  # they do not change meanwhile
         monkeypatch.setattr(fingerprint, "sources", once)
@@ -76,6 +80,23 @@ class Planted:
         (task.path / trial.RESULT).write_text(json.dumps(result))
         return "ended"
 
+    def tune(self, plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int, scratch: str) -> None:
+        """What Ray Tune does for ``ablations.runner``, one trial after the other."""
+        follow, scheduler = runner.Follow(plan, board, ended), runner._scheduler(plan)
+        for number, task in enumerate(board.tasks.values()):
+            self.begun.append(task.title)
+            one = SimpleNamespace(trial_id=str(number), config={"task": asdict(task)}, last_result={})
+            scheduler.on_trial_add(None, one)
+            follow.on_trial_start(0, [], one)
+            try:
+                _run(one, scheduler, plan.study.config.retries)
+            except TrialError as error:
+                one.pickled_error_file = Path(scratch, f"{number}.pkl")
+                one.pickled_error_file.write_bytes(pickle.dumps(error))
+                follow.on_trial_error(0, [], one)
+            else:
+                follow.on_trial_complete(0, [], one)
+
 
 def plant(run: Path, step: int, value: float) -> None:
     """One row of a run's log with its quality, and a checkpoint; an event where it is not finite."""
@@ -89,23 +110,6 @@ def plant(run: Path, step: int, value: float) -> None:
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
-
-
-def tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int, scratch: str) -> None:
-    """What Ray Tune does for ``ablations.runner``, one trial after the other."""
-    follow, scheduler = runner.Follow(plan, board, ended), runner._scheduler(plan)
-    for number, task in enumerate(board.tasks.values()):
-        one = SimpleNamespace(trial_id=str(number), config={"task": asdict(task)}, last_result={})
-        scheduler.on_trial_add(None, one)
-        follow.on_trial_start(0, [], one)
-        try:
-            _run(one, scheduler, plan.study.config.retries)
-        except TrialError as error:
-            one.pickled_error_file = Path(scratch, f"{number}.pkl")
-            one.pickled_error_file.write_bytes(pickle.dumps(error))
-            follow.on_trial_error(0, [], one)
-        else:
-            follow.on_trial_complete(0, [], one)
 
 
 def _run(one: SimpleNamespace, scheduler: Any, retries: int) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ablations import fingerprint as prints
 from ablations.fingerprint import fingerprint, source_hash, sources
+from tests.ablations.tiny import without_figures
 from tests.fake_source import register, small
 from twinrl import schema
 from twinrl.commands.train import train
@@ -162,6 +163,7 @@ def called(action: Callable[[], object]) -> set[str]:
 def test_a_trial_runs_nothing_of_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No function of those files is called by a whole run, with validation, checkpoint and final table."""
     register(monkeypatch)
+    without_figures(monkeypatch)
     short, codes = small(tmp_path, "train.steps=4", "checkpoint.every=2", "evaluation.every=2"), []
     files = called(lambda: codes.append(train(short, True, Console(quiet=True))))
     reached = {Path(file).relative_to(prints.PACKAGE) for file in files if file.startswith(str(prints.PACKAGE))}

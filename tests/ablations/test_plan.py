@@ -10,7 +10,7 @@ import pytest
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.plan import Plan, Timing, Trial, Workspace, measure, remaining_seconds, shortened
-from tests.ablations.tiny import TINY, write
+from tests.ablations.tiny import TINY, without_figures, write
 from tests.fake_source import register
 from twinrl import schema
 from twinrl.cli import app
@@ -82,6 +82,7 @@ def test_an_arm_that_rolls_back_and_ramps_is_timed(
 ) -> None:
     """The command is given to the command line here, on the fake source; each of its steps counts, the first aside."""
     register(monkeypatch)
+    without_figures(monkeypatch)
     asked: list[list[str]] = []
 
     def here(command: list[str], **options: Any) -> Any:

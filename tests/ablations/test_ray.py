@@ -15,7 +15,7 @@ from ablations.plan import Plan, Trial, Workspace
 from ablations.runner import Runner
 from tests.ablations.disturbing import lines, start, trials, wait_until
 from tests.ablations.planted import plant
-from tests.ablations.tiny import write
+from tests.ablations.tiny import without_figures, write
 from tests.fake_source import FakeSource
 from tests.logs import rows, tensors
 from twinrl import cluster
@@ -46,6 +46,7 @@ def _fake_source() -> Iterator[None]:
     """For this process; those of the trials import it by the network's name."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "digits", lambda root: FakeSource())
+        without_figures(patch)
         patch.setattr(plans, "_HASHES", {})
         yield
 

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from ablations import plan as plans
+from ablations import study as studies
 from ablations import trial
+from ablations.plan import Workspace
 from ablations.trial import WORST
 from analysis import frames
+from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
 from tests.test_trainer import make
-from twinrl.tracking import runlog
+from twinrl.tracking import names, runlog
 
 SLEEPER = (
     "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
@@ -123,6 +127,20 @@ def test_a_run_that_a_rollback_rescued_has_not_diverged(
     line = frames.trial_of(frames.load_run(trainer.run.path))
     assert (line["status"], line["diverged"]) == ("finished", False) if rescued else ("diverged", True)
     assert (line["time"], math.isfinite(line["loss/total"])) == ((24.0, True) if rescued else (15.0, False))
+
+
+def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first update all arms of a seed have one loss: the same weights, data, times and noise."""
+    register(monkeypatch)
+    monkeypatch.setattr(plans, "_HASHES", {})
+    network = {"kind": "mlp", "width": 16, "depth": 1, "condition_width": 16}
+    study = studies.load(write(tmp_path / "pairs.yaml", set=TINY | {"train.steps": 1, "model.network": network}))
+    loss = {}
+    for one in plans.make(study, Workspace(tmp_path / "work")).trials:
+        trainer = make(one.settings)
+        trainer.train()
+        loss[one.title] = runlog.read(trainer.run.log)[0][names.LOSS_TOTAL]
+    assert loss["rate=small s0"] == loss["rate=large s0"] != loss["rate=small s1"] == loss["rate=large s1"]
 
 
 def test_what_was_taken_back_is_no_value_at_a_rung(tmp_path: Path) -> None:
