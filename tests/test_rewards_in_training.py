@@ -327,11 +327,9 @@ def test_an_image_without_a_score_stays_out_of_the_statistics(tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_the_relative_clip_bounds_the_reward_by_the_others(tmp_path: Path, accumulated: bool) -> None:
-    micro = ("train.micro_batch=4",) if accumulated else ()
+    more = ("gradients.terms.reward.relative.ratio=0.25", *(("train.micro_batch=4",) if accumulated else ()))
     strong = "reward.gradient={estimator: vae_backprop, eta: 1e4}"
-    logged = rows(
-        finish(rewarded(tmp_path, "generator", FEW, strong, "gradients.terms.reward.relative.ratio=0.25", *micro))
-    )
+    logged = rows(finish(rewarded(tmp_path, "generator", FEW, strong, *more)))
     for row in logged:
         total, clipped = row[names.GRAD_TOTAL_RAW], row[names.grad("reward", "norm_clipped")]
         assert row[names.grad("reward", "clip_coef")] < 1

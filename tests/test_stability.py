@@ -179,7 +179,8 @@ QUIET = "stability.watch.spike={ratio: 1e9, z: 1e9}"
 
 
 def thrown(runs: Path, *overrides: str) -> RunConfig:
-    """16 steps, at the 11th of which Adam's g²/v is far above the limit; before it is about 1 to 2."""
+    """16 steps, at the 11th of which Adam's g²/v is 3.23 whatever else the gradient is; around it at most 2.05 over
+    three seeds."""
     term = f"terms.planted={{at: {THROWN}, row: 9, branches: [any]}}"
     watched = ("stability.watch={rms_limit: 2.6, spike: {warmup: 4}}", "stability.capsules={every: 5, before: 2}")
     return small(runs, term, "train.steps=16", "evaluation.every=0", *watched, *overrides)
@@ -292,7 +293,10 @@ def test_every_trace_starts_from_the_same_state(spiked: Trainer) -> None:
 
 
 def far(network: torch.nn.Module, step: int) -> dict[str, float]:
-    """A quality that is bad once the weights are far away; with a short memory Adam throws them there after a spike."""
+    """A quality that is bad once the weights are far away; with a short memory Adam throws them there after a spike.
+
+    Over five seeds the largest is 0.36 before it, 0.43 to 0.48 at step 50, 3.5 to 4.2 at step 55.
+    """
     size = max(float(p.detach().abs().max()) for p in network.parameters())
     return {names.VAL_QUALITY: 0.1 if size < 1 else size}
 

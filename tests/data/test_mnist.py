@@ -53,17 +53,32 @@ def offline(monkeypatch):
     monkeypatch.setattr(mnist_files, "MIRRORS", ("http://127.0.0.1:9/", "http://localhost:9/"))
 
 
+def hurry(patch, cache):
+    """An empty cache, and a judge and teacher that are hardly trained."""
+    patch.setenv("TWINRL_CACHE", str(cache))
+    patch.setattr(mnist, "JUDGE_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=0))
+    patch.setattr(mnist, "CLASSIFIER_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=1))
+    patch.setattr(mnist, "TEACHER_RECIPE", Pretraining(steps=2, batch=4))
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """An empty cache, and a judge and teacher that are hardly trained."""
-    monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(mnist, "JUDGE_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=0))
-    monkeypatch.setattr(mnist, "CLASSIFIER_RECIPE", Recipe(steps=3, batch=10, lr=1e-3, seed=1))
-    monkeypatch.setattr(mnist, "TEACHER_RECIPE", Pretraining(steps=2, batch=4))
+    hurry(monkeypatch, tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """For tests that only read it."""
+    folder = tmp_path_factory.mktemp("mnist")
+    write(folder, "t10k", 100)
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch, folder / "cache")
+        return MNISTSource(folder)
 
 
 @pytest.fixture
-def source(quick, tmp_path):
+def fresh_source(quick, tmp_path):
+    """Built in the test's own cache."""
     write(tmp_path / "data", "t10k", 100)
     return MNISTSource(tmp_path / "data")
 
@@ -265,7 +280,8 @@ def test_content_hash_follows_pixels_labels_and_judge(quick, tmp_path, monkeypat
     assert MNISTSource(tmp_path / "a").content_hash != first
 
 
-def test_judge_is_cached_and_rebuilt_alike(source, tmp_path):
+def test_judge_is_cached_and_rebuilt_alike(fresh_source, tmp_path):
+    source = fresh_source
     paths = list((tmp_path / "cache").glob("mnist-judge-*.safetensors"))  # the judge's and the classifier's
     written = [path.stat().st_mtime_ns for path in paths]
     again = MNISTSource(tmp_path / "data")
@@ -297,7 +313,8 @@ def test_scorers_read_the_prompt_and_the_judge_is_held_out(source):
     assert not torch.allclose(source.scorers["classifier_logprob"](pixels, prompts), expected)
 
 
-def test_teacher_is_pretrained_once_and_fits_the_network(source, tmp_path):
+def test_teacher_is_pretrained_once_and_fits_the_network(fresh_source, tmp_path):
+    source = fresh_source
     config = UNet.Config(width=8, condition_width=16)
     network = build_network(config, source, seed=0)
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -22,8 +22,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception, "SIZE", 107)  # the smallest that every layer takes is 75
+
+
+def test_images_are_seen_at_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert inception.SIZE == 299
 
 
 def folder(path: Path, seeds: range) -> Path:

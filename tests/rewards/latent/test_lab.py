@@ -32,15 +32,15 @@ def test_the_preference_rises(lab, kind: str) -> None:
 ESTIMATES = {  # enough directions for a cosine that eight images show
     "autograd": {},
     "vae_backprop": {},
-    "random_direction": {"directions": 96},
-    "antithetic": {"directions": 48},
-    "orthogonal": {"directions": 96},
-    "spsa": {"directions": 48},
+    "random_direction": {"directions": 48},
+    "antithetic": {"directions": 24},
+    "orthogonal": {"directions": 48},
+    "spsa": {"directions": 16},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["lab_hps", "lab_clip"])
+@pytest.mark.parametrize("model", ["lab_hps", pytest.param("lab_clip", marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("kind", ESTIMATES)
 def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str) -> None:
     """A small step along g raises the mean score, one against it lowers it, through the real decoder."""
