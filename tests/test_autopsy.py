@@ -37,7 +37,16 @@ def trials(autopsy: ModuleType) -> pd.DataFrame:
     return pd.read_csv(autopsy.TRIALS)
 
 
-def test_every_number_of_the_page_is_made_from_the_tables(autopsy: ModuleType, trials: pd.DataFrame) -> None:
+@pytest.fixture(scope="module")
+def made(autopsy: ModuleType, trials: pd.DataFrame) -> dict[str, str]:
+    """Every number and table of the autopsy's page; making them takes seconds."""
+    return autopsy.values_of(trials)
+
+
+def test_every_number_of_the_page_is_made_from_the_tables(
+    autopsy: ModuleType, trials: pd.DataFrame, made: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autopsy, "values_of", lambda _: made)
     assert autopsy.PAGE.read_text() == autopsy.render(trials), "run python docs/autopsy.py"
 
 
@@ -54,9 +63,8 @@ def numbers(heading: str) -> list[str]:
     return NUMBER.findall(" ".join(rest.partition("\n## ")[0].split()))
 
 
-def test_the_readme_says_what_the_tables_say(autopsy: ModuleType, trials: pd.DataFrame) -> None:
+def test_the_readme_says_what_the_tables_say(trials: pd.DataFrame, made: dict[str, str]) -> None:
     """Its numbers, in order, and what its words rest on."""
-    made = autopsy.values_of(trials)
     values = {name: value.partition(" [")[0] for name, value in made.items()}
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}

@@ -185,13 +185,13 @@ def test_firth_is_close_to_plain_logistic_regression_with_many_runs() -> None:
     import statsmodels.api as sm
 
     rng = np.random.default_rng(8)
-    x = np.column_stack([np.ones(3000), rng.standard_normal((3000, 2))])
-    y = (rng.random(3000) < 1 / (1 + np.exp(-x @ [0.3, 1.0, -0.5]))).astype(float)
+    x = np.column_stack([np.ones(1000), rng.standard_normal((1000, 2))])
+    y = (rng.random(1000) < 1 / (1 + np.exp(-x @ [0.3, 1.0, -0.5]))).astype(float)
     plain = sm.Logit(y, x).fit(disp=0)
     found = firth.fit(x, y)
-    assert found.beta == pytest.approx(plain.params, abs=0.01)
+    assert found.beta == pytest.approx(plain.params, abs=0.02)
     low, high = firth.profile_interval(x, y, 1, found, 0.95)
-    assert [low, high] == pytest.approx(plain.conf_int()[1], abs=0.02)
+    assert [low, high] == pytest.approx(plain.conf_int()[1], abs=0.04)
 
 
 def test_firth_of_a_two_by_two_table_adds_a_half_to_every_cell() -> None:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -20,18 +19,6 @@ from tests.analysis import simulated
 from tests.tracking import stores
 from twinrl.errors import InputError
 from twinrl.tracking import runlog, store
-
-
-@pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are made but not drawn, which takes most of a report's time: for tests of what a page says."""
-
-    def save(figure: Any, path: Path) -> Path:
-        assert figure.axes
-        path.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
-        return path
-
-    monkeypatch.setattr(plots, "save", save)
 
 
 class Addresses(HTMLParser):
@@ -50,12 +37,14 @@ class Addresses(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_from_elsewhere(study_page: Path) -> None:
-    page = Addresses(study_page.read_text())
-    assert len(page.fetched) >= 8
-    assert all(address.startswith("data:image/") for address in page.fetched)
+@pytest.mark.slow
+def test_the_page_needs_nothing_from_elsewhere(drawn_page: Path) -> None:
+    page = Addresses(drawn_page.read_text())
+    assert len(page.fetched) >= 4
+    assert all(address.startswith("data:image/") and len(address) > 1000 for address in page.fetched)
 
 
+@pytest.mark.slow
 def test_the_page_says_what_is_planted(study_page: Path) -> None:
     text = Addresses(study_page.read_text()).text
     assert "3 arms, 6 seeds an arm, 400 steps; base: base" in text
@@ -66,6 +55,7 @@ def test_the_page_says_what_is_planted(study_page: Path) -> None:
         assert heading in text
 
 
+@pytest.mark.slow
 def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(study_page: Path) -> None:
     """What a second person asks, from the page alone: the planted teacher, its interval, its time a step."""
     markdown = (study_page.parent / "report.md").read_text().split("## The evidence")[0]
@@ -109,16 +99,19 @@ def test_critical_learning_rates_of_a_search_are_read(tmp_path: Path) -> None:
     assert (tmp_path / "out/figures/margins.svg").is_file()
 
 
-def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: Path) -> None:
+@pytest.mark.slow
+def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: Path, drawn_page: Path) -> None:
     folder = study_page.parent
     images = re.findall(r"!\[.*?\]\((.+?)\)", (folder / "report.md").read_text())
     assert len(images) >= 8
     assert all((folder / image).is_file() for image in images)
-    assert {path.stem for path in folder.glob("figures/*.svg")} == {path.stem for path in folder.glob("figures/*.pdf")}
     assert len(pd.read_csv(folder / "trials.csv")) == 18
     assert len(list(study_folder.glob(f"*/{runlog.PARQUET_NAME}"))) == 18
+    vector, paper = ({path.stem for path in drawn_page.parent.glob(f"figures/*.{kind}")} for kind in ("svg", "pdf"))
+    assert vector == paper != set()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_report_can_be_repeated(study_page: Path, study_folder: Path, tmp_path: Path) -> None:
     again = report(study_folder, tmp_path)
@@ -254,6 +247,7 @@ def app() -> typer.Typer:
     return command
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_prints_where_the_report_is(tmp_path: Path) -> None:
     rows = "\n".join(f"{k},{50 if k == 90 else 1 + 0.01 * (k % 7)}" for k in range(120))
     (tmp_path / "log.csv").write_text(f"s,norm\n{rows}\n")
@@ -296,6 +290,7 @@ def test_registering_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_analysis_never_imports_torch_or_ray(tmp_path: Path) -> None:
     run = simulated.make_run(tmp_path, steps=60)
     code = (

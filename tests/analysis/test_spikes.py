@@ -72,7 +72,7 @@ def test_the_guilty_data_row_is_named_and_no_other(run_folder: Path) -> None:
 
 def test_random_batches_name_no_row(tmp_path: Path) -> None:
     run = load_run(simulated.make_run(tmp_path, steps=3))
-    rng, named, n = np.random.default_rng(0), 0, 150
+    rng, named, n = np.random.default_rng(0), 0, 60
     for _ in range(n):
         run.events[:] = [{"kind": "spike", "rows": rng.choice(500, 32, replace=False).tolist()} for _ in range(12)]
         named += bool(spikes.recurring_rows(run))

@@ -1,6 +1,7 @@
 """The scale benchmark: counts, bytes and the plan's bytes agree; the page shows what the script calculates."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_two_processes(tmp_path, monkeypatch):
     assert "| 2, per term |" in (tmp_path / "scale.md").read_text()
 
 
-@pytest.mark.slow
+def test_the_seconds_of_a_step_are_those_of_its_operations_and_bytes():
+    inside = paper.Cost([], operations=2 * paper.OPERATIONS, moved=3 * paper.INSIDE, between=False, summed=0)
+    across = replace(inside, between=True, moved=3 * paper.BETWEEN, summed=paper.BETWEEN)
+    assert inside.compute_seconds == pytest.approx(2 / paper.UTILISATION)
+    assert (inside.message_seconds, across.message_seconds) == pytest.approx((3, 4))
+
+
+@pytest.mark.campaign
 def test_the_page_shows_what_is_calculated():
     assert paper.report() in PAGE.read_text()

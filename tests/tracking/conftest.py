@@ -33,8 +33,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _few_points(patch: pytest.MonkeyPatch) -> None:
     """Curves get few points, to be quick."""
-    patch.setattr(thinning, "REGULAR_BUCKETS", 25)
-    patch.setattr(mlflow_run, "POINTS_PER_REQUEST", 200)
+    patch.setattr(thinning, "REGULAR_BUCKETS", 10)
+    patch.setattr(mlflow_run, "POINTS_PER_REQUEST", 80)
 
 
 @pytest.fixture
