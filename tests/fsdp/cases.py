@@ -45,7 +45,7 @@ CHAIN = (*RULES, "gradients.total={zclip: {warmup: 2, z: 0.01}, clip: {max_norm:
 SCALED = ("model.network={kind: scaled}", "train.init=random", "optim.lr=1e-4")
 PLANT = "terms.planted={kind: planted, branches: [e2e, mul, any, adv], at: 2, row: 13, size: .nan}"
 LIVE = ("teacher={kind: live, guidance: frozen, allow_live: true}", "optim.kind=adam")
-ROLLBACK = (PLANT, "stability={policy: rollback, rollback_margin: 1}", "checkpoint.every=1")
+ROLLBACK = (PLANT, "stability={policy: rollback, rollback_margin: 1}", "checkpoint.every=2")
 SWITCHES = "fsdp={checkpoint_activations: true, cpu_offload: true, reshard_last: true, prefetch: 2}"
 
 
@@ -77,7 +77,7 @@ QUICK: dict[str, Case] = {
     "bf16": Case("lab", ("train.steps=1", "train.precision=bf16"), precise=False),
 }  # fmt: skip
 ELASTIC = Case("twinflow", (*CHAIN, "train.micro_batch=4"))
-HYBRID = Case("twinflow", (*CHAIN, "fsdp.replicate=2", "train.micro_batch=2", "train.steps=3"))
+HYBRID = Case("twinflow", (*RULES, "fsdp.replicate=2", "train.steps=2"))
 """Copies of shards."""
 
 POLICIES = ("record", "zero", "skip", "cut_lr", "cut_lr+skip")

@@ -39,8 +39,7 @@ def kept(module: nn.Module) -> int:
 
 
 def shares(trainer: Trainer) -> dict[str, float]:
-    """Part of the whole that this process holds, after a step."""
-    trainer.train_step()
+    """Part of the whole that this process holds of what a step has made."""
     teacher, state = trainer.objective.teacher, trainer.optimizer.state.values()
     assert teacher.ema is not None
     groups: dict[str, list[Tensor | None]] = {
@@ -53,7 +52,7 @@ def shares(trainer: Trainer) -> dict[str, float]:
 
 
 def messages(trainer: Trainer) -> Counter[str]:
-    """How often a step sends each kind of message; gradients are summed by ``reduce_scatter``."""
+    """How often the first step sends each kind of message; gradients are summed by ``reduce_scatter``."""
     with _Messages() as seen:
         trainer.train_step()
     return seen.number

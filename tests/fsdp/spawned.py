@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PRELOADED = ["pytest", "tests.fsdp.cases", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+PRELOADED = [
+    "pytest", "tests.fsdp.cases", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "fsspec",
+]  # fmt: skip
 
 
 def spawned(work: Callable[..., T], world: int, folder: Path, *arguments: Any) -> list[T]:
