@@ -18,7 +18,7 @@ def accuracy(lab, pixels, labels):
 
 
 def test_judge_recognises_real_digits(lab):
-    assert accuracy(lab, lab.test.pixels, lab.test.labels) >= 0.97
+    assert accuracy(lab, lab.test.pixels, lab.test.labels) >= 0.97  # seen: 0.998
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def decoded(lab):
 
 
 def test_judge_recognises_round_tripped_digits(lab, decoded):
-    assert accuracy(lab, decoded, lab.test.labels) >= 0.98
+    assert accuracy(lab, decoded, lab.test.labels) >= 0.97  # seen: 0.998
 
 
 def test_the_round_trip_error_is_real_but_small(lab, decoded):
@@ -62,7 +62,7 @@ def test_clip_picks_the_right_caption_of_held_out_templates(lab, name):
         images = clip.image_embedding(lab.test.pixels)
     for prompts in columns:
         chosen = (images @ clip.cached_text_embedding(prompts).T).argmax(dim=1)
-        assert (chosen == lab.test.labels).float().mean() >= 0.95
+        assert (chosen == lab.test.labels).float().mean() >= 0.9  # seen: 0.97
 
 
 @pytest.mark.parametrize("name", ["lab_hps", "lab_judge"])
@@ -72,7 +72,7 @@ def test_preference_models_prefer_clean_images(lab, name):
     worse = degrade(lab.test.pixels, lab.test.labels, generator(0, "test"))
     with torch.no_grad():
         better = lab.scorers[name](lab.test.pixels, prompts) > lab.scorers[name](worse, prompts)
-    assert better.float().mean() >= 0.95
+    assert better.float().mean() >= 0.9  # seen: 0.97 and 0.99
 
 
 @pytest.mark.parametrize("name", ["lab_clip", "lab_hps", "lab_judge"])
@@ -110,4 +110,4 @@ def test_teacher_draws_recognisable_digits_in_50_steps(lab):
     latents = euler(network, normal((500, *lab.latent_shape), 0, "q"), lab.condition(lab.prompts(labels, 0, 0)))
     with torch.no_grad():
         pixels = lab.decode(latents).clamp(-1, 1)
-    assert accuracy(lab, pixels, labels) >= 0.97
+    assert accuracy(lab, pixels, labels) >= 0.95  # seen: 0.992
