@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tests.fake_source import register, small
 from tests.gradients.steps import BATCH, PRESETS, Perceptron, Step, assert_close, flat, step_of
+from tests.rounding import bound
 from tests.test_trainer import assert_same, finish, kill, rows
+from twinrl import schema
 from twinrl.branches import Rows
 from twinrl.gradients import Engine
 from twinrl.terms import Context, Query, Target, Term, TermConfig
@@ -75,15 +77,19 @@ def test_losses_are_those_of_the_plain_step(preset: str, space: str) -> None:
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_under_autocast(preset: str, space: str) -> None:
-    """bf16 has 8 bits; passes divided otherwise round otherwise. The gradients stay float32."""
+    """Passes divided otherwise round otherwise. The gradients stay float32.
+
+    Half of the time for a first step, where the recursion's Δ = 0.01 would multiply a rounding of the network by 100.
+    Seen over presets, spaces and instruction sets: cosines above 1 − 6e-6, norms within 7e-4.
+    """
     student = Perceptron(dtype=torch.float32)
-    step = step_of(
-        preset, *no_limits(preset, space), student=student, dtype=torch.float32, autocast=torch.bfloat16
-    )  # fmt: skip
+    terms = schema.load(preset).terms
+    rules = *no_limits(preset, space), *(f"terms.{name}.delta=0.5" for name in terms if hasattr(terms[name], "delta"))
+    step = step_of(preset, *rules, student=student, dtype=torch.float32, autocast=torch.bfloat16)
     gradient, _, _ = step.run()
     assert gradient.dtype == torch.float32
     assert torch.cosine_similarity(gradient, step.plain(), dim=0) > 0.9995
-    assert gradient.norm().item() == pytest.approx(step.plain().norm().item(), rel=0.02)
+    assert gradient.norm().item() == pytest.approx(step.plain().norm().item(), rel=bound(5, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("micro", [BATCH, 5])

@@ -146,9 +146,9 @@ def test_two_ranks_equal_one(ranks: list[dict[str, Any]], name: str) -> None:
     for found in (rank[name] for rank in ranks):
         for a, b in zip(found["gradients"], expected["gradients"], strict=True):
             for mine, single in zip(a, b, strict=True):
-                torch.testing.assert_close(mine, single, rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(mine, single, rtol=1e-9, atol=1e-10)
         for mine, single in zip(found["measures"], expected["measures"], strict=True):
-            assert mine == pytest.approx(single, rel=1e-9, abs=1e-12)
+            assert mine == pytest.approx(single, rel=1e-9, abs=1e-10)
         assert flattened(found["state"]) == pytest.approx(flattened(expected["state"]), rel=1e-9)
     assert ranks[0][name]["measures"] == ranks[1][name]["measures"]  # to the last bit: decisions must agree
     assert ranks[0][name]["state"] == ranks[1][name]["state"]
