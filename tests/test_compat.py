@@ -3,19 +3,21 @@
 import subprocess
 import sys
 
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
-    return done.stdout
+import pytest
 
 
-def test_open_clip_and_diffusers_import_after_ensure_torchvision():
-    code = (
-        "from twinrl.compat import ensure_torchvision; ensure_torchvision(); ensure_torchvision();"
-        "import torchvision, open_clip; from diffusers import AutoencoderKL; print(torchvision.__version__)"
+def run(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_importing_twinrl_is_enough_for_torchvision_and_imports_no_torch() -> None:
+    run(
+        "import twinrl, sys; assert 'torch' not in sys.modules; import torchvision;"
+        "from twinrl.compat import ensure_torchvision; ensure_torchvision(); ensure_torchvision()"
     )
-    run(code)
 
 
-def test_importing_twinrl_is_enough_for_stock_scripts_and_imports_no_torch():
-    run("import twinrl, sys; assert 'torch' not in sys.modules; from diffusers import DiffusionPipeline")
+@pytest.mark.campaign
+def test_stock_scripts_of_what_needs_it() -> None:
+    run("import twinrl, open_clip; from diffusers import AutoencoderKL, DiffusionPipeline")

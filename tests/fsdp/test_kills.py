@@ -1,44 +1,65 @@
-"""A run under torchrun whose processes are killed at random moments ends with the numbers of an undisturbed one.
+"""A run under torchrun whose processes are killed at random moments ends with the numbers of an undisturbed one."""
 
-``KILLS=20`` in the environment makes it twenty moments instead of a few.
-"""
-
-import json
 import os
 import random
 import signal
-import subprocess
+import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.fake_source import SMALL
+from tests import forked
 from tests.fsdp import torchrun
+from tests.fsdp.torchrun import PATIENCE, Ended
+from tests.logs import rows, tensors, the_run
 from twinrl import checkpoints
 from twinrl.runs import RunDirectory
+from twinrl.tracking import names, runlog
 
-KILLS = int(os.environ.get("KILLS", "2"))
-STEPS, PATIENCE = 20 + 4 * KILLS, 600
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900 if KILLS <= 2 else 400 * KILLS),
+    pytest.mark.processes,
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 
 
-def command(folder: Path) -> tuple[str, ...]:
-    return (
-        "train", "twinflow", *SMALL, f"run.dir={folder}", "machine.device=cpu", f"train.steps={STEPS}",
-        "checkpoint={every: 2, asynchronous: true}", "evaluation.every=20", "fsdp.watchdog=60",
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Plan:
+    """How often a run is killed.
+
+    Attributes:
+        kills: of one rank. steps: of the run. early: share of kills at any moment of a process's start; the others
+            come up to ``within`` steps after the first new checkpoint.
+        start: of a launcher.
+    """
+
+    kills: int
+    steps: int
+    early: float
+    within: int
+    start: Callable[..., forked.Process]
+
+    def command(self, folder: Path) -> tuple[str, ...]:
+        return torchrun.command(folder, f"train.steps={self.steps}")
 
 
-def the_run(folder: Path) -> RunDirectory | None:
-    found = list(folder.glob("twinflow-*-s0"))
-    return RunDirectory(found[0]) if found else None
+ONCE = Plan(kills=1, steps=torchrun.STEPS, early=0, within=2, start=torchrun.start)
+OFTEN = Plan(kills=20, steps=100, early=0.2, within=10, start=torchrun.start_anew)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(ONCE, id="once"),
+        pytest.param(OFTEN, id="often", marks=[pytest.mark.campaign, pytest.mark.timeout(8000)]),
+    ],
+)
+def plan(request: pytest.FixtureRequest) -> Plan:
+    return request.param
 
 
 def saved(folder: Path) -> int:
@@ -48,67 +69,71 @@ def saved(folder: Path) -> int:
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
-def kill_one(launcher: subprocess.Popen[bytes], folder: Path, moments: random.Random, known: set[int]) -> None:
-    """Kill a rank: at any moment of its start, or, mostly, some time after it has gone on."""
-    before, deadline = saved(folder), time.monotonic() + PATIENCE
-    early = moments.random() < 0.2
-    while time.monotonic() < deadline and launcher.poll() is None:
-        found = torchrun.processes(launcher)
-        if len(found) == 2 and known.isdisjoint(found.values()) and (early or saved(folder) > before):
-            break
-        time.sleep(0.02)
-    time.sleep(moments.uniform(0, 5 if early else 1))
+def kill_one(plan: Plan, launcher: forked.Process, folder: Path, moments: random.Random, pace: float) -> None:
+    """Kill one of the ranks that run now."""
+    before, early = saved(folder), moments.random() < plan.early
+    forked.wait_until(lambda: len(torchrun.processes(launcher)) == 2, PATIENCE)
+    if not early:
+        forked.wait_until(lambda: saved(folder) > before or launcher.poll() is not None, PATIENCE)
+    time.sleep(moments.uniform(0, 5 if early else plan.within * pace))
     found = torchrun.processes(launcher)
-    known |= set(found.values())
+    assert len(found) == 2, "it has ended by itself"
     os.kill(found[moments.randrange(2)], signal.SIGKILL)
+    forked.wait_until(lambda: set(found.values()).isdisjoint(torchrun.processes(launcher).values()), PATIENCE)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, RunDirectory]:
-    """The undisturbed run, and the disturbed one."""
-    folder = tmp_path_factory.mktemp("kills")
-    quiet, disturbed, output = folder / "quiet", folder / "disturbed", folder / "output.txt"
-    assert torchrun.start(command(quiet), output).wait(PATIENCE) == 0, output.read_text()
-    launcher = torchrun.start(command(disturbed), output, restarts=KILLS)
-    moments, known = random.Random(11), set[int]()
+def quiet(plan: Plan, undisturbed: tuple[Path, Ended, Ended], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The undisturbed run."""
+    folder = undisturbed[0]
+    if plan is not ONCE:
+        folder = tmp_path_factory.mktemp("quiet")
+        output = folder / "output.txt"
+        assert plan.start(plan.command(folder), output).wait(PATIENCE) == 0, output.read_text()
+    run = the_run(folder)
+    assert run is not None
+    return run
+
+
+@pytest.fixture(scope="module")
+def disturbed(plan: Plan, quiet: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The same under fire."""
+    folder = tmp_path_factory.mktemp("disturbed")
+    output, moments = folder / "output.txt", random.Random(11)
+    pace = statistics.median(row[names.STEP_SECONDS] for row in runlog.read(quiet.log))
+    launcher = plan.start(plan.command(folder), output, restarts=plan.kills)
     try:
-        for _ in range(KILLS):
-            kill_one(launcher, disturbed, moments, known)
+        for _ in range(plan.kills):
+            kill_one(plan, launcher, folder, moments, pace)
         assert launcher.wait(PATIENCE) == 0, output.read_text()
     finally:
         launcher.terminate()  # with its processes, which it ends; nothing if all went well
-    found = the_run(quiet), the_run(disturbed)
-    assert found[0] is not None
-    assert found[1] is not None
-    assert output.read_text().count("exitcode: -9") == KILLS
-    return found[0], found[1]
+    run, text = the_run(folder), output.read_text()
+    assert run is not None
+    assert text.count("failed (exitcode: -9)") == plan.kills, text
+    assert text.count("resuming at step") >= (1 - plan.early) * plan.kills / 2, text
+    return run
 
 
-def rows(run: RunDirectory) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in run.log.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in lines]
-
-
-def test_numbers_are_equal(runs: tuple[RunDirectory, RunDirectory]) -> None:
-    quiet, disturbed = runs
-    assert [row["iteration"] for row in rows(disturbed)] == list(range(STEPS))
+def test_numbers_are_equal(plan: Plan, quiet: RunDirectory, disturbed: RunDirectory) -> None:
+    assert [row["iteration"] for row in rows(disturbed)] == list(range(plan.steps))
     assert rows(disturbed) == rows(quiet)
     assert disturbed.result == quiet.result
-    ours, theirs = (checkpoints.load(run.newest_checkpoint()) for run in (disturbed, quiet))
-    for part, tensors in theirs.tensors.items():
-        assert all(torch.equal(ours.tensors[part][name], value) for name, value in tensors.items()), part
+    ours, theirs = tensors(disturbed), tensors(quiet)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in theirs.items() if not torch.equal(ours[name], value)] == []
 
 
-def test_nothing_half_made_is_left(runs: tuple[RunDirectory, RunDirectory]) -> None:
-    hidden = {path.name for path in runs[1].path.rglob(".*")}
+def test_nothing_half_made_is_left(disturbed: RunDirectory) -> None:
+    hidden = {path.name for path in disturbed.path.rglob(".*")}
     assert hidden == {".metadata"}  # of torch's checkpoints
-    assert len(checkpoints.available(runs[1].checkpoints)) == 2
+    assert len(checkpoints.available(disturbed.checkpoints)) == 2
 
 
-def test_the_same_command_by_hand_is_refused(runs: tuple[RunDirectory, RunDirectory], tmp_path: Path) -> None:
+def test_the_same_command_by_hand_is_refused(plan: Plan, disturbed: RunDirectory, tmp_path: Path) -> None:
     """Even where the launcher tries again: it is another launch."""
     output = tmp_path / "output.txt"
-    launcher = torchrun.start(command(runs[1].path.parent), output, restarts=1)
+    launcher = plan.start(plan.command(disturbed.path.parent), output, restarts=1)
     assert launcher.wait(PATIENCE) == 1
     assert output.read_text().count("twinrl: this run exists and has finished") == 2
     assert "exitcode  : 2" in output.read_text()

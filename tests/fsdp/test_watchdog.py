@@ -1,20 +1,22 @@
 """A rank that is stuck is named, with the collective in which the others wait, and all processes end."""
 
-import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.fake_source import SMALL
+from tests import forked
 from tests.fsdp import torchrun
+from tests.fsdp.torchrun import PATIENCE
+from twinrl.fsdp import mesh, watchdog
 from twinrl.fsdp.watchdog import Beat, Progress, line_of, verdict
 
-PATIENCE = 300
+pytestmark = pytest.mark.processes
+SECONDS = 6  # of silence: a quarter of them is long enough for a thread that waits its turn on a busy machine
 AT_WORK = "forward and backward passes, step 12"
 WAITING = Beat(9, 40, "all-reduce", AT_WORK, "engine.py:1 in backward")
 WORKING = Beat(9, 39, "", AT_WORK, "reward.py:7 in score")
@@ -61,59 +63,43 @@ def test_progress_remembers_what_is_around() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(PATIENCE * 2)
 def test_a_sleeping_rank_ends_the_run_by_name(tmp_path: Path) -> None:
     output = tmp_path / "output.txt"
     sleeping = "terms.sleeping={kind: sleeping, branches: [e2e, mul, any, adv], at: 3}"
-    launcher = torchrun.start(
-        ("train", "twinflow", *SMALL, f"run.dir={tmp_path}", "machine.device=cpu", "fsdp.watchdog=3", sleeping), output
-    )
+    launcher = torchrun.start(torchrun.command(tmp_path, f"fsdp.watchdog={SECONDS}", sleeping), output)
     assert launcher.wait(PATIENCE) == 1
     lines = [line for line in output.read_text().splitlines() if line.startswith("twinrl: ")]
     assert len(lines) == 1
-    assert "rank 1 has not joined all-gather (forward and backward passes, step 3) for 3 s" in lines[0]
+    waited = f"(forward and backward passes, step 3) for {SECONDS} s"
+    assert f"rank 1 has not joined all-gather {waited}" in lines[0]
     assert "it is at torchrun.py" in lines[0]
     assert "rank 0 waits there" in lines[0]
 
 
-COUNTING = """
-import torch
-import torch.distributed as dist
-from pathlib import Path
-from twinrl.fsdp import mesh, watchdog
-with mesh.process_group(torch.device("cpu")), watchdog.watching(3, watchdog.Progress(0, "counting")):
-    while True:
-        dist.all_reduce(torch.ones(1))
-        Path(f"{FOLDER}/counts-{dist.get_rank()}").touch()
-"""
+def counting(folder: Path) -> None:
+    """A process that does something together with the others again and again."""
+    with mesh.process_group(torch.device("cpu")), watchdog.watching(SECONDS, Progress(0, "counting")):
+        while True:
+            dist.all_reduce(torch.ones(1))
+            (folder / f"counts-{dist.get_rank()}").touch()
+            time.sleep(0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stopped", [0, 1])
 def test_a_stopped_process_does_not_keep_the_others(tmp_path: Path, stopped: int) -> None:
     """Neither does the one that holds the store through which they talk, which is rank 0's without torchrun."""
-    port = torchrun.free_port()
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    code = f"FOLDER = {str(tmp_path)!r}\n{COUNTING}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env=os.environ | shared | {"RANK": str(rank)}, cwd=torchrun.REPOSITORY,
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(torchrun.free_port()), "WORLD_SIZE": "2"}
+    output = tmp_path / "output.txt"
+    started = [forked.start(counting, tmp_path, output=output, RANK=str(rank), **shared) for rank in range(2)]
     try:
-        deadline = time.monotonic() + PATIENCE
-        while len(list(tmp_path.glob("counts-*"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
+        forked.wait_until(lambda: len(list(tmp_path.glob("counts-*"))) == 2, PATIENCE, output.read_text)
         started[stopped].send_signal(signal.SIGSTOP)
-        _, error = started[1 - stopped].communicate(timeout=PATIENCE)
-        assert started[1 - stopped].returncode == 1
+        assert started[1 - stopped].wait(PATIENCE) == 1
         expected = (
             "rank 1 gives no sign of life" if stopped else "ranks' store (rank 0, or the launcher) does not answer"
         )
-        assert expected in error
+        assert expected in output.read_text()
     finally:
         for process in started:
             process.kill()
-            process.communicate()

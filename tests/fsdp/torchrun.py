@@ -1,4 +1,7 @@
-"""``torchrun -m twinrl`` with the fake source: ``python -m tests.fsdp.torchrun train …`` is one of its processes."""
+"""``torchrun -m twinrl`` with the fake source: ``python -m tests.fsdp.torchrun train …`` is one of its processes.
+
+:func:`start` forks them, with torchrun's own launcher; :func:`start_anew` starts all as a user does.
+"""
 
 import os
 import resource
@@ -6,35 +9,84 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from tests.fake_source import Planted
+from tests import forked
+from tests.fake_source import SMALL, Planted
 from twinrl.branches import Rows
+from twinrl.terms import TERMS
 from twinrl.terms.term import Context, Query, Target
 
 REPOSITORY = Path(__file__).parents[2]
-
-
+TWO = ("--nproc-per-node", "2", "--standalone")
 FULL = "BYTES_OF_RANK_1"
 """Environment variable: rank 1 can write no larger file, as on a full disk of its machine."""
+PATIENCE = 600
+STEPS = 12
+NETWORK = "{kind: tests.fsdp.launched.Net, width: 16, depth: 1, condition_width: 16}"
+SETTINGS = (
+    *SMALL, "machine={device: cpu, threads: 1}", f"model.network={NETWORK}", "evaluation.every=0",
+    "checkpoint={every: 2, asynchronous: true}", "stability.capsules.every=0", "fsdp.watchdog=60",
+)  # fmt: skip
+"""A run of 12 steps."""
 
 
-def start(
-    arguments: tuple[str, ...], output: Path, restarts: int = 0, world: int = 2, **more: str
-) -> subprocess.Popen[bytes]:
-    """A launcher of ``world`` processes; all that they print is added to the file ``output``.
+def command(folder: Path, *overrides: str, preset: str = "twinflow") -> tuple[str, ...]:
+    """The command line of such a run under a folder."""
+    return "train", preset, *SETTINGS, f"run.dir={folder}", *overrides
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process has ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def together(world: int, folder: Path, *arguments: str) -> list[Ended]:
+    """The command line in ``world`` processes, started as torchrun would, without a launcher to end them.
+
+    Arguments:
+        world: processes.
+        folder: new; for what they print.
+        arguments: of the command line.
+    """
+    folder.mkdir()
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    files = [(folder / f"output-{rank}.txt", folder / f"errors-{rank}.txt") for rank in range(world)]
+    started = [
+        forked.start(
+            command_line, *arguments, output=output, errors=errors, OMP_NUM_THREADS="1", RANK=str(rank),
+            LOCAL_RANK=str(rank), **shared,
+        )
+        for rank, (output, errors) in enumerate(files)
+    ]  # fmt: skip
+    codes = [process.wait(PATIENCE) for process in started]
+    return [Ended(code, *(file.read_text() for file in own)) for code, own in zip(codes, files, strict=True)]
+
+
+def start(arguments: tuple[str, ...], output: Path, restarts: int = 0, **more: str) -> forked.Process:
+    """A launcher of two processes; all that they print is added to the file ``output``.
 
     Arguments:
         arguments: of the command line.
         output: standard output and error.
         restarts: that the launcher may make.
-        world: processes.
         more: environment variables.
     """
-    return _launch(["--nproc-per-node", str(world), "--standalone"], arguments, output, restarts, more)
+    options = (*TWO, *_restarting(restarts))
+    return forked.start(forked.torchrun, options, command_line, arguments, output=output, OMP_NUM_THREADS="1", **more)
+
+
+def start_anew(arguments: tuple[str, ...], output: Path, restarts: int = 0) -> forked.Process:
+    """As :func:`start`, with processes that import everything themselves."""
+    return _launch(list(TWO), arguments, output, restarts, {})
 
 
 def start_node(
@@ -59,14 +111,17 @@ def start_node(
 def _launch(
     options: list[str], arguments: tuple[str, ...], output: Path, restarts: int, more: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", *options]
-    restarting = ["--max-restarts", str(restarts), "--monitor-interval", "0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *_restarting(restarts)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | more
     with output.open("ab") as file:
         return subprocess.Popen(
-            [*command, *restarting, "-m", "tests.fsdp.torchrun", *arguments],
+            [*command, "-m", "tests.fsdp.torchrun", *arguments],
             cwd=REPOSITORY, env=environment, stdout=file, stderr=file,
         )  # fmt: skip
+
+
+def _restarting(restarts: int) -> tuple[str, ...]:
+    return "--max-restarts", str(restarts), "--monitor-interval", "0.1"
 
 
 def free_port() -> int:
@@ -76,17 +131,19 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def processes(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
+def processes(launcher: forked.Process) -> dict[int, int]:
     """Rank → id of the launcher's processes that run now."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            environment = (folder / "environ").read_bytes().split(b"\0") if parent == launcher.pid else []
-        except (OSError, ValueError):  # it has just ended
+            stat, environment = (folder / "stat").read_text(), (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it has just ended, or is another user's
             continue
-        ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
-        found |= {rank: int(folder.name) for rank in ranks}
+        name, _, rest = stat.partition("(")[2].rpartition(")")
+        if int(rest.split()[1]) == launcher.pid:
+            anew = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+            ranks = [int(name[5:])] if name.startswith("rank-") else anew
+            found |= {rank: int(folder.name) for rank in ranks}
     return found
 
 
@@ -102,14 +159,13 @@ class Sleeping(Planted):
         return Target(rows.v)
 
 
-if __name__ == "__main__":
-    from tests.fsdp.cases import register
-    from twinrl.cli import main
-    from twinrl.terms import TERMS
-
+def command_line(*arguments: str) -> None:
+    """One process."""
     if FULL in os.environ and os.environ["RANK"] == "1":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ[FULL]),) * 2)
-    register()
     TERMS["sleeping"] = Sleeping
-    sys.argv[0] = "twinrl"
-    main()
+    forked.command_line(*arguments)
+
+
+if __name__ == "__main__":
+    command_line(*sys.argv[1:])
