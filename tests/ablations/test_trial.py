@@ -129,6 +129,7 @@ def test_a_run_that_a_rollback_rescued_has_not_diverged(
     assert (line["time"], math.isfinite(line["loss/total"])) == ((24.0, True) if rescued else (15.0, False))
 
 
+@pytest.mark.slow
 def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first update all arms of a seed have one loss: the same weights, data, times and noise."""
     register(monkeypatch)
