@@ -4,16 +4,23 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 STAMP := $(VENV)/.installed
 DEMO ?= runs/demo
+# Processes of the tests; 0 runs them in one.
+WORKERS ?= 2
+# Where it is set, every process of a test would compile its modules again.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check install lint types imports fast clean
+.PHONY: demo test check campaign install lint types imports fast clean
 
 demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
 
-test: install  ## every test
-	$(BIN)/python -m pytest
+test: install  ## everything that protects users: at most ten minutes on two cores
+	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: install lint types imports fast  ## the developer's quick loop
+check: install lint types imports fast  ## the developer's quick loop: at most two minutes
+
+campaign: install  ## what takes long, unattended; goes on where it was stopped; table in docs/campaign.md
+	$(BIN)/python -m tests.campaign
 
 install: $(STAMP)
 
@@ -37,7 +44,7 @@ imports:
 	$(BIN)/lint-imports
 
 fast:
-	$(BIN)/python -m pytest -m "not slow and not browser" -x
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not campaign" -x
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

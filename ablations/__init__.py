@@ -6,7 +6,6 @@ fingerprint.py  what decides a trial's numbers besides its configuration and see
 ledger.py       one line for each finished trial; append-only, mergeable
 plan.py         arms and trials of a study, what is done, what the rest costs
 trial.py        one trial: train or resume its run directory to the end, then write one line
-packing.py      seeds of an arm that share a process; packed.py: that process
 runner.py       Ray Tune over what the ledger lacks
 margin.py       largest healthy learning rate, by bisection over trials
 table.py        what a person sees while trials run, and after

@@ -13,7 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from importlib import metadata
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import twinrl
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from twinrl.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
-PACKED = "packed"
-"""Counts in packed trials alone."""
-NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets", PACKED)
+NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets")
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
 WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
@@ -34,11 +32,11 @@ STATE = "state.json"
 DIGITS = 16
 
 
-def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1, packed: int = 1) -> str:
+def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) -> str:
     """16 hex digits for a trial with ``settings`` on data of ``content_hash`` (``Source.content_hash``).
 
     ``machine.threads`` and ``machine.device`` must be resolved: null and auto differ between machines. Several
-    ``processes`` sum in another order than one, and so do seeds that are ``packed`` into one.
+    ``processes`` sum in another order than one.
     """
     parts: dict[str, object] = {
         "sources": sources(unused=unused(settings, processes)),
@@ -51,8 +49,6 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1, pa
         "device": settings.machine.device.partition(":")[0],
         "torch": metadata.version("torch").partition("+")[0],
     }
-    if packed > 1:
-        parts["packed"] = (packed, sources(PACKAGE / PACKED))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]
 
 
@@ -63,16 +59,12 @@ def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
     """Hash of the package's numeric sources as they are on disk now, but for what is ``unused``."""
-    left_out = [PurePath(part) for part in (*NOT_NUMERIC, *unused)]
-    paths = [
-        path for path in sorted(package.rglob("*.py"))
-        if not any(_relative(path, package).is_relative_to(part) for part in left_out)
-    ]  # fmt: skip
-    return _digest(f"{_relative(path, package).as_posix()} {source_hash(path)}" for path in paths)
-
-
-def _relative(path: Path, package: Path) -> Path:
-    return path.relative_to(package)
+    left_out = (*NOT_NUMERIC, *unused)
+    modules = {path.relative_to(package).as_posix(): path for path in sorted(package.rglob("*.py"))}
+    return _digest(
+        f"{name} {source_hash(path)}" for name, path in modules.items()
+        if not any(name == part or name.startswith(f"{part}/") for part in left_out)
+    )  # fmt: skip
 
 
 def source_hash(path: Path) -> str:

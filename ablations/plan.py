@@ -21,7 +21,6 @@ from ablations.trial import Task, environment, last_line
 from twinrl.assembly import load_source
 from twinrl.config import validate
 from twinrl.errors import InputError
-from twinrl.packed import check_packed
 from twinrl.runs import RunDirectory, dump
 from twinrl.schedules import ANCHOR, SCHEDULES, position
 from twinrl.schema import RunConfig
@@ -151,9 +150,7 @@ def trial_of(arm: Arm, seed: int, resources: Resources, workspace: Workspace) ->
     machine = settings.machine.model_copy(update={"device": device, "threads": resources.cpus})
     tracking = settings.tracking.model_copy(update={"mlflow": False})  # the study publishes, with its own tags
     settings = settings.model_copy(update={"seed": seed, "machine": machine, "tracking": tracking})
-    if resources.packed > 1:
-        check_packed(settings)
-    found = fingerprint(settings, content_hash(settings), resources.workers, resources.packed)
+    found = fingerprint(settings, content_hash(settings), resources.workers)
     parts = unused(settings, resources.workers)
     place = settings.run.model_copy(update={"dir": workspace.root / found[:8]})
     return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found, parts, sources(unused=parts))

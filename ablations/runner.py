@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from rich.console import Console
 from rich.live import Live
 
-from ablations import cluster, ledger, packing
+from ablations import cluster, ledger
 from ablations.cluster import Machine
 from ablations.ledger import Record
-from ablations.packing import PackError, tasks_of
 from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.table import Board, failure_lines
-from ablations.trial import Task, TrialError, pruned, record
+from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking
 from twinrl.errors import InputError
 
@@ -144,10 +144,9 @@ def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int
     """Run the board's trials to their ends."""
     config, console = plan.study.config, board.console
     placement = tune.PlacementGroupFactory(bundles(config.resources), strategy="STRICT_PACK")
-    trainable, space = packing.work(list(board.tasks.values()), config.resources.packed)
     tuner = tune.Tuner(
-        tune.with_resources(trainable, placement),
-        param_space=space,
+        tune.with_resources(RayTrial, placement),
+        param_space={"task": tune.grid_search([asdict(task) for task in board.tasks.values()])},
         tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True, max_concurrent_trials=slots),
         run_config=tune.RunConfig(
             name="tune", storage_path=scratch, verbose=0,
@@ -197,44 +196,33 @@ class Follow(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for task in tasks_of(trial.config):
-            self.board.start(task.key)
+        self.board.start(Task(**trial.config["task"]).key)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        last = trial.last_result
+        task, last = Task(**trial.config["task"]), trial.last_result
         halved = last.get("reason") == "rung"
-        for task in tasks_of(trial.config):
-            if halved:
-                _note(self.plan, task, pruned(task, last["step"]))
-            self._end(task, "pruned" if halved else last.get("reason", "ended"))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for task in tasks_of(trial.config):
-            if task.ended:  # others that were packed with it have failed
-                self._end(task, "ended")
-                continue
-            message = _message(trial.pickled_error_file, task)
-            where = ledger.provenance(Path(task.directory), task.revision)
-            failed = Record(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
-            _note(self.plan, task, failed)
-            self.board.fail(task.key, message)
-
-    def _end(self, task: Task, note: str) -> None:
-        self.board.end(task.key, "ended" if task.ended else note)
+        if halved:
+            _note(self.plan, task, pruned(task, last["step"]))
+        self.board.end(task.key, "pruned" if halved else last.get("reason", "ended"))
         if task.ended:
             self.ended(self.trials[task.key])
 
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        task, message = Task(**trial.config["task"]), _message(trial.pickled_error_file)
+        where = ledger.provenance(Path(task.directory), task.revision)
+        failed = Record(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
+        _note(self.plan, task, failed)
+        self.board.fail(task.key, message)
 
-def _message(file: str | None, task: Task) -> str:
-    """What the exception that Tune stored in ``file`` says about a trial, in one line."""
+
+def _message(file: str | None) -> str:
+    """What the exception that Tune stored in ``file`` says, in one line."""
     if file is None:
         return "the trial could not be started"
     error = pickle.loads(Path(file).read_bytes())
     if isinstance(error, ray.exceptions.RayActorError):
         return "its Ray worker died"
     cause = getattr(error, "cause", error)
-    if isinstance(cause, PackError):
-        return cause.messages.get(task.key, "the process ended")
     lines = str(cause).strip().splitlines() or [""]
     return (lines[-1] if isinstance(cause, TrialError) else f"{type(cause).__name__}: {lines[0]}")[:300]
 

@@ -50,13 +50,6 @@ class Resources(Settings):
     cpus: int = Field(1, ge=1, description="CPU cores, and threads, of each process")
     gpus: float = Field(0, ge=0, description="GPUs of each process; below 1, trials share one")
     workers: int = Field(1, ge=1, description="processes of a trial, placed together on one machine; its ranks")
-    packed: int = Field(1, ge=1, description="seeds of an arm that share these, their network calls batched; 1: none")
-
-    @model_validator(mode="after")
-    def _one_process_if_packed(self) -> "Resources":
-        if self.packed > 1 and self.workers > 1:
-            raise ValueError(f"packed seeds share one process, got packed {self.packed} with workers {self.workers}")
-        return self
 
 
 class Budget(Settings):
@@ -306,14 +299,8 @@ def load(name: str, seeds: int | None = None) -> Study:
 
 
 def _check_halving(study: Study) -> None:
-    """Raises InputError where successive halving would wait for validations that never come in time, or where seeds
-    that share a process would have to be halved one by one."""
+    """Raises InputError where successive halving would wait for validations that never come in time."""
     stop = study.config.stop
-    if stop.kind == "asha" and study.config.resources.packed > 1:
-        raise InputError(
-            f"study {study.name}: packed seeds can't be halved one by one", got="asha with resources.packed",
-            fix="set stop.kind: divergence or resources.packed: 1",
-        )  # fmt: skip
     for arm in study.arms if stop.kind == "asha" else []:
         every = arm.settings.evaluation.every
         if every == 0 or every > stop.grace_steps:

@@ -226,8 +226,11 @@ def _logistic(blocks: Sequence[Block], y: np.ndarray) -> list[Effect]:
 
 
 def corrected(effects: list[Effect], seeds: int) -> list[Effect]:
-    """The effects of a study of ``seeds``, with ``p_holm`` over the distinct factors, the smallest p first."""
+    """The effects of a study of ``seeds``, with ``p_holm`` over the distinct factors, the smallest p first.
+
+    Factors whose p differs by rounding alone (equal counts of runs that diverged) keep their order on every processor.
+    """
     p = {effect.factor: effect.p for effect in effects}
     p_holm = dict(zip(p, intervals.holm(list(p.values())), strict=True))
     filled = [replace(effect, p_holm=float(p_holm[effect.factor]), seeds=seeds) for effect in effects]
-    return sorted(filled, key=lambda effect: effect.p)
+    return sorted(filled, key=lambda effect: float(f"{effect.p:.6g}"))

@@ -24,10 +24,11 @@ FELL, STEP, NORM = "diverged", "step of the fall", "largest norm"
 def screened(trials: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, object]]:
     """The screening's runs with a column for each suspect's level, and each suspect's published level."""
     runs = trials[trials.study == "screening"]
-    levels = pd.DataFrame([arms("screening")[made].levels for made in runs.config_hash], index=runs.index)
+    asked = arms("screening")
+    levels = pd.DataFrame([asked[made].levels for made in runs.config_hash], index=runs.index)
     norm = runs.norm_ratio.fillna(runs.norm_max / runs.usual_norm)  # it may have ended before the reward
     outcomes = {STEP: runs.diverged_step.fillna(math.inf), NORM: norm}
-    reference = load("autopsy-screening").arms[0].levels
+    reference = next(iter(asked.values())).levels  # the first arm's
     return pd.concat([runs[["seed", FELL]], levels, pd.DataFrame(outcomes)], axis=1), dict(reference)
 
 

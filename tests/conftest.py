@@ -1,6 +1,7 @@
 """Fixtures and the order shared by all tests."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -12,15 +13,33 @@ PROCESSES = "processes"
 """Group of what starts Ray or several ranks: under ``pytest -n`` one worker runs them all, one after the other."""
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that no worker ends long after the others; a file stays on one worker, for its fixtures."""
-    files = {item.path: index for index, item in enumerate(reversed(items))}
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    together = {item.path for item in items if item.get_closest_marker(PROCESSES)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(PROCESSES if item.path in together else str(item.path)))
-    items.sort(key=lambda item: (item.path not in together, item.path not in slow, -files[item.path]))
+class _Grouping:
+    """A file stays on one worker, for its fixtures. Before pytest-xdist looks for groups."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        together = _files_of(items, PROCESSES)
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(PROCESSES if item.path in together else str(item.path)))
+
+
+class _LongFirst:
+    """Long files first, so that no worker ends long after the others."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        together, slow = _files_of(items, PROCESSES), _files_of(items, "slow")
+        place = {item.path: -index for index, item in enumerate(reversed(items))}
+        items.sort(key=lambda item: (item.path not in together, item.path not in slow, place[item.path]))
+
+
+def _files_of(items: list[pytest.Item], marker: str) -> set[Path]:
+    return {item.path for item in items if item.get_closest_marker(marker)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Grouping())
+    config.pluginmanager.register(_LongFirst())
 
 
 @pytest.fixture(scope="session")

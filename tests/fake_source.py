@@ -21,6 +21,7 @@ from twinrl.data.source import Split
 from twinrl.schema import RunConfig
 from twinrl.terms import TERMS
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, instant
+from twinrl.transport import like
 
 CLASSES = ("dark", "bright")
 LATENT_SHAPE = (2, 4, 4)
@@ -137,6 +138,21 @@ class Dropping(nn.Module):
         return self.leave(self.dropout(torch.tanh(self.enter(told)))).view_as(x)
 
 
+class Forked(nn.Module):
+    """A network for each branch, so that nothing the fake one learns moves a sample by itself."""
+
+    class Config(Dropping.Config):
+        kind: Literal["forked"] = "forked"  # type: ignore[assignment]
+        p: float = 0.0
+
+    def __init__(self, config: Config, spec: Spec):
+        super().__init__()
+        self.real, self.fake = Dropping(config, spec), Dropping(config, spec)
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        return torch.where(like(t < 0, x), self.fake(x, t, r, condition), self.real(x, t, r, condition))
+
+
 class Unsigned(Dropping):
     """Sees |t| and |r| alone, so it cannot tell the fake trajectory from the real one."""
 
@@ -186,6 +202,7 @@ class Planted(Term):
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the above known by name for one test; ``digits`` becomes the fake source."""
     monkeypatch.setitem(NETWORKS, "dropping", Dropping)
+    monkeypatch.setitem(NETWORKS, "forked", Forked)
     monkeypatch.setitem(NETWORKS, "unsigned", Unsigned)
     monkeypatch.setitem(TERMS, "poison", Poison)
     monkeypatch.setitem(TERMS, "planted", Planted)

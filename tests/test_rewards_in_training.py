@@ -1,16 +1,19 @@
 """Rewards through both routes: what is measured, what rises, what a bad image does, what is refused."""
 
-import json
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests import logs
 from tests.fake_source import FakeSource, register, small
+from tests.rounding import assert_rounded, bound
 from tests.test_trainer import CPU, assert_same, finish, kill, make, rows, state
 from twinrl import assembly, schema
 from twinrl.capsules import Capsules
@@ -27,6 +30,7 @@ from twinrl.trainer import Trainer
 GENERATOR = ("terms.reward={branches: [e2e]}",)
 FAKE_TARGET = ("terms.adversarial.reward=one_step", "terms.adversarial.loss=l2", "terms.rectify.loss=l2")
 ROUTES = {"generator": GENERATOR, "fake_target": FAKE_TARGET}
+FEW = "train.steps=4"
 BRIGHT = ("reward.model=brightness", "reward.gradient={estimator: vae_backprop, eta: 30}")
 
 
@@ -58,10 +62,6 @@ def rewarded(runs: Path, route: str, *overrides: str) -> RunConfig:
     return small(runs, *ROUTES[route], *BRIGHT, *overrides)
 
 
-def events(trainer: Trainer) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in trainer.run.events.read_text().splitlines()]
-
-
 def brightness(trainer: Trainer) -> float:
     """Mean brightness of one-step samples, the same noise for every run."""
     source = FakeSource()
@@ -71,24 +71,37 @@ def brightness(trainer: Trainer) -> float:
         return float(source.decode(sample(trainer.objective.teacher.student, z, condition, few_step(1))).mean())
 
 
+LENGTH = {
+    "generator": ("train.steps=20", "optim.lr=3e-3", "reward.gradient.eta=100"),
+    "fake_target": ("train.steps=40", "optim.lr=1e-2", "model.network=forked"),
+}
+"""The detour through the fake branch needs a network that tells the branches apart: while both still rise together,
+F(z, 1, 0) rises with them and the samples go the wrong way first (of an mlp of width 64, for over 100 steps). Samples
+move by 0.10 to 0.12 on the first route, over three seeds, and by 0.07 to 0.10 on the second one, over five.
+"""
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., float]:
+    """By how much samples get brighter than those of the same run without reward."""
+    folder = tmp_path_factory.mktemp("moved")
+
+    def trained(route: str, *overrides: str) -> float:
+        shared = ("evaluation.every=0", "checkpoint.every=1000", "guidance.strength=0", *LENGTH[route])
+        runs = Path(tempfile.mkdtemp(dir=folder))
+        return brightness(finish(rewarded(runs, route, *shared, *overrides)))
+
+    without = cache(lambda route: trained(route, "reward.schedule.weight=0"))
+    return lambda route, *overrides: trained(route, *overrides) - without(route)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_samples_move_to_where_the_reward_points(tmp_path: Path, route: str, sign: int) -> None:
-    """Against the same run without reward; with its sign flipped they move the other way.
-
-    The detour through the fake branch needs a network that tells the branches apart: while both still rise together,
-    F(z, 1, 0) rises with them and the samples go the wrong way first.
-    """
-    steps = ("train.steps=60", "evaluation.every=0", "guidance.strength=0", "optim.lr=1e-3")
-    if route == "fake_target":
-        wide = "model.network={kind: mlp, width: 64, depth: 2, condition_width: 64}"
-        steps = ("train.steps=300", "evaluation.every=0", "guidance.strength=0", "optim.lr=3e-3", wide)
+def test_samples_move_to_where_the_reward_points(moved: Callable[..., float], route: str, sign: int) -> None:
+    """With the reward's sign flipped they move the other way."""
     model = f"reward.model={{kind: ensemble, rewards: {{b: {{reward: brightness, weight: {sign}}}}}}}"
-    without = finish(rewarded(tmp_path / "a", route, *steps, "reward.schedule.weight=0"))
-    with_reward = finish(rewarded(tmp_path / "b", route, *steps, model))
-    moved = brightness(with_reward) - brightness(without)
-    assert sign * moved > 0.02
+    assert sign * moved(route, model) > 0.02
 
 
 ESTIMATORS = {
@@ -102,33 +115,43 @@ ESTIMATORS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("route", ROUTES)
-def test_every_estimator_ascends_through_both_routes(tmp_path: Path, route: str, estimator: str) -> None:
-    steps = ("train.steps=40", "evaluation.every=0", "guidance.strength=0", "optim.lr=1e-3")
-    if route == "fake_target":
-        wide = "model.network={kind: mlp, width: 64, depth: 2, condition_width: 64}"
-        steps = ("train.steps=300", "evaluation.every=0", "guidance.strength=0", "optim.lr=3e-3", wide)
-    gradient = f"reward.gradient={{estimator: {ESTIMATORS[estimator]}, eta: 30}}"
-    without = finish(rewarded(tmp_path / "a", route, *steps, "reward.schedule.weight=0"))
-    risen = brightness(finish(rewarded(tmp_path / "b", route, *steps, gradient))) - brightness(without)
-    assert risen > 0.01
+@pytest.mark.parametrize("route", ["generator", pytest.param("fake_target", marks=pytest.mark.campaign)])
+def test_every_estimator_ascends(moved: Callable[..., float], route: str, estimator: str) -> None:
+    assert moved(route, f"reward.gradient.estimator={ESTIMATORS[estimator]}") > 0.01
+
+
+def first_scores(settings: RunConfig) -> float:
+    """Mean brightness of the one-step samples that the first batch's pull acts on, recomputed."""
+    trainer, source = make(settings), FakeSource()
+    _, batch = trainer.feed.batch(0, 0)
+    (term,) = [term for term in trainer.objective.terms.values() if term.wants_reward(term.config)]
+    rows = batch.on(term.config.branches)
+    z = rows.z if term.config.kind == "reward" else rows.normal("fake sample")
+    with torch.no_grad():
+        one, student = torch.ones(len(z)), trainer.objective.teacher.student
+        images = source.decode(z - student(z, one, torch.zeros_like(one), rows.c))
+    return float(images.mean())
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_reward_is_measured_and_clipped_under_its_own_name(tmp_path: Path, route: str) -> None:
-    free = rows(finish(rewarded(tmp_path / "a", route)))
-    clipped = rows(finish(rewarded(tmp_path / "b", route, "gradients.terms.reward.clip.max_norm=1e-3")))
+    trainer = finish(rewarded(tmp_path / "a", route, FEW))
+    free, parameters = rows(trainer), sum(p.numel() for p in trainer.engine.parameters)
+    clipped = rows(finish(rewarded(tmp_path / "b", route, FEW, "gradients.terms.reward.clip.max_norm=1e-3")))
     for row in free:
         terms = [n.split("/")[1] for n in row if n.endswith("/share")]
         assert set(terms) == {"base", "adversarial", "rectify", "reward"}
-        assert sum(row[names.grad(t, "share")] for t in terms) == pytest.approx(1, abs=1e-4)
-        assert row[names.REWARD_MEAN] == pytest.approx(0, abs=3)
+        whole = sum(row[names.grad(t, "norm_raw")] for t in terms) / row[names.GRAD_TOTAL_RAW]  # before it cancels
+        assert sum(row[names.grad(t, "share")] for t in terms) == pytest.approx(1, abs=bound(parameters, whole))
         assert row[names.REWARD_GRAD_NORM] > 0
     norms = {row[names.grad("reward", "norm_raw")] for row in free}
     assert min(norms) > 1e-3
     assert len(norms) == len(free)
     assert all(r[names.grad("reward", "norm_clipped")] == pytest.approx(1e-3, rel=1e-3) for r in clipped)
     assert all(r[names.grad("reward", "clip_coef")] < 1 for r in clipped)
+    assert free[0][names.REWARD_MEAN] == pytest.approx(
+        first_scores(rewarded(tmp_path / "c", route, FEW)), abs=bound(64)
+    )
     assert any(f"grad/cos/reward__{t}" in free[0] or f"grad/cos/{t}__reward" in free[0] for t in ("base", "rectify"))
 
 
@@ -144,7 +167,7 @@ def test_fake_target_parts_sum_to_the_adversarial_gradient(tmp_path: Path) -> No
         torch.autograd.grad(pull, F, retain_graph=True)[0]
         for pull in (loss.loss, loss.pulls["adversarial"], loss.pulls["reward"])
     )
-    torch.testing.assert_close(own + reward, whole)
+    assert_rounded(own + reward, whole, roundings=64, scale=float(torch.max(own.abs().max(), reward.abs().max())))
     g = trainer.objective.reward
     assert g is not None
     direction = -reward.flatten(1)
@@ -179,7 +202,7 @@ def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> N
     assert means == pytest.approx([8 / 9, 0.85, 0.77, 0.5, 0.5, 0.5], abs=0.03)
     assert plain.feed.renoise_times(seed=0) == {}
     (_, late), (_, late_uniform) = trainer.feed.batch(8, 0), plain.feed.batch(8, 0)
-    torch.testing.assert_close(late.rows.t, late_uniform.rows.t)  # Beta(1, 1) gives the uniform itself
+    assert torch.equal(late.rows.t, late_uniform.rows.t)  # Beta(1, 1) gives the uniform itself
     logged = rows(finish(small(tmp_path / "run", law)))
     assert [row[names.RENOISE_ALPHA] for row in logged[:2]] == pytest.approx([8, 8 - 7 / 6])
     assert logged[-1][names.RENOISE_T_MEAN] == 0.5
@@ -189,7 +212,7 @@ def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path
     settings = small(tmp_path, *GENERATOR, "reward.model=picky", "stability.policy=stop", "train.steps=3")
     trainer = finish(settings)  # not even under a stop policy: the step is healthy
     assert all(v.isfinite().all() for v in state(trainer).values())
-    (event,) = events(trainer)  # one line for the episode, and one capsule
+    (event,) = logs.events(trainer.run)  # one line for the episode, and one capsule
     assert (event["step"], event["kind"], event["terms"], event["value"]) == (1, "unscored", ["reward"], 0.25)
     data_rows, batch = make(settings).feed.batch(0, 0)
     assert event["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
@@ -205,7 +228,7 @@ def test_an_unscored_image_does_not_speak_for_what_stopped_the_run(tmp_path: Pat
     trainer = make(small(tmp_path, *GENERATOR, "reward.model={kind: picky, since: 9}", *spike))
     outcome = trainer.train()
     assert (outcome.status, outcome.step) == ("diverged", 10)
-    assert [event["kind"] for event in events(trainer)] == ["spike", "unscored"]
+    assert [event["kind"] for event in logs.events(trainer.run)] == ["spike", "unscored"]
     assert outcome.message.startswith("spike of grad/planted/norm_raw at step 10")
 
 
@@ -225,7 +248,7 @@ def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_resume_is_exact(tmp_path: Path, route: str) -> None:
-    more = ("reward.gradient={estimator: {kind: random_direction, quantise: true}, eta: 5}",
+    more = ("train.steps=9", "reward.gradient={estimator: {kind: random_direction, quantise: true}, eta: 5}",
             "gradients.terms.reward.relative.ratio=0.3", "gradients.terms.base.zclip.warmup=3",
             "renoise.alpha={kind: cosine, initial: 4, final: 1, end: 70%}")  # fmt: skip
     undisturbed = finish(rewarded(tmp_path / "a", route, *more))
@@ -243,14 +266,14 @@ PER_PROMPT = "reward.model={kind: per_prompt, least: 4, decay: 1, reward: %s}"
 @pytest.mark.parametrize("micro", ["train.micro_batch=null", "train.micro_batch=3"])
 def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str, micro: str) -> None:
     """However often the engine asks for a pull; and none of validation's."""
-    settings = rewarded(tmp_path, route, PER_PROMPT % "brightness", micro, "evaluation.objective=true")
+    settings = rewarded(tmp_path, route, FEW, PER_PROMPT % "brightness", micro, "evaluation.objective=true")
     trainer = finish(settings)
     logged, reward = rows(trainer), trainer.guide.state()  # type: ignore[union-attr]
     raw, normalised = ([row[name] for row in logged] for name in ("reward/mean_of_reward", names.REWARD_MEAN))
     batch = trainer.feed.batch(0, 0)[1]
     each = len(batch.branch["e2e"] if route == "generator" else batch.on(settings.terms["adversarial"].branches))
     assert reward["pooled"]["count"] == each * settings.train.steps
-    assert reward["pooled"]["mean"] == pytest.approx(sum(raw) / len(raw), abs=1e-6)
+    assert reward["pooled"]["mean"] == pytest.approx(sum(raw) / len(raw), abs=bound(each, max(map(abs, raw))))
     assert sum(known["count"] for known in reward["known"].values()) == reward["pooled"]["count"]
     assert set(reward["known"]) == {"a dark picture", "a bright picture"}
     assert normalised[0] == raw[0]  # a step is normalised by those before it
@@ -259,14 +282,15 @@ def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_per_prompt_does_not_depend_on_micro_batches(tmp_path: Path, route: str) -> None:
-    more = (PER_PROMPT % "brightness", "optim.eps=1")
+    more = (FEW, PER_PROMPT % "brightness", "optim.eps=1", "train.precision=float64")
     whole, parts = (
         finish(rewarded(tmp_path / str(n), route, *more, f"train.micro_batch={n}")).guide.state()  # type: ignore[union-attr]
         for n in (16, 3)
     )
     assert set(whole["known"]) == set(parts["known"]) == {"a dark picture", "a bright picture"}
     for prompt, statistics in whole["known"].items():
-        assert parts["known"][prompt] == pytest.approx(statistics, rel=1e-5)
+        # scores are in float32: a sample that differs in its last bit of float64 may round the other way
+        assert parts["known"][prompt] == pytest.approx(statistics, abs=bound(8))
 
 
 def test_per_prompt_takes_what_processes_and_micro_batches_have_in_any_order(tmp_path: Path) -> None:
@@ -285,8 +309,8 @@ def test_per_prompt_takes_what_processes_and_micro_batches_have_in_any_order(tmp
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_resume_with_statistics_is_exact(tmp_path: Path, route: str) -> None:
-    undisturbed = finish(rewarded(tmp_path / "a", route, PER_PROMPT % "brightness"))
-    disturbed = rewarded(tmp_path / "b", route, PER_PROMPT % "brightness")
+    undisturbed = finish(rewarded(tmp_path / "a", route, "train.steps=9", PER_PROMPT % "brightness"))
+    disturbed = rewarded(tmp_path / "b", route, "train.steps=9", PER_PROMPT % "brightness")
     kill(disturbed, 7)
     assert_same(finish(disturbed), undisturbed)
 
@@ -302,9 +326,9 @@ def test_an_image_without_a_score_stays_out_of_the_statistics(tmp_path: Path) ->
 
 @pytest.mark.parametrize("accumulated", [False, True])
 def test_the_relative_clip_bounds_the_reward_by_the_others(tmp_path: Path, accumulated: bool) -> None:
-    micro = ("train.micro_batch=4",) if accumulated else ()
+    more = ("gradients.terms.reward.relative.ratio=0.25", *(("train.micro_batch=4",) if accumulated else ()))
     strong = "reward.gradient={estimator: vae_backprop, eta: 1e4}"
-    logged = rows(finish(rewarded(tmp_path, "generator", strong, "gradients.terms.reward.relative.ratio=0.25", *micro)))
+    logged = rows(finish(rewarded(tmp_path, "generator", FEW, strong, *more)))
     for row in logged:
         total, clipped = row[names.GRAD_TOTAL_RAW], row[names.grad("reward", "norm_clipped")]
         assert row[names.grad("reward", "clip_coef")] < 1
@@ -313,7 +337,7 @@ def test_the_relative_clip_bounds_the_reward_by_the_others(tmp_path: Path, accum
 
 @pytest.mark.parametrize("preset", ["published", "corrected", "recommended"])
 def test_presets_run_with_everything_on(tmp_path: Path, preset: str) -> None:
-    shared = ("stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness")
+    shared = (FEW, "stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness")
     trainer = make(small(tmp_path, *shared, "evaluation.guided=null", preset=preset))
     assert trainer.train().status == "finished"
     logged = rows(trainer)

@@ -1,6 +1,5 @@
 """Trouble in training: named, acted upon as configured, kept for a replay."""
 
-import json
 import math
 from dataclasses import replace
 from fractions import Fraction
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests import logs
 from tests.fake_source import FakeSource, register, small
 from tests.test_trainer import At, finish, kill, make, rows, state
 from twinrl import checkpoints, draws, schema
@@ -40,12 +40,20 @@ def planted(runs: Path, *overrides: str, size: float = 1000.0, branch: str = "an
     return small(runs, term, *shared, ring, *overrides)
 
 
+@pytest.fixture(scope="module")
+def spiked(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """A run with the planted spike, finished; for tests that only read it."""
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        return finish(planted(tmp_path_factory.mktemp("spiked")))
+
+
 def events(trainer: Trainer) -> list[Event]:
-    return [Event.from_dict(json.loads(line)) for line in trainer.run.events.read_text().splitlines()]
+    return [Event.from_dict(event) for event in logs.events(trainer.run)]
 
 
-def test_a_spike_is_an_event_that_names_term_step_and_row(tmp_path: Path) -> None:
-    trainer = finish(planted(tmp_path))
+def test_a_spike_is_an_event_that_names_term_step_and_row(spiked: Trainer) -> None:
+    trainer = spiked
     (event,) = events(trainer)
     assert (event.kind, event.step, event.iteration, event.terms[0]) == ("spike", AT + 1, AT, "planted")
     data_rows = draws.shuffled_rows(40, 16, seed=0, step=AT)
@@ -171,7 +179,8 @@ QUIET = "stability.watch.spike={ratio: 1e9, z: 1e9}"
 
 
 def thrown(runs: Path, *overrides: str) -> RunConfig:
-    """16 steps, at the 11th of which Adam's g²/v is far above the limit; before it is about 1 to 2."""
+    """16 steps, at the 11th of which Adam's g²/v is 3.23 whatever else the gradient is; around it at most 2.05 over
+    three seeds."""
     term = f"terms.planted={{at: {THROWN}, row: 9, branches: [any]}}"
     watched = ("stability.watch={rms_limit: 2.6, spike: {warmup: 4}}", "stability.capsules={every: 5, before: 2}")
     return small(runs, term, "train.steps=16", "evaluation.every=0", *watched, *overrides)
@@ -233,9 +242,8 @@ def load(settings: RunConfig) -> tuple[FakeSource, torch.device]:
     return FakeSource(), torch.device("cpu")
 
 
-def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(tmp_path: Path) -> None:
-    trainer = finish(planted(tmp_path))
-    result = replay(trainer.run, 1, ["terms.planted=null"], load, after=5)
+def test_a_replay_repeats_the_log_and_removing_the_cause_removes_the_spike(spiked: Trainer) -> None:
+    result = replay(spiked.run, 1, ["terms.planted=null"], load, after=5)
     assert result.exact
     unchanged, without = result.traces
     assert len(result.logged) == len(unchanged.rows) == len(without.rows)
@@ -271,23 +279,24 @@ def test_the_change_that_help_and_docs_name_turns_the_reward_off(preset: str) ->
     assert largest == [pytest.approx(1), 0]
 
 
-def test_a_change_that_changes_nothing_is_refused(tmp_path: Path) -> None:
-    trainer = finish(planted(tmp_path))
+def test_a_change_that_changes_nothing_is_refused(spiked: Trainer) -> None:
     with pytest.raises(InputError, match=r"changes nothing.*terms\.reward=null.*reward\.schedule\.weight=0"):
-        replay(trainer.run, 1, ["terms.reward=null"], load)
+        replay(spiked.run, 1, ["terms.reward=null"], load)
 
 
-def test_every_trace_starts_from_the_same_state(tmp_path: Path) -> None:
+def test_every_trace_starts_from_the_same_state(spiked: Trainer) -> None:
     """Training writes into what a checkpoint was loaded to: its optimizer must not go on into the next trace."""
-    trainer = finish(planted(tmp_path))
-    result = replay(trainer.run, 1, ["tracking.experiment=other"], load, after=5)
+    result = replay(spiked.run, 1, ["tracking.experiment=other"], load, after=5)
     unchanged, same = ([row[names.LOSS_TOTAL] for row in trace.rows] for trace in result.traces)
     assert result.exact
     assert same == unchanged
 
 
 def far(network: torch.nn.Module, step: int) -> dict[str, float]:
-    """A quality that is bad once the weights are far away; with a short memory Adam throws them there after a spike."""
+    """A quality that is bad once the weights are far away; with a short memory Adam throws them there after a spike.
+
+    Over five seeds the largest is 0.36 before it, 0.43 to 0.48 at step 50, 3.5 to 4.2 at step 55.
+    """
     size = max(float(p.detach().abs().max()) for p in network.parameters())
     return {names.VAL_QUALITY: 0.1 if size < 1 else size}
 
@@ -325,10 +334,9 @@ def test_a_judged_replay_says_whether_the_run_would_have_lived(tmp_path: Path) -
     [("seed=5", True), ("train.precision=float64", True), ("terms.rectify=null", True),
      ("gradients.terms.planted.clip.max_norm=0.1", True), ("terms.planted.size=1", False)],
 )  # fmt: skip
-def test_interventions(tmp_path: Path, change: str, recurs: bool) -> None:
+def test_interventions(spiked: Trainer, change: str, recurs: bool) -> None:
     """The planted spike does not depend on batch, precision or another term; pre-clip norms see through a clip."""
-    trainer = finish(planted(tmp_path))
-    result = replay(trainer.run, 1, [change], load, after=3)
+    result = replay(spiked.run, 1, [change], load, after=3)
     assert result.recurs(result.traces[1]) is recurs
     if "clip" in change:
         row = result.traces[1].rows[AT - result.traces[1].rows[0]["iteration"]]
@@ -358,12 +366,11 @@ def test_capsules_are_kept_for_the_first_events_only_and_follow_a_resume(tmp_pat
         replay(trainer.run, 2, [], load)
 
 
-def test_a_change_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
-    trainer = finish(planted(tmp_path))
+def test_a_change_that_does_not_fit_is_one_line(spiked: Trainer) -> None:
     with pytest.raises(InputError, match=r"the change does not fit"):
-        replay(trainer.run, 1, ["model.network.width=8"], load)
+        replay(spiked.run, 1, ["model.network.width=8"], load)
     with pytest.raises(InputError, match=r"unknown key terms\.planted\.sise"):
-        replay(trainer.run, 1, ["terms.planted.sise=8"], load)
+        replay(spiked.run, 1, ["terms.planted.sise=8"], load)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """The loop: repeatable, resumable bit for bit, undisturbed by validation, honest about what is not finite."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import logs
 from tests.fake_source import FakeSource, register, small
+from tests.rounding import bound
 from twinrl import assembly, checkpoints, draws
 from twinrl.commands.pictures import Validator
 from twinrl.errors import InputError
@@ -91,8 +92,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
 
 def rows(trainer: Trainer) -> list[dict[str, Any]]:
     """The log as written, without what a clock decides."""
-    lines = trainer.run.log.read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
+    return logs.rows(trainer.run)
 
 
 def assert_same(a: Trainer, b: Trainer) -> None:
@@ -141,7 +141,13 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+CAMPAIGN = [f"{o}, {k}" for o in ("adam", "radam") for k in TEACHERS if k != "ema"]
+"""An optimizer does not know which teacher there is: each of both is resumed once without these."""
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=pytest.mark.campaign if v in CAMPAIGN else ()) for v in VARIANTS]
+)
 def test_resume_equals_an_undisturbed_run(tmp_path: Path, variant: str) -> None:
     undisturbed = finish(small(tmp_path / "a", *VARIANTS[variant]))
     settings = small(tmp_path / "b", *VARIANTS[variant])
@@ -289,9 +295,8 @@ def test_float64_is_float64_throughout(tmp_path: Path, network: str) -> None:
     precise = finish(settings, validate=validate)
     assert {v.dtype for k, v in state(precise).items() if not k.endswith(".step")} == {torch.float64}
     single = finish(small(tmp_path, network))
-    for a, b in zip(rows(precise)[:3], rows(single)[:3], strict=True):
-        assert a[names.LOSS_TOTAL] == pytest.approx(b[names.LOSS_TOTAL], rel=1e-4)
-        assert a[names.LOSS_TOTAL] != b[names.LOSS_TOTAL]
+    a, b = (rows(trainer)[0][names.LOSS_TOTAL] for trainer in (precise, single))  # before any update: rounding alone
+    assert 0 < abs(a - b) < 1e-3 * abs(a)
 
 
 def test_clipped_norm_equals_the_threshold(tmp_path: Path) -> None:
@@ -299,9 +304,10 @@ def test_clipped_norm_equals_the_threshold(tmp_path: Path) -> None:
     trainer = finish(small(tmp_path, adam, "gradients.total.clip.max_norm=0.01", "train.steps=1"))
     row = rows(trainer)[0]
     assert row[names.GRAD_TOTAL_RAW] > 0.02
-    assert row[names.GRAD_TOTAL_CLIPPED] == pytest.approx(0.01)
-    moments = [v.flatten() for k, v in state(trainer).items() if k.endswith("exp_avg")]
-    assert torch.cat(moments).norm().item() == pytest.approx(0.5 * 0.01, rel=1e-3)
+    moments = torch.cat([v.flatten() for k, v in state(trainer).items() if k.endswith("exp_avg")])
+    off = bound(len(moments))
+    assert row[names.GRAD_TOTAL_CLIPPED] == pytest.approx(0.01, rel=off)
+    assert moments.norm().item() == pytest.approx(0.5 * 0.01, rel=off)
 
 
 def test_a_clip_leaves_an_infinite_gradient_alone(tmp_path: Path) -> None:
@@ -338,7 +344,7 @@ def test_record_policy_goes_on(tmp_path: Path) -> None:
     logged = rows(trainer)
     assert [row["loss/poison"] == "nan" for row in logged] == [False] * 6 + [True] * 6
     assert [names.event("nonfinite") in row for row in logged] == [False] * 6 + [True] + [False] * 5
-    events = [json.loads(line) for line in trainer.run.events.read_text().splitlines()]
+    events = logs.events(trainer.run)
     assert [event["kind"] for event in events] == ["nonfinite", "diverged"]  # one for the episode, and the outcome
     first = events[0]
     assert (first["step"], first["iteration"], first["kind"], first["terms"]) == (7, 6, "nonfinite", ["poison"])
@@ -350,13 +356,13 @@ def test_record_policy_goes_on(tmp_path: Path) -> None:
 def test_a_resume_neither_loses_nor_repeats_events(tmp_path: Path) -> None:
     settings = poisoned(tmp_path, "record")
     kill(settings, 9)
-    logged = [json.loads(line) for line in finish(settings).run.events.read_text().splitlines()]
+    logged = logs.events(finish(settings).run)
     assert [(event["step"], event["kind"]) for event in logged] == [(7, "nonfinite"), (7, "diverged")]
 
 
 def test_event_names_only_the_term_at_fault(tmp_path: Path) -> None:
     settings = small(tmp_path, "terms.poison={at: 2, branches: [any]}", "train.steps=3", "stability.policy=record")
-    event = json.loads(finish(settings).run.events.read_text().splitlines()[0])
+    event = logs.events(finish(settings).run)[0]
     assert event["terms"] == ["poison"]
 
 
@@ -373,7 +379,7 @@ def test_stop_policy_keeps_the_last_healthy_checkpoint(tmp_path: Path) -> None:
     assert again.step == 5
     assert again.train() == outcome
     assert rows(again) == rows(trainer)
-    assert len(again.run.events.read_text().splitlines()) == 2
+    assert len(logs.events(again.run)) == 2
 
 
 STOPPING = "early_stop.patience=2", "evaluation.every=2"

@@ -34,8 +34,8 @@ def test_any_prediction_lies_on_one_line(drawn: tuple[Tensor, Tensor, Tensor], s
     x_t, F, t = drawn
     t = sign * t
     x_hat, z_hat = transport.predicted_data(x_t, t, F), transport.predicted_noise(x_t, t, F)
-    torch.testing.assert_close(transport.interpolate(x_hat, z_hat, t), x_t, rtol=0, atol=1e-14)
-    torch.testing.assert_close(transport.velocity(x_hat, z_hat), F, rtol=0, atol=1e-14)
+    torch.testing.assert_close(transport.interpolate(x_hat, z_hat, t), x_t, rtol=0, atol=1e-12)
+    torch.testing.assert_close(transport.velocity(x_hat, z_hat), F, rtol=0, atol=1e-12)
 
 
 def test_ends_of_the_path(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -50,7 +50,7 @@ def test_difference_of_scores(drawn: tuple[Tensor, Tensor, Tensor]) -> None:
     v_fake = v_real.flip(0) + 1
     difference = transport.score(x_t, -t, v_fake) - transport.score(x_t, t, v_real)
     expected = -transport.like((1 - t) / t, x_t) * (v_fake - v_real)
-    torch.testing.assert_close(difference, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(difference, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_score_of_a_gaussian() -> None:
@@ -59,7 +59,7 @@ def test_score_of_a_gaussian() -> None:
     t = torch.linspace(0.1, 1, 5).double()
     centred, variance = x_t - (1 - t) * mu, t**2 + (1 - t) ** 2 * s**2
     v = -mu + (t - (1 - t) * s**2) / variance * centred
-    torch.testing.assert_close(transport.score(x_t, t, v), -centred / variance, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(transport.score(x_t, t, v), -centred / variance, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 1, 2), (3, 2, 2, 2)])

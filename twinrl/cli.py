@@ -42,9 +42,6 @@ def train(
     config: Annotated[str, typer.Argument(help="a preset (`twinrl doctor` lists them) or a YAML file")],
     overrides: Overrides = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over: delete this run's directory first")] = False,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="train so many seeds, from `seed` on, packed into one process; repeat to go on")
-    ] = 1,
 ) -> None:
     """Train a new run.
 
@@ -54,10 +51,6 @@ def train(
     from twinrl import schema
 
     settings = schema.load(config, overrides or [])
-    if seeds > 1:
-        from twinrl.commands.packed import train_seeds
-
-        raise typer.Exit(train_seeds(settings, seeds, fresh, _console()))
     from twinrl.commands.train import train as command
 
     raise typer.Exit(command(settings, fresh, _console()))

@@ -31,6 +31,8 @@ TOKEN_FIX = (
 def connect(address: str | None, cpus: int, environment: Mapping[str, str], option: str) -> None:
     """Start a Ray of ``cpus`` cores on this machine, or join the one at ``address``.
 
+    A start is tried twice: a busy machine may need longer than the 30 seconds that Ray gives its node.
+
     Arguments:
         address: ``host:port`` or ``auto``; None starts one.
         cpus: cores of one that is started.
@@ -51,10 +53,14 @@ def connect(address: str | None, cpus: int, environment: Mapping[str, str], opti
         use_token()
         if address != "auto":
             probe(address, option)
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
-    except Exception as error:  # Ray raises that very class where a node does not start in time
-        raise refusal(address, _whole(error), option) from error
+    for more in (address is None, False):
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
+            return
+        except Exception as error:  # Ray raises that very class where a node does not start in its 30 s
+            ray.shutdown()
+            if not more:
+                raise refusal(address, _whole(error), option) from error
 
 
 def use_token() -> None:

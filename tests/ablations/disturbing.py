@@ -72,12 +72,6 @@ def below(pid: int, stop: str | None = None) -> list[int]:
     return own + [further for child in own for further in below(child, stop)]
 
 
-def rows(run: Path) -> list[dict[str, Any]]:
-    """A run's log without what times it."""
-    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in logged]
-
-
 def numbers(record: Record) -> tuple[object, ...]:
     """All of a record but when and where."""
     return record.key, record.status, record.step, dict(record.metrics), record.diverged

@@ -1,4 +1,7 @@
-"""A study on a Ray cluster that was started by hand: two nodes, of which one is killed half-way."""
+"""A study on a Ray cluster that was started by hand: two nodes, of which one is killed half-way.
+
+test_ray.py joins a study to a running Ray, loses its driver, and is refused with another token.
+"""
 
 import json
 import os
@@ -13,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from disturbing import REPOSITORY, below, lines, numbers, rows, start, trials, wait_until, words
-from tiny import TINY, write
-
 from ablations.ledger import Ledger
 from ablations.trial import checkpointed, ranks_folder
+from tests.ablations.disturbing import REPOSITORY, below, lines, numbers, start, trials, wait_until, words
+from tests.ablations.tiny import TINY, write
+from tests.logs import rows
 from twinrl import cluster
 from twinrl.errors import InputError
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(300 if "NODES" not in os.environ else 1800),
+    pytest.mark.campaign,
+    pytest.mark.processes,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -52,9 +55,6 @@ class Node:
             except ProcessLookupError:
                 continue
         self.process.wait()
-
-
-minutes = pytest.mark.skipif("NODES" not in os.environ, reason="two nodes take minutes to start and lose: set NODES=1")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,6 @@ def _on_its_way(node: Node, root: Path) -> bool:
     return any(STEPS // 3 <= checkpointed(run) < STEPS for run in runs)
 
 
-@minutes
 def test_a_lost_node_changes_no_number(lost: tuple[int, Path, Path]) -> None:
     workers, quiet, disturbed = lost
     runs = sorted(path.relative_to(quiet) for path in quiet.glob("????????/*-s?"))
@@ -134,7 +133,6 @@ def test_a_lost_node_changes_no_number(lost: tuple[int, Path, Path]) -> None:
     assert {key: numbers(record) for key, record in ours.items()} == {k: numbers(r) for k, r in theirs.items()}
 
 
-@minutes
 def test_every_trial_finished_once_and_the_lost_one_went_on(lost: tuple[int, Path, Path]) -> None:
     workers, _, disturbed = lost
     assert [line["status"] for line in lines(disturbed)] == ["finished"] * (4 - workers)
@@ -144,7 +142,6 @@ def test_every_trial_finished_once_and_the_lost_one_went_on(lost: tuple[int, Pat
     assert trials(disturbed) == []
 
 
-@minutes
 def test_every_process_of_a_trial_trained_at_every_start(lost: tuple[int, Path, Path]) -> None:
     workers, *roots = lost
     for output in [path for root in roots for path in (root / "studies" / "nodes" / "outputs").glob("*.txt")]:
@@ -155,7 +152,6 @@ def test_every_process_of_a_trial_trained_at_every_start(lost: tuple[int, Path, 
 # --- one run over two nodes ---------------------------------------------------------------------------------
 
 
-@minutes
 def test_a_run_over_two_nodes_goes_on_when_one_is_replaced(
     head: tuple[str, Path, Node], token: Path, lab: object, tmp_path: Path
 ) -> None:
@@ -207,9 +203,3 @@ def test_another_token_is_refused_in_one_line(
         cluster.probe(head[0], "--address")
     assert "\n" not in str(caught.value)
     assert "fix: copy ~/.ray/auth_token" in str(caught.value)
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:9", "nowhere", ":80"])
-def test_an_unreachable_cluster_is_refused(address: str) -> None:
-    with pytest.raises(InputError, match=r"no Ray cluster at 127|is no address"):
-        cluster.probe(address, "--address")

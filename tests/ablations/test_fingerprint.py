@@ -1,19 +1,22 @@
 """Fingerprints: what changes one, and what must not."""
 
 import hashlib
-import json
 import subprocess
 import sys
+from collections.abc import Callable
+from inspect import CO_OPTIMIZED
 from pathlib import Path
+from types import FrameType
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY
+from rich.console import Console
 
 from ablations import fingerprint as prints
 from ablations.fingerprint import fingerprint, source_hash, sources
+from tests.ablations.tiny import without_figures
+from tests.fake_source import register, small
 from twinrl import schema
+from twinrl.commands.train import train
 from twinrl.schema import RunConfig
 
 CODE = 'def f(x):\n    """Doc."""\n    return x * {factor}  # comment\n'
@@ -139,41 +142,38 @@ def test_processes_count() -> None:
     assert fingerprint(settings(), "content") != fingerprint(settings(), "content", processes=2)
 
 
-TRACED = """
-import json, sys
-from inspect import CO_OPTIMIZED
-from pathlib import Path
-from rich.console import Console
-from twinrl import schema
-from twinrl.commands.train import train
+def called(action: Callable[[], object]) -> set[str]:
+    """Files of the functions that are called, not of the bodies of modules and classes."""
+    found: set[str] = set()
 
-run = set()
-def profile(frame, event, argument):
-    if event == "call" and frame.f_code.co_flags & CO_OPTIMIZED:  # a function, not the body of a module or class
-        run.add(frame.f_code.co_filename)
+    def trace(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code.co_flags & CO_OPTIMIZED:
+            found.add(frame.f_code.co_filename)
 
-settings = schema.load("twinflow", json.loads(sys.argv[1]))
-sys.setprofile(profile)
-code = train(settings, True, Console(quiet=True))
-sys.setprofile(None)
-print(json.dumps([code, sorted(run)]))
-"""
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return found
 
 
 @pytest.mark.slow
-def test_a_trial_runs_nothing_of_what_is_left_out(tmp_path: Path, lab: object) -> None:
-    """No function of those files is called by a whole run of the lab, with validation, checkpoint and final table."""
-    assignments = [f"{key}={json.dumps(value)}" for key, value in (TINY | {"train.steps": 4}).items()]
-    assignments += ["evaluation.every=2", "tracking.mlflow=false", f"run.dir={tmp_path}"]
-    asked = subprocess.run([sys.executable, "-c", TRACED, json.dumps(assignments)], capture_output=True, check=True)
-    code, called = json.loads(asked.stdout.splitlines()[-1])
-    reached = {Path(file).relative_to(prints.PACKAGE) for file in called if file.startswith(str(prints.PACKAGE))}
-    assert code == 0
-    assert Path("trainer.py") in reached
+def test_a_trial_runs_nothing_of_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No function of those files is called by a whole run, with validation, checkpoint and final table."""
+    register(monkeypatch)
+    without_figures(monkeypatch)
+    short, codes = small(tmp_path, "train.steps=4", "checkpoint.every=2", "evaluation.every=2"), []
+    files = called(lambda: codes.append(train(short, True, Console(quiet=True))))
+    reached = {Path(file).relative_to(prints.PACKAGE) for file in files if file.startswith(str(prints.PACKAGE))}
+    assert codes == [0]
+    assert {Path("trainer.py"), Path("checkpoints.py"), Path("evaluation/table.py")} <= reached
     left_out = prints.unused(settings())
     assert [path for path in reached if any(path.is_relative_to(part) for part in left_out)] == []
 
 
+@pytest.mark.slow
 def test_imports_no_torch() -> None:
     code = "import sys, ablations.fingerprint, ablations.trial; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

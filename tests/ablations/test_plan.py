@@ -1,18 +1,19 @@
 """The timing run of a plan: any valid arm can be timed, in a few steps that stand for the whole run."""
 
-import sys
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, write
-
 from ablations import plan as plans
 from ablations import study as studies
-from ablations.plan import Plan, Trial, Workspace, measure, shortened
+from ablations.plan import Plan, Timing, Trial, Workspace, measure, remaining_seconds, shortened
+from tests.ablations.tiny import TINY, without_figures, write
+from tests.fake_source import register
 from twinrl import schema
+from twinrl.cli import app
 from twinrl.errors import InputError
 from twinrl.runs import dump
 from twinrl.schema import RunConfig
@@ -76,10 +77,33 @@ def test_a_timing_run_that_takes_too_long_is_one_line(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_an_arm_that_rolls_back_and_ramps_is_timed(plan_of: Callable[..., Plan], lab: object) -> None:
+def test_an_arm_that_rolls_back_and_ramps_is_timed(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command is given to the command line here, on the fake source; each of its steps counts, the first aside."""
+    register(monkeypatch)
+    without_figures(monkeypatch)
+    asked: list[list[str]] = []
+
+    def here(command: list[str], **options: Any) -> Any:
+        if command[1:3] != ["-m", "twinrl"]:
+            return run(command, **options)
+        asked.append(command[3:])
+        return app(command[3:], standalone_mode=False)
+
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", here)
     ramp = (
         "renoise={kind: beta, alpha: {kind: linear, initial: 4, final: 1, start: 100, end: 50%}, placement: [training]}"
     )
-    timing = measure(plan_of("train.steps=2000", "checkpoint.every=500", "stability.policy=rollback", ramp))
-    assert 0 < timing.step < timing.fixed
+    long = ("train.steps=2000", "checkpoint.every=500", "stability.policy=rollback", "tracking.mlflow=false", ramp)
+    timing = measure(plan_of(*long, "evaluation.every=0"))
+    assert [words[0] for words in asked] == ["train"]
+    assert timing.step > 0
+    assert timing.fixed > 0
+
+
+def test_the_cost_of_a_trial_is_what_is_fixed_and_its_steps(plan_of: Callable[..., Plan]) -> None:
+    timing, made = Timing(step=0.5, fixed=10), plan_of("train.steps=100")
+    assert timing.trial(100) == 60
+    assert [remaining_seconds(made, timing, slots) for slots in (1, 2)] == [60, 30]

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import shutil
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +12,6 @@ from typing import Any
 
 import pandas
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, write
 
 from ablations import plan as plans
 from ablations import publish
@@ -26,6 +23,7 @@ from ablations.summary import curves
 from ablations.trial import durable_log, final_metrics
 from analysis.frames import load_study
 from analysis.mlflow_store import from_mlflow
+from tests.ablations.tiny import TINY, write
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
 from tests.tracking.synthetic import SPIKE_AT, make_row
 from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
@@ -38,20 +36,22 @@ from twinrl.tracking.thinning import Thinner
 
 STEPS = 1500
 METRICS = (names.VAL_QUALITY, names.LOSS_TOTAL)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Workspace:  # noqa: F811
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(thinning, "REGULAR_BUCKETS", 25)
+    monkeypatch.setattr(plans, "content_hash", lambda settings: "content")
     (tmp_path / "work").mkdir()
     shutil.copy(empty_store, tmp_path / "work")
     return Workspace(tmp_path / "work")
 
 
-def plan_of(workspace: Workspace, name: str = "first", **content: object) -> Plan:
+def plan_of(workspace: Workspace, name: str = "first", steps: int = STEPS, **content: object) -> Plan:
     path = workspace.root.parent / f"{name}.yaml"
-    return plans.make(studies.load(write(path, set=TINY | {"train.steps": STEPS}, **content)), workspace)
+    return plans.make(studies.load(write(path, set=TINY | {"train.steps": steps}, **content)), workspace)
 
 
 def train(trial: Trial, until: int, durable: int, only: tuple[str, ...] = ()) -> None:
@@ -105,7 +105,7 @@ def thinned_log(trial: Trial, metric: str) -> list[tuple[int, float]]:
     return sorted((point.iteration, point.value) for point in found if point.name == metric)
 
 
-def test_a_running_trial_is_shown_by_its_durable_rows_and_never_twice(workspace: Workspace, lab: object) -> None:
+def test_a_running_trial_is_shown_by_its_durable_rows_and_never_twice(workspace: Workspace) -> None:
     plan = plan_of(workspace)
     trial, view = plan.trials[0], StudyView(plan)
     view.try_live()
@@ -133,7 +133,7 @@ def test_a_running_trial_is_shown_by_its_durable_rows_and_never_twice(workspace:
     assert (SPIKE_AT, 1000.0) in points(view, run, "grad/total/norm_raw")
 
 
-def test_an_interrupted_study_leaves_interrupted_runs(workspace: Workspace, lab: object) -> None:
+def test_an_interrupted_study_leaves_interrupted_runs(workspace: Workspace) -> None:
     plan = plan_of(workspace)
     view = StudyView(plan)
     train(plan.trials[0], until=700, durable=600)
@@ -142,9 +142,7 @@ def test_an_interrupted_study_leaves_interrupted_runs(workspace: Workspace, lab:
     assert seed_run(view, plan.trials[0]).info.status == "KILLED"
 
 
-def test_following_publishes_what_ends_and_what_runs(
-    workspace: Workspace, lab: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_following_publishes_what_ends_and_what_runs(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publish, "LIVE_SECONDS", 0.05)
     plan = plan_of(workspace)
     view, (ended, running) = StudyView(plan), plan.trials[:2]
@@ -158,7 +156,7 @@ def test_following_publishes_what_ends_and_what_runs(
     assert seed_run(view, running).info.status == "RUNNING"
 
 
-def test_a_divergence_is_a_metric_and_tags(workspace: Workspace, lab: object) -> None:
+def test_a_divergence_is_a_metric_and_tags(workspace: Workspace) -> None:
     plan = plan_of(workspace)
     trial, view = plan.trials[0], StudyView(plan)
     train(trial, until=1000, durable=1000)
@@ -172,7 +170,7 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace, lab: object) ->
     assert [value for _, value in points(view, run, "diverged/step")] == [999]
 
 
-def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace, lab: object) -> None:
+def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
     plan = plan_of(workspace)
     stopped, went_on, _, _ = plan.trials
     ends: list[dict[str, Any]] = [
@@ -201,7 +199,7 @@ def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace, lab: obje
     pandas.testing.assert_frame_equal(store_of.sort_index(), ledger.sort_index())
 
 
-def test_without_a_studys_tags_mlflows_own_status_is_read(workspace: Workspace, lab: object) -> None:
+def test_without_a_studys_tags_mlflows_own_status_is_read(workspace: Workspace) -> None:
     """Runs that were published by themselves, as ``twinrl train`` does."""
     view = StudyView(plan := plan_of(workspace))
     for trial, status in zip(plan.trials, ("FAILED", "KILLED", "KILLED", "FINISHED"), strict=True):
@@ -216,7 +214,7 @@ def test_without_a_studys_tags_mlflows_own_status_is_read(workspace: Workspace, 
     assert trials["time"][~ended].between(150, 299).all()  # as far as its open bucket
 
 
-def test_a_reused_trial_stays_where_it_was_and_is_linked(workspace: Workspace, lab: object) -> None:
+def test_a_reused_trial_stays_where_it_was_and_is_linked(workspace: Workspace) -> None:
     first, trial = (plan := plan_of(workspace)), plan.trials[0]
     train(trial, until=100, durable=100)
     end(first, trial)
@@ -230,12 +228,13 @@ def test_a_reused_trial_stays_where_it_was_and_is_linked(workspace: Workspace, l
     assert (tags["study"], tags["arm"], tags["study.second"]) == ("first", trial.arm, "again")
 
 
-def test_summaries_hold_median_band_extremes_and_the_living(workspace: Workspace, lab: object) -> None:
-    plan = plan_of(workspace)
+def test_summaries_hold_median_band_extremes_and_the_living(workspace: Workspace) -> None:
+    """Also that publishing again adds nothing: no run, no point."""
+    plan, steps = plan_of(workspace, steps=200), 200
     arms: dict[str, list[Trial]] = {}
     for trial in plan.trials:
-        train(trial, until=STEPS, durable=STEPS, only=METRICS)
-        end(plan, trial, diverged={"step": 700, "kind": "quality"} if trial is plan.trials[-1] else None)
+        train(trial, until=steps, durable=steps, only=METRICS)
+        end(plan, trial, diverged={"step": 100, "kind": "quality"} if trial is plan.trials[-1] else None)
         arms.setdefault(trial.arm, []).append(trial)
     view = StudyView(plan)
     for _ in range(2):  # the second takes the place of the first
@@ -251,10 +250,20 @@ def test_summaries_hold_median_band_extremes_and_the_living(workspace: Workspace
                 assert 0 < len(expected) <= 500
                 assert points(view, run, f"{metric}{suffix}") == expected
     assert {value for _, value in points(view, run, "loss/total/alive")} == {1, 2}
+    found = view.client.search_runs([view.experiment])
+    levels = Counter(run.data.tags.get("level", "seed") for run in found)
+    assert levels == {"study": 1, "arm": 2, "summary": 2, "seed": 4}
+    own = {run.info.run_id: run.data.tags["arm"] for run in found if run.data.tags.get("level") == "arm"}
+    for run in found:
+        if run.data.tags.get("level", "seed") in ("seed", "summary"):
+            assert own[run.data.tags["mlflow.parentRunId"]] == run.data.tags["arm"]
+            assert run.data.params["factor.rate"] == run.data.tags["arm"].removeprefix("rate=")
+        else:
+            assert "/#/metric?runs=" in run.data.tags["compare"]
 
 
 def test_a_store_that_is_away_is_left_alone_for_a_while(
-    workspace: Workspace, lab: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = plan_of(workspace)
     view, calls = StudyView(plan), []
@@ -276,7 +285,7 @@ def test_a_store_that_is_away_is_left_alone_for_a_while(
     assert len(view.client.search_runs([view.experiment], filter_string="tags.seed LIKE '%'")) == 4
 
 
-def test_a_foreign_store_is_refused(tmp_path: Path, workspace: Workspace, lab: object) -> None:
+def test_a_foreign_store_is_refused(tmp_path: Path, workspace: Workspace) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but a text that is long enough to be read as one" * 20)
     with pytest.raises(InputError, match="can't be used"):
         StudyView(plan_of(workspace), f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -286,7 +295,7 @@ def test_a_foreign_store_is_refused(tmp_path: Path, workspace: Workspace, lab: o
 
 
 @pytest.fixture
-def summarised(workspace: Workspace, lab: object) -> Iterator[tuple[StudyView, ui.Server]]:
+def summarised(workspace: Workspace) -> Iterator[tuple[StudyView, ui.Server]]:
     """A study with summaries of two arms, and a server over its store."""
     plan = plan_of(workspace)
     for trial in plan.trials:
@@ -298,7 +307,6 @@ def summarised(workspace: Workspace, lab: object) -> Iterator[tuple[StudyView, u
         yield view, server
 
 
-@pytest.mark.slow
 @pytest.mark.browser
 def test_the_page_that_a_study_links_to_draws_the_arms(summarised: tuple[StudyView, ui.Server], browser: Any) -> None:  # noqa: F811
     view, server = summarised

@@ -1,29 +1,28 @@
 """A study whose driver, Ray workers and trials are killed at random moments ends with the numbers of a quiet one.
 
-``KILLS=30`` in the environment makes it thirty moments instead of a few.
+``KILLS=30`` in the environment makes it thirty moments; test_ray.py kills a study once.
 """
 
 import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-from disturbing import lines, numbers, parent, progress, rows, start, trials
-from tiny import TINY, write
-
 from ablations.ledger import Ledger
+from tests.ablations.disturbing import lines, numbers, parent, progress, start, trials
+from tests.ablations.tiny import TINY, write
+from tests.logs import rows
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "8"))
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1200 if KILLS <= 6 else 3600),
+    pytest.mark.campaign,
+    pytest.mark.processes,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
 STEPS, PATIENCE, CORES = 30 + 12 * KILLS, 300, ("--cpus", "2")

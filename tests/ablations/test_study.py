@@ -65,6 +65,7 @@ WRONG = {
     "unknown design 'latin'": {"design": {"kind": "latin"}},
     "no fraction of 1": {"design": {"kind": "fractional_factorial"}},
     "unknown key sedes; did you mean seeds": {"sedes": 3},
+    "unknown key resources.packed; valid keys: cpus, gpus, workers": {"resources": {"packed": 8}},  # there was one
     "no preset or file 'twinflo'": {"base": "twinflo"},
     "asha compares validations": {"set": {"evaluation.every": 0}, "stop": {"kind": "asha"}},
     "low must be below high": {"margin": {"low": 1.0, "high": 0.1}},

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from ablations import plan as plans
+from ablations import study as studies
 from ablations import trial
+from ablations.plan import Workspace
 from ablations.trial import WORST
 from analysis import frames
+from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
 from tests.test_trainer import make
-from twinrl.tracking import runlog
+from twinrl.tracking import names, runlog
 
 SLEEPER = (
     "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
@@ -43,19 +47,19 @@ def test_a_trial_and_what_it_started_die_with_their_starter(tmp_path: Path) -> N
     child = int(process.stdout.readline())
     assert alive(child)
     process.stdin.close()  # what the system does when the starter dies
-    assert process.wait(10) == -9
-    deadline = time.monotonic() + 5
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not alive(child)
+    assert process.wait(120) == -9
+    until(lambda: not alive(child))
 
 
 RANK = "import os, pathlib, time; pathlib.Path(f'{os.getpid()}.pid').touch(); time.sleep(600)"
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("killed", ["starter", "launcher"])
+@pytest.mark.parametrize(
+    "killed",
+    [pytest.param("starter", marks=pytest.mark.slow), pytest.param("launcher", marks=pytest.mark.campaign)],
+)
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher(tmp_path: Path, killed: str) -> None:
     """Torchrun gives each of them a session of its own, so that no signal to the launcher's group reaches them."""
@@ -104,24 +108,40 @@ def test_divergence_is_the_trainers_verdict_or_what_stopped_the_run(tmp_path: Pa
     assert trial.divergence(tmp_path, [], {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
 
 
-@pytest.mark.parametrize("term", ["planted={at: 40, size: nan, row: 9, branches: [any]}", "poison={at: 40}"])
+@pytest.mark.slow
+@pytest.mark.parametrize("term", ["planted={at: 14, size: nan, row: 9, branches: [any]}", "poison={at: 14}"])
 def test_a_run_that_a_rollback_rescued_has_not_diverged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, term: str
 ) -> None:
     """Trained for real: the planted nan is not in the next data order, the poison is in every one."""
     register(monkeypatch)
     rescue = ("stability.policy=rollback", "stability.rollbacks=2", "stability.rollback_margin=5")
-    trainer = make(small(tmp_path, f"terms.{term}", *rescue, "train.steps=60", "checkpoint.every=10"))
+    trainer = make(small(tmp_path, f"terms.{term}", *rescue, "train.steps=24", "checkpoint.every=5"))
     outcome = trainer.train()
     trainer.run.finish(result := {"status": outcome.status, "step": outcome.step, "message": outcome.message})
     rows, events = runlog.read(trainer.run.log), runlog.read(trainer.run.events)
     rescued = term.startswith("planted")
-    assert [row["step"] for row in rows].count(41) == (2 if rescued else 3)
+    assert [row["step"] for row in rows].count(15) == (2 if rescued else 3)
     assert "diverged" in {event["kind"] for event in events}  # what happened stays on record
-    assert trial.divergence(trainer.run.path, rows, result) == (None if rescued else {"step": 41, "kind": "nonfinite"})
+    assert trial.divergence(trainer.run.path, rows, result) == (None if rescued else {"step": 15, "kind": "nonfinite"})
     line = frames.trial_of(frames.load_run(trainer.run.path))
     assert (line["status"], line["diverged"]) == ("finished", False) if rescued else ("diverged", True)
-    assert (line["time"], math.isfinite(line["loss/total"])) == ((60.0, True) if rescued else (41.0, False))
+    assert (line["time"], math.isfinite(line["loss/total"])) == ((24.0, True) if rescued else (15.0, False))
+
+
+@pytest.mark.slow
+def test_arms_of_a_seed_are_paired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first update all arms of a seed have one loss: the same weights, data, times and noise."""
+    register(monkeypatch)
+    monkeypatch.setattr(plans, "_HASHES", {})
+    network = {"kind": "mlp", "width": 16, "depth": 1, "condition_width": 16}
+    study = studies.load(write(tmp_path / "pairs.yaml", set=TINY | {"train.steps": 1, "model.network": network}))
+    loss = {}
+    for one in plans.make(study, Workspace(tmp_path / "work")).trials:
+        trainer = make(one.settings)
+        trainer.train()
+        loss[one.title] = runlog.read(trainer.run.log)[0][names.LOSS_TOTAL]
+    assert loss["rate=small s0"] == loss["rate=large s0"] != loss["rate=small s1"] == loss["rate=large s1"]
 
 
 def test_what_was_taken_back_is_no_value_at_a_rung(tmp_path: Path) -> None:

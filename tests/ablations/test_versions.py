@@ -1,27 +1,32 @@
 """Reports about trials that another version of twinrl made."""
 
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from tiny import TINY, write
 
 from ablations import commands, versions
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace
+from tests.ablations.tiny import TINY, write
 from tests.analysis import simulated
 
 OLD, OLDER = "01d01d01d01d01d0", "0de20de20de20de2"
 STEPS = 80
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_data() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "content_hash", lambda settings: "content")
+        yield
+
+
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory, lab: object) -> Plan:
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     folder = tmp_path_factory.mktemp("versions")
     study = studies.load(write(folder / "rates.yaml", set=TINY | {"train.steps": STEPS}, seeds=3))
     return plans.make(study, Workspace(folder / "work"))
@@ -77,6 +82,7 @@ def test_failed_trials_and_other_seeds_do_not_count(plan: Plan) -> None:
     assert versions.to_report(with_records(plan, failed, stranger)).missing == len(plan.trials)
 
 
+@pytest.mark.slow
 def test_the_report_of_an_updated_study_shows_its_runs_and_no_others(
     plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 import yaml
+
+from twinrl.commands import pictures
 
 TINY = {
     "train.steps": 20,
@@ -11,6 +14,14 @@ TINY = {
     "evaluation": {"every": 0, "n": 20, "nfe": [1], "teacher_steps": 1, "velocity_rows": 5, "grid_samples": 1},
 }
 RATES = {"small": {"optim.lr": 1e-4}, "large": {"optim.lr": 1e-3}}
+
+FIGURES = ("save_curves", "save_norms", "save_times", "save_renoise")
+
+
+def without_figures(patch: pytest.MonkeyPatch) -> None:
+    """A run draws no figures, which take longer than the rest of a short one."""
+    for name in FIGURES:
+        patch.setattr(pictures, name, lambda *arguments: None)
 
 
 def write(path: Path, **content: object) -> str:

@@ -17,6 +17,18 @@ GUILTY_T, GUILTY_BRANCH = (0.8, 0.9), "any"
 MIX = ("mul", "any", "adv", "e2e")
 EVALUATE_EVERY = 20
 STEPS = 400
+ERRORS = 4
+"""Monte-Carlo standard errors that a share of simulated studies may be off: one right share in 15,000 is further."""
+
+
+def at_least(share: float, studies: int) -> float:
+    """Least share that so many simulated studies may show where it is truly ``share``."""
+    return share - ERRORS * math.sqrt(share * (1 - share) / studies)
+
+
+def at_most(share: float, studies: int) -> float:
+    """Largest share that so many simulated studies may show where it is truly ``share``."""
+    return share + ERRORS * math.sqrt(share * (1 - share) / studies)
 
 
 def make_run(

@@ -1,11 +1,10 @@
-import math
-
 import numpy as np
 import pytest
 
 from analysis import clusters, plots
 from analysis.frames import load_run
 from tests.analysis import simulated
+from tests.analysis.simulated import at_most
 
 BATCH = 32
 
@@ -37,11 +36,11 @@ def test_chance_expects_what_the_rows_beside_the_worst_show() -> None:
 
 def test_nothing_is_named_where_the_order_says_nothing_about_t() -> None:
     """Also where times crowd in one place: an unequal law of t is no cluster."""
-    rng, named, n = np.random.default_rng(0), 0, 200
+    rng, named, n = np.random.default_rng(0), 0, 100
     for k in range(n):
         events = [event(rng, t=(rng.random(BATCH) ** 4).tolist()) for _ in range(8)]
         named += bool(clusters.clusters(events, draws=200, seed=k))
-    assert named / n < 0.05 + 3 * math.sqrt(0.05 * 0.95 / n)
+    assert named / n < at_most(0.05, n)
 
 
 def test_rows_that_are_not_finite_are_compared_with_the_other_events() -> None:

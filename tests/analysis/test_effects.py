@@ -7,12 +7,15 @@ import pytest
 
 from analysis import effects, firth
 from analysis.effects import main_effects, odds_effects
-from analysis.intervals import holm
+from analysis.intervals import Interval, holm
+from tests.analysis.simulated import at_least, at_most
 from twinrl.errors import InputError
 
 FACTORS = ("lr", "teacher", "clip")
 SIMULATIONS = 2000
-FAMILY_WISE = 0.05 + 3 * math.sqrt(0.05 * 0.95 / SIMULATIONS)  # level and three Monte-Carlo errors
+FEW = 100
+"""Of what is fitted one by one; ``campaign`` fits 2,000 of each kind in test_validity.py."""
+FAMILY_WISE = at_most(0.05, SIMULATIONS)
 
 
 def factorial(seeds: int) -> pd.DataFrame:
@@ -26,8 +29,8 @@ def level(trials: pd.DataFrame, factor: str) -> np.ndarray:
     return (trials[factor] == "b").to_numpy(float)
 
 
-def f_test_p(trials: pd.DataFrame, y: np.ndarray) -> np.ndarray:
-    """p-values (N, 3) of the main effects for (N, trials) outcomes: what least squares gives, for all at once."""
+def least_squares(trials: pd.DataFrame, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Main effects of (N, trials) outcomes, for all at once: (N, 3) estimates, half intervals and p-values."""
     from scipy import stats
 
     blocks = effects.design(trials.assign(y=0.0), ["y"], FACTORS, (), {})
@@ -37,8 +40,8 @@ def f_test_p(trials: pd.DataFrame, y: np.ndarray) -> np.ndarray:
     beta = y @ x @ inverse
     freedom = len(trials) - x.shape[1]
     variance = ((y - beta @ x.T) ** 2).sum(1) / freedom
-    t = beta[:, 1:4] / np.sqrt(variance[:, None] * np.diag(inverse)[1:4])
-    return 2 * stats.t.sf(np.abs(t), freedom)
+    error = np.sqrt(variance[:, None] * np.diag(inverse)[1:4])
+    return beta[:, 1:4], stats.t.ppf(0.975, freedom) * error, 2 * stats.t.sf(np.abs(beta[:, 1:4] / error), freedom)
 
 
 def simulated(trials: pd.DataFrame, rng: np.random.Generator, effect: float) -> np.ndarray:
@@ -49,27 +52,28 @@ def simulated(trials: pd.DataFrame, rng: np.random.Generator, effect: float) -> 
 
 def test_nothing_is_named_where_nothing_is_planted() -> None:
     trials = factorial(10)
-    found = holm(f_test_p(trials, simulated(trials, np.random.default_rng(0), 0.0))) < 0.05
+    found = holm(least_squares(trials, simulated(trials, np.random.default_rng(0), 0.0))[2]) < 0.05
     assert found.any(1).mean() < FAMILY_WISE
 
 
 def test_the_planted_factor_is_named_and_the_interval_covers() -> None:
     trials, rng, planted = factorial(10), np.random.default_rng(1), 0.8
-    y = simulated(trials, rng, planted)
-    found = holm(f_test_p(trials, y)) < 0.05
+    estimate, half, p = least_squares(trials, simulated(trials, rng, planted))
+    found = holm(p) < 0.05
     assert found[:, 1].mean() > 0.85
     assert found[:, [0, 2]].any(1).mean() < FAMILY_WISE
-    intervals = [main_effects(trials.assign(y=row), "y", FACTORS) for row in y[:200]]
-    covered = [e.interval.low <= planted <= e.interval.high for es in intervals for e in es if e.factor == "teacher"]
-    assert np.mean(covered) == pytest.approx(0.95, abs=3.3 * 0.0154)  # of 200
+    covered = (np.abs(estimate[:, 1] - planted) <= half[:, 1]).mean()
+    assert at_least(0.95, SIMULATIONS) < covered < at_most(0.95, SIMULATIONS)
 
 
-def test_the_vectorised_test_is_what_main_effects_does() -> None:
+def test_what_is_simulated_is_what_main_effects_does() -> None:
     trials = factorial(4)
     y = simulated(trials, np.random.default_rng(2), 1.0)[:3]
-    for row, p in zip(y, f_test_p(trials, y), strict=True):
-        ours = {e.factor: e.p for e in main_effects(trials.assign(y=row), "y", FACTORS)}
-        assert [ours[f] for f in FACTORS] == pytest.approx(p)
+    for row, estimate, half, p in zip(y, *least_squares(trials, y), strict=True):
+        ours = {e.factor: e for e in main_effects(trials.assign(y=row), "y", FACTORS)}
+        assert [ours[f].p for f in FACTORS] == pytest.approx(p)
+        ends = [(ours[f].interval.low, ours[f].interval.high) for f in FACTORS]
+        assert np.array(ends) == pytest.approx(np.stack([estimate - half, estimate + half], 1))
 
 
 def test_main_effects_agree_with_a_statsmodels_formula() -> None:
@@ -111,7 +115,7 @@ def test_ranks_keep_their_level_under_heavy_tails() -> None:
 
     trials = factorial(5)
     outcomes = np.random.default_rng(8).standard_t(1.5, (SIMULATIONS, len(trials)))
-    p = f_test_p(trials, stats.rankdata(outcomes, axis=1))
+    p = least_squares(trials, stats.rankdata(outcomes, axis=1))[2]
     assert (np.sort(p, axis=1)[:, 0] * len(FACTORS) < 0.05).mean() < FAMILY_WISE
 
 
@@ -147,24 +151,23 @@ def _odds_p(trials: pd.DataFrame, y: np.ndarray) -> np.ndarray:
 
 
 def _outcomes(trials: pd.DataFrame, rng: np.random.Generator, odds: float) -> np.ndarray:
-    by_seed = rng.standard_normal((SIMULATIONS, trials["seed"].max() + 1))[:, trials["seed"]]
+    by_seed = rng.standard_normal((FEW, trials["seed"].max() + 1))[:, trials["seed"]]
     logit = -1.0 + 0.5 * by_seed + odds * level(trials, "teacher")
     return (rng.random(logit.shape) < 1 / (1 + np.exp(-logit))).astype(float)
 
 
-@pytest.mark.parametrize("seeds", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_no_factor_of_divergence_is_named_where_none_is_planted(seeds: int) -> None:
-    trials = factorial(seeds)
-    outcomes = _outcomes(trials, np.random.default_rng(seeds), 0.0)
+def test_no_factor_of_divergence_is_named_where_none_is_planted() -> None:
+    trials = factorial(3)
+    outcomes = _outcomes(trials, np.random.default_rng(3), 0.0)
     p = np.array([_odds_p(trials, y) for y in outcomes])
-    assert (holm(p) < 0.05).any(1).mean() < FAMILY_WISE
+    assert (holm(p) < 0.05).any(1).mean() < at_most(0.05, FEW)
 
 
 def test_the_planted_factor_of_divergence_is_named() -> None:
     trials = factorial(10)
-    outcomes = _outcomes(trials, np.random.default_rng(7), 2.0)[:200]
+    outcomes = _outcomes(trials, np.random.default_rng(7), 2.0)[:40]
     p = np.array([_odds_p(trials, y) for y in outcomes])
-    assert (holm(p)[:, 1] < 0.05).mean() > 0.9
+    assert (holm(p)[:, 1] < 0.05).mean() > 0.8
 
 
 def test_a_factor_that_decides_everything_has_a_finite_effect() -> None:
@@ -182,13 +185,13 @@ def test_firth_is_close_to_plain_logistic_regression_with_many_runs() -> None:
     import statsmodels.api as sm
 
     rng = np.random.default_rng(8)
-    x = np.column_stack([np.ones(3000), rng.standard_normal((3000, 2))])
-    y = (rng.random(3000) < 1 / (1 + np.exp(-x @ [0.3, 1.0, -0.5]))).astype(float)
+    x = np.column_stack([np.ones(1000), rng.standard_normal((1000, 2))])
+    y = (rng.random(1000) < 1 / (1 + np.exp(-x @ [0.3, 1.0, -0.5]))).astype(float)
     plain = sm.Logit(y, x).fit(disp=0)
     found = firth.fit(x, y)
-    assert found.beta == pytest.approx(plain.params, abs=0.01)
+    assert found.beta == pytest.approx(plain.params, abs=0.02)
     low, high = firth.profile_interval(x, y, 1, found, 0.95)
-    assert [low, high] == pytest.approx(plain.conf_int()[1], abs=0.02)
+    assert [low, high] == pytest.approx(plain.conf_int()[1], abs=0.04)
 
 
 def test_firth_of_a_two_by_two_table_adds_a_half_to_every_cell() -> None:
@@ -218,6 +221,13 @@ def test_missing_columns_and_too_few_runs_are_refused() -> None:
         main_effects(trials[trials["lr"] == "a"].assign(y=1.0), "y", ["lr"])
     with pytest.raises(InputError, match="no factor varies"):
         main_effects(trials.assign(y=1.0), "y", [])
+
+
+def test_effects_that_differ_by_rounding_alone_keep_their_order() -> None:
+    same = Interval(1.0, 0.0, 2.0, 8, "")
+    found = [effects.Effect(name, "b − a", same, p, p, "values") for name, p in
+             (("first", 0.2 * (1 + 1e-12)), ("second", 0.2), ("third", 0.1))]  # fmt: skip
+    assert [e.factor for e in effects.corrected(found, seeds=2)] == ["third", "first", "second"]
 
 
 def test_one_seed_names_no_factor() -> None:

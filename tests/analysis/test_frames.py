@@ -14,8 +14,8 @@ from twinrl.tracking import runlog
 
 
 @pytest.fixture(scope="module")
-def study_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return simulated.make_study(tmp_path_factory.mktemp("studies"), seeds=3)
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated.make_study(tmp_path_factory.mktemp("studies"), seeds=3, steps=40)
 
 
 def record(config_hash: str, seed: int, **more: object) -> dict[str, object]:
@@ -78,8 +78,8 @@ def test_the_runs_own_margins_decide_about_divergence(tmp_path: Path) -> None:
     assert frames.run_divergence(run) is None
 
 
-def test_arms_and_factors_come_from_the_configurations(study_folder: Path) -> None:
-    study = load_study(study_folder)
+def test_arms_and_factors_come_from_the_configurations(small_study: Path) -> None:
+    study = load_study(small_study)
     assert (study.arms, study.base) == (["base", "clip", "ema"], "base")
     assert study.factors == ("clip", "teacher")
     assert set(study.arm("ema")["teacher"]) == {"ema"}
@@ -90,12 +90,12 @@ def test_arms_and_factors_come_from_the_configurations(study_folder: Path) -> No
 def test_settings_that_always_change_together_are_one_factor(tmp_path: Path) -> None:
     for k, kind in enumerate(("adam", "muon")):
         simulated.make_run(
-            tmp_path, name=kind, config_hash=f"0000000{k}", settings={"optim": {"kind": kind, "momentum": k}}
+            tmp_path, name=kind, config_hash=f"0000000{k}", steps=3, settings={"optim": {"kind": kind, "momentum": k}}
         )
     assert load_study(tmp_path).factors == ("optim.kind",)
 
 
-def test_study_json_names_arms_levels_and_base(study_folder: Path, tmp_path: Path) -> None:
+def test_study_json_names_arms_levels_and_base(small_study: Path, tmp_path: Path) -> None:
     arms = [{"name": f"arm-{k}", "config_hash": arm["hash"], "levels": {"k": str(k)}, "steps": 400}
             for k, arm in enumerate(simulated.ARMS.values())]  # fmt: skip
     (tmp_path / "study.json").write_text(
@@ -124,7 +124,7 @@ def test_ledger_lines_keep_divergence_and_non_finite_numbers(tmp_path: Path) -> 
 
 
 def test_a_trial_in_both_is_read_from_its_run_directory(tmp_path: Path) -> None:
-    run = simulated.make_run(tmp_path, config_hash="00000001", quality=0.3)
+    run = simulated.make_run(tmp_path, config_hash="00000001", quality=0.3, steps=20)
     write_lines(tmp_path / "l.jsonl", [record("00000001", 0), record("00000002", 0)])
     trials = load_study(tmp_path).trials
     assert len(trials) == 2
@@ -132,8 +132,8 @@ def test_a_trial_in_both_is_read_from_its_run_directory(tmp_path: Path) -> None:
 
 
 def test_fingerprints_keep_versions_of_the_code_apart(tmp_path: Path) -> None:
-    for version in ("old", "new"):
-        simulated.make_run(tmp_path / version, config_hash="00000001", quality=0.1 if version == "new" else 0.9)
+    for version, quality in (("old", 0.9), ("new", 0.1)):
+        simulated.make_run(tmp_path / version, config_hash="00000001", steps=20, quality=quality)
     with pytest.raises(InputError, match="twinflow-00000001-s0 is there twice"):
         load_study(tmp_path)
     arms = [{"name": "a", "config_hash": "00000001", "fingerprint": "new"}]
@@ -155,24 +155,24 @@ def test_direction_of_metrics(metric: str, higher: bool) -> None:
 
 
 def test_mixed_protocols_are_refused_by_key(tmp_path: Path) -> None:
-    simulated.make_run(tmp_path, config_hash="00000001")
-    simulated.make_run(tmp_path, config_hash="00000002", evaluation={"n": 500})
+    simulated.make_run(tmp_path, config_hash="00000001", steps=3)
+    simulated.make_run(tmp_path, config_hash="00000002", evaluation={"n": 500}, steps=3)
     with pytest.raises(InputError, match=r"evaluation\.n is 1000 .* got 500"):
         load_study(tmp_path)
 
 
 def test_mixed_data_are_refused(tmp_path: Path) -> None:
-    simulated.make_run(tmp_path, config_hash="00000001")
-    simulated.make_run(tmp_path, config_hash="00000002", settings={"data": {"source": "mnist"}})
+    simulated.make_run(tmp_path, config_hash="00000001", steps=3)
+    simulated.make_run(tmp_path, config_hash="00000002", settings={"data": {"source": "mnist"}}, steps=3)
     with pytest.raises(InputError, match=r"data\.source"):
         load_study(tmp_path)
 
 
-def test_bad_input_is_one_line(tmp_path: Path, study_folder: Path) -> None:
+def test_bad_input_is_one_line(tmp_path: Path, small_study: Path) -> None:
     with pytest.raises(InputError, match="holds no trials"):
         load_study(tmp_path)
     with pytest.raises(InputError, match="no arm best; expected one of base, clip, ema"):
-        load_study(study_folder, "best")
+        load_study(small_study, "best")
     with pytest.raises(InputError, match="is no ledger"):
         load_study(write_lines(tmp_path / "x.jsonl", [{"a": 1}]))
     with pytest.raises(InputError, match="not a run directory"):

@@ -9,6 +9,7 @@ import pytest
 from analysis import foreign, spikes
 from analysis.frames import load_run
 from tests.analysis import simulated
+from tests.analysis.simulated import at_most
 from twinrl.errors import InputError
 
 AT = (120, 200, 260, 330)
@@ -71,11 +72,11 @@ def test_the_guilty_data_row_is_named_and_no_other(run_folder: Path) -> None:
 
 def test_random_batches_name_no_row(tmp_path: Path) -> None:
     run = load_run(simulated.make_run(tmp_path, steps=3))
-    rng, named = np.random.default_rng(0), 0
-    for _ in range(300):
+    rng, named, n = np.random.default_rng(0), 0, 60
+    for _ in range(n):
         run.events[:] = [{"kind": "spike", "rows": rng.choice(500, 32, replace=False).tolist()} for _ in range(12)]
         named += bool(spikes.recurring_rows(run))
-    assert named / 300 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 300)
+    assert named / n < at_most(0.05, n)
 
 
 def test_leaders_and_gaps(run_folder: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.rounding import assert_rounded
 from twinrl.backends import NETWORKS, tells_branches_apart
 from twinrl.backends.embedding import Spec, gaussian_velocity
 from twinrl.backends.unet import UNet
@@ -83,11 +84,12 @@ def test_label_and_both_times_change_the_output():
         assert ((base - other).flatten(1).norm(dim=1) > 1e-5).all(), name
 
 
+@torch.no_grad()
 def test_rows_do_not_mix():
     x, t, r, condition = batch()
     net = opened(network())
     alone = net(x[1:2], t[1:2], r[1:2], {"label": condition["label"][1:2]})
-    torch.testing.assert_close(net(x, t, r, condition)[1:2], alone, rtol=1e-4, atol=1e-5)
+    assert_rounded(net(x, t, r, condition)[1:2], alone, 3000)  # some 20 layers of up to 9 × 32 products
 
 
 @pytest.mark.parametrize("attention", [True, False])

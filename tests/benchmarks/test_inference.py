@@ -2,11 +2,11 @@
 
 import json
 
-import inference
 import pytest
 import torch
 from rich.console import Console
 
+from tests.benchmarks.scripts import script
 from tests.fake_source import FakeSource, register, small
 from twinrl import assembly
 from twinrl.commands import bench
@@ -14,6 +14,7 @@ from twinrl.runs import RunDirectory
 from twinrl.tracking import names
 from twinrl.trainer import Trainer
 
+inference = script("inference")
 TINY = ("model.network={kind: unet, width: 8}", "data.source=mnist", "train.init=random", "evaluation.teacher_steps=3")
 
 
@@ -22,16 +23,17 @@ def test_lines_and_network_calls(tmp_path):
     network = assembly.new_network(small(tmp_path), source).eval()
     rows = []
     network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    lines = bench.measure(network, source, (1, 2), teacher_steps=5, rounds=3)
+    lines = bench.measure(network, source, (1, 2), teacher_steps=5, rounds=2)
     assert [(line.name, line.nfe) for line in lines] == [
         ("1 NFE", 1), ("2 NFE", 2), ("teacher, Euler", 5), (bench.DECODE, 0),
     ]  # fmt: skip
-    calls = 4 * (1 + 2 + 5)  # an untimed round and three timed ones
+    calls = 3 * (1 + 2 + 5)  # an untimed round and two timed ones
     assert rows.count(1) == rows.count(10) == calls
     assert all(0 < line.latency.median <= line.latency.p95 for line in lines)
     assert lines[0].throughput == 10 / lines[0].batch.median
 
 
+@pytest.mark.campaign
 def test_the_script_on_a_fresh_network(tmp_path, without_digits):
     out = tmp_path / "inference"
     inference.main(["tutorial", *TINY, "--rounds", "2", "--out", str(out)])
@@ -41,7 +43,7 @@ def test_the_script_on_a_fresh_network(tmp_path, without_digits):
     assert out.with_suffix(".md").read_text().count("\n|") == 7
 
 
-@pytest.mark.parametrize("way", ["command", "script"])
+@pytest.mark.parametrize("way", ["command", pytest.param("script", marks=pytest.mark.campaign)])
 def test_both_ways_on_a_run(way, tmp_path, monkeypatch):
     register(monkeypatch)
     settings = small(tmp_path, "train.steps=2", "train.init=random")

@@ -1,13 +1,15 @@
 """The scale benchmark: counts, bytes and the plan's bytes agree; the page shows what the script calculates."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
-import paper
 import pytest
-import scale
 
+from tests.benchmarks.scripts import FOLDER, script
 from twinrl.fsdp.ranks import ALONE
 
+scale, paper = script("scale"), script("paper")
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
@@ -17,11 +19,14 @@ def test_one_process_sends_nothing_and_holds_what_is_planned(tmp_path):
     assert found.held == found.planned
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.processes
+@pytest.mark.campaign
+def test_two_processes(tmp_path, monkeypatch):
     """Each holds its half, as planned, and gathers and reduces whole parameters."""
+    monkeypatch.syspath_prepend(FOLDER)  # for its processes
     scale.main(["--processes", "2", "--steps", "1", "--out", str(tmp_path / "scale")])
-    found = scale.measured([2], steps=1)[2]
+    stored = json.loads((tmp_path / "scale.json").read_text())["found"]["2"]
+    found = [{name: scale.Found(**one) for name, one in rank.items()} for rank in stored]
     for rank in found:
         for one in rank.values():
             for name in scale.HELD:
@@ -37,6 +42,13 @@ def test_two_processes(tmp_path):
     assert "| 2, per term |" in (tmp_path / "scale.md").read_text()
 
 
-@pytest.mark.slow
+def test_the_seconds_of_a_step_are_those_of_its_operations_and_bytes():
+    inside = paper.Cost([], operations=2 * paper.OPERATIONS, moved=3 * paper.INSIDE, between=False, summed=0)
+    across = replace(inside, between=True, moved=3 * paper.BETWEEN, summed=paper.BETWEEN)
+    assert inside.compute_seconds == pytest.approx(2 / paper.UTILISATION)
+    assert (inside.message_seconds, across.message_seconds) == pytest.approx((3, 4))
+
+
+@pytest.mark.campaign
 def test_the_page_shows_what_is_calculated():
     assert paper.report() in PAGE.read_text()

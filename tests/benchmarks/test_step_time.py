@@ -3,10 +3,13 @@
 import json
 
 import pytest
-import step_time
-from measuring import Seconds
+import torch
 
+from tests.benchmarks.scripts import script
 from twinrl.trainer import Trainer
+
+step_time = script("step_time")
+Seconds = script("measuring").Seconds
 
 
 def test_floors_are_the_counts_of_the_method():
@@ -19,8 +22,6 @@ def test_floors_are_the_counts_of_the_method():
 @pytest.mark.parametrize("preset", step_time.PRESETS)
 def test_a_real_step_makes_exactly_the_passes_of_its_floor(preset, tmp_path, without_digits):
     """Rows through the networks in one training step, counted by hooks, with and without gradient."""
-    import torch
-
     settings = step_time.settings_of(preset, 8, 16)
     trainer: Trainer = step_time.trainer_of(settings, tmp_path / "run", torch.device("cpu"))
     seen: dict[bool, list[int]] = {True: [], False: []}

@@ -2,16 +2,17 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
-import time_to_quality as ttq
 import torch
-from measuring import Pixels
 from torch import nn
 
+from tests.benchmarks.scripts import script
 from twinrl.data.source import Split
 from twinrl.errors import InputError
 
+ttq = script("time_to_quality")
 PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, init="random", cost_ratio=2.5)
 TINY = ["--width", "8", "--batch", "8", "--horizons", "2", "4", "--points", "2", "--lrs", "1e-3", "2e-3", "--n", "20"]
 TINY += ["--init", "random"]
@@ -27,7 +28,7 @@ class Quadrants(nn.Module):
         return self.features(pixels).repeat(1, 3)[:, :10]
 
 
-class Digits(Pixels):
+class Digits(script("measuring").Pixels):
     """Random pixels as a whole source: held-out splits and a judge."""
 
     def __init__(self):
@@ -76,7 +77,7 @@ def test_the_best_rate_is_never_one_that_diverged():
     assert ttq.best_rates({"tutorial": {1e-3: math.nan, 2e-3: 5.0, 4e-3: 7.0}}) == {"tutorial": 2e-3}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits, capsys):
     monkeypatch.setattr(ttq, "cost_ratio", lambda width, batch: 2.0)
     out = tmp_path / "study"
@@ -101,8 +102,9 @@ def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits
 
 def test_an_interrupted_run_is_resumed(tmp_path):
     source = Digits()
-    settings = PLAN.settings("twinflow", 1e-3, 0, 10, tmp_path)
-    protocol = ttq.Study(PLAN, tmp_path, source).protocol("test")
+    plan = replace(PLAN, points=2)
+    settings = plan.settings("twinflow", 1e-3, 0, 4, tmp_path)
+    protocol = ttq.Study(plan, tmp_path, source).protocol("test")
 
     class Interrupted(ttq.TimedTrainer):
         def train_step(self):
@@ -114,5 +116,5 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     stopped = Interrupted(settings, run, source, torch.device("cpu"), lambda network, step: {})
     assert stopped.train().status == "interrupted"
     finished = ttq.trained(settings, source, protocol)
-    assert finished.result["step"] == 25
-    assert [row["step"] for row in ttq.runlog.read(finished.log)] == list(range(1, 26))
+    assert finished.result["step"] == 10
+    assert [row["step"] for row in ttq.runlog.read(finished.log)] == list(range(1, 11))

@@ -1,22 +1,19 @@
 """The plan's bytes are those of the tensors that the trainer then holds."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from tests.backends.families import tiny
-from tests.data.folders.tiny import write_pairs
+from tests.backends.families.made import SIZES, made, short_prompts
 from tests.fake_source import register, small
-from tests.families_end_to_end.test_from_folder_to_pipeline import switches
 from twinrl import assembly, checkpoints, schema
-from twinrl.backends.families import FAMILIES, family_class
-from twinrl.commands import data
+from twinrl.backends.families import FAMILIES
 from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
 from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
@@ -52,7 +49,9 @@ def held(settings: schema.RunConfig) -> dict[str, int]:
     return found
 
 
-def planned(settings: schema.RunConfig) -> dict[str, int]:
+def planned(settings: schema.RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is exact: without the seconds of a step without values."""
+    monkeypatch.setattr("twinrl.commands.plan.of_a_step", lambda *_: [])
     return {item.name: item.bytes for item in plan(settings) if item.exact}
 
 
@@ -66,97 +65,85 @@ def test_own_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: 
         "unet": "{kind: unet, width: 8, multipliers: [1]}",
     }
     settings = small(tmp_path, f"model.network={sizes[network]}", f"teacher={teacher}")
-    assert planned(settings) == held(settings)
+    assert planned(settings, monkeypatch) == held(settings)
 
 
-@pytest.fixture
-def of_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., schema.RunConfig]:
-    """A configuration of a tiny model of a family with prepared images of some size."""
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where tiny models are. On one thread: kernels' workspaces, which the plan does not count, grow with threads."""
+    with short_prompts():
+        yield tmp_path_factory.mktemp("families")
 
-    def prepared(family: str, pixels: int) -> Callable[..., schema.RunConfig]:
-        monkeypatch.setattr(family_class(family), "TOKENS", 192 if family == "qwen_image" else 64)
-        pipeline, folder = tmp_path / "pipeline", tmp_path / "prepared"
-        tiny.build(family).save_pretrained(pipeline)
-        write_pairs(tmp_path / "images", [(pixels, pixels)] * 12)
-        overrides, quiet = (
-            [f"buckets.sizes=[[{pixels},{pixels}]]", "buckets.multiple=8", "validation=0.3"],
-            Console(quiet=True),
-        )
-        data.prepare_data(tmp_path / "images", str(pipeline), folder, overrides, data.Machine("cpu"), quiet)
 
-        def loaded(name: str, more: Sequence[str]) -> schema.RunConfig:
-            given = [
-                f"model={{family: {family}, path: {pipeline}}}", *switches(family), "machine.device=cpu",
-                f"data={{source: folder, root: {folder}}}", "train.batch=4", f"run.dir={tmp_path / name}", *more,
-            ]  # fmt: skip
-            return schema.load("twinflow", given)
+def of_family(
+    base: Path, run: Path, family: str, sizes: Sequence[tuple[int, int]], more: Sequence[str]
+) -> schema.RunConfig:
+    """A configuration of a tiny model of a family with prepared images of these sizes."""
+    given = [*made(base, family, sizes).overrides, "machine.device=cpu", "train.batch=4", f"run.dir={run}", *more]
+    return schema.load("twinflow", given)
 
-        return loaded
 
-    return prepared
+def cases(quick: set[tuple[str, str]], settings: dict[str, list[str]]) -> Any:
+    """All families with all settings; those that are not quickly proved take a campaign."""
+    both = [(family, name) for family in FAMILIES for name in settings]
+    marks = {case: [] if case in quick else [pytest.mark.campaign] for case in both}
+    return pytest.mark.parametrize(("family", "name"), [pytest.param(*case, marks=marks[case]) for case in both])
+
+
+HELD = {"full": [], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_families(of_family: Callable[..., Any], family: str) -> None:
-    loaded = of_family(family, 32)
-    for name, more in {
-        "full": [], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"],
-    }.items():  # fmt: skip
-        settings = loaded(name, more)
-        expected, found = planned(settings), held(settings)
-        if family == "qwen_image":  # nothing uses the last block's text, so some of its parameters get no gradient
-            for name_of in ("gradients", "optimizer"):
-                assert 0.8 * expected[name_of] < found.pop(name_of) <= expected.pop(name_of)
-        assert expected == found
+@cases({("z_image", "lora"), ("stable_diffusion", "full")}, HELD)
+def test_families(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str) -> None:
+    settings = of_family(base, tmp_path, family, SIZES, HELD[name])
+    expected, found = planned(settings, monkeypatch), held(settings)
+    if family == "qwen_image":  # nothing uses the last block's text, so some of its parameters get no gradient
+        for name_of in ("gradients", "optimizer"):
+            assert 0.8 * expected[name_of] < found.pop(name_of) <= expected.pop(name_of)
+    assert expected == found
 
 
-def allocated(settings: schema.RunConfig, folder: Path) -> int:
+def allocated(settings: schema.RunConfig) -> int:
     """The most bytes that torch's allocator has given out in a step of the real trainer, beyond those at its start."""
     device = torch.device("cpu")
     source = assembly.load_source(settings, device)
     run = RunDirectory(settings.directory)
     run.start(settings, fresh=False)
     trainer = Trainer(settings, run, source, device, lambda network, step: {"val/quality": 0.0})
-    for _ in range(2):
-        trainer.train_step()
+    trainer.train_step()  # which makes the optimizer's state
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.train_step()
     trainer.log.close()
     trainer.events.close()
-    profile.export_chrome_trace(str(folder / "trace.json"))
-    events = [e for e in json.loads((folder / "trace.json").read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    return max(accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])))
+    made = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(made, key=lambda event: event.start_ns())))
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Kernels' workspaces grow with the threads (oneDNN's convolutions in bf16); the plan does not count them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+STEPS = {
+    "full": [],
+    "bf16": ["train.precision=bf16"],
+    "recomputed": ["model.gradient_checkpointing=true", "train.micro_batch=2"],
+    "lora": ["model={lora: {rank: 2}, dtype: bf16}"],
+    "reward": [
+        "terms.reward={branches: [e2e]}",
+        "reward={model: brightness, gradient: {estimator: autograd}}",
+        "gradients.terms.rectify.clip.max_norm=1",
+        "model.gradient_checkpointing=true",  # so that the pass through the VAE is most of it
+    ],
+}
+PEAKS = {("flux", "reward"), ("flux", "recomputed"), ("stable_diffusion", "full")}
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_a_steps_peak_is_near_the_allocators(of_family: Callable[..., Any], family: str, tmp_path: Path) -> None:
+@cases(PEAKS, STEPS)
+def test_a_steps_peak_is_near_the_allocators(base: Path, tmp_path: Path, family: str, name: str) -> None:
     """Within 15 %, of a step that holds many times its weights (and gradients, which are not there when it starts)."""
-    loaded = of_family(family, 64)
-    reward = ["terms.reward={branches: [e2e]}", "reward={model: brightness, gradient: {estimator: autograd}}"]
-    for name, more in {
-        "full": [],
-        "bf16": ["train.precision=bf16"],
-        "recomputed": ["model.gradient_checkpointing=true", "train.micro_batch=2"],
-        "lora": ["model={lora: {rank: 2}, dtype: bf16}"],
-        "reward": [*reward, "gradients.terms.rectify.clip.max_norm=1"],
-    }.items():
-        settings = loaded(name, more)
-        items = plan(settings)
-        before = sum(item.bytes for item in items if not item.host and not item.phases)
-        assert at_the_peak(items) == pytest.approx(before + allocated(settings, tmp_path), rel=0.15), name
-        assert at_the_peak(items) > 1.3 * before, name
+    settings = of_family(base, tmp_path, family, [(64, 64)], STEPS[name])
+    items = plan(settings)
+    before = sum(item.bytes for item in items if not item.host and not item.phases)
+    assert at_the_peak(items) == pytest.approx(before + allocated(settings), rel=0.15)
+    assert at_the_peak(items) > 1.3 * before
 
 
 @pytest.mark.parametrize("network", ["mlp", "unet"])
@@ -164,7 +151,7 @@ def test_activations_grow_with_the_rows_of_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
 ) -> None:
     register(monkeypatch)
-    width = f"model.network={{kind: {network}, width: 32}}"
+    width = f"model.network={{kind: {network}, width: 32{', multipliers: [1]' if network == 'unet' else ''}}}"
 
     def activations(*more: str) -> int:
         return next(i.bytes for i in plan(small(tmp_path, width, *more)) if i.name == "activations")

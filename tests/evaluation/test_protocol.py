@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tests.evaluation.toy import CLASSES, SHAPE, Exact, ToySource
+from tests.rounding import assert_rounded
 from twinrl import draws
 from twinrl.evaluation import EvaluationConfig, Protocol
 from twinrl.evaluation.isolation import undisturbed
@@ -94,12 +95,14 @@ class TestWhatIsFixed:
         assert torch.equal(first, again)
         assert not torch.isclose(first, second).flatten(1).all(1).any()
 
-    def test_no_step_noise_is_shared_between_chunks(self, protocol: Protocol):
+    def test_no_step_noise_is_shared_between_chunks(self, protocol: Protocol, config: EvaluationConfig):
         def data_is_zero(x: Tensor, t: Tensor, r: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
             return x if float(t[0]) > 0.9 else torch.zeros_like(x)
 
-        pixels = protocol.samples(data_is_zero, few_step(2))  # what is left is the second step's noise
-        assert len(pixels.flatten(1).unique(dim=0)) == protocol.n
+        pixels = protocol.samples(data_is_zero, few_step(2)).flatten(1)
+        first, second = pixels[: config.batch], pixels[config.batch : 2 * config.batch]
+        # What is left is the second step's noise, of size 0.3, and 0.0002 of the start noise (t begins at 0.999).
+        assert not torch.isclose(first, second, rtol=0, atol=0.02).all(1).any()
 
 
 class TestQuality:
@@ -259,6 +262,6 @@ class TestGrid:
         pixels = protocol.grid(network, few_step(2))  # with injected noise
         assert pixels.shape == (4, 3, *SHAPE)
         offset = pixels - pixels.mean((3, 4), keepdim=True)
-        torch.testing.assert_close(offset[0], offset[1], atol=1e-5, rtol=0)
-        assert not torch.allclose(offset[0, 0], offset[0, 1], atol=1e-2)
+        assert_rounded(offset[0], offset[1], roundings=32, scale=8)  # noise up to 4, latents of twice the pixels
+        assert (offset[0, 0] - offset[0, 1]).abs().max() > 0.1
         assert protocol.grid_prompts() == list(CLASSES)

@@ -1,17 +1,21 @@
-"""Runs of the fake source, alone and on several gloo processes; one spawn for each number of processes."""
+"""Runs of the fake source, alone and on several processes.
+
+QUICK are few and together use every mechanism of sharding once; FULL are every preset and switch, for the campaign.
+"""
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests import logs
 from tests.fake_source import LATENT_SHAPE, TEXT, FakeSource, Planted, small
 from twinrl import checkpoints
 from twinrl.assembly import DTYPES
@@ -24,20 +28,25 @@ from twinrl.fsdp.sharded import Sharded
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.terms import TERMS
-from twinrl.tracking import names, runlog
+from twinrl.tracking import names
 from twinrl.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
-STEPS = 20
+STEPS = 4
 NETWORK = "model.network={kind: mlp, width: 16, depth: 2, condition_width: 16}"
-COMMON = (f"train.steps={STEPS}", "evaluation.every=5", "checkpoint.every=50", "stability.capsules.every=0", NETWORK)
+COMMON = (f"train.steps={STEPS}", "evaluation.every=2", "checkpoint.every=50", "stability.capsules.every=0", NETWORK)
 REWARDED = (
     "stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness", "evaluation.guided=null",
     "train.batch=16",
 )  # fmt: skip
+PER_PROMPT = "reward.model={kind: per_prompt, least: 4, reward: brightness}"
 RULES = ("gradients.each.clip.max_norm=0.1", "gradients.telemetry={shares_every: 1, cosines_every: 1}")
-CHAIN = (*RULES, "gradients.total={zclip: {warmup: 3, z: 0.01}, clip: {max_norm: 0.3}}")
-PLANT = "terms.planted={kind: planted, branches: [e2e, mul, any, adv], at: 7, row: 13, size: .nan}"
+CHAIN = (*RULES, "gradients.total={zclip: {warmup: 2, z: 0.01}, clip: {max_norm: 0.3}}")
+SCALED = ("model.network={kind: scaled}", "train.init=random", "optim.lr=1e-4")
+PLANT = "terms.planted={kind: planted, branches: [e2e, mul, any, adv], at: 2, row: 13, size: .nan}"
+LIVE = ("teacher={kind: live, guidance: frozen, allow_live: true}", "optim.kind=adam")
+ROLLBACK = (PLANT, "stability={policy: rollback, rollback_margin: 1}", "checkpoint.every=2")
+SWITCHES = "fsdp={checkpoint_activations: true, cpu_offload: true, reshard_last: true, prefetch: 2}"
 
 
 @dataclass(frozen=True)
@@ -53,61 +62,53 @@ class Case:
         return small(folder, *COMMON, *precision, *self.overrides, preset=self.preset)
 
 
-CASES: dict[str, Case] = {
+QUICK: dict[str, Case] = {
+    "output space, statistics of scores": Case(
+        "published",
+        (*REWARDED, *RULES, PER_PROMPT, "gradients.space=output", "train.micro_batch=4", "train.steps=3"),
+    ),
+    "a parameter without dimensions, each micro-batch reduced": Case(
+        "tutorial",
+        (*SCALED, "train.batch=16", "train.micro_batch=4", "fsdp.reduce_every_micro_batch=true", "train.steps=3"),
+    ),
+    "switches": Case("simpletuner", (*LIVE, SWITCHES, "train.steps=3")),
+    "nan, rollback": Case("twinflow", ROLLBACK),
+    "float32": Case("lab", ("train.steps=1",), precise=False),
+    "bf16": Case("lab", ("train.steps=1", "train.precision=bf16"), precise=False),
+}  # fmt: skip
+ELASTIC = Case("twinflow", (*CHAIN, "train.micro_batch=4"))
+HYBRID = Case("twinflow", (*RULES, "fsdp.replicate=2", "train.steps=2"))
+"""Copies of shards."""
+
+POLICIES = ("record", "zero", "skip", "cut_lr", "cut_lr+skip")
+FULL: dict[str, Case] = {
     "twinflow": Case("twinflow"),
     "tutorial": Case("tutorial", ("train.batch=16",)),
     "simpletuner": Case("simpletuner"),
-    "lab": Case("lab", ("train.steps=20",)),
+    "lab": Case("lab"),
     "flow_matching": Case("flow_matching"),
     "rcgm": Case("rcgm"),
     "published": Case("published", REWARDED),
     "corrected": Case("corrected", REWARDED),
-    "statistics of scores": Case(
-        "published", (*REWARDED, "reward.model={kind: per_prompt, least: 4, reward: brightness}", "train.micro_batch=4")
-    ),
-    "frozen guidance, live recursion": Case(
-        "twinflow", ("teacher={kind: live, guidance: frozen, allow_live: true}", "optim.kind=adam")
-    ),
+    "statistics of scores": Case("published", (*REWARDED, PER_PROMPT, "train.micro_batch=4")),
+    "frozen guidance, live recursion": Case("twinflow", LIVE),
     "image-free": Case("twinflow", ("data.images=false",)),
     "micro-batches": Case("twinflow", ("train.micro_batch=2",)),
-    "micro-batches, each reduced": Case(
-        "twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=true", "evaluation.every=20")
-    ),
+    "micro-batches, each reduced": Case("twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=true")),
     "parameter space": Case("twinflow", CHAIN),
     "output space": Case("twinflow", (*CHAIN, "gradients.space=output")),
     "no space": Case("twinflow", ("gradients={space: none, each: {}, total: {clip: {max_norm: 0.1}}}",)),
     "output space, micro-batches": Case(
         "tutorial", (*RULES, "gradients.space=output", "train.micro_batch=4", "train.batch=16")
     ),
-    "hybrid": Case("twinflow", (*CHAIN, "fsdp.replicate=2", "train.micro_batch=2")),
-    "recomputed activations": Case("lab", ("train.steps=20", "fsdp.checkpoint_activations=true", "fsdp.prefetch=0")),
-    "compiled": Case("lab", ("train.steps=20", "fsdp.compile=aot_eager")),
-    "dit": Case(
-        "twinflow",
-        ("model.network={kind: dit, width: 16, depth: 3, condition_width: 16, heads: 2}", "evaluation.every=20"),
-    ),
-    "a parameter without dimensions": Case(
-        "twinflow", ("model.network={kind: scaled}", "train.init=random", "optim.lr=1e-4", "evaluation.every=20")
-    ),
+    "hybrid": HYBRID,
+    "recomputed activations": Case("lab", ("fsdp.checkpoint_activations=true", "fsdp.prefetch=0")),
+    "compiled": Case("lab", ("fsdp.compile=aot_eager",)),
+    "dit": Case("twinflow", ("model.network={kind: dit, width: 16, depth: 3, condition_width: 16, heads: 2}",)),
+    "a parameter without dimensions": Case("twinflow", SCALED),
     "offloaded": Case("twinflow", ("fsdp.cpu_offload=true", "fsdp.reshard_last=true", "fsdp.prefetch=2")),
-    "float32": Case("twinflow", ("optim.lr=1e-4",), precise=False),
-    "bf16": Case("lab", ("train.steps=20", "train.precision=bf16", "optim.lr=1e-4"), precise=False),
-    "nan on one rank": Case("twinflow", (PLANT,)),
-    "rollback": Case("twinflow", (PLANT, "stability={policy: rollback, rollback_margin: 1}", "checkpoint.every=5")),
+    **{f"nan, {policy}": Case("twinflow", (PLANT, f"stability.policy={policy}")) for policy in POLICIES},
 }  # fmt: skip
-POLICIES = ("record", "zero", "skip", "cut_lr", "cut_lr+skip")
-EARLY = PLANT.replace("at: 7", "at: 3")
-CASES |= {
-    f"nan, {policy}": Case("twinflow", (EARLY, f"stability.policy={policy}", "train.steps=6", "evaluation.every=20"))
-    for policy in POLICIES
-}
-NOT_ON_4 = (
-    "frozen guidance, live recursion", "image-free", "output space, micro-batches",
-    "recomputed activations", "compiled", "dit", "offloaded", "bf16", "rollback", "micro-batches, each reduced",
-    "micro-batches", "parameter space",  # "hybrid" has both
-    *(f"nan, {policy}" for policy in POLICIES),
-)  # fmt: skip
-NOT_ON_2 = ("hybrid",)
 
 
 class Layer(nn.Module):
@@ -146,6 +147,16 @@ class Scaled(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         return self.gain * self.leave(hidden).view_as(x)
+
+
+@pytest.fixture(scope="module")
+def known() -> Iterator[None]:
+    """What :func:`register` does, for one file of tests."""
+    before = SOURCES["digits"]
+    register()
+    yield
+    SOURCES["digits"] = before
+    del TERMS["planted"], NETWORKS["scaled"]
 
 
 def register() -> None:
@@ -201,51 +212,8 @@ def run(settings: RunConfig, ranks: Ranks = ALONE, stop: int | None = None) -> O
 
 
 def rows(settings: RunConfig) -> list[dict[str, Any]]:
-    """The log without what a clock decides."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith("perf/")}
-        for row in runlog.read(settings.directory / runlog.LOG_NAME)
-    ]
-
-
-def tensors(settings: RunConfig) -> dict[str, Tensor]:
-    """All tensors of the newest checkpoint, whole."""
-    found = checkpoints.load(RunDirectory(settings.directory).newest_checkpoint())
-    return {f"{part}/{name}": value for part, values in found.tensors.items() for name, value in values.items()}
-
-
-def cases_on(world: int) -> dict[str, Case]:
-    left_out = NOT_ON_4 if world == 4 else NOT_ON_2
-    return {name: case for name, case in CASES.items() if name not in left_out}
-
-
-def folder_of(base: Path, world: int, name: str) -> Path:
-    return base / f"on-{world}" / name.replace(" ", "-").replace(",", "")
-
-
-# --- the processes ---------------------------------------------------------------------------------------------
-
-
-def work(rank: int, world: int, base: Path, more: Callable[[Path], dict[str, Any]]) -> None:
-    """One process: every case, then ``more``; what it found goes to a file."""
-    torch.set_num_threads(1)
-    register()
-    meeting = f"file://{base}/meeting-{world}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    found: dict[str, Any] = {}
-    for name, case in cases_on(world).items():
-        settings = case.settings(folder_of(base, world, name))
-        found[name] = run(settings, ranks_of(settings))
-    found |= more(base)
-    torch.save(found, base / f"found-{world}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def spawn(world: int, base: Path, more: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each of ``world`` processes found."""
-    torch.multiprocessing.spawn(work, (world, base, more), nprocs=world)
-    return [torch.load(base / f"found-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    """The log's rows."""
+    return logs.rows(settings.directory)
 
 
 def copied(settings: RunConfig, to: Path) -> RunConfig:
@@ -253,3 +221,54 @@ def copied(settings: RunConfig, to: Path) -> RunConfig:
     moved = settings.model_copy(update={"run": settings.run.model_copy(update={"dir": to})})
     shutil.copytree(settings.directory, moved.directory)
     return moved
+
+
+def folder_of(base: Path, world: int, name: str) -> Path:
+    return base / f"on-{world}" / name.replace(" ", "-").replace(",", "")
+
+
+def run_all(base: Path, chosen: Mapping[str, Case]) -> dict[str, Outcome]:
+    """What each of several processes does: every case in its folder."""
+    register()
+    outcomes = {}
+    for name, case in chosen.items():
+        settings = case.settings(folder_of(base, dist.get_world_size(), name))
+        outcomes[name] = run(settings, ranks_of(settings))
+    return outcomes
+
+
+# --- the same run -------------------------------------------------------------------------------------------------
+
+
+def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
+    """Numbers and tensors of two runs in float64 that add up in other orders."""
+    assert_rows(rows(ours), rows(theirs), 1e-7)  # shares and cosines are small differences of large numbers
+    assert_rows(rows(ours), rows(theirs), 1e-9, ("loss/", "grad/total", "opt/", "val/"))
+    stored = [checkpoints.newest(settings.directory / "checkpoints") for settings in (ours, theirs)]
+    assert (stored[0] is None) == (stored[1] is None)
+    if stored[1] is None:  # it diverged before its first
+        return
+    mine, others = logs.tensors(ours.directory), logs.tensors(theirs.directory)
+    assert set(mine) == set(others)
+    for key, value in others.items():
+        size = float(value.nan_to_num().abs().max())
+        torch.testing.assert_close(mine[key], value, rtol=1e-9, atol=1e-9 * size, equal_nan=True, msg=key)
+
+
+def assert_rows(
+    ours: list[dict[str, Any]], theirs: list[dict[str, Any]], tolerance: float, which: tuple[str, ...] = ("",)
+) -> None:
+    """Equal metrics, where words and what is not finite are equal as they are."""
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert set(mine) == set(other)
+        for key, value in other.items():
+            if key.startswith(which):
+                near = value if isinstance(value, str) else pytest.approx(value, rel=tolerance, abs=tolerance * 1e-2)
+                assert mine[key] == near, (other["step"], key)
+
+
+def events(settings: RunConfig) -> list[dict[str, Any]]:
+    """The events without their measured shares, which agree as the log's do."""
+    measured = ("shares", "value", "reference")
+    return [{k: v for k, v in event.items() if k not in measured} for event in logs.events(settings.directory)]

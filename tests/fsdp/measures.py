@@ -39,8 +39,7 @@ def kept(module: nn.Module) -> int:
 
 
 def shares(trainer: Trainer) -> dict[str, float]:
-    """Part of the whole that this process holds, after a step."""
-    trainer.train_step()
+    """Part of the whole that this process holds of what a step has made."""
     teacher, state = trainer.objective.teacher, trainer.optimizer.state.values()
     assert teacher.ema is not None
     groups: dict[str, list[Tensor | None]] = {
@@ -53,8 +52,7 @@ def shares(trainer: Trainer) -> dict[str, float]:
 
 
 def messages(trainer: Trainer) -> Counter[str]:
-    """How often a step sends each kind of message; gradients are summed by ``reduce_scatter``."""
-    trainer.train_step()  # the first one also fills the optimizer's state
+    """How often the first step sends each kind of message; gradients are summed by ``reduce_scatter``."""
     with _Messages() as seen:
         trainer.train_step()
     return seen.number
@@ -113,6 +111,7 @@ def peak_of_reading(build: Callable[[], nn.Module]) -> int:
 def peak_of_building(build: Callable[[], nn.Module]) -> int:
     """Most bytes of tensors alive at once in this process while modules are put together, and at the end."""
     gc.collect()  # sharded modules refer to themselves in circles
+    gc.freeze()  # what is there now is not looked at again and again
     seen = [_alive()]
     hook = register_module_module_registration_hook(lambda *_: seen.append(_alive()))
     try:
@@ -121,6 +120,7 @@ def peak_of_building(build: Callable[[], nn.Module]) -> int:
         hook.remove()
     gc.collect()
     seen.append(_alive())
+    gc.unfreeze()
     del network
     return max(seen) - seen[0]
 

@@ -1,18 +1,18 @@
 """Frozen models in parts: half of the bytes in each of two processes, and to the last bit what a whole one computes."""
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.fsdp.measures import kept
+from tests.fsdp.spawned import spawned
 from twinrl.fsdp.config import FSDPConfig
 from twinrl.fsdp.sharded import Sharded
 from twinrl.visiting import visiting
+
+pytestmark = pytest.mark.processes
 
 WORLD = 2
 CPU = torch.device("cpu")
@@ -54,41 +54,35 @@ def answers(module: Scorer, times: int = 1) -> list[Tensor]:
     return [scores.detach(), gradient, module.features(images).detach()]
 
 
-def work(rank: int, base: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{base}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    found: dict[str, Any] = {}
+def work() -> dict[str, Any]:
+    """What one process of several computes and holds, each way of keeping the module."""
+    found: dict[str, Any] = {"whole": answers(scorer()), "whole, bytes": kept(scorer())}
     for frozen in ("replicated", "sharded"):
         module, ranks = scorer(), Sharded(FSDPConfig(frozen=frozen), CPU)
         ranks.keep_frozen([module])
         ranks.keep_frozen([module.to(CPU)])  # it is in use in two places
         with visiting([module], CPU), visiting([module], CPU):
-            found[frozen] = answers(module, times=1 + rank)  # a text tower meets unequally many prompts
+            found[frozen] = answers(module, times=1 + ranks.rank)  # a text tower meets unequally many prompts
             found[f"{frozen}, tied"] = module.read.weight is module.write.weight
         found[f"{frozen}, after"], found[f"{frozen}, bytes"] = answers(module), kept(module)
         with pytest.raises(KeyError), visiting([module], CPU):
             raise KeyError
         with visiting([module], CPU):
             found[f"{frozen}, again"] = answers(module)
-    torch.save(found, base / f"found-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    base = tmp_path_factory.mktemp("frozen")
-    torch.multiprocessing.spawn(work, (base,), nprocs=WORLD)
-    return [torch.load(base / f"found-{rank}.pt") for rank in range(WORLD)]
+    return spawned(work, WORLD, tmp_path_factory.mktemp("frozen"))
 
 
 @pytest.mark.slow
 def test_parts_compute_what_the_whole_does_and_take_half(found: list[dict[str, Any]]) -> None:
-    expected, whole = answers(scorer()), kept(scorer())
     for rank in found:
+        whole = rank["whole, bytes"]
         for way in ("replicated", "sharded", "sharded, again", "replicated, after"):
-            assert all(torch.equal(a, b) for a, b in zip(rank[way], expected, strict=True)), way
+            assert all(torch.equal(a, b) for a, b in zip(rank[way], rank["whole"], strict=True)), way
         assert rank["sharded, tied"]
         assert rank["replicated, bytes"] == whole
         assert rank["sharded, bytes"] / whole == pytest.approx(1 / WORLD, rel=0.1)

@@ -102,7 +102,7 @@ def flat(module: nn.Module) -> Tensor:
     return torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in module.parameters()])
 
 
-def assert_close(value: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+def assert_close(value: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     """Equal up to ``tolerance`` times the largest expected entry, which is not zero."""
     scale = expected.abs().max()
     assert scale > 0

@@ -36,10 +36,10 @@ def beside(*parts: list[float]) -> Surroundings:
 def test_clip_is_exact_beyond_its_threshold_and_nothing_within() -> None:
     gradient = vector([3.0, 0.0], [4.0])
     rule("clip", max_norm=1)(gradient, NOTHING)
-    assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-15)
-    assert Gradient(gradient.tensors).norm.item() == pytest.approx(1, rel=1e-15)  # measured, not remembered
+    assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-12)
+    assert Gradient(gradient.tensors).norm.item() == pytest.approx(1, rel=1e-12)  # measured, not remembered
     rule("clip", max_norm=1.1)(gradient, NOTHING)
-    assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-15)
+    assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-12)
 
 
 def test_scale() -> None:
@@ -57,7 +57,7 @@ def test_relative_measures_the_others() -> None:
     rule("relative", ratio=0.5)(gradient, others)
     assert numbers(gradient) == [3, 0, 4]
     rule("relative", ratio=0.2)(gradient, others)
-    assert numbers(gradient) == pytest.approx([1.2, 0, 1.6], rel=1e-15)
+    assert numbers(gradient) == pytest.approx([1.2, 0, 1.6], rel=1e-12)
 
 
 def test_relative_to_nothing_is_nothing() -> None:
@@ -89,8 +89,8 @@ def test_project_at_random_never_works_against_the_others() -> None:
         gradient, others = Gradient({0: g[:2].clone(), 1: g[2:].clone()}), Gradient({0: s[:2], 1: s[2:]})
         rule("project")(gradient, Surroundings(others=others))
         expected = g - min(0.0, float(g @ s)) / float(s @ s) * s
-        assert numbers(gradient) == pytest.approx(expected.tolist(), abs=1e-14)
-        assert gradient.dot(others) > -1e-14
+        assert numbers(gradient) == pytest.approx(expected.tolist(), abs=1e-12)
+        assert gradient.dot(others) > -1e-12
 
 
 def test_project_where_the_others_reach_other_parameters() -> None:
@@ -108,13 +108,13 @@ def test_agc_of_a_matrix_and_a_vector() -> None:
     bias = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
     gradient = Gradient({0: torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 2.0]], dtype=torch.float64), 1: bias.flip(0)})
     rule("agc", ratio=0.1, eps=1)(gradient, Surroundings([weight, bias]))
-    assert numbers(gradient) == pytest.approx([0.3, 0.4, 0.6, 0.8, 0, 0.1, 0, 0, 0.2], rel=1e-15)
-    assert gradient.norm.item() == pytest.approx(math.sqrt(0.25 + 1 + 0.01 + 0.04), rel=1e-15)
+    assert numbers(gradient) == pytest.approx([0.3, 0.4, 0.6, 0.8, 0, 0.1, 0, 0, 0.2], rel=1e-12)
+    assert gradient.norm.item() == pytest.approx(math.sqrt(0.25 + 1 + 0.01 + 0.04), rel=1e-12)
 
 
 def test_agc_of_a_convolution_looks_at_output_channels() -> None:
-    weight = torch.ones(2, 3, 2, 2)  # norm √12 per channel
-    gradient = Gradient({0: torch.ones(2, 3, 2, 2) * torch.tensor([1.0, 0.001])[:, None, None, None]})
+    weight = torch.ones(2, 3, 2, 2).double()  # norm √12 per channel
+    gradient = Gradient({0: weight * torch.tensor([1.0, 0.001]).double()[:, None, None, None]})
     rule("agc", ratio=0.1)(gradient, Surroundings([weight]))
     assert gradient.tensors[0].flatten(1).norm(dim=1).tolist() == pytest.approx([0.1 * 12**0.5, 0.001 * 12**0.5])
 
@@ -122,7 +122,7 @@ def test_agc_of_a_convolution_looks_at_output_channels() -> None:
 def test_agc_leaves_a_broken_unit_to_the_policy() -> None:
     gradient = vector([math.inf, 1.0], [5.0])
     gradient.tensors[0] = gradient.tensors[0][:, None]
-    rule("agc", ratio=0.1)(gradient, Surroundings([torch.ones(2, 1), torch.ones(1)]))
+    rule("agc", ratio=0.1)(gradient, Surroundings([torch.ones(2, 1).double(), torch.ones(1).double()]))
     assert numbers(gradient) == pytest.approx([math.inf, 0.1, 0.1])
 
 
@@ -143,23 +143,23 @@ def test_zclip_step_by_step() -> None:
     μ ← 0.9·2.1 + 0.1·2.5 = 2.14, σ² ← 0.9·0.981 + 0.1·(2.5 − 2.14)² = 0.89586.
     """
     zclip = rule("zclip", z=2, alpha=0.9, warmup=4)
-    assert [feed(zclip, norm) for norm in (1, 3, 1, 3)] == pytest.approx([1, 3, 1, 3], rel=1e-15)
+    assert [feed(zclip, norm) for norm in (1, 3, 1, 3)] == pytest.approx([1, 3, 1, 3], rel=1e-12)
     assert zclip.state() == pytest.approx({"count": 4, "mean": 2, "variance": 1})
-    assert feed(zclip, 6) == pytest.approx(3, rel=1e-14)
+    assert feed(zclip, 6) == pytest.approx(3, rel=1e-12)
     assert zclip.state() == pytest.approx({"count": 5, "mean": 2.1, "variance": 0.981})
-    assert feed(zclip, 2.5) == pytest.approx(2.5, rel=1e-14)
+    assert feed(zclip, 2.5) == pytest.approx(2.5, rel=1e-12)
     assert zclip.state() == pytest.approx({"count": 6, "mean": 2.14, "variance": 0.89586})
 
 
 def test_zclip_lets_small_norms_and_the_warm_up_pass() -> None:
     zclip = rule("zclip", warmup=3)
-    assert [feed(zclip, norm) for norm in (1, 1000, 1, 1e-6)] == pytest.approx([1, 1000, 1, 1e-6], rel=1e-14)
+    assert [feed(zclip, norm) for norm in (1, 1000, 1, 1e-6)] == pytest.approx([1, 1000, 1, 1e-6], rel=1e-12)
 
 
 def test_zclip_without_spread_does_not_clip() -> None:
     """σ = 0 after a constant warm-up: no z-score exists, so nothing is cut; the next norms give it a spread."""
     zclip = rule("zclip", warmup=2)
-    assert [feed(zclip, norm) for norm in (1, 1, 5)] == pytest.approx([1, 1, 5], rel=1e-15)
+    assert [feed(zclip, norm) for norm in (1, 1, 5)] == pytest.approx([1, 1, 5], rel=1e-12)
     assert feed(zclip, 50) < 50
 
 
@@ -241,7 +241,7 @@ def test_an_infinite_threshold_changes_no_bit(kind: str) -> None:
         assert numbers(gradient) == before
 
 
-@pytest.mark.parametrize("kind", set(TRANSFORMS) - {"scale"})
+@pytest.mark.parametrize("kind", [kind for kind in TRANSFORMS if kind != "scale"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_is_left_for_the_policy(kind: str, bad: float) -> None:
     """Every entry of the gradient, the finite ones too: scaled by 1/inf they would turn to zero unnoticed."""
@@ -286,7 +286,7 @@ def test_the_remembered_norm_is_the_measured_one(kind: str) -> None:
         gradient, others = Gradient(dict(enumerate(tensors))), Gradient(dict(enumerate(-t for t in tensors)))
         assert gradient.norm > 0
         made(gradient, Surroundings([torch.ones(3, 2)] * 2, others))
-        assert gradient.norm.item() == pytest.approx(Gradient(gradient.tensors).norm.item(), rel=1e-14, abs=1e-14)
+        assert gradient.norm.item() == pytest.approx(Gradient(gradient.tensors).norm.item(), rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import OPEN_CLIP, SIDE, open_clip_folder, reward, shake
+from tests.rounding import bound
 from twinrl.compat import ensure_torchvision
 
 pytest.importorskip(
@@ -22,6 +23,8 @@ pytest.importorskip(
 )
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+ROUNDINGS = 3 * 8 * 8 + 2 * 9 * 64
+"""Patches, then two layers of width 64: three products and one of four times the width, attention beside them."""
 
 
 @pytest.fixture(scope="module")
@@ -75,4 +78,5 @@ def test_scores_agree(theirs, tmp_path, height, width, prompt):
         }
     )
     images = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
-    assert ours(images, [prompt]).item() == pytest.approx(float(score(Image.fromarray(pixels), prompt)), abs=1e-5)
+    off = bound(ROUNDINGS)  # of a cosine
+    assert ours(images, [prompt]).item() == pytest.approx(float(score(Image.fromarray(pixels), prompt)), abs=off)

@@ -10,6 +10,8 @@ from twinrl.rewards.imagereward import MEAN, STD
 from twinrl.rewards.preprocess import centre_crop, letterbox
 
 KINDS = ["hpsv2", "pickscore", "clipscore", "aesthetic", "imagereward"]
+DOUBLE = {"rtol": 1e-9, "atol": 1e-9}
+"""For scores around 1 and their gradients in float64: six digits above the rounding of a few layers."""
 
 
 def gradient(model, x, prompts=PROMPTS):
@@ -38,7 +40,7 @@ def test_chunks_change_neither_values_nor_gradients(saved, kind, recompute):
     x = images(dtype=torch.float64)
     whole = gradient(reward(settings), x)
     chunked = gradient(reward({**settings, "chunk": 2, "recompute": recompute}), x)
-    torch.testing.assert_close(chunked, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(chunked, whole, **DOUBLE)
 
 
 def test_recomputing_keeps_the_pixels_alone(saved):
@@ -121,26 +123,26 @@ def test_hpsv2_is_the_plain_cosine_of_letterboxed_images(saved):
     import open_clip
 
     torch.manual_seed(0)
-    clip = open_clip_model()
+    clip, x = open_clip_model().double(), images(dtype=torch.float64)
     tokens = open_clip.tokenize(PROMPTS)
     with torch.no_grad():
-        image, text, _ = clip(letterbox(images(), SIDE), tokens)
-    ours = reward({"kind": "hpsv2", **saved["hpsv2"]})(images(), PROMPTS)
-    torch.testing.assert_close(ours, (image * text).sum(-1), rtol=1e-5, atol=1e-6)
+        image, text, _ = clip(letterbox(x, SIDE), tokens)
+    ours = reward({"kind": "hpsv2", **saved["hpsv2"], "dtype": "float64"})(x, PROMPTS)
+    torch.testing.assert_close(ours, (image * text).sum(-1), **DOUBLE)
 
 
 @pytest.fixture(scope="module")
 def reference(saved):
-    """Logits of transformers' own CLIPModel, with tokens of the open_clip vocabulary."""
+    """Logits of transformers' own CLIPModel in float64, with tokens of the open_clip vocabulary."""
     import open_clip
     from transformers import CLIPModel
 
-    clip = CLIPModel.from_pretrained(saved["pickscore"]["checkpoint"]).eval()
+    clip = CLIPModel.from_pretrained(saved["pickscore"]["checkpoint"]).double().eval()
 
-    def logits(prompts, x=None):
-        x = images() if x is None else x
+    def logits(prompts):
+        pixels = centre_crop(images(dtype=torch.float64), SIDE)
         with torch.no_grad():
-            output = clip(input_ids=open_clip.tokenize(prompts), pixel_values=centre_crop(x, SIDE))
+            output = clip(input_ids=open_clip.tokenize(prompts), pixel_values=pixels)
         return output.logits_per_image.diag(), clip.logit_scale.exp(), output.image_embeds
 
     return logits
@@ -148,8 +150,8 @@ def reference(saved):
 
 def test_pickscore_has_clips_temperature(saved, reference):
     expected, *_ = reference(PROMPTS)
-    ours = reward({"kind": "pickscore", **saved["pickscore"]})(images(), PROMPTS)
-    torch.testing.assert_close(ours, expected.detach())
+    ours = reward({"kind": "pickscore", **saved["pickscore"], "dtype": "float64"})(images(dtype=torch.float64), PROMPTS)
+    torch.testing.assert_close(ours, expected.detach(), **DOUBLE)
 
 
 def test_clipscore_definitions(saved, reference):
@@ -161,20 +163,20 @@ def test_clipscore_definitions(saved, reference):
         "paper": 2.5 * (prefixed / scale).clamp(min=0),
     }
     for definition, value in expected.items():
-        model = reward({"kind": "clipscore", **saved["clipscore"], "definition": definition})
-        torch.testing.assert_close(model(images(), PROMPTS), value.detach(), rtol=1e-5, atol=1e-6)
+        model = reward({"kind": "clipscore", **saved["clipscore"], "definition": definition, "dtype": "float64"})
+        torch.testing.assert_close(model(images(dtype=torch.float64), PROMPTS), value.detach(), **DOUBLE)
 
 
 def test_aesthetic_head_is_linear_in_the_unit_embedding(saved, reference):
     """Dropout aside there is nothing between the layers, so their product is the whole head."""
-    weights = torch.load(saved["aesthetic"]["checkpoint"])
-    matrix, bias = torch.eye(24), torch.zeros(24)
+    weights = {name: value.double() for name, value in torch.load(saved["aesthetic"]["checkpoint"]).items()}
+    matrix, bias = torch.eye(24).double(), torch.zeros(24).double()
     for layer in (0, 2, 4, 6, 7):
         matrix = weights[f"layers.{layer}.weight"] @ matrix
         bias = weights[f"layers.{layer}.weight"] @ bias + weights[f"layers.{layer}.bias"]
     _, _, embedding = reference(PROMPTS)
-    ours = reward({"kind": "aesthetic", **saved["aesthetic"]})(images(), [])
-    torch.testing.assert_close(ours, (normalize(embedding, dim=-1) @ matrix.T + bias)[:, 0], rtol=1e-3, atol=1e-3)
+    ours = reward({"kind": "aesthetic", **saved["aesthetic"], "dtype": "float64"})(images(dtype=torch.float64), [])
+    torch.testing.assert_close(ours, (normalize(embedding, dim=-1) @ matrix.T + bias)[:, 0], **DOUBLE)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,7 @@ def test_imagereward_is_the_published_network(saved, prompt, tokens):
     x = images(1, dtype=torch.float64)
     raw = blip(centre_crop(x, SIDE), torch.tensor([tokens]))
     ours = reward({"kind": "imagereward", **settings, "dtype": "float64"})(x, [prompt])
-    torch.testing.assert_close(ours, (raw - MEAN) / STD, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours, (raw - MEAN) / STD, **DOUBLE)
 
 
 def test_clip_tokens_agree_with_transformers_own_tokenizer(tmp_path):

@@ -290,6 +290,7 @@ def test_wrong_inputs_are_refused_in_one_line(changes, word):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_importing_the_samplers_leaves_diffusers_alone():
     import subprocess
     import sys

@@ -57,15 +57,16 @@ def troubled() -> Simulated:
 # --- planted spikes -----------------------------------------------------------------------------------------
 
 
-def test_events_name_the_planted_term() -> None:
-    """200 runs, every second one with 1–3 spikes of 15–200 times in a random term; the others answer weakly."""
+@pytest.mark.parametrize("runs", [40, pytest.param(200, marks=pytest.mark.campaign)])
+def test_events_name_the_planted_term(runs: int) -> None:
+    """Every second run with 1–3 spikes of 15–200 times in a random term; the others answer weakly."""
     named = right = planted = 0
-    for seed in range(200):
+    for seed in range(runs):
         run = simulate(seed, spikes=1 + seed // 2 % 3 if seed % 2 == 0 else 0)
         truth = {(spike.step, (spike.term,)) for spike in run.planted}
         spikes = [(event.step, event.terms) for event in events_of(run.rows) if event.kind == "spike"]
         named, planted, right = named + len(spikes), planted + len(truth), right + len(truth & set(spikes))
-    assert planted >= 190
+    assert planted >= 0.95 * runs
     assert right >= 0.95 * named  # precision
     assert right >= 0.95 * planted  # recall
 
@@ -152,15 +153,15 @@ def test_unscored_images_are_one_event_and_hide_no_other_trouble() -> None:
 
 
 def test_a_resume_at_any_step_changes_nothing(troubled: Simulated) -> None:
-    """The watch is saved, thrown away and loaded after every single step."""
+    """The watch is saved, thrown away and loaded after every second step."""
     config = Watch.Config(**RMS)
     watch = Watch(config, TERMS)
     straight = [event.as_dict() for event in events_of(troubled.rows, watch)]
     resumed, state = [], json.dumps(Watch(config, TERMS).state(), allow_nan=False)
-    for row in troubled.rows:
+    for start in range(0, len(troubled.rows), 2):
         again = Watch(config, TERMS)
         again.load(json.loads(state))
-        resumed += [event.as_dict() for event in events_of([row], again)]
+        resumed += [event.as_dict() for event in events_of(troubled.rows[start : start + 2], again)]
         state = json.dumps(again.state(), allow_nan=False)
     assert resumed == straight
     assert json.loads(state) == watch.state()

@@ -123,16 +123,17 @@ def test_spikes_in_ordinary_noise_are_rare() -> None:
 # --- drifts -----------------------------------------------------------------------------------------------
 
 
-def test_drifts_in_ordinary_noise_are_rare() -> None:
+@pytest.mark.parametrize("runs", [4, pytest.param(12, marks=pytest.mark.campaign)])
+def test_drifts_in_ordinary_noise_are_rare(runs: int) -> None:
     """Σ 0.1–0.5, correlation up to 0.9, with and without a decay by 20: below 1 % of series of 2000 steps."""
     laws = [(sigma, correlation) for sigma in (0.1, 0.3, 0.5) for correlation in (0, 0.8, 0.9)]
     falls = np.geomspace(1, 0.05, 2000)
     alarms = 0
-    for k in range(12):
+    for k in range(runs):
         for law in laws:
             level = np.array(noise(k, 2000, *law))
             alarms += bool(feed(drift(), level.tolist())) + bool(feed(drift(), (level * falls).tolist()))
-    assert alarms <= 0.01 * 2 * 12 * len(laws)
+    assert alarms <= 0.01 * 2 * runs * len(laws)
 
 
 @pytest.mark.parametrize("rise", [3.0, 10.0, 100.0])

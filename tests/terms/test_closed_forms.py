@@ -123,7 +123,7 @@ def test_residual_vanishes_on_straight_flows(flow: Any, order: int, times: str) 
     x_t = interpolate(x, z, t)
     F = flow(x_t, t, r, {})
     R = residual(F, x_t, t, r, {}, z - x, flow, order, delta=0.01)
-    assert R.abs().max() < 1e-11
+    assert R.abs().max() < 1e-9
     wrong = residual(F + 0.1, x_t, t, r, {}, z - x, flow, order, delta=0.01)
     assert (wrong.abs() > 0.05).all()
 
@@ -176,7 +176,7 @@ def test_teacher_is_never_asked_to_jump_backwards(order: int) -> None:
 
         residual(noise(0), noise(1), t, r, {}, noise(2), teacher, order, 0.01)
         assert len(jumps) == order
-        assert all((start >= end - 1e-15).all() and (end >= 0).all() for start, end in jumps)
+        assert all((start >= end - 1e-12).all() and (end >= 0).all() for start, end in jumps)
         torch.testing.assert_close(jumps[-1][1], r)
 
 
@@ -201,7 +201,7 @@ def test_straight_flow_is_the_fixed_point_of_the_recursive_terms(kind: str) -> N
     query = term.query(rows, None)
     F = point_mass(query.x, query.t, query.r, {})
     target = term.target(rows, query, F, Given(point_mass, rows.v))
-    torch.testing.assert_close(target.value, F, rtol=0, atol=1e-11)
+    torch.testing.assert_close(target.value, F, rtol=0, atol=1e-9)
 
 
 # --- SimpleTuner's base ---------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def test_clamp_of_delta_v() -> None:
 
 def test_rectify_rests_where_both_branches_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "FAKE", REAL)
-    assert rectify_descent(rectify())["gradient"].abs().max() < 1e-15
+    assert rectify_descent(rectify())["gradient"].abs().max() < 1e-10
 
 
 # --- regressions ----------------------------------------------------------------------------------------------
@@ -488,7 +488,7 @@ def simpletuner_gradient(scale: Callable[[Tensor], Tensor]) -> Tensor:
 
 def test_simpletuner_as_a_whole_rests_off_the_exact_network() -> None:
     """Two regressions on v and one target (1 + (t − r))·v with equal weights balance at (1 + (t − r)/3)·v."""
-    assert simpletuner_gradient(lambda gap: 1 + gap / 3).abs().max() < 1e-12
+    assert simpletuner_gradient(lambda gap: 1 + gap / 3).abs().max() < 1e-10
     assert simpletuner_gradient(torch.ones_like).abs().mean() > 1e-2
     assert simpletuner_gradient(lambda gap: 1 + gap).abs().mean() > 1e-2
 
@@ -500,4 +500,4 @@ def test_simpletuner_differs_from_the_others_at_the_exact_network() -> None:
     losses = losses_of(made, batch)
     bias = (like(batch.rows.t - batch.rows.r, batch.rows.x) * batch.rows.v).clamp(-1, 1)
     torch.testing.assert_close(losses["base"].per_row, bias.square().flatten(1).mean(1), rtol=1e-9, atol=1e-12)
-    assert all(losses[name].per_row.abs().max() < 1e-12 for name in losses if name != "base")
+    assert all(losses[name].per_row.abs().max() < 1e-10 for name in losses if name != "base")

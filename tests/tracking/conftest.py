@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.tracking import stores
 from tests.tracking.synthetic import make_run
 from twinrl.tracking import mlflow_run, store, thinning, ui
 from twinrl.tracking.mlflow_view import publish
@@ -26,17 +27,20 @@ CHROMIUM_OPTIONS = (
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated, empty sqlite store, to be copied: making one takes seconds."""
-    database = tmp_path_factory.mktemp("mlflow") / store.DATABASE_NAME
-    store.prepare(f"sqlite:///{database}")
-    return database
+    """A migrated, empty sqlite store, to be copied."""
+    return stores.empty(tmp_path_factory)
+
+
+def _few_points(patch: pytest.MonkeyPatch) -> None:
+    """Curves get few points, to be quick."""
+    patch.setattr(thinning, "REGULAR_BUCKETS", 10)
+    patch.setattr(mlflow_run, "POINTS_PER_REQUEST", 80)
 
 
 @pytest.fixture
 def runs(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for runs with an empty default store in it; curves get few points, to be quick."""
-    monkeypatch.setattr(thinning, "REGULAR_BUCKETS", 25)
-    monkeypatch.setattr(mlflow_run, "POINTS_PER_REQUEST", 200)
+    """A folder for runs with an empty default store in it; curves get few points."""
+    _few_points(monkeypatch)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "runs"
     folder.mkdir()
@@ -44,7 +48,7 @@ def runs(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> dict[str, Any]:
     """Two published runs and one without a single row, in one store."""
     folder = tmp_path_factory.mktemp("shown") / "runs"
@@ -52,23 +56,25 @@ def published(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> di
     shutil.copy(empty_store, folder)
     uri = store.default_uri(folder)
     directories = [make_run(folder, seed=seed) for seed in (0, 1)] + [make_run(folder, rows=0, name="empty")]
-    ids = [publish(run, uri, final=True) for run in directories]
+    with pytest.MonkeyPatch.context() as patch:
+        _few_points(patch)
+        ids = [publish(run, uri, final=True) for run in directories]
     return {"uri": uri, "runs": ids[:2], "empty": ids[2], "directories": directories}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(published: dict[str, Any]) -> Iterator[ui.Server]:
     """A real MLflow server on loopback over the published runs."""
     with ui.Server(published["uri"], port=0) as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium; tests that need it are skipped where it is not installed."""
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
-        pytest.skip("no chromium and chromedriver on this machine")
+        pytest.skip("needs a browser: install chromium and chromedriver (Debian: chromium, chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium

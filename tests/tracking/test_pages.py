@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from twinrl.errors import InputError
 from twinrl.tracking import ui
 from twinrl.tracking.mlflow_view import publish
 
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 EMPTY_WAIT_SECONDS = 5
 CURVES = """return [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data
     .filter(trace => plot.querySelector('.js-line'))
@@ -39,6 +40,15 @@ def drawn(browser: Any) -> dict[str, tuple[list[float], list[float]]]:
     return {name: (steps, values) for name, steps, values in traces}
 
 
+def assert_as_stored(published: dict[str, Any], curves: dict[str, Any], metrics: list[str]) -> None:
+    """The drawn curves of the first run have the points that the store has."""
+    run_id, name = published["runs"][0], published["directories"][0].name
+    history = mlflow.MlflowClient(published["uri"])
+    for metric in metrics:
+        stored = sorted((p.step, p.value) for p in history.get_metric_history(run_id, metric))
+        assert list(zip(*curves[f"{name} ({metric})"], strict=True)) == stored
+
+
 def page_text(browser: Any) -> str:
     return " ".join(browser.execute_script("return document.body.innerText").split())
 
@@ -53,25 +63,22 @@ def keep_screenshot(browser: Any, name: str) -> None:
         browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
+@pytest.mark.campaign
 @pytest.mark.browser
 def test_run_page_draws_every_curve_with_its_spike(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
     run_id, run_dir = published["runs"][0], published["directories"][0]
     browser.get(ui.run_url(server.url, experiment_of(published), run_id))
-    history = mlflow.MlflowClient(published["uri"])
-    metrics = history.get_run(run_id).data.metrics
+    metrics = mlflow.MlflowClient(published["uri"]).get_run(run_id).data.metrics
     expected = {f"{run_dir.name} ({name})" for name in metrics}
     wait_for(lambda: expected <= set(drawn(browser)))
     curves = drawn(browser)
     keep_screenshot(browser, "run-curves")
     assert expected == set(curves)
-    for name in ("loss/total", "grad/total/norm_raw", "val/quality"):
-        steps, values = curves[f"{run_dir.name} ({name})"]
-        stored = sorted((p.step, p.value) for p in history.get_metric_history(run_id, name))
-        assert list(zip(steps, values, strict=True)) == stored
-    steps, values = curves[f"{run_dir.name} (grad/total/norm_raw)"]
-    assert values[steps.index(SPIKE_AT)] == 1000
+    assert_as_stored(published, curves, ["loss/total", "grad/total/norm_raw", "val/quality"])
+    assert (SPIKE_AT, 1000) in zip(*curves[f"{run_dir.name} (grad/total/norm_raw)"], strict=True)
 
 
+@pytest.mark.campaign
 @pytest.mark.browser
 def test_run_page_groups_metrics_by_prefix_and_lists_them(
     browser: Any, server: ui.Server, published: dict[str, Any]
@@ -88,6 +95,7 @@ def test_run_page_groups_metrics_by_prefix_and_lists_them(
         assert word in page_text(browser)
 
 
+@pytest.mark.campaign
 @pytest.mark.browser
 def test_a_run_without_metrics_shows_no_curve(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
     browser.get(ui.run_url(server.url, experiment_of(published), published["empty"]))
@@ -96,6 +104,7 @@ def test_a_run_without_metrics_shows_no_curve(browser: Any, server: ui.Server, p
     keep_screenshot(browser, "run-empty")
 
 
+@pytest.mark.campaign
 @pytest.mark.browser
 @pytest.mark.parametrize(
     ("tab", "size"),
@@ -119,6 +128,7 @@ def test_sample_grid_is_shown(
     assert grid_is_shown()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_compare_page_overlays_runs(browser: Any, server: ui.Server, published: dict[str, Any]) -> None:
     metrics = ["grad/total/norm_raw", "loss/total"]
@@ -129,6 +139,9 @@ def test_compare_page_overlays_runs(browser: Any, server: ui.Server, published: 
     curves = drawn(browser)
     assert expected == set(curves)
     assert all(max(steps) == 1999 for steps, _ in curves.values())
+    assert_as_stored(published, curves, metrics)
+    for run in published["directories"][:2]:
+        assert (SPIKE_AT, 1000) in zip(*curves[f"{run.name} (grad/total/norm_raw)"], strict=True)
 
 
 @pytest.mark.slow
@@ -154,8 +167,16 @@ def test_missing_store_is_an_input_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_server_that_cannot_start_repeats_its_last_words(tmp_path: Path) -> None:
+def test_server_that_cannot_start_repeats_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    complaint = "print('to stdout'); raise ValueError('no such database')"
+    monkeypatch.setattr(ui, "_command", lambda *_: [sys.executable, "-c", complaint])
+    (tmp_path / "mlflow.db").touch()
+    with pytest.raises(InputError, match=r"did not start; got ValueError: no such database"):
+        ui.Server(f"sqlite:///{tmp_path}/mlflow.db", port=0)
+
+
+@pytest.mark.campaign
+def test_server_over_what_is_no_database_repeats_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database " * 1000)
     with pytest.raises(InputError, match=r"did not start; got .*database"):
         ui.Server(f"sqlite:///{tmp_path}/mlflow.db", port=0)

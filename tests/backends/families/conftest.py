@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.backends.families import tiny
+from tests.rounding import assert_rounded
 from twinrl.backends.families import DIFFUSION_FAMILIES, FAMILIES, load_family
 from twinrl.backends.families.family import Family, FamilyConfig
 
@@ -112,6 +113,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def assert_gradients_alike(ours, theirs):
+    """Gradients by name, of one loss by two ways; sums of all rows and pixels, so what is added up cancels in some.
+
+    1000 roundings: the widths of a tiny transformer's layers, added up, forward and backward.
+    """
+    assert ours.keys() == theirs.keys()
+    scale = max(float(gradient.abs().max()) for gradient in theirs.values())
+    assert scale > 0
+    for name, gradient in theirs.items():
+        assert_rounded(ours[name], gradient, 1000, scale, msg=name)
+
+
+def gradients_of(network):
+    """Name → gradient."""
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()

@@ -17,14 +17,16 @@ import transformers
 
 import twinrl
 from tests.backends.families import tiny
-from tests.backends.families.conftest import Case, disturbed
+from tests.backends.families.conftest import SWITCHES, Case, disturbed
+from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import at
 from tests.data.folders.tiny import write_pairs
+from tests.logs import rows
+from twinrl import schema
 from twinrl.backends.families import FAMILIES, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.sampling import euler, sample
-from twinrl.tracking import runlog
 
 NAME, MODULE = "ovis_image", "tests.backends.families.ovis_image"
 
@@ -62,12 +64,19 @@ def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monke
     theirs = added.call(added.pipeline, z, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent")
     ours = sample(network, z, added.condition, euler(4))
     assert (ours - z).abs().mean() > 0.1
-    torch.testing.assert_close(ours, added.family.from_pipeline(theirs, added.shape), atol=1e-5, rtol=0)
+    assert_alike(NAME, added.family.from_pipeline(theirs, added.shape), ours)
 
     t = torch.tensor([0.3, 1.0])
     assert torch.equal(at(network, added, -t, 0 * t), at(network, added, t))
     assert not torch.allclose(at(disturbed(network), added, -t, -t), at(network, added, t))
     assert added.network(lora=LoraSettings(rank=2)).transformer.peft_config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_configuration_takes_whatever_is_registered(name: str) -> None:
+    switches = [f"model.{key}={str(value).lower()}" for key, value in SWITCHES.get(name, {}).items()]
+    given = [f"model={{family: {name}, path: x}}", *switches, "data={source: folder, root: x}"]
+    assert schema.load("twinflow", given).model.family == name
 
 
 COMMANDS = """
@@ -105,6 +114,7 @@ assert image.size == (32, 32)
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: Path) -> None:
     """In a process that knows the family from its start, as after the two lines."""
     write_pairs(tmp_path / "images", [(32, 32)] * 16)
@@ -112,5 +122,5 @@ def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: 
     script = [sys.executable, "-c", COMMANDS.format(module=MODULE)]
     done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    log = next((tmp_path / "runs").glob("*-s0/log.jsonl"))
-    assert [math.isfinite(row["reward/mean"]) for row in runlog.read(log)] == [True, True]
+    (run,) = (tmp_path / "runs").glob("*-s0")
+    assert [math.isfinite(row["reward/mean"]) for row in rows(run)] == [True, True]

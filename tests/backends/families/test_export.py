@@ -1,4 +1,4 @@
-"""Train a little, export, sample with nothing but diffusers: the image is our sampler's."""
+"""Export a student, sample with nothing but diffusers: the image is our sampler's."""
 
 import json
 import os
@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.backends.families.conftest import disturbed
+from tests.backends.families.made import assert_alike, few
 from tests.backends.families.test_networks import T, at
 from twinrl.backends.families import load_family
 from twinrl.backends.families.export import export
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.errors import InputError
-from twinrl.sampling import few_step, keyed_noise, sample
 from twinrl.sampling.scheduler import TwinFlowScheduler
 
 SCRIPT = """
@@ -26,33 +26,10 @@ image = pipeline("a red cat", num_inference_steps=2, guidance_scale=0, {more}).i
 """
 
 
-def trained(case, steps=8, **settings):
-    """A student after a few steps towards one-step samples of a fixed target and another fake velocity."""
-    network, z, told = case.network(**settings), case.noise(), case.condition
-    target, zero = case.noise(1), torch.zeros(2)
-    ones, losses = torch.ones(2), []
-    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-3)
-    for _ in range(steps):
-        jump = (network(z, ones, zero, told) - (z - target)).square().mean()
-        fake = (network(z, -T, -T, told) - target).square().mean()
-        optimizer.zero_grad()
-        (jump + fake).backward()
-        optimizer.step()
-        losses.append(float((jump + fake).detach()))
-    return network, losses
-
-
-def few(case, network, z, steps):
-    """Our sampler's result, with the injected noise laid out as the pipeline holds its latents."""
-    shape = case.family.to_pipeline(z).shape
-    noise = lambda step: case.family.from_pipeline(keyed_noise(shape, 0, step), case.shape)  # noqa: E731
-    return sample(network, z, case.condition, few_step(steps), noise=noise)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoraSettings(rank=2)], ids=["full", "lora"])
 def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
-    network, losses = trained(case, lora=lora)
-    assert losses[-1] < losses[0]
+    network = disturbed(case.network(lora=lora))
     before = at(network, case, -T, 0 * T)
     export(network, case.family, tmp_path / "student", TwinFlowScheduler(), base="owner/base")
     assert torch.equal(at(network, case, -T, 0 * T), before)
@@ -61,20 +38,22 @@ def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
         z = case.noise(steps)
         told = {"num_inference_steps": steps, "guidance_scale": 0, "output_type": "latent"}
         theirs = case.family.from_pipeline(case.call(pipeline, z, **told), case.shape)
-        # float32 cannot hold 1 − 0.999 to more than 4 digits, and Z-Image is told 1000·(1 − t)
-        atol = {"z_image": 2e-4, "stable_diffusion": 1e-4}.get(case.name, 1e-5)  # and 1/α is 15
-        torch.testing.assert_close(theirs, few(case, network, z, steps), atol=atol, rtol=0)
+        assert_alike(case.name, theirs, few(case.family, network, z, case.condition, steps))
 
 
-def test_images_are_equal_to_the_last_bit_of_a_pixel(case, tmp_path):
-    network, _ = trained(case)
+def test_images_are_equal_but_for_the_last_bit_of_few_pixels(case, tmp_path):
+    """A value of 0 … 255 that falls between two of them may be rounded to either."""
+    network = disturbed(case.network())
     export(network, case.family, tmp_path / "student", TwinFlowScheduler(), base="owner/base")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "student")
     z = case.noise()
     theirs = case.call(pipeline, z, num_inference_steps=1, guidance_scale=0, output_type="np")
-    ours = case.family.decode(few(case, network, z, 1)).detach()
+    ours = case.family.decode(few(case.family, network, z, case.condition, 1)).detach()
     ours = ((ours / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1)
-    assert torch.equal((torch.from_numpy(theirs) * 255).round(), ours)
+    off = ((torch.from_numpy(theirs) * 255).round() - ours).abs()
+    assert off.max() <= 1
+    assert off.mean() < 0.05
+    assert ours.std() > 1
 
 
 def test_an_exported_folder_is_a_start_again(case, tmp_path):
@@ -128,6 +107,7 @@ def test_a_folder_in_use_is_left_alone(sd3, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("told", [{}, {"torch_dtype": torch.bfloat16}])
 def test_a_pipeline_in_bf16_loads_in_one_precision(cases, tmp_path, told):
     """As the presets write it: text encoders and VAE in bf16, whether or not the script says how to load them."""

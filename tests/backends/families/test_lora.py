@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.backends.families.conftest import disturbed
+from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
+from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import T, at
 from twinrl.backends.families.export import export_lora, with_lora
 from twinrl.backends.families.family import FrozenTeacher
@@ -42,7 +43,7 @@ def test_saved_adapters_give_the_same_student(case, tmp_path):
     export_lora(network, case.family, tmp_path / "lora", base="owner/base")
     again = with_lora(case.network(), case.family, tmp_path / "lora")
     for t, r in ((T, T), (T, 0 * T), (-T, -T)):
-        torch.testing.assert_close(at(again, case, t, r), at(network, case, t, r), atol=1e-6, rtol=1e-6)
+        assert_alike(case.name, at(again, case, t, r), at(network, case, t, r))
 
 
 def test_a_stock_pipeline_reads_the_adapters(flow, tmp_path):
@@ -56,8 +57,7 @@ def test_a_stock_pipeline_reads_the_adapters(flow, tmp_path):
     pipeline.scheduler, z = tiny.euler(), flow.noise()
     theirs = flow.call(pipeline, z, num_inference_steps=1, sigmas=[1.0], output_type="latent")
     ones = torch.ones(2)
-    ours = z - at(network, flow, ones)
-    torch.testing.assert_close(flow.family.from_pipeline(theirs, flow.shape), ours, atol=2e-5, rtol=0)
+    assert_alike(flow.name, flow.family.from_pipeline(theirs, flow.shape), z - at(network, flow, ones))
 
 
 def test_a_frozen_teacher_pass_leaves_the_students_gradients_alone(case):
@@ -69,9 +69,9 @@ def test_a_frozen_teacher_pass_leaves_the_students_gradients_alone(case):
         if with_teacher:
             FrozenTeacher(network)(case.noise(), T, T, case.condition)
         velocity.square().mean().backward()
-        return {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
+        return gradients_of(network)
 
-    torch.testing.assert_close(gradients(True), gradients(False))
+    assert_gradients_alike(gradients(True), gradients(False))
 
 
 def test_alpha_scales_the_update(sd3):

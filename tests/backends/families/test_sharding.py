@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from tests.backends.families.conftest import disturbed
+from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
+from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import T
 
 
@@ -33,14 +34,15 @@ def sharded(case, mesh, policy):
 def gradients(case, network):
     velocity = network(case.noise(), -T, 0.5 * -T, case.condition)
     velocity.square().mean().backward()
-    grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
-    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+    whole = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients_of(network).items()}
     return velocity.detach(), whole
 
 
 def test_sharded_equals_whole(case, mesh):
-    expected = gradients(case, disturbed(case.network()))
-    torch.testing.assert_close(gradients(case, sharded(case, mesh, MixedPrecisionPolicy())), expected)
+    velocity, whole = gradients(case, disturbed(case.network()))
+    ours, parts = gradients(case, sharded(case, mesh, MixedPrecisionPolicy()))
+    assert_alike(case.name, ours, velocity)
+    assert_gradients_alike(parts, whole)
 
 
 def test_times_stay_exact_under_its_mixed_precision(case, mesh):

@@ -4,6 +4,7 @@ Configurations: ``transformer/config.json`` of the repositories named; sizes: th
 state, to the digits that they give.
 """
 
+import functools
 import json
 
 import pytest
@@ -53,11 +54,16 @@ MODELS = {  # family: configuration, billions of parameters without ours
 }
 
 
+@functools.cache
+def published(name):
+    """The transformer of the published size."""
+    with torch.device("meta"):
+        return family_class(name).TRANSFORMER(**MODELS[name][0])
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_published_sizes(name):
-    config, billions = MODELS[name]
-    with torch.device("meta"):
-        transformer = family_class(name).TRANSFORMER(**config)
+    transformer, billions = published(name), MODELS[name][1]
     count = sum(tensor.numel() for tensor in transformer.state_dict().values())  # SD3 stores its positions
     ours = sum(p.numel() for p in transformer.twin_parameters().values())
     assert (count - ours) / 1e9 == pytest.approx(billions, rel=0.03)
@@ -67,10 +73,7 @@ def test_published_sizes(name):
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_adapters_find_their_layers_in_the_published_models(name):
     """Every default target names layers in every block that it is meant for."""
-    config, _ = MODELS[name]
-    family = family_class(name)
-    with torch.device("meta"):
-        transformer = family.TRANSFORMER(**config)
+    family, transformer = family_class(name), published(name)
     names = [n for n, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     found = {target: sum(n.endswith(f".{target}") for n in names) for target in family.LORA_TARGETS}
     blocks = sum(type(module).__name__ in family.BLOCKS for module in transformer.modules())
@@ -78,6 +81,7 @@ def test_adapters_find_their_layers_in_the_published_models(name):
     assert all(count >= blocks // 3 for count in found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", [name for name in presets() if schema.load(name).model.family is not None])
 def test_presets_of_real_sizes_build_with_their_settings(preset, tmp_path):
     """`published-qwen2512` and the others on the published dimensions: sizes, dtypes and adapters, no weights."""

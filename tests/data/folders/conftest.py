@@ -19,6 +19,6 @@ def encoder(tiny_models: TinyEncoder) -> Iterator[TinyEncoder]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tiny_models.images = tiny_models.prompts = 0
-    tiny_models.key, tiny_models.delay = "tiny-0", 0.0
+    tiny_models.key = "tiny-0"
     yield tiny_models
     torch.set_num_threads(threads)

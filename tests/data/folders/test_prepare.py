@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.data.folders.tiny import TinyEncoder, encoded, picture, quiet, settings, write_pairs
+from tests.rounding import assert_rounded
 from twinrl.data.folders import CachedDataset, PrepareConfig
 from twinrl.data.folders.buckets import Bucket, Fit
 from twinrl.data.folders.cache import writing
@@ -71,12 +72,12 @@ def test_the_cache_holds_what_the_models_give(folder: Path, tmp_path: Path, enco
         for index, name in enumerate(data.names(range(len(data)))):
             pair = next(pair for pair in result.pairs if pair.example.name == name)
             image = pixels(decode((folder / name).read_bytes()), pair.fit)[None]
-            assert torch.allclose(data.latents([index]), encoder.encode_images(image), atol=1e-5)
+            assert_rounded(data.latents([index]), encoder.encode_images(image), 1000)
             caption = (folder / name).with_suffix(".txt").read_text().strip()
             assert data.captions([index]) == [caption]
             alone, cached = encoder.encode_prompts([caption]), data.conditions([index])
             length = alone["mask"].shape[1]
-            assert torch.allclose(cached["text"][:, :length], alone["text"], atol=1e-5)
+            assert_rounded(cached["text"][:, :length], alone["text"], 200)
             assert torch.equal(cached["mask"].sum(1), alone["mask"].sum(1))
             assert torch.equal(cached["text"][:, length:], torch.zeros_like(cached["text"][:, length:]))
             seen += 1
@@ -182,7 +183,7 @@ def test_names_and_the_order_of_ratios_decide_nothing(copy: Path, tmp_path: Path
     for step in range(6):
         one, other = a.sampler(4, seed=0).batch(step), b.sampler(4, seed=0).batch(step)
         assert one.bucket == other.bucket
-        assert torch.allclose(a.latents(one.rows), b.latents(other.rows), atol=1e-5)
+        assert_rounded(a.latents(one.rows), b.latents(other.rows), 1000)
         assert a.captions(one.rows) == b.captions(other.rows)
 
 
@@ -312,34 +313,42 @@ def test_interruption_at_any_call_loses_one_shard_and_changes_nothing(
 
 
 SCRIPT = """
-import sys
+import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.data.folders.tiny import TinyEncoder, quiet, settings
 from twinrl.data.folders import prepare
-prepare(Path(sys.argv[1]), TinyEncoder(delay=0.05), settings(), Path(sys.argv[2]), quiet)
+
+class Slow(TinyEncoder):
+    def encode_images(self, pixels):
+        if self.images == 14:  # three shards of 4, and half of the next
+            Path(sys.argv[3]).touch()
+            time.sleep(600)
+        return super().encode_images(pixels)
+
+prepare(Path(sys.argv[1]), Slow(), settings(), Path(sys.argv[2]), quiet)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_and_a_second_one_equal_an_undisturbed_one(
     folder: Path, tmp_path: Path, encoder: TinyEncoder
 ) -> None:
     run(folder, tmp_path / "undisturbed", encoder)
-    out = tmp_path / "out"
-    command, root = [sys.executable, "-c", SCRIPT, str(folder), str(out)], Path(__file__).parents[3]
+    out, reached = tmp_path / "out", tmp_path / "reached"
+    command, root = [sys.executable, "-c", SCRIPT, str(folder), str(out), str(reached)], Path(__file__).parents[3]
     process = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while len(list(out.rglob("shard-*.safetensors"))) < 3 and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    time.sleep(0.03)  # into the next shard
+    while not reached.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors
-    saved = len(list(out.rglob("shard-*.safetensors")))
-    assert 3 <= saved < len(list((tmp_path / "undisturbed").rglob("shard-*.safetensors")))
+    assert reached.exists()
+    assert len(list(out.rglob("latents/shard-*.safetensors"))) == 3
     run(folder, out, encoder)
-    assert 28 - 4 * saved <= encoder.images < 28
+    assert encoder.images == 28 - 3 * 4
     assert files(out) == files(tmp_path / "undisturbed")
 
 

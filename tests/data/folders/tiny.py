@@ -1,6 +1,5 @@
 """A tiny real VAE and text encoder, and pictures to feed them."""
 
-import time
 from io import BytesIO
 from pathlib import Path
 
@@ -23,13 +22,9 @@ def settings(**changes: object) -> PrepareConfig:
 
 
 class TinyEncoder:
-    """AutoencoderKL and T5 (over bytes), random weights from a seed; counts what it encodes.
+    """AutoencoderKL and T5 (over bytes), random weights from a seed; counts what it encodes."""
 
-    Arguments:
-        delay: seconds that each call takes longer, so that a test can interrupt between calls.
-    """
-
-    def __init__(self, seed: int = 0, delay: float = 0.0):
+    def __init__(self, seed: int = 0):
         ensure_torchvision()
         from diffusers import AutoencoderKL
         from transformers import T5Config, T5EncoderModel
@@ -41,16 +36,14 @@ class TinyEncoder:
         ).eval()  # fmt: skip
         config = T5Config(vocab_size=259, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         self.text = T5EncoderModel(config).eval()
-        self.key, self.delay = f"tiny-{seed}", delay
+        self.key = f"tiny-{seed}"
         self.images, self.prompts = 0, 0
 
     def encode_images(self, pixels: Tensor) -> Tensor:
-        time.sleep(self.delay)
         self.images += len(pixels)
         return self.vae.encode(pixels).latent_dist.mode()
 
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
-        time.sleep(self.delay)
         self.prompts += len(prompts)
         codes = [[*(byte + 3 for byte in prompt.encode()), 1] for prompt in prompts]
         width = max(map(len, codes))

@@ -30,21 +30,21 @@ def test_decoders_overshoot_in_this_test() -> None:
 @pytest.mark.parametrize("kind", PIXEL)
 def test_with_the_latent_as_baseline_the_round_trip_error_remains(kind: str, codec: Toy) -> None:
     """A constant reward then pulls along E(D(z)) − z, at every η."""
-    z = latents()
+    z = latents().double()
     residual = z - codec.encode(codec.decode(z).clamp(-1, 1))
     assert residual.abs().max() > 0.01
     for eta in (0.05, 1e-6):
         found = latent_reward(kind, eta=eta, baseline="latent").gradient(z, PROMPTS, codec, Flat(), ROWS)
-        torch.testing.assert_close(found.g, -residual)
+        torch.testing.assert_close(found.g, -residual, rtol=1e-9, atol=1e-12)
 
 
 def test_the_two_baselines_differ_by_the_round_trip_alone() -> None:
-    z, codec = latents(), Toy()
+    z, codec = latents().double(), Toy()
     decoded, latent = (
         latent_reward("autograd", baseline=b).gradient(z, PROMPTS, codec, Brightness(), ROWS).g
         for b in ("decoded", "latent")
     )
-    torch.testing.assert_close(decoded - latent, z - codec.encode(codec.decode(z)))
+    torch.testing.assert_close(decoded - latent, z - codec.encode(codec.decode(z)), rtol=1e-9, atol=1e-12)
 
 
 def test_round_trip_is_reported_where_it_was_computed() -> None:

@@ -32,18 +32,17 @@ def test_the_preference_rises(lab, kind: str) -> None:
 ESTIMATES = {  # enough directions for a cosine that eight images show
     "autograd": {},
     "vae_backprop": {},
-    "random_direction": {"directions": 96},
-    "antithetic": {"directions": 48},
-    "orthogonal": {"directions": 96},
-    "spsa": {"directions": 48},
+    "random_direction": {"directions": 48},
+    "antithetic": {"directions": 24},
+    "orthogonal": {"directions": 48},
+    "spsa": {"directions": 16},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("model", ["lab_hps", "lab_clip"])
+@pytest.mark.parametrize("model", ["lab_hps", pytest.param("lab_clip", marks=pytest.mark.campaign)])
 @pytest.mark.parametrize("kind", ESTIMATES)
-def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str, sign: int) -> None:
+def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str) -> None:
     """A small step along g raises the mean score, one against it lowers it, through the real decoder."""
     z = lab.latents("validation")[:8]
     prompts = lab.prompts(lab.validation.labels[:8], 0, 0)
@@ -51,8 +50,9 @@ def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str, sig
     found = latent_reward({"kind": kind, **ESTIMATES[kind]}).gradient(
         z, prompts, lab, reward, KeyedRows(0, 0, tuple(range(8)))
     )
-    moved = z + sign * 0.3 * found.g / like(found.g.flatten(1).norm(dim=1), z)
-    assert sign * (reward(lab.decode(moved), prompts) - found.scores).mean() > 0
+    step = 0.3 * found.g / like(found.g.flatten(1).norm(dim=1), z)
+    up, down = (reward(lab.decode(moved), prompts).mean() for moved in (z + step, z - step))
+    assert down < found.scores.mean() < up
 
 
 @pytest.fixture

@@ -42,17 +42,17 @@ def test_one_nan_stays_where_it_is(kind: str, baseline: str | None, broken: str)
 @pytest.mark.parametrize(("kind", "baseline"), CASES)
 def test_chunks_and_ranks_change_nothing(kind: str, baseline: str | None) -> None:
     """Whole, in chunks, or the last rows alone under their global positions: the same gradients."""
-    z = latents()
+    z = latents().double()
     whole = latent_reward(kind, baseline=baseline).gradient(z, PROMPTS, Toy(), Brightness(), ROWS)
     for chunk in (1, 4):
         cut = latent_reward(kind, baseline=baseline, chunk=chunk).gradient(z, PROMPTS, Toy(), Brightness(), ROWS)
-        torch.testing.assert_close(cut.g, whole.g, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(cut.g, whole.g, rtol=1e-9, atol=1e-12)
         assert cut.aux.keys() == whole.aux.keys()
         assert all(len(values) == len(z) for values in cut.aux.values())
     rank = latent_reward(kind, baseline=baseline).gradient(
         z[4:], PROMPTS[4:], Toy(), Brightness(), KeyedRows(3, 7, (4, 5))
     )
-    torch.testing.assert_close(rank.g, whole.g[4:], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rank.g, whole.g[4:], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["random_direction", "antithetic", "orthogonal", "spsa"])
@@ -75,7 +75,7 @@ def test_directions_are_keyed(kind: str) -> None:
 
 def test_rows_draw_apart() -> None:
     drawn = KeyedRows(0, 0, (0, 1, 2)).normal("reward direction 0", (500,))
-    assert (torch.corrcoef(drawn) - torch.eye(3)).abs().max() < 0.2
+    assert (torch.corrcoef(drawn) - torch.eye(3)).abs().max() < 0.2  # 4.5 standard errors
     assert torch.equal(KeyedRows(0, 0, (0, 1, 2)).rows(1, 3).normal("reward direction 0", (500,)), drawn[1:])
 
 
