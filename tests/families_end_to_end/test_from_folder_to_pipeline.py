@@ -35,7 +35,7 @@ from twinrl.trainer import Trainer
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["a red cat", "b"]
-MAX_NORM = 1e-3
+MAX_NORM = 1e-4  # gradients of this reward are 7e-4 to 1.5e-3 long
 STEPS = 4
 
 
