@@ -8,7 +8,7 @@ from analysis.survival import Times
 from analysis.validity import STEPS
 from tests.analysis.simulated import at_least, at_most
 
-STUDIES = 150
+STUDIES = 250
 """Few; ``campaign`` tries 2,000 of each kind in test_validity.py."""
 
 
@@ -83,7 +83,7 @@ def test_hazard_ratio_without_any_event_says_nothing() -> None:
 
 def test_log_rank_keeps_its_level_and_finds_a_difference() -> None:
     rng = np.random.default_rng(3)
-    pairs = zip(*(validity.arms(rng, 60, 10, 1.0) for _ in "ab"), strict=True)
+    pairs = zip(*(validity.arms(rng, 100, 10, 1.0) for _ in "ab"), strict=True)
     p = np.array([survival.log_rank({"a": a, "b": b}) for a, b in pairs])
     assert (p < 0.05).mean() < at_most(0.05, len(p))
     assert survival.log_rank({"a": SURVIVED, "b": BROKEN}) < 1e-4

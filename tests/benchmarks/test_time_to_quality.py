@@ -103,7 +103,7 @@ def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits
 def test_an_interrupted_run_is_resumed(tmp_path):
     source = Digits()
     plan = replace(PLAN, points=2)
-    settings = plan.settings("twinflow", 1e-3, 0, 4, tmp_path)
+    settings = plan.settings("twinflow", 1e-3, 0, 6, tmp_path)
     protocol = ttq.Study(plan, tmp_path, source).protocol("test")
 
     class Interrupted(ttq.TimedTrainer):
@@ -116,5 +116,5 @@ def test_an_interrupted_run_is_resumed(tmp_path):
     stopped = Interrupted(settings, run, source, torch.device("cpu"), lambda network, step: {})
     assert stopped.train().status == "interrupted"
     finished = ttq.trained(settings, source, protocol)
-    assert finished.result["step"] == 10
-    assert [row["step"] for row in ttq.runlog.read(finished.log)] == list(range(1, 11))
+    assert finished.result["step"] == 15
+    assert [row["step"] for row in ttq.runlog.read(finished.log)] == list(range(1, 16))

@@ -74,17 +74,17 @@ class TestKernelDistance:
         assert kernel_distance(torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [3.0]])) == pytest.approx(297.5)
 
     def test_unbiased_at_small_n(self):
-        values = [kernel_distance(features(10, 4, "a", s), features(15, 4, "b", s)) for s in range(300)]
-        assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(300)
+        values = [kernel_distance(features(10, 4, "a", s), features(15, 4, "b", s)) for s in range(1000)]
+        assert abs(np.mean(values)) < 3 * np.std(values) / np.sqrt(1000)
         assert np.std(values) > 0.01
 
     def test_the_mean_does_not_depend_on_n(self):
         def values(n: int) -> np.ndarray:
-            pairs = ((features(n, 4, "a", s), features(n, 4, "b", s) + 0.5) for s in range(300))
+            pairs = ((features(n, 4, "a", s), features(n, 4, "b", s) + 0.5) for s in range(600))
             return np.array([kernel_distance(a, b) for a, b in pairs])
 
         few, many = values(6), values(24)
-        error = np.hypot(few.std(), many.std()) / np.sqrt(300)
+        error = np.hypot(few.std(), many.std()) / np.sqrt(600)
         assert abs(few.mean() - many.mean()) < 3 * error < 0.5 * many.mean()
 
     def test_strata_remove_the_bias_of_fixed_class_counts(self):
