@@ -18,11 +18,12 @@ from typing import Any, Protocol
 
 REPOSITORY = Path(__file__).parents[1]
 IMPORTED = (
-    "torch.distributed.run", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "scipy.stats",
-    "matplotlib.pyplot", "matplotlib.backends.backend_agg", "pyarrow.parquet", "pandas", "mlflow", "ablations.cli",
-    "analysis.cli", "tests.fsdp.launched", "twinrl.cli", "twinrl.commands.train", "twinrl.commands.inspect",
+    "pytest", "fsspec", "scipy.stats", "pandas", "pyarrow.parquet", "mlflow",
+    "matplotlib.pyplot", "matplotlib.backends.backend_agg",
+    "torch._dynamo", "torch.distributed.run", "torch.distributed.checkpoint", "torch.distributed.fsdp",
+    "ablations.cli", "analysis.cli", "twinrl.cli", "twinrl.commands.train", "twinrl.commands.inspect",
     "twinrl.evaluation.figures", "twinrl.evaluation.grids", "twinrl.fsdp.sharded", "twinrl.fsdp.watchdog",
-    "twinrl.fsdp.checkpoint",
+    "twinrl.fsdp.checkpoint", "tests.fsdp.cases", "tests.fsdp.launched", "tests.backends.families.made",
 )  # fmt: skip
 """By the server. What is missing here is imported by the forks: right, but slow."""
 
@@ -77,7 +78,7 @@ class Forked:
 
 
 @cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
     """Started on first use; it ends with this process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(IMPORTED))
@@ -103,7 +104,7 @@ def start(
         variables: of its environment, besides those of this process.
     """
     environment = dict(os.environ) | variables
-    process = _server().Process(target=_call, args=(function, arguments, output, errors or output, environment))
+    process = server().Process(target=_call, args=(function, arguments, output, errors or output, environment))
     process.start()
     return Forked(process)
 

@@ -43,7 +43,7 @@ def assert_rounded(
         msg: said beside the difference, such as the tensor's name.
     """
     if scale is None:
-        finite = expected[expected.isfinite()]
+        finite = expected.detach()[expected.isfinite()]
         scale = float(finite.abs().max()) if finite.numel() else 0.0
     atol = bound(roundings, scale, expected.dtype)
     said = None if msg is None else lambda difference: f"{msg}: {difference}"

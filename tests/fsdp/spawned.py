@@ -1,6 +1,5 @@
 """Several gloo processes beside the test's own."""
 
-import multiprocessing
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -9,18 +8,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from tests import forked
+
 T = TypeVar("T")
-PRELOADED = [
-    "pytest", "tests.fsdp.cases", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "fsspec",
-]  # fmt: skip
 
 
 def spawned(work: Callable[..., T], world: int, folder: Path, *arguments: Any) -> list[T]:
     """What ``work(*arguments)`` returns in each of ``world`` processes of one group.
 
-    They are forks of one process that has imported everything, and has done nothing yet.
+    They are forks of the server that has imported everything.
     """
-    multiprocessing.set_forkserver_preload(PRELOADED)
+    forked.server()
     torch.multiprocessing.start_processes(
         _one, (world, folder, work, arguments), nprocs=world, start_method="forkserver"
     )  # fmt: skip

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from tests.backends.families.made import made, short_prompts
 from tests.data.folders.tiny import write_pairs
 from tests.fsdp.measures import held, kept, peak_of_reading, whole
+from tests.fsdp.spawned import spawned
 from tests.logs import rows, tensors
 from tests.rewards.tiny import hf_clip
 from tests.rounding import assert_rounded, bound
@@ -97,14 +97,12 @@ def run(settings: schema.RunConfig, ranks: Ranks) -> Trainer:
     return trainer
 
 
-def work(rank: int, base: Path, spawn: str) -> None:
+def work(base: Path, spawn: str) -> dict[str, Any]:
     with short_prompts():
-        _work(rank, base, spawn)
+        return _work(base, spawn)
 
 
-def _work(rank: int, base: Path, spawn: str) -> None:
-    meeting = f"file://{base}/meeting-{spawn}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
+def _work(base: Path, spawn: str) -> dict[str, Any]:
     found: dict[str, Any] = {"shares": {}}
     for name in SPAWNS[spawn]:
         settings = settings_of(base, name, "sharded")
@@ -117,10 +115,8 @@ def _work(rank: int, base: Path, spawn: str) -> None:
             found["peaks"] = {way: peak(settings, trainer, ranks) for way, ranks in ways.items()}
             found["frozen"] = of_frozen(settings, trainer.source, trainer.ranks)
     if spawn == "others":
-        judged(rank, base)
-    torch.save(found, base / f"found-{spawn}-{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+        judged(dist.get_rank(), base)
+    return found
 
 
 JUDGED = ("replicated", "sharded")
@@ -182,8 +178,9 @@ def sharded(base: Path) -> Callable[[str], list[dict[str, Any]]]:
         if spawn == "others":
             write_pairs(base / "others", [(40, 30)] * 4)
             torch.save(inception.architecture().state_dict(), base / "inception.pth")
-        torch.multiprocessing.spawn(work, (base, spawn), nprocs=WORLD)
-        return [torch.load(base / f"found-{spawn}-{rank}.pt") for rank in range(WORLD)]
+        folder = base / f"spawned-{spawn}"
+        folder.mkdir()
+        return spawned(work, WORLD, folder, base, spawn)
 
     return found
 
