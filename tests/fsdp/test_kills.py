@@ -110,7 +110,7 @@ def disturbed(plan: Plan, quiet: RunDirectory, tmp_path_factory: pytest.TempPath
         launcher.terminate()  # with its processes, which it ends; nothing if all went well
     run, text = the_run(folder), output.read_text()
     assert run is not None
-    assert text.count("failed (exitcode: -9)") == plan.kills, text
+    assert text.count("failed (exitcode: ") == plan.kills, text  # of the killed one, or of the one that missed it
     assert text.count("resuming at step") >= (1 - plan.early) * plan.kills / 2, text
     return run
 
