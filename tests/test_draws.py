@@ -40,6 +40,15 @@ def test_global_state_is_neither_read_nor_written() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_global_stream_is_seeded_as_torch_does() -> None:
+    found = []
+    for seed in (torch.manual_seed, draws.seed_global):
+        torch.rand(3)
+        seed(2**61 + 7)
+        found.append(torch.rand(5))
+    assert torch.equal(*found)
+
+
 def test_default_device_and_dtype_change_nothing() -> None:
     expected = draws.normal((8,), 0, "noise"), draws.uniform((8,), 0, "t"), draws.shuffled_rows(9, 4, 0, 3)
     torch.set_default_dtype(torch.float64)

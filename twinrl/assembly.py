@@ -297,7 +297,7 @@ def protocol_of(
 
 def seed_stream(seed: int, purpose: str, step: int) -> None:
     """Seed torch's global generators for one step (dropout draws from them), so that a resumed step repeats."""
-    torch.manual_seed(draws.generator(seed, purpose, step).initial_seed())
+    draws.seed_global(draws.generator(seed, purpose, step).initial_seed())
 
 
 def parts_of(objective: Objective) -> dict[str, nn.Module]:

@@ -23,6 +23,17 @@ def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     return torch.Generator("cpu").manual_seed(int.from_bytes(key, "big") >> 1)
 
 
+def seed_global(seed: int) -> None:
+    """Seed the global streams of the CPU and, where CUDA is in use, of its devices; dropout draws from them.
+
+    The same numbers as after ``torch.manual_seed``, which for each absent accelerator also writes down where it was
+    called: 1 ms, several times a step.
+    """
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 def uniform(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> Tensor:
     """U[0, 1) in float32, on the CPU."""
     return torch.rand(shape, generator=generator(seed, purpose, step), device="cpu", dtype=torch.float32)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from twinrl import conditions
+from twinrl import conditions, draws
 from twinrl.branches import Batch, Rows
 from twinrl.conditions import Condition
 from twinrl.guidance import GuidanceConfig, enhanced_velocity
@@ -282,7 +282,7 @@ class Pass:
     def _move_on(self) -> None:
         """Leave the generators where the next micro-batch starts: at a new seed drawn from this one's state."""
         self.random_state.restore()
-        torch.manual_seed(int(torch.randint(2**62, ())))
+        draws.seed_global(int(torch.randint(2**62, ())))
 
 
 def _covers(evaluated: Tensor, wanted: Tensor) -> bool:
