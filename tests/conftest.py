@@ -1,6 +1,7 @@
 """Fixtures and the order shared by all tests."""
 
 import os
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ PROCESSES = "processes"
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that no worker ends long after the others."""
-    long = [{item.path for item in items if item.get_closest_marker(marker)} for marker in (PROCESSES, "slow")]
-    place = {item.path: -index for index, item in enumerate(reversed(items))}
-    items.sort(key=lambda item: (*(item.path not in files for files in long), place[item.path]))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Long files first, then those of many tests, so that no worker ends long after the others."""
+    if config.pluginmanager.hasplugin("randomly"):
+        return
+    together, slow = ({item.path for item in items if item.get_closest_marker(m)} for m in (PROCESSES, "slow"))
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda i: (i.path not in together, i.path not in slow, -tests[i.path], i.path))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -214,8 +214,11 @@ def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path
     assert all(v.isfinite().all() for v in state(trainer).values())
     (event,) = logs.events(trainer.run)  # one line for the episode, and one capsule
     assert (event["step"], event["kind"], event["terms"], event["value"]) == (1, "unscored", ["reward"], 0.25)
-    data_rows, batch = make(settings).feed.batch(0, 0)
+    fresh = make(settings)
+    data_rows, batch = fresh.feed.batch(0, 0)
     assert event["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
+    assert fresh.guide is not None
+    assert [bool(g.any()) for g in fresh.guide(batch.rows.z, batch.rows).g] == [i != 1 for i in range(len(batch.rows))]
     assert f"not finite for data row {event['rows'][0]} at step 1" in event["message"]
     assert [row[names.REWARD_NONFINITE] for row in rows(trainer)] == [0.25] * 3
     assert Capsules(trainer.run.path, settings.stability.capsules).numbers() == [1]

@@ -308,6 +308,7 @@ def summarised(workspace: Workspace) -> Iterator[tuple[StudyView, ui.Server]]:
 
 
 @pytest.mark.browser
+@pytest.mark.campaign
 def test_the_page_that_a_study_links_to_draws_the_arms(summarised: tuple[StudyView, ui.Server], browser: Any) -> None:  # noqa: F811
     view, server = summarised
     (study,) = view.client.search_runs([view.experiment], filter_string="tags.level = 'study'")

@@ -132,7 +132,7 @@ STEPS = {
         "model.gradient_checkpointing=true",  # so that the pass through the VAE is most of it
     ],
 }
-PEAKS = {("flux", "reward"), ("flux", "recomputed"), ("stable_diffusion", "full")}
+PEAKS = {("flux", "reward"), ("flux", "recomputed")}
 
 
 @pytest.mark.slow

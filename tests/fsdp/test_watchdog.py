@@ -86,7 +86,7 @@ def counting(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.campaign)])
 def test_a_stopped_process_does_not_keep_the_others(tmp_path: Path, stopped: int) -> None:
     """Neither does the one that holds the store through which they talk, which is rank 0's without torchrun."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(torchrun.free_port()), "WORLD_SIZE": "2"}
