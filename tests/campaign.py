@@ -215,8 +215,8 @@ def keep(row: Row, outcome: Outcome) -> None:
     path.with_suffix(".new").replace(path)
 
 
-def table(outcomes: Sequence[tuple[Row, Outcome]]) -> str:
-    """The page of the last results."""
+def table(everything: Sequence[Row]) -> str:
+    """The page of the last results, and what has none."""
     lines = [
         "# The long tests' last results", "",
         "Made by `make campaign`. A row is a command; `make test` proves the same in small. The losses are those of a",
@@ -225,11 +225,17 @@ def table(outcomes: Sequence[tuple[Row, Outcome]]) -> str:
         "| row | what it proves | result | tests | losses | minutes | date | revision |",
         "|---|---|---|---|---|--:|---|---|",
     ]  # fmt: skip
+    outcomes = [(row, known(row)) for row in everything]
     for row, o in outcomes:
+        if o is None:
+            continue
         verdict = "passed" if o.passed else "**failed**"
         proves = f"`{row.proves}`" if row.environment else row.proves
         told = (row.name, proves, verdict, o.counts, f"`{o.digest}`", f"{o.seconds / 60:.1f}", o.date, o.revision)
         lines.append(f"| {' | '.join(told)} |")
+    missing = [row.name for row, o in outcomes if o is None]
+    if missing:
+        lines += ["", "Not run yet:", "", *(f"- {name}" for name in missing)]
     return "\n".join(lines) + "\n"
 
 
@@ -278,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         if not outcome.passed:
             print(f"    {STATE / row.key}.txt")
-        TABLE.write_text(table([(each, ended) for each in everything if (ended := known(each))]))
+        TABLE.write_text(table(everything))
     return 0 if all(outcome.passed for row in wanted if (outcome := known(row))) else 1
 
 
