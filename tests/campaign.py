@@ -12,6 +12,7 @@ what rows printed to ``runs/campaign/``. Exit code 0 if every row has passed, 1 
 """
 
 import argparse
+import ast
 import hashlib
 import json
 import multiprocessing
@@ -96,7 +97,7 @@ SUITE = {
 
 def rows(workers: int) -> list[Row]:
     """All rows: the long tests file by file, then the suite under variations; plain it is ``make test``'s."""
-    long = [Row(name, "the long tests of this file", ("-m", "campaign", name)) for name in _long_files()]
+    long = [Row(name, _purpose(name), ("-m", "campaign", name)) for name in _long_files()]
     return long + [
         Row(name, _named(variables), ("-n", str(workers), *options), variables, busy=name == BUSY)
         for name, (variables, options) in SUITE.items()
@@ -108,9 +109,17 @@ def _named(variables: Mapping[str, str]) -> str:
 
 
 def _long_files() -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-m", "campaign", "--collect-only", "-q"]
-    listed = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout
-    return sorted({line.partition("::")[0] for line in listed.splitlines() if "::" in line})
+    command = [sys.executable, "-m", "pytest", "-m", "campaign", "--collect-only"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the long tests cannot be collected:\n{done.stdout}{done.stderr}")
+    return sorted({line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line})
+
+
+def _purpose(file: str) -> str:
+    """The first line that the file says of itself."""
+    said = ast.get_docstring(ast.parse((REPOSITORY / file).read_text()))
+    return said.splitlines()[0] if said else "the long tests of this file"
 
 
 # --- running -------------------------------------------------------------------------------------------------------
