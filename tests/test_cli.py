@@ -475,7 +475,10 @@ def the_example() -> tuple[str, str]:
 def test_the_documented_term_trains(twinrl: Any) -> None:
     code, assignment = the_example()
     Path("my_terms.py").write_text(code)
-    assert twinrl("train", "lab", *SMALL, assignment).code == 0
+    try:
+        assert twinrl("train", "lab", *SMALL, assignment).code == 0
+    finally:
+        sys.modules.pop("my_terms", None)
     assert all(row["loss/near"] >= 0 for row in runlog.read(only_run().log))
 
 

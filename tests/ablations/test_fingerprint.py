@@ -73,10 +73,10 @@ def test_data_threads_device_and_torch_count_names_do_not(monkeypatch: pytest.Mo
 
 
 def test_own_components_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_terms.py").write_text("x = 1\n")
+    (tmp_path / "terms_to_count.py").write_text("x = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
-    found = prints.own_modules({"terms": {"a": {"kind": "my_terms.Term"}, "b": {"kind": "base"}}})
-    assert found == {("my_terms", tmp_path / "my_terms.py")}
+    found = prints.own_modules({"terms": {"a": {"kind": "terms_to_count.Term"}, "b": {"kind": "base"}}})
+    assert found == {("terms_to_count", tmp_path / "terms_to_count.py")}
 
 
 def test_start_weights_count_by_content(tmp_path: Path) -> None:
