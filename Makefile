@@ -17,7 +17,7 @@ demo: install  ## train a one-step generator of handwritten digits and judge it:
 test: install  ## everything that protects users: 13 minutes on two slow cores
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: install lint types imports fast  ## the developer's quick loop: at most two minutes
+check: install lint types imports fast  ## the developer's quick loop
 
 campaign: install  ## what takes long, unattended; goes on where it was stopped; table in docs/campaign.md
 	$(BIN)/python -m tests.campaign
