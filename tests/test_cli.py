@@ -268,6 +268,7 @@ def test_picture_that_cannot_be_written(twinrl: Any, interrupted: RunDirectory, 
     refused(result, f"{out} cannot be written", "fix: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["resume", "sample", "evaluate"])
 def test_corrupted_checkpoint(twinrl: Any, interrupted: RunDirectory, command: str) -> None:
     file = interrupted.newest_checkpoint() / "ema.safetensors"
@@ -326,6 +327,7 @@ def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     assert run.newest_checkpoint().name == "step-00000005"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "terms.poison={at: 1, branches: [any]}", "stability.policy=record")
     assert result.code == 0
@@ -358,6 +360,7 @@ def test_a_second_interrupt_stops_at_once(twinrl: Any, monkeypatch: pytest.Monke
     assert twinrl(*TWINFLOW).code == 130
 
 
+@pytest.mark.slow
 def test_progress_without_a_terminal(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "train.steps=30", "evaluation.every=0")
     assert result.code == 0
@@ -472,6 +475,7 @@ def the_example() -> tuple[str, str]:
     return code, assignment
 
 
+@pytest.mark.slow
 def test_the_documented_term_trains(twinrl: Any) -> None:
     code, assignment = the_example()
     Path("my_terms.py").write_text(code)
@@ -482,6 +486,7 @@ def test_the_documented_term_trains(twinrl: Any) -> None:
     assert all(row["loss/near"] >= 0 for row in runlog.read(only_run().log))
 
 
+@pytest.mark.slow
 def test_the_console_script_finds_what_lies_beside_it() -> None:
     """As ``python -m twinrl`` does; and files there do not stand for the packages of the command line itself."""
     code, assignment = the_example()

@@ -110,7 +110,7 @@ def component(registry: Mapping[str, type], what: str) -> Any:
 # --- loading --------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml where PyYAML has it
     """YAML 1.2 floats (``5e-4`` is a number) and no duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

@@ -146,6 +146,7 @@ def test_a_steps_peak_is_near_the_allocators(base: Path, tmp_path: Path, family:
     assert at_the_peak(items) > 1.3 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["mlp", "unet"])
 def test_activations_grow_with_the_rows_of_a_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
