@@ -17,6 +17,7 @@ import torch
 
 from tests import logs
 from tests.fake_source import SMALL, register, small
+from tests.tracking import stores
 from twinrl import cli
 from twinrl.commands import pictures
 from twinrl.commands.progress import ConsoleObserver
@@ -371,7 +372,7 @@ def test_progress_without_a_terminal(twinrl: Any) -> None:
 
 @pytest.mark.slow
 def test_mlflow_away_then_published_by_the_command_of_the_warning(
-    twinrl: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    twinrl: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with caplog.at_level(logging.WARNING):
         result = twinrl(*TWINFLOW, "tracking={mlflow: true, uri: 'http://127.0.0.1:9'}")
@@ -384,7 +385,7 @@ def test_mlflow_away_then_published_by_the_command_of_the_warning(
     assert "twinrl ui" not in result.out  # there is nothing to see yet
 
     refused(twinrl("publish", str(run.path)), "MLflow cannot be reached", "fix: ")
-    uri = f"sqlite:///{tmp_path}/later.db"
+    uri = f"sqlite:///{shutil.copy(stores.empty(tmp_path_factory), tmp_path / 'later.db')}"
     published = twinrl("publish", str(run.path), "--tracking-uri", uri)
     assert published.code == 0, published.err
     run_id = published.out.split()[-1]
@@ -400,9 +401,13 @@ def test_mlflow_away_then_published_by_the_command_of_the_warning(
 
 
 @pytest.mark.slow
-def test_starting_over_replaces_the_mlflow_run(twinrl: Any, tmp_path: Path) -> None:
+def test_starting_over_replaces_the_mlflow_run(
+    twinrl: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     from mlflow import MlflowClient
 
+    (tmp_path / "runs").mkdir()
+    shutil.copy(stores.empty(tmp_path_factory), tmp_path / "runs" / "mlflow.db")
     ids = []
     for fresh in ([], ["--fresh"]):
         assert twinrl(*TWINFLOW, "tracking.mlflow=true", *fresh).code == 0
