@@ -219,14 +219,14 @@ def validate(schema: type[BaseModel], value: Mapping[str, Any]) -> Any:
     try:
         return schema.model_validate(value)
     except ValidationError as error:
-        raise InputError(_one_line(error.errors())) from error
+        raise InputError(one_line(error.errors())) from error
 
 
-def _one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
+def one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     first = errors[0]
     location = prefix + tuple(first["loc"])
     if first["type"] == "nested":
-        return _one_line(first["ctx"]["errors"], location)
+        return one_line(first["ctx"]["errors"], location)
     if first["type"] == "unknown_key":
         return f"unknown key {'.'.join(map(str, (*location, first['ctx']['key'])))}; {first['msg']}"
     where = ".".join(map(str, location))
