@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,10 @@ from pydantic_core import PydanticCustomError
 from twinrl.errors import InputError
 
 PRESETS = Path(__file__).parent / "presets"
+LARGEST_FILE = 1_000_000
+"""Bytes of a configuration."""
+LONGEST_NAME = 200
+"""Characters of a name or value that are looked at or shown."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
 
@@ -120,7 +125,15 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
             raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(repeated)} twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: Any) -> int | str:
+        """Text where Python takes no number of so many digits; what wanted a number then says so."""
+        try:
+            return int(super().construct_yaml_int(node))
+        except ValueError:
+            return str(node.value)
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)$"),
@@ -131,16 +144,32 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping. Raises InputError with file, line and reason where it is not one."""
     try:
-        value = yaml.load(path.read_text(), _Loader)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file", fix=f"name a YAML file, or a preset ({', '.join(presets())})")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise InputError(f"{path} is no configuration", got=f"{size:,} bytes", expected=f"at most {LARGEST_FILE:,}")
+        value = _parsed(path.read_text())
     except FileNotFoundError as error:
         raise InputError(f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read", got=error) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML", got=error) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} is not a mapping", got=type(value).__name__, expected="key: value lines")
     return value
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError, or RecursionError where it contains itself."""
+    value = yaml.load(text, _Loader)
+    waiting, most = [value], len(text) + 2  # aliases can make it exponentially larger than its text
+    for _ in range(most):
+        if not waiting:
+            return value
+        found = waiting.pop()
+        waiting += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    raise RecursionError("the text refers to itself")
 
 
 def presets() -> list[str]:
@@ -150,19 +179,28 @@ def presets() -> list[str]:
 
 def locate(name: str, relative_to: Path | None = None) -> Path:
     """The file of a preset name or a path; paths are relative to the extending file, then to the working folder."""
-    if (PRESETS / f"{name}.yaml").is_file():
+    if os.path.isfile(PRESETS / f"{name}.yaml"):  # of pathlib's, one fails where a name is too long for a file
         return PRESETS / f"{name}.yaml"
-    if relative_to and (relative_to / name).is_file():
+    if relative_to and os.path.isfile(relative_to / name):
         return relative_to / name
-    if not name.endswith((".yaml", ".yml")) and not Path(name).is_file():
+    if len(name) > LONGEST_NAME or (not name.endswith((".yaml", ".yml")) and not os.path.isfile(name)):
         close = difflib.get_close_matches(name, presets(), n=1)
         fix = f"did you mean {close[0]}?" if close else f"presets: {', '.join(presets())}"
-        raise InputError(f"no preset or file {name!r}", fix=fix)
+        raise InputError(f"no preset or file {name[:LONGEST_NAME]!r}", fix=fix)
     return Path(name)
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
     """``over`` laid over ``base``, key by key; ``null`` removes a mapping, another ``kind`` replaces it whole.
+
+    A section of the whole configuration is not removed but null, for its schema to judge.
+
+    Arguments:
+        base, over: nested mappings.
+        inside: dotted path of the section that they are; empty for the whole configuration.
+
+    Raises:
+        InputError: a section is laid over a list.
 
     A mapping without ``kind`` has the one of ``IMPLIED_KINDS``, else its own key; a name laid under a mapping is
     short for ``{kind: name}``.
@@ -172,10 +210,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = result.get(key)
         if isinstance(old, str) and isinstance(value, Mapping):
             old = {"kind": old}
-        if value is None and isinstance(old, Mapping):
+        if isinstance(old, list) and isinstance(value, Mapping):
+            raise InputError(
+                f"{inside}{key} is a list and no section", got=f"{old!r:.100}", expected="key: value lines"
+            )
+        if value is None and isinstance(old, Mapping) and inside:
             del result[key]
         elif isinstance(value, Mapping) and isinstance(old, Mapping) and _same_kind(key, old, value):
-            result[key] = merge(old, value)
+            result[key] = merge(old, value, f"{inside}{key}.")
         else:
             result[key] = value
     return result
@@ -205,8 +247,8 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not equals or not path:
             raise InputError(f"override {assignment!r} is not an assignment", expected="key.path=value")
         try:
-            leaf = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+            leaf = _parsed(text)
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"override {assignment!r} has a malformed value", got=error) from error
         for key in reversed(path.split(".")):
             leaf = {key: leaf}
@@ -232,8 +274,10 @@ def one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     where = ".".join(map(str, location))
     message = first["msg"].removeprefix("Value error, ")
     got = first["input"]
+    told = repr(got)
+    told = told if len(told) <= LONGEST_NAME else f"{told[:LONGEST_NAME]}…"
     shown = (
-        "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {got!r}"
+        "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {told}"
     )
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"

@@ -198,7 +198,7 @@ class MachineConfig(Settings):
     """The device and its threads."""
 
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, …")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null = torch's default")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null = torch's default")
     offload: bool = Field(
         False, description="families: VAE and reward models wait on the host and visit the device while they are used"
     )
@@ -208,7 +208,7 @@ class RunConfig(Settings):
     """Everything that defines a run. ``twinrl doctor --schema`` prints all keys with their meaning."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory")
-    seed: int = Field(0, ge=0, description="decides initial weights, data order, times and noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, data order, times and noise")
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
