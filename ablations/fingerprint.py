@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import twinrl
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     from twinrl.schema import RunConfig
@@ -28,7 +29,6 @@ WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
-STATE = "state.json"
 DIGITS = 16
 
 
@@ -125,10 +125,10 @@ def start_weights(init: str) -> str:
 
     All its tensors, in safetensors files or in ``shards/``; its ``state.json`` says how to go on, which no start does.
     """
-    found = [] if init in ("teacher", "random") else sorted(Path(init, "checkpoints").glob("step-*"))
-    if not found:
+    newest = None if init in ("teacher", "random") else layout.newest(Path(init, layout.CHECKPOINTS))
+    if newest is None:
         return ""
-    files = sorted(path for path in found[-1].rglob("*") if path.is_file() and path.name != STATE)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != layout.STATE)
     return _digest(_content(path) for path in files)
 
 

@@ -24,9 +24,9 @@ from rich.table import Table
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace, trial_of
 from ablations.study import Arm, Margin, Study
-from twinrl import checkpoints
 from twinrl.config import validate
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.schema import RunConfig
 
 DIGITS = 4
@@ -176,7 +176,7 @@ class Search:
         return [self._start(seed) for seed in self.study.config.seeds] if self.study.config.margin.warmup_steps else []
 
     def _started(self) -> bool:
-        return all(checkpoints.newest(start.run.checkpoints) is not None for start in self._starts())
+        return all(layout.newest(start.run.checkpoints) is not None for start in self._starts())
 
     def _warm_up(self) -> tuple[list[str], bool]:
         """Make the shared checkpoints that are not there yet: failures, and whether all are there.
@@ -189,7 +189,7 @@ class Search:
             return [], True
         plan, failures = self.run(self._plan(starts))
         for start in starts:
-            if plan.record(start) is not None and checkpoints.newest(start.run.checkpoints) is None:
+            if plan.record(start) is not None and layout.newest(start.run.checkpoints) is None:
                 raise InputError(
                     f"the shared checkpoint {start.run.path} is not on this machine",
                     fix="copy the run directory here, or name another --ledger",

@@ -25,6 +25,7 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
+from twinrl.run import layout
 from twinrl.tracking import names, runlog
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -32,7 +33,6 @@ POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
 WORST = 1e30
 """Stands for a metric that is not finite or missing: smaller is better, and halving can't order NaN."""
-RESULT, CONFIG, EVENTS, CHECKPOINTS = "result.json", "config.yaml", "events.jsonl", "checkpoints"
 KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
 """Last values of these go into the ledger beside the final table."""
 
@@ -90,7 +90,7 @@ class Task:
     @property
     def ended(self) -> bool:
         """Whether the run has its result."""
-        return (self.path / RESULT).is_file()
+        return (self.path / layout.RESULT).is_file()
 
     def asked_to_stop(self) -> bool:
         """Whether the study wants its trials to end for now."""
@@ -193,7 +193,7 @@ def environment(threads: int) -> dict[str, str]:
 
 def _mended(task: Task) -> bool:
     """Whether the run was begun; a configuration that a kill left half written is written again."""
-    path = task.path / CONFIG
+    path = task.path / layout.CONFIG
     if not path.is_file():
         return False
     if checkpointed(task.path) < 0 and path.read_text() != (text := Path(task.config).read_text()):
@@ -203,7 +203,7 @@ def _mended(task: Task) -> bool:
 
 def _wait_until_free(task: Task) -> None:
     """Return once no process holds the run's lock; a killed study's last trial may take seconds to die."""
-    path, deadline = task.path / CONFIG, time.monotonic() + LOCK_PATIENCE_SECONDS
+    path, deadline = task.path / layout.CONFIG, time.monotonic() + LOCK_PATIENCE_SECONDS
     while path.is_file():
         with path.open() as file:
             try:
@@ -226,8 +226,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def checkpointed(run: Path) -> int:
     """Steps of the run's newest checkpoint; −1 if there is none."""
-    found = [int(p.name.removeprefix("step-")) for p in (run / CHECKPOINTS).glob("step-*")]
-    return max(found, default=-1)
+    newest = layout.newest(run / layout.CHECKPOINTS)
+    return -1 if newest is None else layout.step_of(newest)
 
 
 def durable_log(run: Path) -> int | None:
@@ -235,10 +235,10 @@ def durable_log(run: Path) -> int | None:
 
     What is behind them a resumed run cuts off and writes again.
     """
-    folder = run / CHECKPOINTS / f"step-{checkpointed(run):08d}"
+    newest = layout.newest(run / layout.CHECKPOINTS)
     try:
-        return int(json.loads((folder / "state.json").read_text())["log_offset"])
-    except (FileNotFoundError, NotADirectoryError):  # none yet, or replaced meanwhile
+        return None if newest is None else int(json.loads((newest / layout.STATE).read_text())["log_offset"])
+    except (FileNotFoundError, NotADirectoryError):  # replaced meanwhile
         return None
 
 
@@ -256,7 +256,9 @@ def last_line(path: Path) -> str:
 
 def record(task: Task) -> Record:
     """The ledger's line for a run that has ended."""
-    return _record(task, json.loads((task.path / RESULT).read_text()))
+    result = layout.read_result(task.path)
+    assert result is not None
+    return _record(task, result)
 
 
 def pruned(task: Task, rung: int) -> Record:
@@ -265,7 +267,7 @@ def pruned(task: Task, rung: int) -> Record:
 
 
 def _record(task: Task, result: Mapping[str, Any]) -> Record:
-    rows = runlog.read(task.path / runlog.LOG_NAME)
+    rows = layout.read_rows(task.path)
     metrics = final_metrics(runlog.surviving(rows, rows), (*KEPT, task.metric))
     return Record(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
@@ -299,7 +301,7 @@ def divergence(run: Path, rows: list[dict[str, Any]], result: Mapping[str, Any])
 
     The event ``diverged`` is the trainer's verdict. A run that a policy stopped has diverged too, by its last event.
     """
-    events = runlog.surviving(runlog.read(run / EVENTS), rows) if (run / EVENTS).is_file() else []
+    events = runlog.surviving(layout.read_events(run), rows)
     verdict = next((event for event in events if event["kind"] == "diverged"), None)
     if verdict is not None:
         kind = "quality" if verdict.get("series") == names.VAL_QUALITY else "nonfinite"
@@ -311,7 +313,7 @@ def divergence(run: Path, rows: list[dict[str, Any]], result: Mapping[str, Any])
 
 def at_rung(run: Path, metric: str, rung: int) -> float:
     """The last value of a metric logged at ``rung`` steps or before, ``WORST`` where it is missing or not finite."""
-    rows = runlog.read(run / runlog.LOG_NAME)
+    rows = layout.read_rows(run)
     values = [row[metric] for row in runlog.surviving(rows, rows) if metric in row and row["step"] <= rung]
     return comparable(values[-1] if values else math.nan)
 

@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from analysis import ledger
 from analysis.margins import Critical, from_brackets
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.stability.divergence import Divergence, first_divergence
 from twinrl.tracking import names, runlog
 
@@ -128,7 +127,7 @@ class Study:
 
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory."""
-    return (path / "config.yaml").is_file() and (path / runlog.LOG_NAME).is_file()
+    return layout.is_run(path) and (path / layout.LOG).is_file()
 
 
 def load_run(path: Path) -> Run:
@@ -138,22 +137,11 @@ def load_run(path: Path) -> Run:
         InputError: it is none, or its log has no rows.
     """
     if not is_run(path):
-        raise InputError(f"{path} is not a run directory", expected=f"a folder with config.yaml and {runlog.LOG_NAME}")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path / 'config.yaml'} is not valid YAML", got=error) from error
-    rows = runlog.read(path / runlog.LOG_NAME)
+        raise InputError(f"{path} is not a run directory", expected=f"a folder with {layout.CONFIG} and {layout.LOG}")
+    config, rows = layout.read_config(path), layout.read_rows(path)
     if not rows:
         raise InputError(f"the run {path} has no steps yet", fix="wait for its first checkpoint, or resume it")
-    result = path / "result.json"
-    return Run(path, config, rows, _events(path), json.loads(result.read_text()) if result.is_file() else {})
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl, whose values may be lists; none if the file is missing."""
-    file = path / "events.jsonl"
-    return runlog.read(file) if file.is_file() else []
+    return Run(path, config, rows, layout.read_events(path), layout.read_result(path) or {})
 
 
 def hash_of(folder: Path) -> str:
@@ -296,8 +284,8 @@ def run_folders(path: Path) -> list[Path]:
     """The run directories in ``path``, or one folder deeper; runs without a step yet are left out."""
     if not path.is_dir():
         return []
-    folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/config.yaml")})
-    return [folder for folder in folders if is_run(folder) and (folder / runlog.LOG_NAME).stat().st_size]
+    folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{layout.CONFIG}")})
+    return [folder for folder in folders if is_run(folder) and (folder / layout.LOG).stat().st_size]
 
 
 def siblings(run: Run) -> list[Run]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from analysis.frames import BOOKKEEPING, Run, Study, assemble, is_outcome
 from twinrl.errors import InputError
-from twinrl.tracking import mlflow_state, names, store, ui
+from twinrl.run import layout
+from twinrl.tracking import names, store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
@@ -101,7 +102,7 @@ def _is_gone(uri: str) -> bool:
 
 
 def _state(run: Run) -> dict[str, str] | None:
-    file = run.path / mlflow_state.STATE_NAME
+    file = run.path / layout.MLFLOW
     return json.loads(file.read_text()) if file.is_file() else None
 
 

@@ -12,6 +12,7 @@ from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
 from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
 from analysis.spikes import Spike
+from twinrl.run import layout
 from twinrl.tracking import names, runlog
 
 CLOSE_UPS = 3
@@ -205,8 +206,8 @@ def _finite(run: Run) -> list[float]:
 
 def _samples(run: Run) -> list[Block]:
     """The first, a middle and the last grid of the run."""
-    grids = sorted((run.path / "samples").glob("step-*.png"))
+    grids = layout.grids(run.path)
     chosen = [grids[k] for k in sorted({0, len(grids) // 2, len(grids) - 1})] if grids else []
     if not chosen:
         return []
-    return [Heading("Samples"), Gallery([Picture(path, f"step {int(path.stem[5:]):,}") for path in chosen])]
+    return [Heading("Samples"), Gallery([Picture(path, f"step {layout.step_of(path):,}") for path in chosen])]

@@ -28,6 +28,7 @@ from analysis.survival import (
     times_of,
 )
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 REWARDS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
 MOST_REWARDS = 4
 LR = "optim.lr"
-GRIDS = ("final-1nfe.png", "step-*.png", "*.png")
+GRIDS = ("final-1nfe.png", f"{layout.STEP}*.png", "*.png")
 
 
 def build(
@@ -294,7 +295,7 @@ def _cost(study: Study) -> list[Block]:
 def newest_grid(run: Run) -> Path | None:
     """The run's final sample grid, else its newest one."""
     for pattern in GRIDS:
-        if found := sorted((run.path / "samples").glob(pattern)):
+        if found := sorted((run.path / layout.SAMPLES).glob(pattern)):
             return found[-1]
     return None
 

@@ -14,6 +14,7 @@ from torch import nn
 from twinrl import checkpoints
 from twinrl.checkpoints import Checkpoint, SaveError
 from twinrl.errors import InputError
+from twinrl.run import layout
 
 STATE = dict.fromkeys(checkpoints.STATE_KEYS, 0)
 
@@ -27,7 +28,7 @@ def made(value: float = 1.0, **state: object) -> Checkpoint:
 
 
 def steps(folder: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoints.available(folder)]
+    return [int(path.name.removeprefix("step-")) for path in layout.available(folder)]
 
 
 def refused(path: Path, *words: str) -> str:
@@ -67,14 +68,14 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20):
         checkpoints.save(tmp_path, step, made(), keep=2)
     assert steps(tmp_path) == [15, 20]
-    assert checkpoints.newest(tmp_path).name == "step-00000020"
+    assert layout.newest(tmp_path).name == "step-00000020"
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_no_folder_has_no_checkpoint(tmp_path: Path) -> None:
-    assert checkpoints.newest(tmp_path / "absent") is None
+    assert layout.newest(tmp_path / "absent") is None
     (tmp_path / "step-notes.txt").write_text("mine")
-    assert checkpoints.newest(tmp_path) is None
+    assert layout.newest(tmp_path) is None
 
 
 FAILURES = [(checkpoints, "save_file", n, step) for n in (0, 1) for step in (10, 15)]
@@ -101,17 +102,17 @@ def test_an_exception_during_a_save_leaves_the_older_ones(
         checkpoints.save(tmp_path, step, made(99.0), keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005", "step-00000010"]
     for old in (5, 10):
-        loaded = checkpoints.load(tmp_path / checkpoints.folder_of(old))
+        loaded = checkpoints.load(tmp_path / layout.of_step(old))
         assert loaded.tensors["student"]["weight"].unique().tolist() == [old]
 
 
 @pytest.mark.parametrize("step", [9, 10])
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes_away(tmp_path: Path, step: int) -> None:
     """Also where no later save is of the same step."""
-    half = tmp_path / f".{checkpoints.folder_of(step)}.new"
+    half = tmp_path / f".{layout.of_step(step)}.new"
     half.mkdir()
     (half / "student.safetensors").write_bytes(b"half")
-    assert checkpoints.newest(tmp_path) is None
+    assert layout.newest(tmp_path) is None
     checkpoints.save(tmp_path, 10, made(), keep=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 

@@ -21,6 +21,7 @@ from tests.tracking import stores
 from twinrl import cli
 from twinrl.commands import pictures
 from twinrl.commands.progress import ConsoleObserver
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
 
@@ -324,7 +325,7 @@ def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     run = only_run()
     assert run.result is not None
     assert (run.result["status"], run.result["step"]) == ("diverged", 7)
-    assert (run.path / runlog.PARQUET_NAME).exists()
+    assert (run.path / layout.METRICS).exists()
     assert run.newest_checkpoint().name == "step-00000005"
 
 

@@ -11,7 +11,6 @@ are read here too.
 import json
 import os
 import pickle
-import re
 import shutil
 import threading
 import warnings
@@ -28,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.errors import InputError
+from twinrl.run.layout import SHARDS, STATE, STEP, available, of_step
 
 FORMAT = 2
-STATE, SHARDS = "state.json", "shards"
 STATE_KEYS = {
     "step", "iteration", "attempt", "event_count", "log_offset", "events_offset", "teacher_decay", "lr_policy",
     "early_stop", "gradients", "monitor", "reward", "content_hash", "config", "parts",
@@ -82,11 +81,6 @@ class Checkpoint:
         return self.tensors["ema"] if "ema" in self.tensors else self.part("student")
 
 
-def folder_of(step: int) -> str:
-    """Name of the checkpoint of ``step``."""
-    return f"step-{step:08d}"
-
-
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint under ``directory`` and remove all but the ``keep`` newest.
 
@@ -95,7 +89,7 @@ def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     """
     with saving(directory), publishing(directory, step, keep) as unfinished:
         write(unfinished, checkpoint)
-    return directory / folder_of(step)
+    return directory / of_step(step)
 
 
 def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
@@ -137,9 +131,9 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 @contextmanager
 def publishing(directory: Path, step: int, keep: int) -> Iterator[Path]:
     """A folder to write a checkpoint into; at the end of the block it takes its place at once and old ones go."""
-    final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.new"
-    replaced = directory / f".{folder_of(step)}.old"
-    for leftover in directory.glob(".step-*"):  # of a process that was killed while saving
+    final, unfinished = directory / of_step(step), directory / f".{of_step(step)}.new"
+    replaced = directory / f".{of_step(step)}.old"
+    for leftover in directory.glob(f".{STEP}*"):  # of a process that was killed while saving
         shutil.rmtree(leftover)
     try:
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -180,23 +174,10 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def available(directory: Path) -> list[Path]:
-    """The published checkpoints under ``directory``, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = available(directory)
-    return found[-1] if found else None
-
-
 def drop_after(directory: Path, step: int) -> None:
     """Remove the checkpoints of steps after ``step``."""
     for path in available(directory):
-        if path.name > folder_of(step):
+        if path.name > of_step(step):
             shutil.rmtree(path)
 
 

@@ -1,10 +1,4 @@
-"""Run directories: ``runs/<name>-<hash8>-s<seed>/`` and what is in them.
-
-config.yaml      the resolved configuration        env.json     versions, revision, threads
-log.jsonl        one exact row a step              events.jsonl what went wrong, and when
-checkpoints/     states to resume from             samples/     grids over training
-metrics.parquet  the log as a table                result.json  written last: how the run ended
-"""
+"""Run directories, ``runs/<name>-<hash8>-s<seed>/``: begun, locked, ended. Their files: :mod:`twinrl.run.layout`."""
 
 import fcntl
 import json
@@ -16,11 +10,10 @@ from typing import Any
 
 import yaml
 
-from twinrl import checkpoints, config, schema
+from twinrl import config, schema
 from twinrl.errors import InputError
-from twinrl.tracking import environment, mlflow_state, runlog
-
-CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
+from twinrl.run import layout
+from twinrl.tracking import environment, runlog
 
 
 class EventLog(runlog.RunLog):
@@ -56,28 +49,24 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.samples = path / "samples"
-        self.log = path / runlog.LOG_NAME
-        self.events = path / EVENTS
+        self.checkpoints = path / layout.CHECKPOINTS
+        self.samples = path / layout.SAMPLES
+        self.log = path / layout.LOG
+        self.events = path / layout.EVENTS
 
     @property
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return (self.path / CONFIG).is_file()
+        return layout.is_run(self.path)
 
     @property
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None while it is unfinished."""
-        path = self.path / RESULT
-        return json.loads(path.read_text()) if path.is_file() else None
+        return layout.read_result(self.path)
 
     def begun_by(self, launchers: Iterable[str]) -> bool:
         """Whether one of these launchers has trained this run; "" is none."""
-        try:
-            known = json.loads((self.path / ENVIRONMENT).read_text()).get("launchers", [])
-        except (OSError, ValueError):  # none, or its process was killed while writing
-            return False
+        known = layout.read_environment(self.path).get("launchers", [])
         return self.exists and not set(known).isdisjoint(filter(None, launchers))
 
     def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
@@ -100,9 +89,9 @@ class RunDirectory:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._note(environment.describe(), launchers)
-            unfinished = self.path / f".{CONFIG}"
+            unfinished = self.path / f".{layout.CONFIG}"
             unfinished.write_text(dump(settings))
-            unfinished.replace(self.path / CONFIG)  # last: with it the run exists
+            unfinished.replace(self.path / layout.CONFIG)  # last: with it the run exists
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",
@@ -111,13 +100,13 @@ class RunDirectory:
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
-        unfinished = self.path / f".{ENVIRONMENT}"
+        unfinished = self.path / f".{layout.ENVIRONMENT}"
         unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
-        unfinished.replace(self.path / ENVIRONMENT)
+        unfinished.replace(self.path / layout.ENVIRONMENT)
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
-        described = json.loads((self.path / ENVIRONMENT).read_text())
+        described = json.loads((self.path / layout.ENVIRONMENT).read_text())
         if new := set(launchers) - {"", *described["launchers"]}:
             self._note(described, [*described["launchers"], *new])
 
@@ -130,7 +119,7 @@ class RunDirectory:
         Raises:
             InputError: another process holds it.
         """
-        with (self.path / CONFIG).open() as file:
+        with (self.path / layout.CONFIG).open() as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -141,7 +130,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Delete everything but the name of the MLflow run, which the new run's view is to replace."""
-        view = self.path / mlflow_state.STATE_NAME
+        view = self.path / layout.MLFLOW
         published = view.read_bytes() if view.is_file() else None
         with self.locked():
             self.discard()
@@ -168,20 +157,20 @@ class RunDirectory:
         )
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json``, the mark of a finished run."""
-        unfinished = self.path / f".{RESULT}"
+        """Write the result, the mark of a finished run."""
+        unfinished = self.path / f".{layout.RESULT}"
         unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.path / RESULT)
+        unfinished.replace(self.path / layout.RESULT)
 
     def settings(self) -> schema.RunConfig:
         """The run's configuration. Raises InputError where the directory holds no run."""
         if not self.exists:
-            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {CONFIG}")
-        return config.validate(schema.RunConfig, config.read_yaml(self.path / CONFIG))
+            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG))
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""
-        found = checkpoints.newest(self.checkpoints)
+        found = layout.newest(self.checkpoints)
         if found is None:
             raise InputError(
                 f"{self.path} has no checkpoint yet", fix="wait for checkpoint.every steps, or resume the run"

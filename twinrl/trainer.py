@@ -22,6 +22,7 @@ from twinrl.gradients import Engine, Losses, is_due, telemetry
 from twinrl.memory import keep_freed_memory
 from twinrl.objective import Objective
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.run import layout
 from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.saving import Informed, Saver
 from twinrl.schema import RunConfig
@@ -104,7 +105,7 @@ class Trainer:
         settings = self.settings
         if self.device.type == "cpu":
             keep_freed_memory()
-        begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
+        begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
         student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
         self.guide = assembly.guide_of(settings, self.source, self.device, self.ranks)
@@ -325,7 +326,7 @@ class Trainer:
         self._attempt(self.saver.settle)
         healthy = [
             path
-            for path in checkpoints.available(self.run.checkpoints)
+            for path in layout.available(self.run.checkpoints)
             if checkpoints.load_state(path)["step"] <= event.step - config.rollback_margin
         ]
         if not healthy:
@@ -381,7 +382,7 @@ class Trainer:
         Raises:
             InputError: the checkpoint is corrupted, foreign, or made with another configuration or other data.
         """
-        newest = checkpoints.newest(self.run.checkpoints)
+        newest = layout.newest(self.run.checkpoints)
         if newest is None:
             self.log.trim(0)
             self.events.trim(0)

@@ -21,6 +21,7 @@ from twinrl import assembly, checkpoints
 from twinrl.errors import InputError
 from twinrl.fsdp import agreement
 from twinrl.fsdp.checkpoint import convert, shard_checkpoint
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import names
@@ -202,11 +203,11 @@ def test_resume_on_another_number_of_processes(base: Path, two: Any, at: str) ->
     if at != "single to two":
         cases.copied(elastic(base, "two"), settings.run.dir)
         if at == "converted":
-            folder = settings.directory / "checkpoints" / checkpoints.folder_of(MIDDLE)
+            folder = settings.directory / "checkpoints" / layout.of_step(MIDDLE)
             convert(folder, folder.with_name("converted"))
             folder.rename(folder.with_name("sharded"))
             folder.with_name("converted").rename(folder)
-            assert not (folder / checkpoints.SHARDS).exists()
+            assert not (folder / layout.SHARDS).exists()
         assert run(settings) == Outcome("finished", STEPS)
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     cases.assert_same_run(settings, undisturbed)
@@ -235,7 +236,7 @@ def test_only_the_first_process_writes(base: Path, two: Any) -> None:
     settings = elastic(base, "single to two")
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     assert names.VAL_QUALITY in rows(settings)[-1]
-    shards = RunDirectory(settings.directory).newest_checkpoint() / checkpoints.SHARDS
+    shards = RunDirectory(settings.directory).newest_checkpoint() / layout.SHARDS
     assert {path.name for path in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 

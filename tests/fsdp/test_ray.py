@@ -19,10 +19,11 @@ from tests.logs import rows, tensors, the_run
 from twinrl import cluster, schema
 from twinrl.backends import NETWORKS
 from twinrl.commands import pictures
-from twinrl.commands.launch import QUIET, RANKS, _python_path
+from twinrl.commands.launch import QUIET, _python_path
 from twinrl.commands.train import resume, train
 from twinrl.data import SOURCES
 from twinrl.errors import InputError
+from twinrl.run.layout import RANKS
 from twinrl.terms import TERMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]

@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.tracking import runlog, store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import State
@@ -252,7 +253,7 @@ def test_a_divergence_that_a_rollback_took_back_is_counted_and_no_verdict(runs: 
     (run / "events.jsonl").write_text(json.dumps(fell) + "\n")
     publish(run)
     assert tags_of(run)["diverged.step"] == "200"
-    log = run / runlog.LOG_NAME
+    log = run / layout.LOG
     last = runlog.read(log)[-1]
     back = [last | {"iteration": last["iteration"] + n, "step": 150 + n} for n in range(1, 60)]
     log.write_text(log.read_text() + "".join(json.dumps(row) + "\n" for row in back))

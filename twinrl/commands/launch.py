@@ -29,11 +29,10 @@ from twinrl.commands.train import FAILED, INTERRUPTED, resume, train
 from twinrl.errors import InputError
 from twinrl.fsdp import mesh
 from twinrl.fsdp.config import LaunchConfig
-from twinrl.runs import CONFIG, RunDirectory, dump
+from twinrl.run.layout import CONFIG, RANKS
+from twinrl.runs import RunDirectory, dump
 from twinrl.schema import RunConfig
 
-RANKS = "ranks"
-"""Folder of a run directory that keeps what each process printed."""
 POLL_SECONDS, LOCK_PATIENCE_SECONDS = 0.2, 60
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

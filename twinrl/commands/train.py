@@ -21,9 +21,9 @@ from twinrl.errors import InputError
 from twinrl.evaluation import FinalTable, PromptProtocol, PromptTable, final_table
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
-from twinrl.tracking import runlog
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.trainer import Outcome, Row, Trainer
 
@@ -220,7 +220,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(f"samples: {grid}")
     if trainer.ranks.first:
         pictures.save_norms(run, run.samples / "norms.png")
-        runlog.write_parquet(run.path)
+        layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
         console.print(f"curves and grids: {program()} ui {run.path.parent}")

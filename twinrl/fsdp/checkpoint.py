@@ -23,6 +23,7 @@ from twinrl import checkpoints
 from twinrl.checkpoints import SHARDS, Checkpoint
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
+from twinrl.run import layout
 
 
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
@@ -71,7 +72,7 @@ def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> Pat
             publication.enter_context(checkpoints.publishing(directory, step, keep))
 
     on_first(make)
-    return directory / f".{checkpoints.folder_of(step)}.new"
+    return directory / f".{layout.of_step(step)}.new"
 
 
 def _publish(publication: ExitStack, directory: Path, folder: Path, state: Mapping[str, Any]) -> None:
@@ -95,7 +96,7 @@ def _saving(directory: Path) -> Iterator[None]:
 
 
 def _describe(folder: Path, state: Mapping[str, Any]) -> None:
-    (folder / checkpoints.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
+    (folder / layout.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
 
 
 def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:

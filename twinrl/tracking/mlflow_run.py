@@ -7,9 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.tracking import runlog, store
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Point
@@ -19,7 +17,7 @@ POINTS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 PARAM_NAME_CHARACTERS = 250
 PARAM_VALUE_CHARACTERS = 6000
-FILES = ("config.yaml", "env.json", "events.jsonl", "samples/*.png", "figures/*.png")
+FILES = (layout.CONFIG, layout.ENVIRONMENT, layout.EVENTS, f"{layout.SAMPLES}/*.png", "figures/*.png")
 NOTE = (
     "Curves are thinned to few points each, and every spike is kept. `nonfinite/<name>` counts the "
     "values that were nan or infinite. The time axis counts training time. The exact numbers are in "
@@ -83,7 +81,7 @@ class MlflowRun:
         """Add the parameters and tags that the run does not have yet, and mark it as running."""
         from mlflow.entities import Param, RunTag
 
-        config = read_config(self._dir)
+        config = layout.read_config(self._dir)
         params = [Param(name, value) for name, value in flatten(config).items() if name not in run.data.params]
         for batch in _batches(params, PARAMS_PER_REQUEST):
             self._client.log_batch(self.id, params=batch)
@@ -111,7 +109,7 @@ class MlflowRun:
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
                 self._client.log_artifact(self.id, str(path), None if folder == "." else folder)
-                if folder == "samples":
+                if folder == layout.SAMPLES:
                     self._log_step_image(path)
                 self._sent[path] = modified
 
@@ -122,12 +120,11 @@ class MlflowRun:
         """
         from mlflow.entities import RunTag
 
-        path = self._dir / "events.jsonl"
-        events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        events = layout.read_events(self._dir)
         counts = Counter(event["kind"] for event in events)
         tags = {f"events.{kind}": str(count) for kind, count in counts.items()}
         diverged = [event for event in events if event["kind"] == "diverged"]
-        lasting = runlog.surviving(diverged, runlog.read(self._dir / runlog.LOG_NAME) if diverged else [])
+        lasting = runlog.surviving(diverged, layout.read_rows(self._dir) if diverged else [])
         if lasting:
             first = lasting[0]
             tags |= {"diverged": "true", "diverged.step": str(first["step"]), "diverged.why": first["message"]}
@@ -160,20 +157,6 @@ class MlflowRun:
         self._client.set_terminated(self.id, status=status, end_time=self._time(seconds))
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration of a run; empty where there is none.
-
-    Raises:
-        InputError: the file is not YAML.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text()) if path.exists() else None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML", got=error, fix="restore the resolved configuration") from error
-    return config if isinstance(config, dict) else {}
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
     """A nested configuration as MLflow parameters: dotted names, values as text, both cut to the limits."""
     if isinstance(config, dict) and config:
@@ -200,10 +183,7 @@ def _tags(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _revision(run_dir: Path) -> str | None:
     """The git revision noted in ``env.json``."""
-    try:
-        git = json.loads((run_dir / "env.json").read_bytes()).get("git")
-    except (FileNotFoundError, ValueError):
-        return None
+    git = layout.read_environment(run_dir).get("git")
     return git.get("revision") if isinstance(git, dict) else None
 
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from twinrl.errors import InputError
+from twinrl.run.layout import MLFLOW
 
-STATE_NAME = "mlflow.json"
 FINGERPRINT_BYTES = 4096
 
 
@@ -55,7 +55,7 @@ class State:
         Raises:
             InputError: ``mlflow.json`` is not one that this module wrote.
         """
-        path = folder / STATE_NAME
+        path = folder / MLFLOW
         try:
             return cls(folder, **json.loads(path.read_bytes()))
         except FileNotFoundError:
@@ -67,9 +67,9 @@ class State:
         """Write the state in one move."""
         content = asdict(self)
         del content["folder"]
-        unfinished = self.folder / f"{STATE_NAME}.tmp"
+        unfinished = self.folder / f"{MLFLOW}.tmp"
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, self.folder / STATE_NAME)
+        os.replace(unfinished, self.folder / MLFLOW)
 
     def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
         """Set where to publish and what to call it; another store or experiment means another MLflow run.

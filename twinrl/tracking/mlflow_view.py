@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.tracking import runlog, store
-from twinrl.tracking.mlflow_run import MlflowRun, read_config
+from twinrl.tracking.mlflow_run import MlflowRun
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Thinner
 
@@ -39,7 +40,7 @@ class Publisher:
     """
 
     def __init__(self, run_dir: Path, uri: str, state: State):
-        self._log = run_dir / runlog.LOG_NAME
+        self._log = run_dir / layout.LOG
         self._uri = uri
         self._state = state
         self._run = MlflowRun(run_dir, uri, state)
@@ -221,7 +222,7 @@ def _open(
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = State.load(folder)
-    if not state.fits(folder / runlog.LOG_NAME):
+    if not state.fits(folder / layout.LOG):
         state.start_over()
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
@@ -231,7 +232,7 @@ def _open(
 
 def planned(folder: Path) -> int:
     """The run's planned iterations: ``train.steps`` of its configuration, else the rows it has."""
-    train = read_config(folder).get("train")
+    train = layout.read_config(folder).get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
     return steps if isinstance(steps, int) and steps > 0 else max(1, len(_rows(folder)))
 
@@ -243,7 +244,7 @@ def brief(error: Exception) -> str:
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
-    return runlog.read(folder / runlog.LOG_NAME)
+    return runlog.read(folder / layout.LOG)
 
 
 def _length(folder: Path) -> int:
@@ -253,6 +254,6 @@ def _length(folder: Path) -> int:
         InputError: there is none.
     """
     try:
-        return (folder / runlog.LOG_NAME).stat().st_size
+        return (folder / layout.LOG).stat().st_size
     except OSError as error:
-        raise InputError(f"{folder} has no {runlog.LOG_NAME}", fix="name a run directory") from error
+        raise InputError(f"{folder} has no {layout.LOG}", fix="name a run directory") from error
