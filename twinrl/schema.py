@@ -11,7 +11,8 @@ from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
 from twinrl.backends.families import FAMILIES
-from twinrl.backends.families.family import FamilyConfig, check_bridge
+from twinrl.backends.families.diffusion import check_bridge
+from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, build, component, resolve

@@ -22,9 +22,6 @@ FAMILIES: dict[str, str] = {
 }
 """``model.family`` → module and class; a class of your own is added here."""
 
-DIFFUSION_FAMILIES = frozenset({"stable_diffusion"})
-"""Those that predict noise or v and need ``model.prediction`` and ``model.diff2flow``."""
-
 
 def family_class(name: str) -> "type[Family]":
     """The class of the family called ``name``.
