@@ -51,7 +51,7 @@ def train(
     from twinrl import schema
 
     settings = schema.load(config, overrides or [])
-    from twinrl.commands.train import train as command
+    from twinrl.commands.processes import train as command
 
     raise typer.Exit(command(settings, fresh, _console()))
 
@@ -59,7 +59,7 @@ def train(
 @app.command()
 def resume(run: Run) -> None:
     """Continue an unfinished run from its newest checkpoint."""
-    from twinrl.commands.train import resume as command
+    from twinrl.commands.processes import resume as command
 
     raise typer.Exit(command(run, _console()))
 

@@ -20,7 +20,7 @@ from twinrl import cluster, schema
 from twinrl.backends import NETWORKS
 from twinrl.commands import pictures
 from twinrl.commands.launch import QUIET, _python_path
-from twinrl.commands.train import resume, train
+from twinrl.commands.processes import resume, train
 from twinrl.data import SOURCES
 from twinrl.errors import InputError
 from twinrl.run.layout import RANKS

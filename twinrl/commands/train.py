@@ -1,4 +1,4 @@
-"""``twinrl train`` and ``twinrl resume``."""
+"""Training in one process of a run, from its start or its newest checkpoint to its final table."""
 
 import tempfile
 from collections.abc import Iterator
@@ -40,10 +40,6 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         stop: training ends with a checkpoint once this file exists, as after Ctrl-C.
     """
     run = RunDirectory(settings.directory)
-    if settings.launch.wanted and not mesh.launched():
-        from twinrl.commands.launch import launch
-
-        return launch(settings, run, fresh, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         launchers = ranks.gathered(restart.launch())
         goes_on = ranks.anywhere(ranks.first and run.begun_by(launchers))
@@ -74,10 +70,6 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
     if (result := run.result) is not None:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
-    if settings.launch.wanted and not mesh.launched():
-        from twinrl.commands.launch import launch
-
-        return launch(settings, run, None, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(run.locked()))
         source = ranks.together(lambda: assembly.load_source(settings, device))
