@@ -29,7 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ablations.design import DESIGNS, Factors
 from twinrl import schema
-from twinrl.config import PRESETS, Settings, build, component, nearest, read_yaml, validate
+from twinrl.config import PRESETS, Settings, component, nearest, read_yaml, validate
 from twinrl.errors import InputError
 from twinrl.schema import RunConfig
 from twinrl.tracking import names
@@ -37,7 +37,7 @@ from twinrl.tracking import names
 if TYPE_CHECKING:
     DesignSettings: TypeAlias = Any
 else:
-    DesignSettings = component(DESIGNS, "design")
+    DesignSettings = component(DESIGNS)
 
 STUDIES = Path(__file__).parent / "studies"
 BOOKKEEPING = ("seed", "name", "run", "tracking", "machine", "launch")
@@ -204,7 +204,7 @@ class Study:
     @cached_property
     def design(self) -> Any:
         """The design."""
-        return build(DESIGNS, self.config.design, "design")
+        return DESIGNS.build(self.config.design)
 
     @cached_property
     def arms(self) -> list[Arm]:

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from twinrl import draws
+from twinrl import data, draws
 from twinrl.backends import build_network, network_key
 from twinrl.backends.families.lora import first_values
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config import build, resolve
-from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.data.reading import InMemory, Reader
 from twinrl.data.source import Data, Source
 from twinrl.errors import InputError
@@ -62,11 +60,11 @@ def load_source(settings: RunConfig, device: torch.device) -> Data:
         InputError: no such pipeline or prepared folder, or one for another model.
     """
     if settings.model.family is None:
-        return SOURCES[settings.data.source](settings.data.root).to(str(device))
+        return data.load(settings.data.source, settings.data.root).to(str(device))
     from twinrl.backends.families import load_family
 
     family = load_family(settings.model.family, settings.model.pretrained)
-    source = FAMILY_SOURCES[settings.data.source](settings.data.root, family)
+    source = data.load(settings.data.source, settings.data.root, family)
     return source.to(str(device), settings.machine.offload)
 
 
@@ -147,7 +145,7 @@ def student_of(
     random = start_weights and settings.train.init == "random"
     outline = None if settings.model.family is None else lambda: pretrained_outline(settings, source)
     network = ranks.network(lambda: new_network(settings, source), random, outline=outline)
-    uses_sign = any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values())
+    uses_sign = any(TERMS.find(term.kind).negative_time for term in settings.terms.values())
     if uses_sign and settings.model.family is None:  # a family's sign is tested once for its class, not for each run
         check_branches_apart(network, source, settings.model.network.kind, ranks)
     if start_weights:
@@ -203,7 +201,7 @@ def objective_of(
     settings: RunConfig, student: nn.Module, guide: Guide | None = None, ranks: Ranks = ALONE
 ) -> Objective:
     """Terms, teachers, guidance and reward around the student."""
-    terms = {name: build(TERMS, term, "term") for name, term in settings.terms.items()}
+    terms = {name: TERMS.build(term) for name, term in settings.terms.items()}
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
     teacher = Teacher(student, settings.teacher, ranks.copy, _under_adapters(settings, student))
     return Objective(terms, teacher, settings.guidance, autocast, guide)

@@ -12,7 +12,7 @@ from twinrl.config import Settings, component, validate
 from twinrl.errors import InputError
 from twinrl.renoise import RENOISE, Renoise
 
-RenoiseField: Any = component(RENOISE, "renoise")
+RenoiseField: Any = component(RENOISE)
 PUBLISHED = "{kind: beta, alpha: {kind: linear, initial: 4, final: 1, end: 30%}, beta: 1, placement: [training]}"
 DMDR = """
 kind: beta

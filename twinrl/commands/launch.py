@@ -26,6 +26,7 @@ from twinrl import cluster, schema
 from twinrl.commands import program
 from twinrl.commands.interrupt import asking
 from twinrl.commands.train import FAILED, INTERRUPTED, resume, train
+from twinrl.components import failures_named
 from twinrl.errors import InputError
 from twinrl.fsdp import mesh
 from twinrl.fsdp.config import LaunchConfig
@@ -266,7 +267,8 @@ def work(told: dict[str, Any]) -> None:
     ):
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         try:
-            _work(task, Console(file=output, width=120))
+            with failures_named():
+                _work(task, Console(file=output, width=120))
         except InputError as error:
             if rank == 0:
                 Path(task.error).write_text(str(error))

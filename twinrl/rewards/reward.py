@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from twinrl.config import Settings, build, component
+from twinrl.components import Registry
+from twinrl.config import Settings, component
 from twinrl.data.source import Scorer
-
-REWARDS: dict[str, type["Reward"]] = {}
-"""Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
-
-if TYPE_CHECKING:
-    RewardSettings: TypeAlias = Any
-else:
-    RewardSettings = component(REWARDS, "reward")
 
 
 @dataclass(frozen=True)
@@ -127,9 +120,18 @@ class Reward(ABC):
         return self
 
 
+REWARDS = Registry("reward", Reward)
+"""Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
+
+if TYPE_CHECKING:
+    RewardSettings: TypeAlias = Any
+else:
+    RewardSettings = component(REWARDS)
+
+
 def build_part(config: Any, around: Surroundings, name: str) -> Reward:
     """The reward that ``config`` describes, as the part ``name`` of another."""
-    part: Reward = build(REWARDS, config, "reward", around.part(name))
+    part: Reward = REWARDS.build(config, around.part(name))
     return part
 
 

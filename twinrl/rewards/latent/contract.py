@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from twinrl import draws
+from twinrl.components import checked
 from twinrl.config import Settings
-from twinrl.errors import InputError
 
 
 class Codec(Protocol):
@@ -97,7 +97,7 @@ class PixelEstimator(ABC):
     """Estimates ``g_y = ∂R/∂y``. A subclass gives ``Config`` and :meth:`pixel_gradient`."""
 
     config: Any
-    Config: ClassVar[type[Settings]]
+    Config: ClassVar[type[Settings]] = Settings
 
     @abstractmethod
     def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: Reward, rows: RowDraws) -> Estimate:
@@ -109,7 +109,7 @@ class LatentEstimator(ABC):
     """Estimates ``∇_z R(D(z))`` without the encoder. A subclass gives ``Config`` and :meth:`latent_gradient`."""
 
     config: Any
-    Config: ClassVar[type[Settings]]
+    Config: ClassVar[type[Settings]] = Settings
 
     @abstractmethod
     def latent_gradient(
@@ -120,14 +120,7 @@ class LatentEstimator(ABC):
 
 def scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """(B,) scores. Raises InputError where the reward returns anything else: (B, 1) would broadcast silently."""
-    scores = reward(images, prompts)
-    if scores.shape != (len(images),):
-        raise InputError(
-            f"reward {name_of(reward)} returns no score per image",
-            got=f"shape {tuple(scores.shape)}",
-            expected=f"({len(images)},)",
-        )
-    return scores
+    return checked(reward(images, prompts), Tensor, reward, "__call__", (len(images),))
 
 
 def name_of(reward: Reward) -> str:
