@@ -58,6 +58,7 @@ def test_the_file_trains_with_the_command(kind: str, folder: Path, monkeypatch: 
 def test_the_design_plans_its_study(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     section = SECTIONS["Study design"]
     written(folder, section)
     (command,) = pages.commands(section)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from twinrl import draws
-from twinrl.components import checked
 from twinrl.config import Settings
 
 
@@ -116,11 +115,6 @@ class LatentEstimator(ABC):
         self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
     ) -> Estimate:
         """The gradient at latents ``z`` (B, C, h, w)."""
-
-
-def scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(B,) scores. Raises InputError where the reward returns anything else: (B, 1) would broadcast silently."""
-    return checked(reward(images, prompts), Tensor, reward, "__call__", (len(images),))
 
 
 def name_of(reward: Reward) -> str:
