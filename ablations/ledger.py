@@ -41,7 +41,8 @@ class Record:
         step: optimizer steps made.
         message: why, where the status alone does not say it.
         metrics: final table and last validation, flat; non-finite values are kept.
-        diverged: step and kind of the divergence, if there was one.
+        diverged: step and kind of the failure, if there was one; since when the run was not known to be sound
+            (``after``), and whether it had ``recovered`` by its end.
         seconds: of training, summed over the log.
         where: host, revision, directory and time; provenance.
     """
@@ -66,6 +67,11 @@ class Record:
     def final(self) -> bool:
         """Whether the run ended by its own rules."""
         return self.status in FINAL
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run failed and did not recover."""
+        return self.diverged is not None and not self.diverged.get("recovered", False)
 
     def line(self) -> str:
         """The record as strict JSON without newline."""

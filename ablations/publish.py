@@ -22,6 +22,7 @@ from ablations.table import by_arm
 from ablations.trial import durable_log
 from twinrl.errors import InputError
 from twinrl.tracking import mlflow_view, names, store, ui
+from twinrl.tracking.mlflow_run import fitting
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.mlflow_view import MLflowView
 
@@ -156,17 +157,14 @@ class StudyView:
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: Record) -> None:
-        """Steps made, and step and kind of a divergence."""
-        self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
-        if record.diverged is None:
-            return
-        step, kind = record.diverged["step"], record.diverged["kind"]
-        self._tag(run, {"diverged.step": step, "diverged.kind": kind})
-        self.client.log_metric(run, "diverged/step", step, timestamp=0, step=0)
+        """Steps made, and the step of a failure as a number that sorts; its tags are the view's."""
+        self._tag(run, {"step": record.step})
+        if record.diverged is not None:
+            self.client.log_metric(run, "diverged/step", record.diverged["step"], timestamp=0, step=0)
 
     def _levels(self, run: str, trial: Trial) -> None:
         for factor, level in trial.levels.items():
-            self.client.log_param(run, f"factor.{factor}", level)
+            self.client.log_param(run, fitting(f"factor.{factor}"), level)
 
     def _arm(self, trial: Trial) -> str:
         """Id of the arm's parent run."""

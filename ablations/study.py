@@ -77,9 +77,6 @@ class Margin(Settings):
     high: float = Field(1e-1, gt=0, description="a learning rate believed too large")
     tolerance: float = Field(1.25, gt=1, description="ends when the bracket's ratio is below this")
     steps: int = Field(1000, ge=1, description="steps that an arm must survive")
-    accuracy_floor: float = Field(
-        0.5, ge=0, le=1, description="a final judge accuracy below is not healthy, ever better or not; 0 = not asked"
-    )
     warmup_steps: int = Field(
         0, ge=0, description="steps of the base configuration that every probe of a seed starts from; 0: its own start"
     )

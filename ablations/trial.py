@@ -25,6 +25,7 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -35,6 +36,8 @@ WORST = 1e30
 RESULT, CONFIG, EVENTS, CHECKPOINTS = "result.json", "config.yaml", "events.jsonl", "checkpoints"
 KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
 """Last values of these go into the ledger beside the final table."""
+FAILURE = ("step", "kind", "after", "recovered")
+"""What the ledger keeps of a failure."""
 
 
 class TrialError(RuntimeError):
@@ -266,22 +269,15 @@ def pruned(task: Task, rung: int) -> Record:
 
 def _record(task: Task, result: Mapping[str, Any]) -> Record:
     rows = runlog.read(task.path / runlog.LOG_NAME)
-    metrics = final_metrics(runlog.surviving(rows, rows), (*KEPT, task.metric))
+    failure = verdict.of_run(task.path, rows)
+    metrics = verdict.final_values(runlog.surviving(rows, rows), lambda name: name in (*KEPT, task.metric), failure)
     return Record(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
         metrics=metrics | table_metrics(result.get("table")),
-        diverged=divergence(task.path, rows, result),
+        diverged=None if failure is None else {name: getattr(failure, name) for name in FAILURE},
         seconds=round(sum(row.get(names.STEP_SECONDS, 0.0) for row in rows), 3),
         where=ledger.provenance(Path(task.directory), task.revision),
     )  # fmt: skip
-
-
-def final_metrics(rows: list[dict[str, Any]], wanted: tuple[str, ...]) -> dict[str, float]:
-    """The last logged value of each wanted metric that was logged at all."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found |= {name: float(row[name]) for name in wanted if name in row}
-    return found
 
 
 def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
@@ -294,26 +290,17 @@ def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def divergence(run: Path, rows: list[dict[str, Any]], result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Step and kind of a run's divergence; None if it stayed healthy, or was rescued by a rollback.
-
-    The event ``diverged`` is the trainer's verdict. A run that a policy stopped has diverged too, by its last event.
-    """
-    events = runlog.surviving(runlog.read(run / EVENTS), rows) if (run / EVENTS).is_file() else []
-    verdict = next((event for event in events if event["kind"] == "diverged"), None)
-    if verdict is not None:
-        kind = "quality" if verdict.get("series") == names.VAL_QUALITY else "nonfinite"
-        return {"step": verdict["step"], "kind": kind}
-    if result["status"] != "diverged":
-        return None
-    return {"step": result["step"], "kind": events[-1]["kind"] if events else "unknown"}
-
-
 def at_rung(run: Path, metric: str, rung: int) -> float:
-    """The last value of a metric logged at ``rung`` steps or before, ``WORST`` where it is missing or not finite."""
+    """The last value of a metric logged at ``rung`` steps or before.
+
+    ``WORST`` where it is missing or not finite, and for a run that has failed by then and not recovered.
+    """
     rows = runlog.read(run / runlog.LOG_NAME)
-    values = [row[metric] for row in runlog.surviving(rows, rows) if metric in row and row["step"] <= rung]
-    return comparable(values[-1] if values else math.nan)
+    until = [row for row in runlog.surviving(rows, rows) if row["step"] <= rung]
+    failure = verdict.of_run(run, until)
+    if failure is not None and failure.lost:
+        return WORST
+    return comparable(verdict.final_values(until, {metric}.__contains__, failure).get(metric, math.nan))
 
 
 def comparable(value: float) -> float:
@@ -349,7 +336,7 @@ class RayTrial(Trainable):
         if reason == "ended":
             outcome = record(self.task)
             ledger.append(Path(self.task.ledger), outcome)
-            done["compared"] = comparable(outcome.metrics.get(self.task.metric, math.nan))
+            done["compared"] = WORST if outcome.lost else comparable(outcome.metrics.get(self.task.metric, math.nan))
         return done
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

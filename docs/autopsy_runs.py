@@ -157,7 +157,7 @@ def outcome(run: Run) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"], default={})
     diverged = run_divergence(run)
-    fall = diverged[0] if diverged else math.inf
+    fall = diverged.step if diverged else math.inf
     return {
         "lr": run.config["optim"]["lr"],
         "lr_at_start": next((_number(row[names.LR]) for row in run.rows if row["step"] >= start), math.nan),
@@ -176,7 +176,9 @@ def outcome(run: Run) -> dict[str, Any]:
         "early_norm_noise": noise([norm for step, norm in norms if step < start]),
         "early_loss_noise": noise([_number(row.get(names.LOSS_TOTAL)) for row in run.rows if row["step"] < start]),
         "diverged": diverged is not None,
-        "diverged_step": diverged[0] if diverged else math.nan,
+        "diverged_step": diverged.step if diverged else math.nan,
+        "diverged_after": diverged.after if diverged else math.nan,
+        "recovered": diverged is not None and diverged.recovered,
         "accuracy_at_start": _number(at_start.get(WATCHED["accuracy"])),
         "fd_at_start": _number(at_start.get(WATCHED["fd"])),
         "accuracy_least": min((row[WATCHED["accuracy"]] for row in evaluations), default=math.nan),

@@ -4,6 +4,7 @@ config.yaml      the resolved configuration        env.json     versions, revisi
 log.jsonl        one exact row a step              events.jsonl what went wrong, and when
 checkpoints/     states to resume from             samples/     grids over training
 metrics.parquet  the log as a table                result.json  written last: how the run ended
+start.json       metrics of the start weights
 """
 
 import fcntl
@@ -18,6 +19,7 @@ import yaml
 
 from twinrl import checkpoints, config, schema
 from twinrl.errors import InputError
+from twinrl.stability import verdict
 from twinrl.tracking import environment, mlflow_state, runlog
 
 CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
@@ -111,9 +113,7 @@ class RunDirectory:
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
-        unfinished = self.path / f".{ENVIRONMENT}"
-        unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
-        unfinished.replace(self.path / ENVIRONMENT)
+        self._write(ENVIRONMENT, {**described, "launchers": sorted(filter(None, launchers))})
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
@@ -169,9 +169,17 @@ class RunDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, the mark of a finished run."""
-        unfinished = self.path / f".{RESULT}"
-        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.path / RESULT)
+        self._write(RESULT, result)
+
+    def keep_start(self, start: verdict.Row) -> None:
+        """Write the metrics of the start weights, by which the run is judged wherever it is moved to."""
+        self._write(verdict.START, verdict.encoded(start))
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        """A file of JSON, in one move."""
+        unfinished = self.path / f".{name}"
+        unfinished.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        unfinished.replace(self.path / name)
 
     def settings(self) -> schema.RunConfig:
         """The run's configuration. Raises InputError where the directory holds no run."""

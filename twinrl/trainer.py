@@ -30,6 +30,7 @@ from twinrl.stability.events import SPIKE, Event, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
 from twinrl.stability.series import Finding
+from twinrl.stability.verdict import COMPLETE
 from twinrl.suspects import Behind
 from twinrl.tracking import names
 from twinrl.tracking.runlog import RunLog
@@ -134,12 +135,18 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Take the metrics of the start weights as what a fall is measured against."""
+        self.monitor.divergence.begin(start)
+
     def train(self) -> Outcome:
         """Train to the end, a stop policy, an early stop or an interruption; the state is on disk afterwards."""
         outcome = None
         while outcome is None:
             outcome = self._advance()
         self._attempt(self.saver.settle)
+        if outcome.status in COMPLETE and (late := self.monitor.conclude(self.iteration - 1)) is not None:
+            self._record(late, {})  # too late for any policy
         if outcome.status != "diverged" and self.saver.newest != self.iteration:
             self._save()
             self.saver.settle()

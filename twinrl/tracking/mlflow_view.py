@@ -14,6 +14,7 @@ noticed, and the MLflow run replaced.
 """
 
 import logging
+import math
 import os
 import shlex
 from collections.abc import Mapping
@@ -22,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.errors import InputError
-from twinrl.tracking import runlog, store
+from twinrl.stability import verdict
+from twinrl.stability.divergence import Diverged
+from twinrl.tracking import names, runlog, store
 from twinrl.tracking.mlflow_run import MlflowRun, read_config
 from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.thinning import Thinner
+from twinrl.tracking.thinning import Point, Thinner
 
 REBUILD_COMMAND = "twinrl publish {run_dir}"
 FINAL = ("FINISHED", "FAILED", "KILLED")
@@ -62,14 +65,32 @@ class Publisher:
         self._run.log_points(points)
         self._run.log_files()
         self._run.tag_events()
+        self._run.tag_verdict(self._verdict(offset)[0])
         self._state.advance(offset)
 
     def finish(self, status: str, to_the_last: bool = True) -> None:
-        """End the MLflow run; ``to_the_last`` publishes what the open bucket holds before."""
+        """End the MLflow run, as FAILED if the run failed; ``to_the_last`` publishes what the open bucket holds before.
+
+        An outcome that was measured last before the run failed ends with nan, which ranks behind every number.
+        """
         self._state.conclude(status)
+        failure, rows = self._verdict(self._state.published)
+        self._run.tag_verdict(failure)
         if to_the_last:
             self._run.log_points(self._thinner.flush())
-        self._run.finish(status, self._thinner.seconds)
+            self._run.log_points(self._outdated(rows, failure))
+        self._run.finish("FAILED" if failure is not None and status != "KILLED" else status, self._thinner.seconds)
+
+    def _verdict(self, offset: int) -> tuple[Diverged | None, list[dict[str, Any]]]:
+        """Whether the run has failed by byte ``offset`` of its log, and the rows up to there."""
+        rows = list(runlog.rows(self._log, stop=offset))
+        return verdict.of_run(self._log.parent, rows), rows
+
+    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[Point]:
+        """A last point, nan, for each outcome whose last value is from before the failure."""
+        values = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, failure)
+        last = rows[-1]["iteration"] if rows else 0
+        return [Point(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)]
 
 
 class MLflowView:

@@ -73,3 +73,8 @@ def score(scorer: str, nfe: int, held_out: bool) -> str:
 def floor(quantity: str) -> str:
     """Real against real images at the protocol's n: what a perfect generator would get."""
     return f"val/floor/{quantity}"
+
+
+def is_outcome(name: str) -> bool:
+    """Whether a series is an outcome: its last value may rank runs."""
+    return name.startswith(("val/", "reward/", LOSS_TOTAL)) or name == GRAD_TOTAL_RAW
