@@ -157,10 +157,12 @@ class StudyView:
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: Record) -> None:
-        """Steps made, and the step of a failure as a number that sorts; its tags are the view's."""
-        self._tag(run, {"step": record.step})
-        if record.diverged is not None:
-            self.client.log_metric(run, "diverged/step", record.diverged["step"], timestamp=0, step=0)
+        """Steps made, and a failure as the ledger has it, its step also as a number that sorts."""
+        self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
+        if record.diverged is None:
+            return
+        self._tag(run, {f"diverged.{name}": str(value).lower() for name, value in record.diverged.items()})
+        self.client.log_metric(run, "diverged/step", record.diverged["step"], timestamp=0, step=0)
 
     def _levels(self, run: str, trial: Trial) -> None:
         for factor, level in trial.levels.items():

@@ -149,8 +149,9 @@ def _from_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
     step = _steps_made(client, run)
     failure = None
     if tags.get("diverged") == "true" or status == "diverged":
-        failure = {"step": int(tags.get("diverged.step", step)), "kind": tags.get("diverged.kind", "")}
-        failure["recovered"] = tags.get("diverged.recovered") == "true"
+        after, recovered = tags.get("diverged.after", math.nan), tags.get("diverged.recovered") == "true"
+        failure = {"step": int(tags.get("diverged.step", step)), "after": after, "recovered": recovered}
+        failure["kind"] = tags.get("diverged.kind", "")
     settings = {k: v for k, v in params.items() if "." in k and k.split(".")[0] not in BOOKKEEPING}
     base = {
         "arm": tags.get("arm") or tags.get("config_hash", "run"),

@@ -50,13 +50,14 @@ from autopsy_runs import (
     SAMPLED,
     SOUND,
     TRIALS,
+    evaluations,
+    start_of,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis.intervals import mean_t, number
 from twinrl.stability.divergence import Divergence, first_divergence
-from twinrl.tracking import names
 
 PAGE = Path(__file__).parent / "autopsy.md"
 TEXT = FOLDER / "text.md"
@@ -212,24 +213,16 @@ def definitions_table(curves: pd.DataFrame) -> str:
         "| accuracy below | evaluations in a row | with the reward | without | plateau: with | without |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
-    for floor, evaluations in DEFINITIONS:
-        config = Divergence.Config(accuracy_floor=floor, evaluations=evaluations, recall_floor=0)
+    for floor, in_a_row in DEFINITIONS:
+        config = Divergence.Config(accuracy_floor=floor, evaluations=in_a_row, recall_floor=0)
         cells = []
         for study in ("regime", "plateau"):
             for arm in (BROKEN, NO_REWARD):
                 runs = curves[(curves.study == study) & (curves.arm == arm)].groupby("seed")
-                fell = [first_divergence(_evaluations(run), config, 1) is not None for _, run in runs]
+                fell = [first_divergence(evaluations(run), config, 1, start_of(), True) is not None for _, run in runs]
                 cells.append(f"{sum(fell)} of {len(fell)}")
-        lines.append(f"| {floor} | {evaluations} | {' | '.join(cells)} |")
+        lines.append(f"| {floor} | {in_a_row} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _evaluations(run: pd.DataFrame) -> list[dict[str, float]]:
-    """The log rows of a run's evaluations, as far as a fall is judged by them."""
-    return [
-        {"step": int(row.step), names.VAL_QUALITY: row.quality, names.val("accuracy", 1): row.accuracy}
-        for row in run[run.quality.notna()].itertuples()
-    ]
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:

@@ -99,12 +99,10 @@ class Planted:
 
 
 def plant(run: Path, step: int, value: float) -> None:
-    """One row of a run's log with its quality, and a checkpoint; an event where it is not finite."""
+    """One row of a run's log with its quality, which stands for its loss as well, and a checkpoint."""
     (run / trial.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
     row = {"iteration": step - 1, "step": step, names.VAL_QUALITY: runlog.encode(value)}
-    _append(run / runlog.LOG_NAME, row | {names.STEP_SECONDS: STEP_SECONDS})
-    if not math.isfinite(value):
-        _append(run / trial.EVENTS, {"iteration": step - 1, "step": step, "kind": "diverged", "series": "loss/total"})
+    _append(run / runlog.LOG_NAME, row | {names.STEP_SECONDS: STEP_SECONDS, names.LOSS_TOTAL: runlog.encode(value)})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

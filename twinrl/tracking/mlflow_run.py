@@ -21,7 +21,7 @@ POINTS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 8
-VERDICT_TAGS = ("diverged.step", "diverged.kind", "diverged.why", "diverged.recovered")
+VERDICT_TAGS = ("diverged.step", "diverged.after", "diverged.kind", "diverged.recovered", "diverged.why")
 PARAM_VALUE_CHARACTERS = 6000
 FILES = ("config.yaml", "env.json", "events.jsonl", "samples/*.png", "figures/*.png")
 NOTE = (
@@ -138,7 +138,7 @@ class MlflowRun:
                 self._tagged.pop(name, None)
             self._tag({"diverged": "false"})
             return
-        said = (failure.step, failure.kind, failure.message, str(failure.recovered).lower())
+        said = (failure.step, failure.after, failure.kind, str(failure.recovered).lower(), failure.message)
         self._tag({"diverged": "true", **dict(zip(VERDICT_TAGS, map(str, said), strict=True))})
 
     def _tag(self, tags: Mapping[str, str]) -> None:
