@@ -14,6 +14,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 from autopsy_arms import (
+    WELL,
     before_reward,
     carried_values,
     dose_values,
@@ -40,6 +41,9 @@ from autopsy_crossed import (
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
+    BY_CURVE,
+    BY_TABLE,
+    CURVED,
     CURVES,
     FALLS,
     FOLDER,
@@ -58,6 +62,7 @@ from matplotlib.figure import Figure
 
 from analysis.intervals import mean_t, number
 from twinrl.stability.divergence import Divergence, first_divergence
+from twinrl.tracking import names
 
 PAGE = Path(__file__).parent / "autopsy.md"
 TEXT = FOLDER / "text.md"
@@ -99,7 +104,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | transformer_values(trials)
         | carried_values(trials, "mnist")
     )
-    values |= recipe_values(trials) | sensitivity_values(trials)
+    values |= recipe_values(trials) | sensitivity_values(trials) | told_values(trials)
     curves = pd.read_parquet(CURVES)
     values |= (
         {"definitions": definitions_table(curves)}
@@ -108,6 +113,29 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | falls_values(pd.read_csv(FALLS))
     )
     return values | sampling_values(pd.read_csv(SAMPLED))
+
+
+def told_values(trials: pd.DataFrame) -> dict[str, str]:
+    """What the evaluation of the start has changed, and of which runs the tables cannot say whether they fell."""
+    changed = trials[trials.told.isin((BY_CURVE, BY_TABLE))]
+    lines = ["| study | arm | seed | before | now | told by |", "|---|---|--:|---|---|---|"]
+    for row in changed.itertuples():
+        back = ", and recovered" if row.recovered else ""
+        now = f"fell by step {row.diverged_step:.0f}, from its start{back}" if row.diverged else "whole"
+        before = "whole" if row.diverged else "fell"
+        source = {BY_CURVE: "its curve", BY_TABLE: "two evaluations"}[row.told]
+        lines.append(f"| {row.study} | {row.arm} | {row.seed} | {before} | {now} | {source} |")
+    whole = trials[~trials.diverged & ~trials.study.isin(CURVED)].drop_duplicates(["config_hash", "seed"])
+    unwell = whole[(whole.accuracy_at_start < WELL) & (whole.final_accuracy < WELL)]
+    counts = unwell.groupby("study", sort=False).size()
+    start = start_of()
+    return {
+        "told": "\n".join(lines),
+        "told_unknown": ", ".join(f"{count} of {study}" for study, count in counts.items()),
+        "start_quality": number(start[names.VAL_QUALITY]),
+        "start_accuracy": number(start[names.val("accuracy", 1)], 2),
+        "start_limit": number(1.5 * start[names.VAL_QUALITY] + 0.05),
+    }
 
 
 def search_table(trials: pd.DataFrame) -> str:

@@ -161,6 +161,8 @@ def _failure(row: Any, before: Mapping[str, Any] | None) -> Mapping[str, Any] | 
     """A trial's failure as a ledger has it; ``before`` where it was not told again."""
     if row.told not in (BY_CURVE, BY_TABLE):
         return before
+    if not row.diverged:
+        return None
     found = {"step": row.diverged_step, "kind": FALL, "after": row.diverged_after, "recovered": row.recovered}
     return {name: int(value) if isinstance(value, float) else value for name, value in found.items()}
 
@@ -172,9 +174,9 @@ BY_RUN, BY_CURVE, BY_TABLE = "run", "curve", "table"
 def told(trials: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """The trials of runs that were made without an evaluation of their start, with the falls that it shows.
 
-    Where the curve is kept the verdict is exact. Else the table has two evaluations, the best distance and the lowest
-    accuracy: a run fell from its start where it was never near it and not whole at either evaluation. What the start is
-    not known of stays as it was.
+    Where the curve is kept the verdict is exact. Else the table has two evaluations and the best distance: a run fell
+    from its start where it was whole at neither, bad at the last and never near its start. Others may have fallen, too,
+    and what the start is not known of stays as it was.
     """
     starts = pd.read_csv(STARTS).set_index(["source", "network"])
     points = dict(iter(curves[curves.quality.notna()].groupby(KEY)))
@@ -232,8 +234,9 @@ def _by_curve(
 
 def _by_table(row: Mapping[str, Any], every: int, margins: Divergence.Config, start: pd.Series) -> dict[str, Any]:
     """A fall from the start of a run that has none by its own best; its step is one by which it had fallen."""
-    floor, limit = margins.accuracy_floor, start.fd + margins.absolute + margins.relative * start.fd
-    if row["fd_best"] <= limit or row["accuracy_at_start"] >= floor or row["final_accuracy"] >= floor:
+    far, worse = (start[name] * (1 + margins.relative) + margins.absolute for name in ("fd", "quality"))
+    unwell = max(row["accuracy_at_start"], row["final_accuracy"]) < margins.accuracy_floor
+    if not (unwell and row["fd_best"] > far and row["final_quality"] > worse):
         return {}
     step = every * math.floor(0.2 * row["steps"] / every)
     return {"diverged": True, "diverged_step": step, "diverged_after": 0, "recovered": False,

@@ -66,7 +66,7 @@ class Planted:
         (task.path / trial.CONFIG).write_text(dump(settings))
         for step in range(begun + EVERY, task.steps + 1, EVERY):
             value = self.quality(settings, step)
-            plant(task.path, step, value)
+            plant(task.path, step, value, self.accuracy)
             if not math.isfinite(value) and settings.stability.policy == "stop":
                 return self._end(task, begun, {"status": "diverged", "step": step})
             if rung is not None and step >= rung:
@@ -98,10 +98,11 @@ class Planted:
                 follow.on_trial_complete(0, [], one)
 
 
-def plant(run: Path, step: int, value: float) -> None:
+def plant(run: Path, step: int, value: float, accuracy: float) -> None:
     """One row of a run's log with its quality, which stands for its loss as well, and a checkpoint."""
     (run / trial.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
     row = {"iteration": step - 1, "step": step, names.VAL_QUALITY: runlog.encode(value)}
+    row[names.val("accuracy", 1)] = accuracy
     _append(run / runlog.LOG_NAME, row | {names.STEP_SECONDS: STEP_SECONDS, names.LOSS_TOTAL: runlog.encode(value)})
 
 

@@ -266,7 +266,7 @@ def test_margin_brackets_every_edge_and_goes_on_from_the_ledger(run: Run, make: 
     assert len(planted.trained) == len(titles)
 
 
-def test_a_run_that_ends_without_accuracy_is_not_healthy(run: Run, make: Make, planted: Planted) -> None:
+def test_a_run_that_is_never_whole_is_not_healthy(run: Run, make: Make, planted: Planted) -> None:
     planted.accuracy = 0.4
     brackets, _ = search(make, seeds=1).complete()
     assert [(b.healthy, b.diverged, b.next) for b in brackets] == [(None, 1e-5, None)] * 2
