@@ -1,11 +1,12 @@
 """An arm's curve: the median of the living, few points, and no extreme lost."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from ablations.ledger import Record
-from ablations.summary import curve, thinned
+from ablations.summary import _broken_end, curve, thinned
 from twinrl.tracking.thinning import MOST_POINTS
 
 STEPS, SPIKE = 2000, 1217
@@ -26,6 +27,20 @@ def test_it_is_the_median_of_the_living() -> None:
     assert [(p.lowest, p.highest) for p in points] == [(1, 5), (2, 4), (3, 5)]
     assert all(p.lowest <= p.low <= p.median <= p.high <= p.highest for p in points)
     assert list(curve(logs, "absent")) == []
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 3])
+def test_a_curve_of_an_arm_that_broke_ends_with_nan(lost: int) -> None:
+    """Not with the median of before, which would rank the arm."""
+    whole, broken = record(), replace(record(2), metrics={"m": math.nan})
+    logs = [(log(1, math.nan), broken)] * lost + [(log(1, 2), replace(whole, metrics={"m": 2.0}))] * (3 - lost)
+    end = _broken_end(logs, "m")
+    if lost < 2:
+        assert end == []
+    else:
+        (point,) = end
+        assert (point.step, point.alive) == (3, 3 - lost)
+        assert math.isnan(point.median)
 
 
 def test_a_repeated_step_counts_with_its_last_value_and_all_its_extremes() -> None:

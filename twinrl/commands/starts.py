@@ -42,8 +42,7 @@ def evaluated(
         text = ranks.together(lambda: json.dumps(_load(path)) if ranks.first else "")
         return verdict.decoded(json.loads(ranks.gathered(text)[0]))
     made = ranks.agree(dict(evaluate()))
-    with suppress(OSError):  # a cache that cannot be written: the next run evaluates again, and this one keeps its own
-        ranks.on_first(lambda: publish(path, lambda file: file.write_text(json.dumps(verdict.encoded(made)))))
+    ranks.on_first(lambda: _keep(path, made))
     return made
 
 
@@ -57,6 +56,7 @@ def key(settings: RunConfig, content_hash: str) -> str:
         "model": numeric["model"],
         "precision": settings.train.precision,
         "evaluation": {name: value for name, value in numeric["evaluation"].items() if name not in UNUSED},
+        "reference": str(settings.evaluation.reference),
         "judges": [numeric.get("judges"), reward.get("model"), reward.get("held_out")],
     }
     return canonical_hash(decides)
@@ -68,6 +68,16 @@ def _origin(settings: RunConfig) -> object:
         return "teacher" if settings.model.family is None else settings.seed
     state = RunDirectory(Path(settings.train.init)).newest_checkpoint() / "state.json"
     return hashlib.sha256(state.read_bytes()).hexdigest()  # it holds the statistics of the run that led there
+
+
+def _keep(path: Path, start: verdict.Row) -> None:
+    """Write into the cache; where it is read-only the next run evaluates again, and this one has its ``start.json``."""
+
+    def write(file: Path) -> None:
+        file.write_text(json.dumps(verdict.encoded(start)))
+
+    with suppress(OSError):
+        publish(path, write)
 
 
 def _load(path: Path) -> Mapping[str, object]:

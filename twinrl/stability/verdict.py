@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from twinrl.stability.divergence import Diverged, Divergence, Row, first_divergence
-from twinrl.tracking import runlog
+from twinrl.stability.divergence import NONFINITE_PARAMETERS, Diverged, Divergence, Row, first_divergence
+from twinrl.tracking import names, runlog
 
 START = "start.json"
 """Metrics of the run's start weights, by name; a run from random weights has none."""
@@ -59,6 +59,12 @@ def of_run(folder: Path, rows: Sequence[dict[str, Any]]) -> Diverged | None:
         json.loads(ended.read_text()) if ended.is_file() else None,
         runlog.surviving(runlog.read(events), rows) if events.is_file() else [],
     )
+
+
+def needed(row: Row) -> dict[str, Any]:
+    """What a verdict and the final values need of a log row; the rest of a long log need not be kept."""
+    wanted = ("iteration", "step", NONFINITE_PARAMETERS)
+    return {n: v for n, v in row.items() if n in wanted or n.startswith(names.loss("")) or names.is_outcome(n)}
 
 
 def read_start(folder: Path) -> Row | None:

@@ -131,6 +131,8 @@ class MlflowRun:
 
     def tag_verdict(self, failure: Diverged | None) -> None:
         """Say in tags whether the run has failed, when, how and why; what an earlier verdict said is gone."""
+        if failure is None and self._tagged.get("diverged") == "false":
+            return
         if failure is None:
             stale = self._client.get_run(self.id).data.tags.keys() & set(VERDICT_TAGS)
             for name in stale:

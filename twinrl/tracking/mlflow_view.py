@@ -47,8 +47,16 @@ class Publisher:
         self._state = state
         self._run = MlflowRun(run_dir, uri, state)
         self._thinner = Thinner(state.total)
-        for row in runlog.rows(self._log, stop=state.published):
-            self._thinner.feed(row)
+        self._rows: list[dict[str, Any]] = []
+        self._feed(0, state.published)
+
+    def _feed(self, start: int, stop: int) -> list[Point]:
+        """Take in the rows between two bytes of the log; the points that they complete."""
+        points = []
+        for row in runlog.rows(self._log, start=start, stop=stop):
+            points += self._thinner.feed(row)
+            self._rows.append(verdict.needed(row))
+        return points
 
     @property
     def run_id(self) -> str:
@@ -59,13 +67,10 @@ class Publisher:
         """Publish the rows that end at or before byte ``offset`` of the log, and new files."""
         store.probe(self._uri)
         self._state.announce(self._log, offset)
-        points = []
-        for row in runlog.rows(self._log, start=self._state.published, stop=offset):
-            points += self._thinner.feed(row)
-        self._run.log_points(points)
+        self._run.log_points(self._feed(self._state.published, offset))
         self._run.log_files()
         self._run.tag_events()
-        self._run.tag_verdict(self._verdict(offset)[0])
+        self._run.tag_verdict(verdict.of_run(self._log.parent, self._rows))
         self._state.advance(offset)
 
     def finish(self, status: str, to_the_last: bool = True) -> None:
@@ -74,22 +79,17 @@ class Publisher:
         An outcome that was measured last before the run failed ends with nan, which ranks behind every number.
         """
         self._state.conclude(status)
-        failure, rows = self._verdict(self._state.published)
+        failure = verdict.of_run(self._log.parent, self._rows)
         self._run.tag_verdict(failure)
         if to_the_last:
             self._run.log_points(self._thinner.flush())
-            self._run.log_points(self._outdated(rows, failure))
+            self._run.log_points(self._outdated(failure))
         self._run.finish("FAILED" if failure is not None and status != "KILLED" else status, self._thinner.seconds)
 
-    def _verdict(self, offset: int) -> tuple[Diverged | None, list[dict[str, Any]]]:
-        """Whether the run has failed by byte ``offset`` of its log, and the rows up to there."""
-        rows = list(runlog.rows(self._log, stop=offset))
-        return verdict.of_run(self._log.parent, rows), rows
-
-    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[Point]:
-        """A last point, nan, for each outcome whose last value is from before the failure."""
-        values = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, failure)
-        last = rows[-1]["iteration"] if rows else 0
+    def _outdated(self, failure: Diverged | None) -> list[Point]:
+        """A last point, nan, for each outcome whose last value is from before the failure, or is none."""
+        values = verdict.final_values(runlog.surviving(self._rows, self._rows), names.is_outcome, failure)
+        last = self._rows[-1]["iteration"] if self._rows else 0
         return [Point(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)]
 
 
