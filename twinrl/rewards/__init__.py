@@ -17,7 +17,7 @@ from twinrl.rewards.imagereward import ImageReward
 from twinrl.rewards.lab import ClassifierLogProbability, JudgeLogProbability, LabClip, LabHPS, LabJudge
 from twinrl.rewards.per_prompt import PerPrompt
 from twinrl.rewards.pickscore import PickScore
-from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings, nonfinite_images
+from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings
 
 REWARDS.update(
     {
@@ -45,7 +45,7 @@ REWARDS.update(
     }
 )
 
-__all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward", "nonfinite_images"]
+__all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward"]
 
 
 def build_reward(config: Any, source: Data | None = None, key: str = "reward", training: bool = True) -> Reward:

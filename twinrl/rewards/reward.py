@@ -100,7 +100,7 @@ class Reward(ABC):
 
         Returns:
             (B,) scores, differentiable in the pixels if ``differentiable``. Non-finite scores are returned as
-            they are (:func:`nonfinite_images` names them).
+            they are.
         """
 
     def keepers(self) -> dict[str, Keeper]:
@@ -131,11 +131,6 @@ def build_part(config: Any, around: Surroundings, name: str) -> Reward:
     """The reward that ``config`` describes, as the part ``name`` of another."""
     part: Reward = build(REWARDS, config, "reward", around.part(name))
     return part
-
-
-def nonfinite_images(scores: Tensor) -> list[int]:
-    """Indices of the images whose score is NaN or infinite; the scores themselves are left as they are."""
-    return (~torch.isfinite(scores.detach())).nonzero()[:, 0].tolist()
 
 
 def check_batch(images: Tensor, prompts: Sequence[str], needs_prompts: bool) -> None:

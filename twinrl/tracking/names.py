@@ -68,8 +68,3 @@ def accuracy(label: str, nfe: int) -> str:
 def score(scorer: str, nfe: int, held_out: bool) -> str:
     """Mean score of the samples under a preference or reward model; held-out ones were never trained on."""
     return f"val/{'held_out_score' if held_out else 'score'}/{scorer}_{nfe}nfe"
-
-
-def floor(quantity: str) -> str:
-    """Real against real images at the protocol's n: what a perfect generator would get."""
-    return f"val/floor/{quantity}"

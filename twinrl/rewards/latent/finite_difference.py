@@ -2,7 +2,8 @@
 
 The published run draws 4 Gaussian directions with ε = 0.01 (pixels in [−1, 1]) and passes the images through 8 bits:
 ``{kind: random_direction, directions: 4, epsilon: 0.01, quantise: true}``. One 8-bit level is 0.0078, so most of such
-a perturbation is rounded away; the cosine to the true gradient is tiny in any case (:mod:`twinrl.rewards.latent.laws`).
+a perturbation is rounded away; the cosine to the true gradient is tiny in any case
+(:mod:`twinrl.rewards.latent.directions`).
 """
 
 from abc import abstractmethod
