@@ -9,7 +9,6 @@ killed writer leaves without its newline is no line, and the next writer cuts it
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -19,8 +18,9 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from twinrl import files
 from twinrl.errors import InputError
 from twinrl.tracking import runlog
 
@@ -128,7 +128,7 @@ class Ledger:
         try:
             self.own.parent.mkdir(parents=True, exist_ok=True)
             with self.own.open("ab") as file:
-                _lock(file.fileno(), self.own)
+                _lock(file, self.own)
         except OSError as error:
             raise InputError(f"the ledger {self.own} can't be written", got=error.strerror) from error
 
@@ -137,7 +137,7 @@ def append(path: Path, record: Record) -> None:
     """:meth:`Ledger.append` for a process that only knows the file."""
     line = record.line().encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
-        _lock(file.fileno(), path)
+        _lock(file, path)
         length = path.read_bytes().rfind(b"\n") + 1
         file.truncate(length)
         write_line(file, line, length)
@@ -159,17 +159,10 @@ def write_line(file: io.FileIO, line: bytes, length: int) -> None:
         raise
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(file: IO[bytes], path: Path) -> None:
     """Take the file's lock, waiting for other writers, who hold it for milliseconds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise InputError(f"the ledger {path} is locked by another process", fix="end that process") from error
-            time.sleep(0.01)
+    refusal = InputError(f"the ledger {path} is locked by another process", fix="end that process")
+    files.lock(file, refusal, PATIENCE_SECONDS)
 
 
 def _records(path: Path) -> Iterable[Record]:

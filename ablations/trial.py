@@ -6,7 +6,6 @@ request (a checkpoint is written), reports rungs to the scheduler, and records t
 here, so an actor is light and serves one trial after the other.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
+from twinrl import files
 from twinrl.tracking import names, runlog
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def _refuse_other_sources(task: Task) -> None:
 
 def _start(task: Task) -> subprocess.Popen[bytes]:
     """The training process, its output appended to the trial's file."""
-    begun = _mended(task)
+    begun = (task.path / CONFIG).is_file()
     twinrl = ["resume", task.directory] if begun else ["train", task.config]
     command = [sys.executable, "-m", *_launcher(task), "ablations.lifeline", "twinrl", *twinrl]
     output = Path(task.output)
@@ -191,28 +191,11 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "PYTHONPATH": joined}
 
 
-def _mended(task: Task) -> bool:
-    """Whether the run was begun; a configuration that a kill left half written is written again."""
-    path = task.path / CONFIG
-    if not path.is_file():
-        return False
-    if checkpointed(task.path) < 0 and path.read_text() != (text := Path(task.config).read_text()):
-        path.write_text(text)
-    return True
-
-
 def _wait_until_free(task: Task) -> None:
     """Return once no process holds the run's lock; a killed study's last trial may take seconds to die."""
-    path, deadline = task.path / CONFIG, time.monotonic() + LOCK_PATIENCE_SECONDS
-    while path.is_file():
+    if (path := task.path / CONFIG).is_file():
         with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go on leaving the block
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrialError(f"another process is training {task.directory}") from None
-        time.sleep(POLL_SECONDS)
+            files.lock(file, TrialError(f"another process is training {task.directory}"), LOCK_PATIENCE_SECONDS)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -18,6 +18,7 @@ from twinrl.data.source import Data, Source
 from twinrl.errors import InputError
 from twinrl.evaluation import PromptProtocol, Protocol
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.fsdp import mesh
 from twinrl.fsdp.initial import Outline, Pretrained, SafetensorsPart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
@@ -35,24 +36,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.floa
 
 
 def device_of(settings: RunConfig) -> torch.device:
-    """The device that ``machine.device`` names; auto is a GPU where there is one.
-
-    Raises:
-        InputError: no such device.
-    """
-    wanted = settings.machine.device
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"machine.device {wanted!r} is not available",
-            got=str(error).splitlines()[0],
-            fix="use auto or cpu",
-        ) from error
-    return device
+    """The device that ``machine.device`` names. Raises InputError where there is none."""
+    return mesh.device_named(settings.machine.device, "machine.device")
 
 
 def load_source(settings: RunConfig, device: torch.device) -> Data:

@@ -6,7 +6,6 @@ checkpoints/     states to resume from             samples/     grids over train
 metrics.parquet  the log as a table                result.json  written last: how the run ended
 """
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from twinrl import checkpoints, config, schema
+from twinrl import checkpoints, config, files, schema
 from twinrl.errors import InputError
 from twinrl.tracking import environment, mlflow_state, runlog
 
@@ -100,9 +99,7 @@ class RunDirectory:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._note(environment.describe(), launchers)
-            unfinished = self.path / f".{CONFIG}"
-            unfinished.write_text(dump(settings))
-            unfinished.replace(self.path / CONFIG)  # last: with it the run exists
+            files.write_text(self.path / CONFIG, dump(settings))  # last: with it the run exists
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",
@@ -111,9 +108,8 @@ class RunDirectory:
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
-        unfinished = self.path / f".{ENVIRONMENT}"
-        unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
-        unfinished.replace(self.path / ENVIRONMENT)
+        described = {**described, "launchers": sorted(filter(None, launchers))}
+        files.write_text(self.path / ENVIRONMENT, json.dumps(described, indent=1))
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
@@ -122,21 +118,17 @@ class RunDirectory:
             self._note(described, [*described["launchers"], *new])
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """For the process that trains the run: a second one would cut the log back under its feet.
 
         The lock dies with its process.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process has held it for ``patience`` seconds.
         """
+        refusal = InputError(f"another process is training this run: {self.path}", fix="wait for it to end, or stop it")
         with (self.path / CONFIG).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is training this run: {self.path}", fix="wait for it to end, or stop it"
-                ) from error
+            files.lock(file, refusal, patience)
             yield
 
     def _clear(self) -> None:
@@ -169,9 +161,7 @@ class RunDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write ``result.json``, the mark of a finished run."""
-        unfinished = self.path / f".{RESULT}"
-        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.path / RESULT)
+        files.write_text(self.path / RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
     def settings(self) -> schema.RunConfig:
         """The run's configuration. Raises InputError where the directory holds no run."""

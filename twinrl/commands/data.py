@@ -37,6 +37,7 @@ from twinrl.data.folders.problems import Problem
 from twinrl.data.folders.settings import PrepareConfig
 from twinrl.data.folders.verify import Pair, verify
 from twinrl.errors import InputError
+from twinrl.fsdp.mesh import device_named
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,8 @@ class Machine:
     dtype: Literal["float32", "bf16"] = "float32"
 
     def torch_device(self) -> torch.device:
-        """The device; auto is a GPU where there is one. Raises InputError where it is not available."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            message = str(error).splitlines()[0]
-            raise InputError(f"device {self.device!r} is not available", got=message, fix="use auto or cpu") from error
+        """The device. Raises InputError where it is not available."""
+        return device_named(self.device, "--device")
 
 
 STAGES = {"verify": "verifying", "images": "encoding images", "prompts": "encoding prompts"}

@@ -7,13 +7,11 @@ request to stop and the workers' output lie in a scratch folder beside the run d
 is kept in ``<run directory>/ranks/rank-<i>.txt``.
 """
 
-import fcntl
 import math
 import os
 import socket
 import tempfile
 import threading
-import time
 import traceback
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -280,20 +278,8 @@ def _work(task: Task, console: Console) -> None:
     run, stop = RunDirectory(Path(task.run)), Path(task.stop)
     if (found := _stamp(run)) is not None and found != task.older:
         if mesh.process_rank() == 0:
-            _wait_until_free(run)
+            with run.locked(LOCK_PATIENCE_SECONDS):
+                pass  # a lost attempt's first process may take seconds to die
         resume(run.path, console, stop)
     else:
         train(schema.load(task.config), task.fresh, console, stop)
-
-
-def _wait_until_free(run: RunDirectory) -> None:
-    """Return once no process holds the run's lock; a lost attempt's first process may take seconds to die."""
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        with (run.path / CONFIG).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go on leaving the block
-            except BlockingIOError:
-                time.sleep(POLL_SECONDS)
-            else:
-                return

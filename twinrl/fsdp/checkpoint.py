@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from twinrl import checkpoints
+from twinrl import checkpoints, files
 from twinrl.checkpoints import SHARDS, Checkpoint
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
@@ -70,7 +70,7 @@ def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> Pat
             publication.enter_context(checkpoints.publishing(directory, step, keep))
 
     on_first(make)
-    return directory / f".{checkpoints.folder_of(step)}.new"
+    return files.unfinished(directory / checkpoints.folder_of(step))
 
 
 def _publish(publication: ExitStack, directory: Path, folder: Path, state: Mapping[str, Any]) -> None:

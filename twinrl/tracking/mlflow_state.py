@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from twinrl import files
 from twinrl.errors import InputError
 
 STATE_NAME = "mlflow.json"
@@ -67,9 +67,7 @@ class State:
         """Write the state in one move."""
         content = asdict(self)
         del content["folder"]
-        unfinished = self.folder / f"{STATE_NAME}.tmp"
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, self.folder / STATE_NAME)
+        files.write_text(self.folder / STATE_NAME, json.dumps(content, indent=1) + "\n")
 
     def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
         """Set where to publish and what to call it; another store or experiment means another MLflow run.

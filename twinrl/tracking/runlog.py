@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinrl import files
 from twinrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -232,7 +233,6 @@ def write_parquet(run_dir: str | os.PathLike[str]) -> Path:
         InputError: the log is missing or corrupted.
     """
     target = Path(run_dir) / PARQUET_NAME
-    unfinished = target.with_suffix(".tmp")
-    to_frame(Path(run_dir) / LOG_NAME).to_parquet(unfinished, index=False)
-    unfinished.replace(target)
+    with files.publishing(target) as new:
+        to_frame(Path(run_dir) / LOG_NAME).to_parquet(new, index=False)
     return target
