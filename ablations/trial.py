@@ -24,7 +24,7 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
-from twinrl import files
+from twinrl import cluster, files
 from twinrl.tracking import names, runlog
 
 SOURCES = Path(__file__).resolve().parents[1]
@@ -186,9 +186,7 @@ def _launcher(task: Task) -> list[str]:
 
 def environment(threads: int) -> dict[str, str]:
     """Environment of a process that trains: its threads, a wide console, and this checkout's packages first."""
-    path = [str(SOURCES), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    joined = os.pathsep.join(dict.fromkeys(path))
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "PYTHONPATH": joined}
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "PYTHONPATH": cluster.python_path()}
 
 
 def _wait_until_free(task: Task) -> None:

@@ -19,7 +19,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -39,6 +39,9 @@ STATE_KEYS = {
 RUN_FIX = "use the model.network settings that they were trained with"
 SHOWN = 3
 """Names of tensors in a message."""
+
+
+T = TypeVar("T")
 
 
 class SaveError(Exception):
@@ -107,22 +110,24 @@ def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) ->
         part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         for part, tensors in checkpoint.tensors.items()
     }
-    return in_background(lambda: save(directory, step, Checkpoint(copied, checkpoint.state), keep))
+
+    def write_copy() -> None:
+        save(directory, step, Checkpoint(copied, checkpoint.state), keep)
+
+    return in_background(write_copy)
 
 
-def in_background(action: Callable[[], object]) -> "Future[None]":
+def in_background(action: Callable[[], T]) -> "Future[T]":
     """Do something in a thread; a process that has to end before does not wait for it."""
-    future: Future[None] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            action()
+            future.set_result(action())
         except BaseException as error:  # noqa: BLE001  whoever waits for the result gets it
             future.set_exception(error)
-        else:
-            future.set_result(None)
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 
