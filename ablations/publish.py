@@ -114,6 +114,7 @@ class StudyView:
             )
         view = self._shown[trial.key]
         if not view.publish_through(offset) or view.run_id is None:
+            del self._shown[trial.key]
             raise InputError(f"the MLflow store {self.uri} does not answer")
         self._offsets[trial.key] = offset
         if first:

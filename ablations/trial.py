@@ -27,7 +27,6 @@ from ablations.ledger import Record
 from twinrl import cluster, files
 from twinrl.tracking import names, runlog
 
-SOURCES = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
 WORST = 1e30

@@ -131,10 +131,10 @@ def publish(
     run: Run,
     uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")] = None,
 ) -> None:
-    """Rebuild a run's MLflow view from its log, e.g. after MLflow was away."""
-    from twinrl.tracking.mlflow_view import rebuild
+    """Bring a run's MLflow view up to date with its log, e.g. after MLflow was away."""
+    from twinrl.tracking import mlflow_view
 
-    _console().print(f"published as MLflow run {rebuild(run, uri)}")
+    _console().print(f"published as MLflow run {mlflow_view.publish(run, uri, final=True)}")
 
 
 @app.command()

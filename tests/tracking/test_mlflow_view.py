@@ -22,7 +22,7 @@ from twinrl.errors import InputError
 from twinrl.tracking import runlog, store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.mlflow_view import MLflowView, publish, rebuild
+from twinrl.tracking.mlflow_view import MLflowView, publish
 from twinrl.tracking.runlog import RunLog
 from twinrl.tracking.thinning import Thinner
 
@@ -177,22 +177,30 @@ def test_a_fresh_start_under_another_plan_replaces_the_mlflow_run(runs: Path) ->
     assert curves_in_mlflow(run) == curves_in_log(run, total=600)
 
 
-def test_a_rebuild_that_was_killed_leaves_one_run_in_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_was_killed_leaves_one_run_in_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(runs, rows=300)
     publish(run, final=True)
+    (run / "log.jsonl").unlink()
+    append(run, 0, 300, shift=1.0)
     with monkeypatch.context() as patch:
         break_once(patch, State, "start_over", Killed())
         with pytest.raises(Killed):
-            rebuild(run)
-    rebuild(run)
+            publish(run)
+    publish(run, final=True)
     assert curves_in_mlflow(run) == curves_in_log(run, total=300)
 
 
-def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path) -> None:
+@pytest.mark.parametrize("published", ["at its end", "later"])
+def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path, published: str) -> None:
     run = make_run(runs, rows=0)
+    (run / "result.json").unlink()
     append(run, 0, 503)
     view = MLflowView(run, total=1000)
-    assert view.close("KILLED")
+    assert view.publish_through(100)
+    if published == "later":
+        publish(run, final=True)
+    else:
+        assert view.close("KILLED")
     assert active_runs(run)[0].info.status == "KILLED"
     append(run, 503, 1000)
     assert MLflowView(run, total=1000).publish_through(runlog_length(run))
@@ -274,11 +282,12 @@ def test_step_images_are_shown_once_after_publishing_again(runs: Path) -> None:
     assert len(client(run).list_artifacts(shown.info.run_id, "images")) == 4  # two steps, full and preview
 
 
-def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> None:
+def test_a_view_that_was_thrown_away_is_built_again_from_the_run_directory(runs: Path) -> None:
     run = make_run(runs)
     first = publish(run, experiment="study-a", tags={"arm": "x"}, final=True)
     before, (old,) = curves_in_mlflow(run), active_runs(run)
-    second = rebuild(run)
+    client(run).delete_run(first)
+    second = publish(run, final=True)
     (new,) = active_runs(run)
     assert new.info.run_id == second != first
     assert curves_in_mlflow(run) == before
@@ -288,29 +297,17 @@ def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> Non
     assert (new.info.start_time, new.info.end_time) == (old.info.start_time, old.info.end_time)
 
 
-def test_rebuild_after_mlflow_was_away_all_along(runs: Path) -> None:
+def test_published_after_mlflow_was_away_all_along(runs: Path) -> None:
     run = make_run(runs, rows=0)
     append(run, 0, 333)
+    (run / "result.json").write_text('{"status": "diverged"}')
     view = MLflowView(run, uri=f"http://127.0.0.1:{closed_port()}", tags={"arm": "x"}, experiment="a", total=600)
     assert not view.close("FAILED")
-    rebuild(run, store.default_uri(runs))
+    publish(run, store.default_uri(runs), final=True)
     (shown,) = active_runs(run)
     assert shown.info.status == "FAILED"
     assert shown.data.tags["arm"] == "x"
     assert curves_in_mlflow(run)["loss/total"][-1][0] == 332
-
-
-@pytest.mark.parametrize("loss", ["store", "bookkeeping"])
-def test_rebuild_after_losing_the_store_or_the_bookkeeping(runs: Path, empty_store: Path, loss: str) -> None:
-    run = make_run(runs, rows=300)
-    publish(run, final=True)
-    if loss == "store":
-        shutil.copy(empty_store, runs)
-    else:
-        (run / "mlflow.json").unlink()
-        client(run).delete_run(active_runs(run)[0].info.run_id)
-    rebuild(run)
-    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
 
 
 def test_a_store_that_lost_the_run_gets_all_of_it_again(runs: Path, empty_store: Path) -> None:
@@ -331,8 +328,7 @@ def test_moving_to_another_store_publishes_all_of_it_there(runs: Path, tmp_path:
     moved = mlflow.MlflowClient(store.default_uri(other))
     (shown,) = moved.search_runs([moved.get_experiment_by_name("twinrl").experiment_id])
     assert len(moved.get_metric_history(shown.info.run_id, "opt/lr")) == len(curves_in_log(run, 300)["opt/lr"])
-    assert rebuild(run) != shown.info.run_id
-    assert len(moved.search_runs([shown.info.experiment_id])) == 1
+    assert publish(run, final=True) == shown.info.run_id  # the store is remembered
 
 
 def test_environment_variable_names_the_store(
@@ -403,7 +399,7 @@ def test_store_failing_half_way_is_caught_up_without_duplicates(
     break_once(monkeypatch, mlflow.MlflowClient, "log_batch", MlflowException("server went away"), calls=4)
     assert not view.publish_through(runlog_length(run))
     assert "server went away" in caplog.text
-    assert view.publish_through(runlog_length(run))
+    assert not view.publish_through(runlog_length(run))  # it tries again at the end
     assert view.close()
     assert curves_in_mlflow(run) == curves_in_log(run, total=600)
 
@@ -425,8 +421,6 @@ def test_commands_say_what_is_wrong(runs: Path) -> None:
     run = make_run(runs, rows=10)
     with pytest.raises(InputError, match="MLflow cannot be reached"):
         publish(run, tracking_uri=f"http://127.0.0.1:{closed_port()}")
-    with pytest.raises(InputError, match=r"No such file"):
-        rebuild(runs / "absent")
     with pytest.raises(ValueError, match="status"):
         MLflowView(run).close("DONE")
 
