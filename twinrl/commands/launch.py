@@ -58,11 +58,16 @@ def launch(settings: RunConfig, run: RunDirectory, fresh: bool | None, console: 
         }  # fmt: skip
         trained = in_background(_trainer(settings, told, gpus).fit)
         _follow(trained, scratch, console)
-        if (failure := trained.exception()) is None:
-            outcome: int | str = trained.result().return_value
-            if isinstance(outcome, str):
-                raise InputError(outcome)
-            return outcome
+    return _exit_code(trained, run, console)
+
+
+def _exit_code(trained: "Future[Any]", run: RunDirectory, console: Console) -> int:
+    """What the first process returned, see :func:`work`. Raises InputError where that is a line about the input."""
+    if (failure := trained.exception()) is None:
+        outcome: int | str = trained.result().return_value
+        if isinstance(outcome, str):
+            raise InputError(outcome)
+        return outcome
     console.print(f"[bold red]failed[/]: {_said(failure)}; see {run.path / RANKS}")
     if run.exists:
         console.print(f"continue with: {program()} resume {run.path}")
