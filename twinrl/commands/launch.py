@@ -53,8 +53,8 @@ def launch(settings: RunConfig, run: RunDirectory, fresh: bool | None, console: 
         gpus = _session(stack, settings)
         stack.callback(_keep_output, scratch, run)
         told = {
-            "cwd": str(Path.cwd()), "run": str(run.path), "settings": settings.model_dump(mode="json"), "fresh": fresh,
-            "scratch": str(scratch), "launch": restart.name_of(os.getpid()),
+            "cwd": str(Path.cwd()), "scratch": str(scratch), "run": str(run.path), "fresh": fresh,
+            "settings": settings.model_dump(mode="json"),
         }  # fmt: skip
         trained = in_background(_trainer(settings, told, gpus).fit)
         _follow(trained, scratch, console)
@@ -167,8 +167,8 @@ def work(told: dict[str, Any]) -> int | str:
     """One process of the run, in a worker of Ray Train.
 
     Arguments:
-        told: plain values, because Ray sends them to other machines: the command's working directory, the run
-            directory, settings and ``fresh`` of :func:`launch`, its scratch folder and its name for restarts.
+        told: plain values, because Ray sends them to other machines: the command's working directory, the scratch
+            folder, whose name tells the launch from others, and :func:`launch`'s run directory, settings and ``fresh``.
 
     Returns:
         The exit code; the line that says what was wrong with the input, which another attempt would not mend.
@@ -192,8 +192,8 @@ def work(told: dict[str, Any]) -> int | str:
 
 def _work(told: dict[str, Any], console: Console) -> int:
     run, fresh, stop = RunDirectory(Path(told["run"])), told["fresh"], Path(told["scratch"], STOP)
-    os.environ[restart.LAUNCH] = told["launch"]
-    if mesh.process_rank() == 0 and (fresh is None or run.begun_by([told["launch"]])):
+    os.environ[restart.LAUNCH] = told["scratch"]
+    if mesh.process_rank() == 0 and (fresh is None or run.begun_by([told["scratch"]])):
         with run.locked(LOCK_PATIENCE_SECONDS):
             pass  # a lost attempt's first process may take seconds to die
     if fresh is None:

@@ -19,17 +19,19 @@ LAUNCH = "TWINRL_LAUNCH"
 def launch() -> str:
     """A name of this process's launcher on this machine, the same after each of its restarts; "" without one.
 
-    Workers of Ray are told theirs.
+    It is the launcher's host, process and time of start; workers of Ray are told theirs.
     """
     if LAUNCH in os.environ:
         return os.environ[LAUNCH]
-    return name_of(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = os.getppid()
+    return f"{socket.gethostname()}:{parent}:{_started(parent)}"
 
 
-def name_of(process: int) -> str:
-    """A launcher on this machine by host, process and time of start, which tells it from a later one of its number."""
+def _started(process: int) -> str:
+    """When a process was started, in the system's ticks; tells it from a later one of the same number."""
     try:
-        started = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:  # a system without /proc
-        started = ""
-    return f"{socket.gethostname()}:{process}:{started}"
+        return ""
