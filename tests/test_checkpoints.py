@@ -191,9 +191,9 @@ def network(width: int = 3, second: bool = True) -> nn.Module:
 @pytest.mark.parametrize(
     ("stored", "words"),
     [
-        (network(width=4), "2 of another shape (one.weight, one.bias)"),
+        (network(width=4), "2 of another shape (one.weight (4, 2) instead of (3, 2), one.bias"),
         (network(second=False), "2 missing (two.bias, two.weight)"),
-        (nn.ModuleDict({"six": nn.Linear(1, 1), **network()}), "2 foreign (six.bias, six.weight)"),
+        (nn.ModuleDict({"six": nn.Linear(1, 1), **network()}), "2 unexpected (six.bias, six.weight)"),
     ],
 )
 def test_weights_of_another_architecture_name_file_and_keys(stored: nn.Module, words: str) -> None:

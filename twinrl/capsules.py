@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinrl import checkpoints
+from twinrl import checkpoints, files
 from twinrl.checkpoints import Checkpoint
 from twinrl.errors import InputError
 from twinrl.fsdp.ranks import ALONE, Ranks
@@ -63,11 +63,9 @@ class Capsules:
             return None
         early = [step for step in usable if step <= event.step - self.config.before]
         source = usable[max(early) if early else min(usable)]
-        unfinished = folder.with_name(f".{folder.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished / source.name, copy_function=_link)
-        (unfinished / layout.EVENT).write_text(json.dumps(event.as_dict(), indent=1) + "\n")
-        unfinished.rename(folder)
+        with files.publishing(folder) as new:
+            shutil.copytree(source, new / source.name, copy_function=_link)
+            (new / layout.EVENT).write_text(json.dumps(event.as_dict(), indent=1) + "\n")
         return folder
 
     def load(self, number: int) -> tuple[Event, Checkpoint]:

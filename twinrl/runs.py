@@ -1,6 +1,5 @@
 """Run directories, ``runs/<name>-<hash8>-s<seed>/``: begun, locked, ended. Their files: :mod:`twinrl.run.layout`."""
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from twinrl import config, schema
+from twinrl import config, files, schema
 from twinrl.errors import InputError
 from twinrl.run import layout
+from twinrl.stability import verdict
 from twinrl.tracking import environment, runlog
 
 
@@ -89,9 +89,7 @@ class RunDirectory:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._note(environment.describe(), launchers)
-            unfinished = self.path / f".{layout.CONFIG}"
-            unfinished.write_text(dump(settings))
-            unfinished.replace(self.path / layout.CONFIG)  # last: with it the run exists
+            files.write_text(self.path / layout.CONFIG, dump(settings))  # last: with it the run exists
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",
@@ -100,9 +98,8 @@ class RunDirectory:
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
-        unfinished = self.path / f".{layout.ENVIRONMENT}"
-        unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
-        unfinished.replace(self.path / layout.ENVIRONMENT)
+        described = {**described, "launchers": sorted(filter(None, launchers))}
+        files.write_text(self.path / layout.ENVIRONMENT, json.dumps(described, indent=1))
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
@@ -111,21 +108,17 @@ class RunDirectory:
             self._note(described, [*described["launchers"], *new])
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """For the process that trains the run: a second one would cut the log back under its feet.
 
         The lock dies with its process.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process has held it for ``patience`` seconds.
         """
+        refusal = InputError(f"another process is training this run: {self.path}", fix="wait for it to end, or stop it")
         with (self.path / layout.CONFIG).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is training this run: {self.path}", fix="wait for it to end, or stop it"
-                ) from error
+            files.lock(file, refusal, patience)
             yield
 
     def _clear(self) -> None:
@@ -158,9 +151,12 @@ class RunDirectory:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, the mark of a finished run."""
-        unfinished = self.path / f".{layout.RESULT}"
-        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.path / layout.RESULT)
+        files.write_text(self.path / layout.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def keep_start(self, start: verdict.Row) -> None:
+        """Write the metrics of the start weights, by which the run is judged wherever it is moved to."""
+        content = json.dumps(verdict.encoded(start), indent=1, allow_nan=False)
+        files.write_text(self.path / layout.START, content + "\n")
 
     def settings(self) -> schema.RunConfig:
         """The run's configuration. Raises InputError where the directory holds no run."""

@@ -67,7 +67,7 @@ class Planted:
         (task.path / layout.CONFIG).write_text(dump(settings))
         for step in range(begun + EVERY, task.steps + 1, EVERY):
             value = self.quality(settings, step)
-            plant(task.path, step, value)
+            plant(task.path, step, value, self.accuracy)
             if not math.isfinite(value) and settings.stability.policy == "stop":
                 return self._end(task, begun, {"status": "diverged", "step": step})
             if rung is not None and step >= rung:
@@ -99,13 +99,12 @@ class Planted:
                 follow.on_trial_complete(0, [], one)
 
 
-def plant(run: Path, step: int, value: float) -> None:
-    """One row of a run's log with its quality, and a checkpoint; an event where it is not finite."""
+def plant(run: Path, step: int, value: float, accuracy: float) -> None:
+    """One row of a run's log with its quality, which stands for its loss as well, and a checkpoint."""
     (run / layout.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
     row = {"iteration": step - 1, "step": step, names.VAL_QUALITY: runlog.encode(value)}
-    _append(run / layout.LOG, row | {names.STEP_SECONDS: STEP_SECONDS})
-    if not math.isfinite(value):
-        _append(run / layout.EVENTS, {"iteration": step - 1, "step": step, "kind": "diverged", "series": "loss/total"})
+    row[names.val("accuracy", 1)] = accuracy
+    _append(run / layout.LOG, row | {names.STEP_SECONDS: STEP_SECONDS, names.LOSS_TOTAL: runlog.encode(value)})
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace
 from ablations.publish import StudyView, following
 from ablations.summary import curves
-from ablations.trial import durable_log, final_metrics
+from ablations.trial import durable_log
 from analysis.frames import load_study
 from analysis.mlflow_store import from_mlflow
 from tests.ablations.tiny import TINY, write
@@ -29,6 +29,7 @@ from tests.tracking.synthetic import SPIKE_AT, make_row
 from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
 from twinrl.errors import InputError
 from twinrl.runs import dump
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog, store, thinning, ui
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.tracking.runlog import RunLog
@@ -185,7 +186,7 @@ def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
         if trial is went_on:
             with RunLog(trial.run.log) as log:
                 log.append({"iteration": STEPS, "step": STEPS, names.VAL_QUALITY: math.nan})
-        metrics = final_metrics(runlog.read(trial.run.log), METRICS)
+        metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
         record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics)
         workspace.ledger.append(replace(record, **ended))
     view = StudyView(plan)

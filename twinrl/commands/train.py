@@ -12,7 +12,7 @@ from rich.console import Console
 
 from twinrl import assembly
 from twinrl.branches import allocate
-from twinrl.commands import pictures, program
+from twinrl.commands import pictures, program, starts
 from twinrl.commands.failures import FAILED, in_one_line
 from twinrl.commands.interrupt import asking
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
@@ -132,12 +132,25 @@ def _trainer(
     trainer = Trainer(settings, run, source, device, validator, ranks=ranks)
     trainer.resume()
     if trainer.step == 0:
+        _take_start(trainer, validator.protocol)
         validator.save_snapshot(trainer.objective.teacher.best, 0)
         pictures.save_times(trainer.times(), shown.samples / "times.png")
         if (renoise := trainer.settings.renoise) is not None:
             times = trainer.feed.renoise_times(trainer.settings.seed)
             pictures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
     return trainer
+
+
+def _take_start(trainer: Trainer, protocol: pictures.AnyProtocol) -> None:
+    """Have the start weights evaluated, or what they were evaluated to before, and the run measured against that."""
+    network = trainer.objective.teacher.best
+    start = starts.evaluated(
+        trainer.settings, trainer.source.content_hash,
+        lambda: protocol.evaluate(pictures.in_single_precision(network)), trainer.ranks,
+    )  # fmt: skip
+    if start is not None:
+        trainer.begin(start)
+        trainer.ranks.on_first(lambda: trainer.run.keep_start(start))
 
 
 def _scratch(stack: ExitStack) -> RunDirectory:
@@ -216,6 +229,9 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
         console.print(f"curves and grids: {program()} ui {run.path.parent}")
+    failure = trainer.monitor.divergence.outcome
+    if outcome.status != "diverged" and failure is not None:
+        console.print(f"[bold red]failed[/]: {failure.message}{'; it recovered' if failure.recovered else ''}")
     if outcome.status == "diverged":
         console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
         return FAILED

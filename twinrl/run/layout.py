@@ -9,6 +9,7 @@
     metrics.parquet  the log as a table             result.json    how the run ended; written last
     evaluation/      of ``twinrl evaluate``         bench.json     of ``twinrl bench``
     mlflow.json      which MLflow run shows this one
+    start.json       metrics of the start weights
 
 Imports neither torch nor pandas, so that studies and analysis read runs through it, too.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from twinrl import files
 from twinrl.errors import InputError
 from twinrl.tracking import runlog
 
@@ -29,7 +31,7 @@ CHECKPOINTS, STATE, SHARDS = "checkpoints", "state.json", "shards"
 RING, CAPSULES, EVENT = "ring", "capsules", "event.json"
 SAMPLES, RANKS = "samples", "ranks"
 EVALUATION, TABLE, BENCH = "evaluation", "table.json", "bench.json"
-MLFLOW = "mlflow.json"
+MLFLOW, START = "mlflow.json", "start.json"
 
 STEP = "step-"
 """What the name of a step's checkpoint and pictures begins with."""
@@ -86,10 +88,17 @@ def write_metrics(run: Path) -> Path:
         InputError: the log is missing or corrupted.
     """
     target = run / METRICS
-    unfinished = target.with_suffix(".tmp")
-    runlog.to_frame(run / LOG).to_parquet(unfinished, index=False)
-    unfinished.replace(target)
+    with files.publishing(target) as new:
+        runlog.to_frame(run / LOG).to_parquet(new, index=False)
     return target
+
+
+def read_start(run: Path) -> dict[str, Any] | None:
+    """Metrics of the start weights, by name; None where they were not evaluated, as from random weights."""
+    path = run / START
+    if not path.is_file():
+        return None
+    return {name: runlog.decode(value) for name, value in json.loads(path.read_text()).items()}
 
 
 # --- steps ------------------------------------------------------------------------------------------------------
