@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ablations import study as studies
 from ablations.design import DESIGNS
 from tests import pages
 from tests.fake_source import SMALL, register
@@ -58,14 +59,13 @@ def test_the_file_trains_with_the_command(kind: str, folder: Path, monkeypatch: 
 def test_the_design_plans_its_study(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     section = SECTIONS["Study design"]
     written(folder, section)
     (command,) = pages.commands(section)
     run(monkeypatch, command)
-    shown = capsys.readouterr().out
-    assert "rate=full teacher=slow" in shown
-    assert "rate=full teacher=fast" not in shown
+    assert "study mine" in capsys.readouterr().out
+    arms = [arm.name for arm in studies.load(command.split()[-1]).arms]
+    assert arms == ["rate=full teacher=slow", "rate=tenth teacher=fast"]
 
 
 @pytest.mark.slow
