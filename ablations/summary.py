@@ -59,7 +59,8 @@ def _broken_end(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str
     if 2 * sum(not math.isfinite(end) for end in ends) < max(1, len(ends)):
         return []
     last = max((int(rows[-1]["step"]) for rows, _ in logs if rows), default=0)
-    return [Point(last + 1, *[math.nan] * 5, alive=sum(last <= _end(rows, record) for rows, record in logs))]
+    nowhere, alive = math.nan, sum(last <= _end(rows, record) for rows, record in logs)
+    return [Point(last + 1, nowhere, nowhere, nowhere, nowhere, nowhere, alive)]
 
 
 def curve(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> Iterator[Point]:
