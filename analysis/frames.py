@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -337,10 +337,18 @@ def _varying(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _arms_from_index(lines: list[dict[str, Any]], index: Mapping[str, Any]) -> list[str]:
     arms = {arm["config_hash"]: arm for arm in index["arms"]}
+    taken = {"arm", *(name for line in lines for name in line)}
+    levels = {key: {_column(name, taken): level for name, level in arm.get("levels", {}).items()}
+              for key, arm in arms.items()}  # fmt: skip
     for line in lines:
         arm = arms[line["config_hash"]]
-        line |= {"arm": arm["name"], "planned": line.get("planned") or arm.get("steps")} | arm.get("levels", {})
-    return list(dict.fromkeys(factor for arm in arms.values() for factor in arm.get("levels", {})))
+        line |= {"arm": arm["name"], "planned": line.get("planned") or arm.get("steps")} | levels[line["config_hash"]]
+    return list(dict.fromkeys(name for own in levels.values() for name in own))
+
+
+def _column(factor: str, taken: Collection[str]) -> str:
+    """The column of a factor's levels; one that is called ``arm``, say, must not take the arms' names away."""
+    return f"{factor} (factor)" if factor in taken else factor
 
 
 def _titles(runs: list[Run], settings: Mapping[str, Mapping[str, Any]], varying: list[str]) -> dict[str, str]:

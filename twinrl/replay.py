@@ -12,9 +12,10 @@ hundred steps says whether the run would have lived.
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ class Replay:
     traces: list[Trace]
     placebos: list[Trace]
     before: list[Row]
-    start: Row | None
+    start: Mapping[str, Any] | None
     divergence: Divergence.Config
     nfe: int
 

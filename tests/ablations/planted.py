@@ -100,11 +100,12 @@ class Planted:
 
 
 def plant(run: Path, step: int, value: float, accuracy: float) -> None:
-    """One row of a run's log with its quality, which stands for its loss as well, and a checkpoint."""
+    """One row of a run's log with its quality, and a checkpoint; its loss is not finite where that is not."""
     (run / layout.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
     row = {"iteration": step - 1, "step": step, names.VAL_QUALITY: runlog.encode(value)}
     row[names.val("accuracy", 1)] = accuracy
-    _append(run / layout.LOG, row | {names.STEP_SECONDS: STEP_SECONDS, names.LOSS_TOTAL: runlog.encode(value)})
+    broken = {} if math.isfinite(value) else {names.LOSS_TOTAL: runlog.encode(value)}
+    _append(run / layout.LOG, row | {names.STEP_SECONDS: STEP_SECONDS} | broken)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -79,7 +79,9 @@ def _checkpoint(trial: Trial, step: int, offset: int) -> None:
 
 
 def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> None:
-    record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, diverged=diverged)
+    metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
+    who = trial.settings.hash, trial.settings.seed, trial.fingerprint
+    record = Record(*who, "finished", STEPS, metrics=metrics, diverged=diverged)
     plan.workspace.ledger.append(replace(record, status="diverged") if diverged else record)
 
 

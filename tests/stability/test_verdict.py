@@ -75,18 +75,16 @@ def test_the_study_names_the_teacher_and_not_the_reward(folder: Path) -> None:
         {"name": f"arm={arm} rate={rate}", "config_hash": f"{k:08x}", "levels": {"arm": arm, "rate": rate}}
         for k, (arm, rate) in enumerate(FELL)
     ]
-    trials = load_study(folder, index={"name": "s", "arms": arms}).trials
-    fell = trials.groupby("arm", sort=False)["diverged"].sum()
-    by_arm = {
-        arm: sum(fell[f"arm={arm} rate={rate}"] for rate in ("r2", "r4")) for arm in ("live_with", "live_without")
-    }
-    assert by_arm == {"live_with": 4, "live_without": 4}
-    assert fell["arm=ema_with rate=r2"] + fell["arm=ema_with rate=r4"] == 1
-    assert trials["time"][trials["diverged"]].isin([100.0, 200.0]).all()
-    levels = trials.assign(arm=trials["arm"].str.extract(r"arm=(\w+)")[0])
-    odds = {e.contrast: e for e in effects.odds_effects(levels, ["arm"], reference={"arm": "live_with"})}
-    assert odds["live_without − live_with"].interval.estimate == pytest.approx(0, abs=1e-6)
-    assert odds["ema_with − live_with"].interval.high < 0
+    study = load_study(folder, index={"name": "s", "arms": arms})
+    trials, factor = study.trials, "arm (factor)"
+    assert study.factors == (factor, "rate")
+    assert len(study.arms) == 6
+    assert trials.groupby(factor)["diverged"].sum().to_dict() == {"live_with": 4, "live_without": 4, "ema_with": 1}
+    assert set(trials["time"][trials["diverged"]]) == {100.0, 200.0}
+    reference = {factor: "live_with", "rate": "r2"}
+    odds = {e.contrast: e.interval for e in effects.odds_effects(trials, study.factors, reference=reference)}
+    assert odds["live_without − live_with"].estimate == pytest.approx(0, abs=1e-6)
+    assert odds["ema_with − live_with"].high < 0
 
 
 def test_a_whole_run_of_the_study_is_whole_and_a_broken_one_says_how(folder: Path) -> None:

@@ -272,8 +272,8 @@ class Divergence:
         for name, stretch in (("_bad", state["bad"]), ("_nonfinite", state["nonfinite"])):
             setattr(self, name, Stretch(stretch["length"], stretch["step"], float(stretch["value"])))
         judged = state.get("judged", {"whole": True})  # older checkpoints do not say: then the end decides nothing
-        self._judged = Judged(**{name: runlog.decode(value) for name, value in judged.items() if name != "unmet"})
-        self._judged.unmet = tuple(judged.get("unmet", ()))
+        plain = {name: runlog.decode(value) for name, value in judged.items() if name != "unmet"}
+        self._judged = Judged(**plain, unmet=tuple(judged.get("unmet", ())))  # type: ignore[arg-type]
         self.outcome = None if state["outcome"] is None else Diverged.from_dict(state["outcome"])
 
 
