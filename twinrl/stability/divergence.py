@@ -35,6 +35,7 @@ class Diverged:
 
     Attributes:
         step: where it began: the first row of the stretch.
+        detected: where it was certain: the last row of the stretch.
         series: the metric that tells: ``val/quality``, a loss, or ``event/nonfinite_parameters``.
         value: its value at ``step``.
         reference: the best quality before; None for non-finite numbers.
@@ -42,6 +43,7 @@ class Diverged:
     """
 
     step: int
+    detected: int
     series: str
     value: float
     reference: float | None
@@ -130,7 +132,7 @@ class Divergence:
     def _numbers(self, step: int, row: Row) -> Diverged | None:
         """Non-finite parameters at once; non-finite losses after ``nonfinite_steps`` in a row."""
         if row.get(NONFINITE_PARAMETERS):
-            return Diverged(step, NONFINITE_PARAMETERS, 1.0, None, f"non-finite parameters after step {step}")
+            return Diverged(step, step, NONFINITE_PARAMETERS, 1.0, None, f"non-finite parameters after step {step}")
         losses = {name: row[name] for name in row if name.startswith(names.loss("")) and row[name] is not None}
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if losses and not bad:
@@ -138,7 +140,7 @@ class Divergence:
         if not bad or self._nonfinite.extend(step, float(losses[bad[0]])) < self.config.nonfinite_steps:
             return None
         start = self._nonfinite
-        return Diverged(start.step, bad[0], start.value, None, f"non-finite {bad[0]} at step {start.step}")
+        return Diverged(start.step, step, bad[0], start.value, None, f"non-finite {bad[0]} at step {start.step}")
 
     def _quality(self, step: int, row: Row) -> Diverged | None:
         """Quality beyond the margin and the judge's confirmation, at enough evaluations in a row."""
@@ -154,7 +156,7 @@ class Divergence:
         start, best = self._bad, self._best if math.isfinite(self._best) else None
         against = "" if best is None else f", best before {best:.3g}"
         message = f"samples fell apart at step {start.step}: quality {start.value:.3g}{against}"
-        return Diverged(start.step, names.VAL_QUALITY, start.value, best, message)
+        return Diverged(start.step, step, names.VAL_QUALITY, start.value, best, message)
 
     @property
     def limit(self) -> float:
