@@ -82,7 +82,13 @@ def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> Non
     metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
     who = trial.settings.hash, trial.settings.seed, trial.fingerprint
     record = Record(*who, "finished", STEPS, metrics=metrics, diverged=diverged)
-    plan.workspace.ledger.append(replace(record, status="diverged") if diverged else record)
+    note(plan, trial, replace(record, status="diverged") if diverged else record)
+
+
+def note(plan: Plan, trial: Trial, record: Record) -> None:
+    """A trial's end, in its run directory and in the ledger."""
+    (trial.run.path / "result.json").write_text(json.dumps({"status": record.status}))
+    plan.workspace.ledger.append(record)
 
 
 def seed_run(view: StudyView, trial: Trial) -> Any:
@@ -175,7 +181,7 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace) -> None:
 
 def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
     plan = plan_of(workspace)
-    stopped, went_on, _, _ = plan.trials
+    _, went_on, _, _ = plan.trials
     ends: list[dict[str, Any]] = [
         {"status": "diverged", "step": 700, "diverged": {"step": 600, "kind": "quality"}},
         {"diverged": {"step": 900, "kind": "nonfinite"}},
@@ -190,10 +196,10 @@ def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
                 log.append({"iteration": STEPS, "step": STEPS, names.VAL_QUALITY: math.nan})
         metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
         record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics)
-        workspace.ledger.append(replace(record, **ended))
+        note(plan, trial, replace(record, **ended))
     view = StudyView(plan)
     assert view.try_summaries() is None
-    assert seed_run(view, stopped).info.status == "FINISHED"
+    assert [seed_run(view, trial).info.status for trial in plan.trials] == ["FAILED", *3 * ["FINISHED"]]
 
     columns = ["config_hash", "seed", "status", "step", "planned", "diverged", "time", "kind", *METRICS]
     index = {"arms": [{"name": a.name, "config_hash": a.settings.hash, "steps": STEPS} for a in plan.study.arms]}

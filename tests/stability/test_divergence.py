@@ -34,7 +34,13 @@ def step_of(rows: list[dict[str, Any]], **settings: Any) -> int | None:
 def test_it_begins_with_the_first_evaluation_of_the_stretch() -> None:
     found = first_divergence(run((3.0, GOOD), (1.0, GOOD), (9.0, BROKEN), (8.0, BROKEN), (7.0, BROKEN)))
     assert found is not None
-    assert (found.step, found.series, found.value, found.reference) == (300, "val/quality", 9.0, 1.0)
+    assert (found.step, found.detected, found.series, found.value, found.reference) == (
+        300,
+        400,
+        "val/quality",
+        9.0,
+        1.0,
+    )
     event = found.event(iteration=399, rows=(1, 2))
     assert (event.kind, event.step, event.iteration, event.value, event.rows) == ("diverged", 300, 399, 9.0, (1, 2))
 
@@ -93,7 +99,7 @@ def test_a_nonfinite_loss_is_a_divergence_at_once(bad: float) -> None:
     rows[2][names.loss("rectify")] = bad
     found = first_divergence(rows)
     assert found is not None
-    assert (found.step, found.series) == (150, "loss/rectify")
+    assert (found.step, found.detected, found.series) == (150, 150, "loss/rectify")
 
 
 def test_where_a_policy_skips_steps_several_in_a_row_are_needed() -> None:
