@@ -159,10 +159,14 @@ class RunDirectory:
         files.write_text(self.path / layout.START, content + "\n")
 
     def settings(self) -> schema.RunConfig:
-        """The run's configuration. Raises InputError where the directory holds no run."""
+        """The run's configuration; keys that are newer than the run have the defaults that they came with.
+
+        Raises:
+            InputError: the directory holds no run, or not one of this version or an older one.
+        """
         if not self.exists:
             raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
-        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG))
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""

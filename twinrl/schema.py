@@ -369,19 +369,16 @@ class RunConfig(Settings):
         return configuration.canonical_hash(self.numeric())
 
     def numeric(self) -> dict[str, Any]:
-        """The settings that change a run's numbers, as plain JSON values; the seed is not among them."""
-        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC)
+        """The settings that change a run's numbers, as plain JSON values; the seed is not among them.
+
+        Nor are keys that came after the first ones, where they have their defaults (:class:`twinrl.config.Settings`).
+        """
+        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC, context=configuration.IDENTITY)
         plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
         unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
         if self.model.family is None:
             del plain["data"]["row_multiple"]
-        if self.data.rows is None:
-            del plain["data"]["rows"]
-        if self.model.prediction is None:  # absent, as before there were diffusion models
-            plain["model"] = {k: v for k, v in plain["model"].items() if k not in ("prediction", "diff2flow")}
-        if not self.judges:
-            del plain["judges"]
         return plain
 
     @property
