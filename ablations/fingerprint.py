@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import twinrl
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     from twinrl.schema import RunConfig
@@ -32,7 +33,6 @@ WITHOUT_FAMILY = ("backends/families", "data/folders")
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
 RELEASES = Path(__file__).parent / "releases.yaml"
-STATE = "state.json"
 DIGITS = 16
 
 
@@ -148,10 +148,10 @@ def start_weights(init: str) -> str:
 
     All its tensors, in safetensors files or in ``shards/``; its ``state.json`` says how to go on, which no start does.
     """
-    found = [] if init in ("teacher", "random") else sorted(Path(init, "checkpoints").glob("step-*"))
-    if not found:
+    newest = None if init in ("teacher", "random") else layout.newest(Path(init, layout.CHECKPOINTS))
+    if newest is None:
         return ""
-    files = sorted(path for path in found[-1].rglob("*") if path.is_file() and path.name != STATE)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != layout.STATE)
     return _digest(_content(path) for path in files)
 
 

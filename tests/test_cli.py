@@ -18,10 +18,12 @@ import torch
 from tests import logs
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
-from twinrl import cli
+from twinrl import checkpoints, cli
 from twinrl.commands import pictures
 from twinrl.commands.progress import ConsoleObserver
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog
 
 ROOT = Path(__file__).parents[1]
@@ -324,7 +326,7 @@ def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     run = only_run()
     assert run.result is not None
     assert (run.result["status"], run.result["step"]) == ("diverged", 7)
-    assert (run.path / runlog.PARQUET_NAME).exists()
+    assert (run.path / layout.METRICS).exists()
     assert run.newest_checkpoint().name == "step-00000005"
 
 
@@ -337,6 +339,19 @@ def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) 
     assert result.out.count("event diverged") == 1
     kinds = [event["kind"] for event in logs.events(only_run())]
     assert kinds == ["nonfinite", "diverged"]
+
+
+def test_a_run_is_measured_against_its_start_which_is_evaluated_once(twinrl: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        assert twinrl(*TWINFLOW, f"seed={seed}").code == 0
+    (cached,) = (tmp_path / "cache" / "starts").rglob("*.json")
+    starts = [layout.read_start(run) for run in sorted(Path("runs").glob("*-s*"))]
+    assert starts[0] == starts[1] == verdict.decoded(json.loads(cached.read_text()))
+    assert starts[0] is not None
+    state = checkpoints.load_state(RunDirectory(next(Path("runs").glob("*-s1"))).newest_checkpoint())
+    assert state["monitor"]["divergence"]["judged"]["start"] == starts[0][names.val("accuracy", 1)]
+    assert twinrl(*TWINFLOW, "train.init=random", "name=random").code == 0
+    assert layout.read_start(next(Path("runs").glob("random-*"))) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

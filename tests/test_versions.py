@@ -16,7 +16,8 @@ from twinrl import config, first_keys, schema
 from twinrl.commands.train import resume
 from twinrl.config import Settings
 from twinrl.optim import AdamW
-from twinrl.runs import CONFIG, RunDirectory, check_unchanged, dump
+from twinrl.run.layout import CONFIG
+from twinrl.runs import RunDirectory, check_unchanged, dump
 
 FIXTURES = sorted(path for path in versions.VERSIONS.iterdir() if path.is_dir())
 VERSION = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.name)

@@ -17,6 +17,11 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
 }
 
 
+def register(cls: type) -> None:
+    """Let diffusers find a class of one's own in an exported pipeline, once its module is imported."""
+    _COMPONENTS[cls.__name__] = cls.__module__
+
+
 def __getattr__(name: str) -> object:
     if name not in _COMPONENTS:
         raise AttributeError(f"module 'twinrl' has no attribute {name!r}")

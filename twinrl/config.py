@@ -7,7 +7,6 @@ assembled from the registries and a dotted path (``my_package.MyTerm``) works wh
 
 import difflib
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from twinrl.components import Registry
 from twinrl.errors import InputError
 from twinrl.first_keys import CHANGED_DEFAULTS, FIRST_KEYS
 
@@ -114,34 +114,7 @@ def nearest(key: str, valid: Mapping[str, Any]) -> str:
 # --- components -----------------------------------------------------------------------------------------
 
 
-def resolve(registry: Mapping[str, type], kind: str, what: str) -> Any:
-    """The class registered under ``kind``, or the one that the dotted path ``kind`` names.
-
-    Raises:
-        InputError: the name is unknown, or the path does not lead to a class with a ``Config``.
-    """
-    if kind in registry:
-        return registry[kind]
-    if "." not in kind:
-        raise InputError(f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path")
-    module, _, name = kind.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path") from error
-    if not hasattr(found, "Config"):
-        raise InputError(f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings")
-    if "kind" not in found.Config.model_fields:
-        raise InputError(f"{what} {kind!r} has a Config without `kind`", fix="declare `kind: str` in it")
-    return found
-
-
-def build(registry: Mapping[str, type], config: Any, what: str, *args: Any) -> Any:
-    """The component that ``config`` (with its ``kind``) describes, constructed as ``cls(config, *args)``."""
-    return resolve(registry, config.kind, what)(config, *args)
-
-
-def component(registry: Mapping[str, type], what: str) -> Any:
+def component(registry: Registry[Any]) -> Any:
     """A field type for settings of any class in ``registry``; a bare string is short for ``{kind: string}``."""
 
     def validate(value: Any, info: ValidationInfo) -> Any:
@@ -150,9 +123,9 @@ def component(registry: Mapping[str, type], what: str) -> Any:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({what})")
+            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({registry.what})")
         try:
-            return resolve(registry, str(value["kind"]), what).Config.model_validate(value, context=info.context)
+            return registry.find(str(value["kind"])).Config.model_validate(value, context=info.context)
         except InputError as error:
             raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
         except ValidationError as error:

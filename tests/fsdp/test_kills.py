@@ -16,7 +16,7 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended
 from tests.logs import rows, tensors, the_run
-from twinrl import checkpoints
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
 
@@ -65,7 +65,7 @@ def plan(request: pytest.FixtureRequest) -> Plan:
 def saved(folder: Path) -> int:
     """Steps in the newest checkpoint."""
     run = the_run(folder)
-    newest = checkpoints.newest(run.checkpoints) if run is not None else None
+    newest = layout.newest(run.checkpoints) if run is not None else None
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
@@ -128,7 +128,7 @@ def test_numbers_are_equal(plan: Plan, quiet: RunDirectory, disturbed: RunDirect
 def test_nothing_half_made_is_left(disturbed: RunDirectory) -> None:
     hidden = {path.name for path in disturbed.path.rglob(".*")}
     assert hidden == {".metadata"}  # of torch's checkpoints
-    assert len(checkpoints.available(disturbed.checkpoints)) == 2
+    assert len(layout.available(disturbed.checkpoints)) == 2
 
 
 def test_the_same_command_by_hand_is_refused(plan: Plan, disturbed: RunDirectory, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.rounding import bound
 from twinrl import assembly, checkpoints
 from twinrl.errors import InputError
 from twinrl.fsdp import agreement
-from twinrl.fsdp.checkpoint import convert, shard_checkpoint
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import names
@@ -192,7 +192,7 @@ def test_numbers_of_a_step_go_together(two: list[dict[str, Any]]) -> None:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["single to two", "two to one", "converted"])
+@pytest.mark.parametrize("at", ["single to two", "two to one"])
 def test_resume_on_another_number_of_processes(base: Path, two: Any, at: str) -> None:
     assert two[0]["two"] == Outcome("interrupted", MIDDLE)
     undisturbed = elastic(base, "undisturbed")
@@ -201,26 +201,9 @@ def test_resume_on_another_number_of_processes(base: Path, two: Any, at: str) ->
     settings = elastic(base, at)
     if at != "single to two":
         cases.copied(elastic(base, "two"), settings.run.dir)
-        if at == "converted":
-            folder = settings.directory / "checkpoints" / checkpoints.folder_of(MIDDLE)
-            convert(folder, folder.with_name("converted"))
-            folder.rename(folder.with_name("sharded"))
-            folder.with_name("converted").rename(folder)
-            assert not (folder / checkpoints.SHARDS).exists()
         assert run(settings) == Outcome("finished", STEPS)
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     cases.assert_same_run(settings, undisturbed)
-
-
-def test_sharding_a_checkpoint_and_back_is_exact(base: Path, two: Any, tmp_path: Path) -> None:
-    origin = RunDirectory(elastic(base, "single").directory).newest_checkpoint()
-    shard_checkpoint(origin, tmp_path / "sharded")
-    convert(tmp_path / "sharded", tmp_path / "back")
-    before, after = checkpoints.load(origin), checkpoints.load(tmp_path / "back")
-    assert before.state == after.state
-    for part, values in before.tensors.items():
-        assert set(after.tensors[part]) == set(values)
-        assert all(torch.equal(after.tensors[part][name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("at", ["two", "single"])
@@ -235,7 +218,7 @@ def test_only_the_first_process_writes(base: Path, two: Any) -> None:
     settings = elastic(base, "single to two")
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     assert names.VAL_QUALITY in rows(settings)[-1]
-    shards = RunDirectory(settings.directory).newest_checkpoint() / checkpoints.SHARDS
+    shards = RunDirectory(settings.directory).newest_checkpoint() / layout.SHARDS
     assert {path.name for path in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
