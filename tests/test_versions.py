@@ -14,8 +14,9 @@ from ablations import versions as reported
 from tests import logs, versions
 from twinrl import config, first_keys, schema
 from twinrl.commands.train import resume
+from twinrl.components import Registry
 from twinrl.config import Settings
-from twinrl.optim import AdamW
+from twinrl.optim import AdamW, Optimizer
 from twinrl.run.layout import CONFIG
 from twinrl.runs import RunDirectory, check_unchanged, dump
 
@@ -54,7 +55,9 @@ class LaterRun(schema.RunConfig):
 
     train: LaterTrain = LaterTrain()
     swap: Swap = Swap()
-    ladder: config.component({"adamw": AdamW}, "ladder") = Field(default="adamw", validate_default=True)  # type: ignore
+    ladder: config.component(Registry("ladder", Optimizer, {"adamw": AdamW})) = Field(
+        default="adamw", validate_default=True
+    )  # type: ignore
 
 
 KEYS = {
