@@ -147,8 +147,8 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
         InputError: it is not; the message names the method and its line.
     """
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if fits and (shape is None or value.shape == shape):  # type: ignore[attr-defined]
-        return value  # type: ignore[no-any-return]
+    if fits and (shape is None or value.shape == shape):
+        return value
     expected = kind.__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     cls = owner if isinstance(owner, type) else type(owner)
     place = _place(getattr(cls, method.partition(".")[0], None))
