@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import logs
+from tests import logs, pages
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
 from twinrl import checkpoints, cli
@@ -488,22 +489,10 @@ def test_doctor_explains_every_key(twinrl: Any) -> None:
 
 
 def the_example() -> tuple[str, str]:
-    """The term of docs/architecture.md, and the override that names it."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    (code,) = re.findall(r"```python\n# my_terms.py\n(.*?)```", page, re.DOTALL)
-    (assignment,) = re.findall(r"twinrl train \w+ '(terms.near=.*?)'", page)
-    return code, assignment
-
-
-@pytest.mark.slow
-def test_the_documented_term_trains(twinrl: Any) -> None:
-    code, assignment = the_example()
-    Path("my_terms.py").write_text(code)
-    try:
-        assert twinrl("train", "lab", *SMALL, assignment).code == 0
-    finally:
-        sys.modules.pop("my_terms", None)
-    assert all(row["loss/near"] >= 0 for row in runlog.read(only_run().log))
+    """The documentation's own term, and the assignment that uses it."""
+    section = pages.sections("extending")["Loss term"]
+    (command,) = pages.commands(section)
+    return pages.files(section)["my_terms.py"], shlex.split(command)[-1]
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_methods_with_other_arguments(what: str, monkeypatch: pytest.MonkeyPatch
             if callable(getattr(base, name)):
                 other = filled(base) | {name: lambda self: None}
                 message = refused(registry, _under(base, **other), monkeypatch)
-                assert f": {name} takes (self); got tests/test_components.py:" in message
+                assert f": {name} takes (self) at tests/test_components.py:" in message
                 assert "expected (" in message
 
 
@@ -276,9 +276,8 @@ def test_a_term_that_returns_something_else(case: str, tmp_path: Path, monkeypat
         _losses(Near(Near.Config(loss="l2")), tmp_path)
     method = words.split(".")[1].split()[0]
     assert f"{__name__}.{words}" in str(caught.value)
-    assert f"; got tests/test_components.py:{getattr(Near, method).__code__.co_firstlineno}; expected " in str(
-        caught.value
-    )
+    line = getattr(Near, method).__code__.co_firstlineno
+    assert f" at tests/test_components.py:{line}; expected " in str(caught.value)
 
 
 def _losses(term: Term, tmp_path: Path, network: nn.Module | None = None) -> object:
@@ -311,7 +310,7 @@ def test_a_network_of_another_shape(tmp_path: Path) -> None:
             return super().forward(*told).flatten(1)
 
     network = Flat(Flat.Config(p=0.0), Spec((2, 4, 4), text_width=TEXT))
-    with pytest.raises(ComponentError, match=r"Flat.forward returns Tensor of shape \(8, 32\); got tests"):
+    with pytest.raises(ComponentError, match=r"Flat.forward returns Tensor of shape \(8, 32\) at tests"):
         _losses(Near(Near.Config(loss="l2")), tmp_path, network)
 
 
@@ -325,7 +324,7 @@ def test_a_reward_and_an_estimator() -> None:
             return None
 
     latent.estimator = Silent(None)
-    with pytest.raises(ComponentError, match=r"Silent.latent_gradient returns None; got tests/test_components.py:\d+"):
+    with pytest.raises(ComponentError, match=r"Silent.latent_gradient returns None at tests/test_components.py:\d+"):
         latent.gradient(torch.zeros(2, 2, 4, 4), ["", ""], FakeSource(), None, KeyedRows(0, 0, (0, 1)))  # type: ignore[arg-type]
 
 
@@ -335,7 +334,7 @@ def test_an_optimizer_that_makes_none() -> None:
         def make(parameters: Any, config: Any) -> Any:
             return len(parameters)
 
-    with pytest.raises(ComponentError, match=r"Lazy.make returns 1; got .* expected Optimizer"):
+    with pytest.raises(ComponentError, match=r"Lazy.make returns 1 at .* expected Optimizer"):
         Lazy.build(None, [nn.Parameter(torch.zeros(1))])  # type: ignore[arg-type]
 
 
@@ -356,7 +355,7 @@ class Speechless(Schedule):
 
 def test_a_schedule_without_numbers_is_refused_with_the_configuration() -> None:
     with pytest.raises(
-        InputError, match=r"Speechless.value returns None; got tests/test_components.py:\d+; expected float"
+        InputError, match=r"Speechless.value returns None at tests/test_components.py:\d+; expected float"
     ):
         schema.load("lab", [f"renoise={{kind: beta, alpha: {{kind: {__name__}.Speechless}}}}"])
     schema.load("lab", [f"renoise={{kind: beta, alpha: {{kind: {__name__}.Speechless, says: 1}}}}"])

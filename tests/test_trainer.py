@@ -320,7 +320,7 @@ def test_a_clip_leaves_an_infinite_gradient_alone(tmp_path: Path) -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     parameters[0].grad.view(-1)[0] = math.inf
-    assert trainer.engine._finish()[names.GRAD_TOTAL_RAW].isinf()
+    assert trainer.engine._finish(0)[names.GRAD_TOTAL_RAW].isinf()
     assert sum(int((~p.grad.isfinite()).sum()) for p in parameters) == 1
 
 
@@ -328,7 +328,7 @@ def test_an_infinite_gradient_is_not_logged_as_clipped(tmp_path: Path) -> None:
     trainer = make(small(tmp_path, "gradients.total.clip.max_norm=1"))
     for parameter in trainer.objective.teacher.student.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
-    norms = trainer.engine._finish()
+    norms = trainer.engine._finish(0)
     assert norms[names.GRAD_TOTAL_RAW].isinf()
     assert norms[names.GRAD_TOTAL_CLIPPED].isinf()
 

@@ -103,7 +103,7 @@ def _check_call(function: Any, arguments: tuple[Any, ...], named: str) -> None:
     except TypeError:
         taken = ", ".join(inspect.signature(function).parameters) if callable(function) else told(function)
         wanted = ", ".join(a if isinstance(a, str) else type(a).__name__ for a in arguments)
-        raise InputError(f"{named} takes ({taken})", got=_place(function), expected=f"({wanted})") from None
+        raise InputError(f"{named} takes ({taken}){_place(function)}", expected=f"({wanted})") from None
 
 
 def own(path: str, what: str, known: Mapping[str, Any]) -> Any:
@@ -147,12 +147,12 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
         InputError: it is not; the message names the method and its line.
     """
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if fits and (shape is None or value.shape == shape):  # type: ignore[attr-defined]
-        return value  # type: ignore[no-any-return]
+    if fits and (shape is None or value.shape == shape):
+        return value
     expected = kind.__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
     cls = owner if isinstance(owner, type) else type(owner)
     place = _place(getattr(cls, method.partition(".")[0], None))
-    raise ComponentError(f"{_path(cls)}.{method} returns {told(value)}", got=place, expected=expected)
+    raise ComponentError(f"{_path(cls)}.{method} returns {told(value)}{place}", expected=expected)
 
 
 @contextmanager
@@ -207,10 +207,10 @@ def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _place(function: Any) -> str | None:
-    """File and line of a function; None of what has none."""
+def _place(function: Any) -> str:
+    """`` at FILE:LINE`` of a function; nothing of what has none."""
     code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
-    return f"{_short(code.co_filename)}:{code.co_firstlineno}" if code else None
+    return f" at {_short(code.co_filename)}:{code.co_firstlineno}" if code else ""
 
 
 def _short(file: str) -> str:

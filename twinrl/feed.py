@@ -75,7 +75,8 @@ class Feed:
         if self.settings.renoise is None:
             return None
         law: Renoise = RENOISE.build(self.settings.renoise)
-        return checked(law.at(step, self.settings.train.steps), TimeDistribution, law, "at")
+        found = law.at(step, self.settings.train.steps)
+        return checked(found, TimeDistribution, law, "at")  # type: ignore[type-abstract]
 
     def _generated(self, rows: Rows) -> Rows:
         """Image-free: the rows with the student's own one-step samples of the prompts as data, without gradient."""

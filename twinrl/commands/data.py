@@ -100,7 +100,7 @@ def load_encoder(model: str, config: PrepareConfig, machine: Machine, name: str 
 
     folder = resolve(model)
     pipeline = read_index(folder)["_class_name"]
-    known = {cls.PIPELINE: cls for cls in map(family_class, [name] if name else FAMILIES)}
+    known = {cls.PIPELINE: cls for cls in map(family_class, [name] if name else list(FAMILIES))}
     if pipeline not in known:
         raise InputError(f"{folder} is of no known family", got=pipeline, expected=", ".join(known))
     family = known[pipeline].load(FamilyConfig(path=str(folder), frozen_dtype=machine.dtype)).to(machine.torch_device())

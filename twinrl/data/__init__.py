@@ -1,6 +1,6 @@
 """Data sources by name, or a user's own by dotted path."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ def find(name: str, trains_family: bool) -> Callable[..., Any]:
     Raises:
         InputError: no such source, or a class without a source's methods.
     """
-    known = FAMILY_SOURCES if trains_family else SOURCES
+    known: Mapping[str, Callable[..., Any]] = FAMILY_SOURCES if trains_family else SOURCES
     if name in known:
         return known[name]
     found: Callable[..., Any] = own(name, "data source", SOURCES | FAMILY_SOURCES)

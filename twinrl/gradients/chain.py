@@ -130,7 +130,8 @@ class Chain:
     def __call__(self, gradient: Gradient, around: Surroundings) -> None:
         """Change ``gradient`` in place."""
         for rule in self.rules.values():
-            checked(rule(gradient, around), NoneType, rule, "__call__")  # in place; a returned one would be lost
+            returned: Any = rule(gradient, around)  # type: ignore[func-returns-value]
+            checked(returned, NoneType, rule, "__call__")  # in place: a gradient that is returned would be lost
 
     def state(self) -> dict[str, Any]:
         """State of the rules with memory, by name."""

@@ -120,7 +120,7 @@ class Reward(ABC):
         return self
 
 
-REWARDS = Registry("reward", Reward)
+REWARDS: Registry[Reward] = Registry("reward", Reward)
 """Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
 
 if TYPE_CHECKING:

@@ -90,6 +90,7 @@ SMALL = {
     "export": "",
 }
 STOCK = """
+import twinrl
 import my_family
 from diffusers import DiffusionPipeline
 student = DiffusionPipeline.from_pretrained("student")

@@ -135,7 +135,7 @@ def _base_model(base: str) -> str:
 def card(family: Family, base: str, name: str) -> str:
     """The model card of an exported folder."""
     module = family.TRANSFORMER.__module__
-    module = LIBRARY if module.startswith(f"{LIBRARY}.") else module
+    own = "" if module.startswith(f"{LIBRARY}.") else f"\nimport {module}"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -149,7 +149,7 @@ A few-step student of `{_called(base)}` (pipeline `{family.PIPELINE}`), trained 
 `twinrl`.
 
 ```python
-import {module}
+import twinrl{own}
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{name}")
 image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).images[0]
