@@ -9,7 +9,7 @@ its factor is a *word* (ABD) that is constant over all runs, and so is every pro
 Effects whose product is a word can't be told apart. The *resolution* is the length of the shortest word: III mixes
 main effects with interactions of two factors, IV those interactions with each other, V neither
 (Box, Hunter and Hunter, *Statistics for Experimenters*, ch. 6; tables of generators agree with :func:`generators`
-in size).
+in size). pyDOE3 (1.6) does not look at products of words: what it gives as resolution V for 7 factors or more is IV.
 """
 
 from abc import ABC, abstractmethod
