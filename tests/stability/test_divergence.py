@@ -173,6 +173,15 @@ def test_one_that_comes_back_is_told_as_such_and_stays_a_failure() -> None:
     again = told((150.0, LOST), (80.0, LOST), (35.0, DIM), (150.0, LOST))
     assert again is not None
     assert (again.step, again.recovered) == (100, False)
+    numbers = run((20.0, GOOD), (20.0, GOOD), (20.0, GOOD))
+    numbers[2][names.LOSS_TOTAL] = math.nan
+    skipped = first_divergence(numbers)
+    assert skipped is not None
+    assert (skipped.step, skipped.kind, skipped.recovered) == (150, "nonfinite", True)
+    numbers[-1][names.LOSS_TOTAL] = math.nan
+    lasting = first_divergence(numbers)
+    assert lasting is not None
+    assert not lasting.recovered
 
 
 def test_a_run_that_is_never_whole_again_fell_whatever_its_quality() -> None:

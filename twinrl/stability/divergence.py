@@ -54,7 +54,7 @@ class Diverged:
         message: one line for people.
         kind: ``quality``, ``nonfinite`` or ``never whole``; else the kind of event at which a policy stopped the run.
         after: the last step known to be sound, 0 being the start; the failure began in ``(after, step]``.
-        recovered: whether the last evaluation since was not bad any more.
+        recovered: whether the last evaluation since was not bad any more, and all numbers since are finite.
     """
 
     step: int
@@ -177,8 +177,12 @@ class Divergence:
         if self.outcome is None:
             self.outcome = self._numbers(step, row) or self._quality(step, row)
             return self.outcome
-        if (quality := row.get(names.VAL_QUALITY)) is not None:
-            self.outcome = replace(self.outcome, recovered=not self._is_bad(quality, row))
+        quality = row.get(names.VAL_QUALITY)
+        if self._numbers(step, row) is not None:
+            self.outcome = replace(self.outcome, recovered=False)
+        elif quality is not None:
+            well = math.isfinite(quality) and not self._is_bad(quality, row)
+            self.outcome = replace(self.outcome, recovered=well)
         return None
 
     def conclude(self) -> Diverged | None:
