@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import files_of_at_most
 from tests.fake_source import small
 from tests.objectives import LAB_PRESETS
 from twinrl import runs, schema
@@ -58,6 +59,17 @@ def test_a_new_run_notes_its_environment(begun: RunDirectory) -> None:
     assert environment["packages"]["torch"]
     assert begun.exists
     assert begun.result is None
+
+
+def test_a_run_whose_configuration_is_not_whole_does_not_exist(begun: RunDirectory, tmp_path: Path) -> None:
+    sizes = [(begun.path / name).stat().st_size for name in (runs.ENVIRONMENT, runs.CONFIG)]
+    assert sizes[0] + 100 < sizes[1]
+    settings = small(tmp_path / "full")
+    with files_of_at_most(sizes[0] + 100), pytest.raises(InputError, match="cannot be written"):
+        RunDirectory(settings.directory).start(settings, fresh=False)
+    assert not RunDirectory(settings.directory).exists
+    RunDirectory(settings.directory).start(settings, fresh=False)
+    assert RunDirectory(settings.directory).settings() == settings
 
 
 def test_an_unfinished_run_names_resume(begun: RunDirectory, settings: schema.RunConfig) -> None:

@@ -213,6 +213,14 @@ def test_observers_hear_of_durable_bytes_only(tmp_path: Path) -> None:
 # --- the same numbers by other ways ------------------------------------------------------------------------------
 
 
+def test_the_average_is_judged(tmp_path: Path) -> None:
+    trainer = finish(small(tmp_path))
+    teacher, judged = trainer.objective.teacher, rows(trainer)[-1][names.VAL_QUALITY]
+    assert teacher.ema is not None
+    assert judged == weight_size(teacher.ema, 12)[names.VAL_QUALITY]
+    assert judged != weight_size(teacher.student, 12)[names.VAL_QUALITY]
+
+
 def test_validation_leaves_training_unchanged(tmp_path: Path) -> None:
     """The real protocol, with a network whose dropout and a scorer that draws from the global stream."""
     trained = []
