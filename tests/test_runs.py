@@ -62,7 +62,7 @@ def test_a_new_run_notes_its_environment(begun: RunDirectory) -> None:
 
 
 def test_a_run_whose_configuration_is_not_whole_does_not_exist(begun: RunDirectory, tmp_path: Path) -> None:
-    sizes = [(begun.path / name).stat().st_size for name in (runs.ENVIRONMENT, runs.CONFIG)]
+    sizes = [(begun.path / name).stat().st_size for name in (layout.ENVIRONMENT, layout.CONFIG)]
     assert sizes[0] + 100 < sizes[1]
     settings = small(tmp_path / "full")
     with files_of_at_most(sizes[0] + 100), pytest.raises(InputError, match="cannot be written"):
