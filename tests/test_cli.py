@@ -158,7 +158,7 @@ def test_files_that_are_no_text(twinrl: Any) -> None:
     Path("own.yaml").write_bytes(b"\xff\xfe\x00")
     refused(twinrl("train", "own.yaml"), "own.yaml")
     Path("folder.yaml").mkdir()
-    refused(twinrl("train", "folder.yaml"), "folder.yaml", "Is a directory")
+    refused(twinrl("train", "folder.yaml"), "folder.yaml", "is no file")
 
 
 def test_missing_data(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ class _Adams(Optimizer):
 
     @classmethod
     def make(cls, parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
-        return cls.algorithm(parameters, **config.model_dump(exclude={"kind"}))
+        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
 
 
 class Adam(_Adams):
