@@ -182,7 +182,7 @@ def work(told: dict[str, Any]) -> int | str:
         redirect_stdout(output),
         redirect_stderr(output),
     ):
-        print(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}")
+        output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         try:
             with failures_named():
                 return _work(told, Console(file=output, width=120))
