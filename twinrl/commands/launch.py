@@ -120,7 +120,7 @@ def _trainer(settings: RunConfig, told: dict[str, Any], gpus: bool) -> Any:
     wanted = settings.launch
     each = {"CPU": wanted.cpus} | ({"GPU": 1.0} if gpus else {})
     return TorchTrainer(
-        work,
+        work,  # type: ignore[arg-type]  # what it returns is what fit() returns
         train_loop_config=told,
         torch_config=TorchConfig(backend=mesh.backend_of(torch.device("cuda" if gpus else "cpu"))),
         scaling_config=ScalingConfig(num_workers=wanted.workers, use_gpu=gpus, resources_per_worker=each),
