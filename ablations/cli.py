@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from twinrl.tracking.store import without_password
+
 app = typer.Typer(no_args_is_help=True, help="Ablation studies: plan, run, look, find the critical learning rate.")
 
 StudyFile = Annotated[str, typer.Argument(metavar="STUDY", help="a study's YAML file, or a shipped study's name")]
@@ -20,7 +22,9 @@ Address = Annotated[
 ]
 Cpus = Annotated[int | None, typer.Option(min=1, help="cores to use on this machine; default: all")]
 Mlflow = Annotated[bool, typer.Option("--mlflow/--no-mlflow", help="show running trials and results in MLflow")]
-Uri = Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: in --root")]
+Uri = Annotated[
+    str | None, typer.Option("--tracking-uri", help="MLflow store; default: in --root", callback=without_password)
+]
 
 ROOT = Path("runs/ablations")
 

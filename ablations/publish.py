@@ -67,7 +67,7 @@ class StudyView:
                 self.experiment = store.experiment_id(self.client, EXPERIMENT, self.uri)
         except store.failures() as error:
             raise InputError(
-                f"the MLflow store {self.uri} can't be used", got=mlflow_view.brief(error),
+                f"the MLflow store {store.shown(self.uri)} can't be used", got=mlflow_view.brief(error),
                 fix="name another --tracking-uri, or give --no-mlflow",
             ) from error  # fmt: skip
 
@@ -116,7 +116,7 @@ class StudyView:
         view = self._shown[trial.key]
         if not view.publish_through(offset) or view.run_id is None:
             del self._shown[trial.key]
-            raise InputError(f"the MLflow store {self.uri} does not answer")
+            raise InputError(f"the MLflow store {store.shown(self.uri)} does not answer")
         self._offsets[trial.key] = offset
         if first:
             self._place(trial, view.run_id)

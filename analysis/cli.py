@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from twinrl.errors import InputError
+from twinrl.tracking.store import without_password
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +25,10 @@ def analyze(
         list[str] | None, typer.Option(help="NAME=COLUMN of a foreign log, e.g. step=global_step; may be repeated")
     ] = None,
     tracking_uri: Annotated[
-        str | None, typer.Option(help="MLflow store; RUN_OR_STUDY is then the name of an experiment in it")
+        str | None,
+        typer.Option(
+            help="MLflow store; RUN_OR_STUDY is then the name of an experiment in it", callback=without_password
+        ),
     ] = None,
     mlflow: Annotated[
         bool, typer.Option("--mlflow/--no-mlflow", help="log the report as artifacts of a published run or study")

@@ -15,6 +15,7 @@ import typer
 
 from twinrl.components import ComponentError, failures_named
 from twinrl.errors import InputError
+from twinrl.tracking.store import without_password
 
 app = typer.Typer(
     add_completion=False,
@@ -140,7 +141,9 @@ def replay(
 @app.command()
 def publish(
     run: Run,
-    uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")] = None,
+    uri: Annotated[
+        str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before", callback=without_password)
+    ] = None,
 ) -> None:
     """Bring a run's MLflow view up to date with its log, e.g. after MLflow was away."""
     from twinrl.tracking import mlflow_view
@@ -152,7 +155,10 @@ def publish(
 def ui(
     runs: Annotated[Path, typer.Argument(help="the folder of run directories")] = Path("runs"),
     port: Annotated[int, typer.Option(min=1, max=65535, help="a free one is taken if this is in use")] = 5000,
-    uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS")] = None,
+    uri: Annotated[
+        str | None,
+        typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS", callback=without_password),
+    ] = None,
 ) -> None:
     """Open the MLflow pages of a folder of runs on this machine."""
     from twinrl.tracking import store

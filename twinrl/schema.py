@@ -30,6 +30,7 @@ from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
 from twinrl.terms.term import check_branches
+from twinrl.tracking.store import without_password
 
 if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
     Network: TypeAlias = Any
@@ -199,6 +200,14 @@ class TrackingConfig(Settings):
     mlflow: bool = Field(True, description="publish the log to MLflow at checkpoints and at the end")
     uri: str | None = Field(None, description="tracking URI; null = $MLFLOW_TRACKING_URI, else sqlite in run.dir")
     experiment: str = Field("twinrl", description="MLflow experiment")
+
+    @field_validator("uri")
+    @classmethod
+    def _without_password(cls, value: str | None) -> str | None:
+        try:
+            return without_password(value)
+        except InputError as error:
+            raise ValueError(str(error)) from error
 
 
 class MachineConfig(Settings):

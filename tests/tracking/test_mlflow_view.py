@@ -499,3 +499,44 @@ def test_names_that_mlflow_would_cut_or_change_alike_stay_apart(runs: Path) -> N
     (shown,) = active_runs(run)
     assert flat.items() <= shown.data.params.items()
     assert sorted(shown.data.metrics.values()) == [1.0, 2.0]
+
+
+# --- passwords and stores that are away --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("http://someone:pw@host:9/x", "http://someone:***@host:9/x"),
+        ("postgresql+psycopg://u:p%40x@h/db", "postgresql+psycopg://u:***@h/db"),
+        ("postgresql://u@h/db?password=abc&sslmode=on", "postgresql://u@h/db?password=***&sslmode=on"),
+        (
+            "API request to http://a:b@h:9/x failed (10:30@noon)",
+            "API request to http://a:***@h:9/x failed (10:30@noon)",
+        ),
+        ("http://127.0.0.1:9/api", "http://127.0.0.1:9/api"),
+        ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
+    ],
+)
+def test_no_password_is_shown(text: str, expected: str) -> None:
+    assert store.shown(text) == expected
+
+
+def test_a_password_of_the_environment_is_used_and_written_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path, rows=20)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:pw-handed@127.0.0.1:9")
+    with pytest.raises(InputError, match="MLflow cannot be reached") as raised:
+        publish(run)
+    assert "pw-handed" not in str(raised.value)
+    assert [path for path in run.rglob("*") if path.is_file() and b"pw-handed" in path.read_bytes()] == []
+
+
+def test_a_store_that_is_away_does_not_take_the_place_of_the_one_that_has_the_run(runs: Path) -> None:
+    run = make_run(runs, rows=20)
+    publish(run)
+    before = (run / "mlflow.json").read_bytes()
+    with pytest.raises(InputError, match="MLflow cannot be reached"):
+        publish(run, "http://127.0.0.1:9")
+    assert (run / "mlflow.json").read_bytes() == before

@@ -220,7 +220,9 @@ def _open(
         state.start_over()
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
-    state.aim(where, experiment, {name: str(tag) for name, tag in tags.items()}, total or planned(folder))
+    if state.run_id is not None and state.store != store.shown(where):
+        store.reach(where)  # before the bookkeeping of the store that has the run is given up
+    state.aim(store.shown(where), experiment, {name: str(tag) for name, tag in tags.items()}, total or planned(folder))
     return Publisher(folder, where, state)
 
 
@@ -234,7 +236,7 @@ def planned(folder: Path) -> int:
 def brief(error: Exception) -> str:
     """The first line of an error's message, shortened; its type where there is no message."""
     lines = str(error).strip().splitlines()
-    return f"{lines[0]:.160}" if lines else type(error).__name__
+    return f"{store.shown(lines[0]):.160}" if lines else type(error).__name__
 
 
 def _length(folder: Path) -> int:

@@ -7,6 +7,7 @@ before the default. mlflow is imported here and nowhere else, on first use (1.3 
 
 import logging
 import os
+import re
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -15,13 +16,31 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from twinrl.errors import InputError
+
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
 PATIENCE_SECONDS = 5
+PASSWORD = re.compile(r"(://[^/@\s:]*:)[^@/\s]+(?=@)|([?&]password=)[^&\s]+")
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the pages for training runs
 IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def without_password(uri: str | None) -> str | None:
+    """``uri`` itself. Raises InputError where it holds a password, which would be written and printed."""
+    if uri is not None and shown(uri) != uri:
+        raise InputError(
+            f"the tracking URI {shown(uri)} holds a password",
+            fix="leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_URI)",
+        )
+    return uri
+
+
+def shown(text: str) -> str:
+    """A text in which no URI's password is left: it goes to files and screens."""
+    return PASSWORD.sub(r"\1\2***", text)
 
 
 def resolve(uri: str | None, runs_dir: Path) -> str:
@@ -97,6 +116,11 @@ def probe(uri: str) -> None:
         socket.create_connection((parts.hostname, parts.port or port), timeout=PATIENCE_SECONDS).close()
 
 
+def reach(uri: str) -> None:
+    """Ask the store for anything; raises one of :func:`failures` where it is away."""
+    connect(uri).search_experiments(max_results=1)
+
+
 def experiment_id(client: Any, name: str, uri: str) -> str:
     """The id of experiment ``name``, made or restored if need be; several processes may ask at once."""
     from mlflow.exceptions import MlflowException
@@ -125,4 +149,4 @@ def prepare(uri: str) -> None:
         one of :func:`failures`.
     """
     with impatient():
-        connect(uri).search_experiments(max_results=1)
+        reach(uri)

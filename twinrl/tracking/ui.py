@@ -143,9 +143,9 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
         InputError: as for :class:`Server`.
     """
     if store_uri.startswith(("http://", "https://")):
-        print(f"MLflow: {store_uri}")
+        print(f"MLflow: {store.shown(store_uri)}")
         return 0
-    print(f"starting MLflow over {store_uri} …", flush=True)
+    print(f"starting MLflow over {store.shown(store_uri)} …", flush=True)
     for name in ("SIGTERM", "SIGHUP"):  # a polite kill, a closed terminal
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
