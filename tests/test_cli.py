@@ -17,8 +17,7 @@ import torch
 
 from tests import logs
 from tests.fake_source import SMALL, register, small
-from twinrl import cli
-from twinrl.commands import pictures
+from twinrl import cli, pictures
 from twinrl.commands.progress import ConsoleObserver
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog

@@ -388,4 +388,4 @@ def test_a_reward_that_does_not_fit_is_one_line(tmp_path: Path, overrides: tuple
 
 def test_held_out_rewards_are_built_for_judging_only(tmp_path: Path) -> None:
     settings = schema.load("twinflow", [*GENERATOR, *BRIGHT, "reward.held_out={sharp: sharpness}"])
-    assert set(assembly.held_out_rewards(settings, FakeSource(), CPU)) == {"sharp"}
+    assert set(assembly.provider_of(settings, FakeSource(), CPU).judges()) == {"sharp"}

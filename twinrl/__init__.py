@@ -8,21 +8,21 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "TwinFlowScheduler": "twinrl.sampling.scheduler",
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
-    "SD3TwinFlowTransformer": "twinrl.backends.families.sd3",
-    "QwenImageTwinFlowTransformer": "twinrl.backends.families.qwen_image",
-    "ZImageTwinFlowTransformer": "twinrl.backends.families.z_image",
-    "SanaTwinFlowTransformer": "twinrl.backends.families.sana",
-    "FluxTwinFlowTransformer": "twinrl.backends.families.flux",
-    "StableDiffusionTwinFlowUNet": "twinrl.backends.families.stable_diffusion",
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _COMPONENTS:
-        raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_COMPONENTS[name]), name)
+    if name in _COMPONENTS:
+        return getattr(import_module(_COMPONENTS[name]), name)
+    if "TwinFlow" in name:  # a family's transformer
+        from twinrl.backends.families import FAMILIES, family_class
+
+        for transformer in (family_class(family).TRANSFORMER for family in FAMILIES):
+            if transformer.__name__ == name:
+                return transformer
+    raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
 
 
 compat.install()

@@ -10,12 +10,11 @@ from pydantic import Field, field_validator, model_validator
 from twinrl import config as configuration
 from twinrl import foreign
 from twinrl.backends import NETWORKS
-from twinrl.backends.families import FAMILIES
-from twinrl.backends.families.family import FamilyConfig, check_bridge
+from twinrl.backends.families import FAMILIES, family_class
+from twinrl.backends.families.family import Family, FamilyConfig, check_bridge
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, build, component, resolve
-from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.fsdp.config import FSDPConfig, LaunchConfig
@@ -25,6 +24,7 @@ from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.renoise import RENOISE
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.reward import RewardSettings
+from twinrl.sources import FAMILY_SOURCES, SOURCES
 from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
 from twinrl.terms import TERMS
@@ -95,6 +95,11 @@ class ModelConfig(Settings):
     diff2flow: bool = Field(
         False, description="family: train a diffusion model as a flow (Diff2Flow); goes with prediction"
     )
+
+    @property
+    def family_class(self) -> type[Family]:
+        """The pretrained family."""
+        return family_class(str(self.family))
 
     @property
     def pretrained(self) -> FamilyConfig:

@@ -106,9 +106,10 @@ class Trainer:
             keep_freed_memory()
         begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
-        student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
-        self.guide = assembly.guide_of(settings, self.source, self.device, self.ranks)
-        self.objective: Objective = assembly.objective_of(settings, student, self.guide, self.ranks)
+        self.provider = assembly.provider_of(settings, self.source, self.device, self.ranks)
+        student = self.provider.student(start_weights)
+        self.guide = self.provider.guide()
+        self.objective: Objective = assembly.objective_of(self.provider, student, self.guide)
         optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
@@ -129,8 +130,7 @@ class Trainer:
         self.saver = Saver(settings.checkpoint, self.run, self.ranks, self.log, self.events, self.observers)
 
     def _feed(self, split: str) -> Feed:
-        reader = assembly.reader_of(self.settings, self.source, split, self.device)
-        return Feed(self.settings, reader, self.objective, self.ranks)
+        return Feed(self.settings, self.provider.reader(split), self.objective, self.ranks)
 
     # --- the loop -----------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_start_weights_keep_their_hash(tmp_path: Path) -> None:
 
 def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
     """A new family of models or a change of sharding leaves trials of one process without a family as they are."""
-    for part in (*prints.WITHOUT_FAMILY, "fsdp", "terms"):
+    for part in ("backends/families", "data/folders", "fsdp", "terms"):
         (tmp_path / part).mkdir(parents=True)
     parts = {"backends/families/new.py", "data/folders/tars.py", "fsdp/sharded.py"}
     before = sources(tmp_path, prints.unused(settings()))
@@ -122,7 +122,7 @@ def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
         (tmp_path / part).write_text("x = 1\n")
         assert sources(tmp_path, prints.unused(settings())) == before
     several, family = prints.unused(settings(), processes=2), RunConfig.model_construct(
-        model=settings().model.model_copy(update={"family": "sd3"})
+        data=settings().data.model_copy(update={"source": "folder"})
     )  # fmt: skip
     assert (set(several), set(prints.unused(family))) == (set(prints.WITHOUT_FAMILY), set(prints.ALONE))
     assert prints.unused(family, processes=2) == ()

@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 
-import twinrl
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES, Case, disturbed
 from tests.backends.families.made import assert_alike
@@ -51,7 +50,6 @@ def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
     """The new family, registered, with a tiny pipeline on disk."""
     monkeypatch.setitem(FAMILIES, NAME, f"{MODULE}:OvisImage")
     monkeypatch.setitem(tiny.BUILDERS, NAME, pipeline)
-    monkeypatch.setitem(twinrl._COMPONENTS, "OvisImageTwinFlowTransformer", MODULE)
     made = tiny.build(NAME)
     made.save_pretrained(tmp_path / "pipeline")
     family = load_family(NAME, FamilyConfig(path=str(tmp_path / "pipeline")))
@@ -87,7 +85,6 @@ import twinrl
 from twinrl.backends.families import FAMILIES
 
 FAMILIES["ovis_image"] = "{module}:OvisImage"  # the line in twinrl.backends.families
-twinrl._COMPONENTS["OvisImageTwinFlowTransformer"] = "{module}"  # the one in twinrl/__init__.py
 
 from twinrl.cli import main
 
@@ -116,7 +113,7 @@ assert image.size == (32, 32)
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: Path) -> None:
-    """In a process that knows the family from its start, as after the two lines."""
+    """In a process that knows the family from its start, as after the line."""
     write_pairs(tmp_path / "images", [(32, 32)] * 16)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "OMP_NUM_THREADS": "1"}
     script = [sys.executable, "-c", COMMANDS.format(module=MODULE)]
