@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinrl import draws
 from twinrl.config import build
 from twinrl.data.source import Data
 from twinrl.errors import InputError
@@ -81,11 +80,6 @@ def objective_of(provider: Provider[Any], student: nn.Module, guide: Guide | Non
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
     teacher = Teacher(student, settings.teacher, provider.ranks.copy, provider.under_adapters(student))
     return Objective(terms, teacher, settings.guidance, autocast, guide)
-
-
-def seed_stream(seed: int, purpose: str, step: int) -> None:
-    """Seed torch's global generators for one step (dropout draws from them), so that a resumed step repeats."""
-    draws.seed_global(draws.generator(seed, purpose, step).initial_seed())
 
 
 def parts_of(objective: Objective) -> dict[str, nn.Module]:

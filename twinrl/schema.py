@@ -27,7 +27,7 @@ from twinrl.rewards.reward import RewardSettings
 from twinrl.sources import FAMILY_SOURCES, SOURCES
 from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
-from twinrl.terms import TERMS
+from twinrl.terms import TERMS, pulls_of
 from twinrl.terms.term import check_branches
 
 if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
@@ -352,10 +352,9 @@ class RunConfig(Settings):
         return build(RENOISE, self.renoise, "renoise").end(self.train.steps)
 
     @property
-    def pulls(self) -> list[str]:
-        """Names of the gradients that are taken apart: the terms, and what acts through their targets."""
-        others = (resolve(TERMS, term.kind, "term").others(term) for term in self.terms.values())
-        return list(dict.fromkeys([*self.terms, *(name for names in others for name in names)]))
+    def pulls(self) -> dict[str, tuple[str, ...]]:
+        """The gradients that are taken apart, see :func:`twinrl.terms.pulls_of`."""
+        return pulls_of(self.terms)
 
     @property
     def hash(self) -> str:

@@ -26,22 +26,10 @@ from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.transforms import Surroundings
 from twinrl.objective import Pass, TermLoss
-from twinrl.terms import Term
 from twinrl.tracking import names
 
 Losses = list[dict[str, TermLoss]]
 Measures = dict[str, Tensor]
-
-
-def pulls_of(terms: Mapping[str, Term]) -> dict[str, tuple[str, ...]]:
-    """Name of every gradient that is taken apart → the terms in whose losses it is: a term's own, and any that
-    has a part of that name."""
-    owners: dict[str, tuple[str, ...]] = {name: (name,) for name in terms}
-    for name, term in terms.items():
-        for other in term.others(term.config):
-            if other != name:
-                owners[other] = (*owners.get(other, ()), name)
-    return owners
 
 
 class Engine:
@@ -50,7 +38,7 @@ class Engine:
     Arguments:
         config: space, rules, telemetry.
         parameters: the student's trainable parameters.
-        terms: the objective's terms.
+        pulls: the gradients that are taken apart, with the terms in whose losses they are.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
         reduce: told, where there are micro-batches, before each one's backward whether the gradient that has piled
             up is summed over the ranks after it: it is after the last one of a term.
@@ -61,7 +49,7 @@ class Engine:
         self,
         config: GradientsConfig,
         parameters: Iterable[nn.Parameter],
-        terms: Mapping[str, Term],
+        pulls: Mapping[str, tuple[str, ...]],
         total: Callable[[Tensor], Tensor] = lambda value: value,
         reduce: Callable[[bool], None] = lambda last: None,
         steps: int = 1,
@@ -70,9 +58,8 @@ class Engine:
         self.config, self.total, self.reduce = config, total, reduce
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
-        owners = pulls_of(terms)
-        ordered = sorted(owners, key=config.waits)  # stable: the terms that wait for the others come last
-        self.owners = {name: owners[name] for name in ordered}
+        ordered = sorted(pulls, key=config.waits)  # stable: the terms that wait for the others come last
+        self.owners = {name: pulls[name] for name in ordered}
         self.chains = {name: Chain(config.rules(name)) for name in ordered}
         self.total_chain = Chain(config.total)
 
