@@ -15,7 +15,9 @@ term on steps with shares or cosines in parameter space; one more where several 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from fractions import Fraction
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -97,34 +99,43 @@ class Engine:
         last = _last([bool(one.queries()) for one in passes])
         for number, one in enumerate(passes):
             self._announce(passes, number == last)
-            found = one.losses()
-            _backward(part.loss for part in found.values())
-            one.release()
-            losses.append(_detached(found))
+            with one.evaluated() as found:
+                _backward(part.loss for part in found.losses.values())
+                losses.append(_detached(found.losses))
         return losses, self._finish()
 
     # --- parameter space ----------------------------------------------------------------------------------------
 
     def _in_parameter_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        whole = passes[0].losses() if len(passes) == 1 else None
-        losses: Losses = [{} for _ in passes] if whole is None else [_detached(whole)]
         account = _Account(self._keeps(step), self._several_wait)
-        for name, owners in self.owners.items():
-            if whole is not None:
-                _backward(_parts(whole, owners, name), retain_graph=self._still_needed(name, passes[0]))
-            else:
-                last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
-                for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
-                    self._announce(passes, number == last)
-                    found = {owner: one.loss(owner) for owner in owners if owner in one.queries()}
-                    _backward(_parts(found, owners, name))
-                    one.release()
-                    known |= _detached(found)
-            self._settle(name, Gradient.take(self.parameters), account, self.parameters, step)
-        for one in passes:
-            one.release()
+        back = self._at_once if len(passes) == 1 else self._in_turn
+        losses = back(passes, lambda name: self._settle(
+            name, Gradient.take(self.parameters), account, self.parameters, step
+        ))  # fmt: skip
         measures = account.measures | self._geometry(account, step)
         return losses, measures | self._finish(account.sum)
+
+    def _at_once(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
+        """Back through the one micro-batch's graph, term by term; each is settled with its gradient in ``.grad``."""
+        (one,) = passes
+        with one.evaluated() as found:
+            for name, owners in self.owners.items():
+                _backward(_parts(found.losses, owners, name), retain_graph=self._still_needed(name, one))
+                settle(name)
+            return [_detached(found.losses)]
+
+    def _in_turn(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
+        """Forward and back through every micro-batch for each term."""
+        losses: Losses = [{} for _ in passes]
+        for name, owners in self.owners.items():
+            last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
+            for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
+                self._announce(passes, number == last)
+                with one.evaluated(owners) as found:
+                    _backward(_parts(found.losses, owners, name))
+                    known |= _detached(found.losses)
+            settle(name)
+        return losses
 
     def _still_needed(self, name: str, one: Pass) -> bool:
         """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
@@ -139,27 +150,26 @@ class Engine:
 
     def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
         again = len(passes) > 1
-        losses: Losses = []
         cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
-        first = [0]
-        for one in passes:
-            one.leaves = again
-            found = one.losses()
-            for name, owners in self.owners.items():
-                cotangents[name] |= _cotangents(_parts(found, owners, name), one.outputs, first[-1])
-            first.append(first[-1] + len(one.outputs))
-            losses.append(_detached(found))
-        account = _Account(self._keeps(step), self._several_wait)
-        for name, found_cotangents in cotangents.items():
-            gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
-            self._settle(name, gradient, account, (), step)
-        for (start, end), one in zip(pairwise(first), passes, strict=True):
-            self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
-            if again:
-                one.repeat()
-            pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
-            torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
-            one.release()
+        first, account = [0], _Account(self._keeps(step), self._several_wait)
+        losses: Losses = []
+        outputs_of: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
+        with ExitStack() as kept:
+            for one in passes:
+                found = kept.enter_context(one.evaluated(cut=again))
+                for name, owners in self.owners.items():
+                    cotangents[name] |= _cotangents(_parts(found.losses, owners, name), found.outputs, first[-1])
+                first.append(first[-1] + len(found.outputs))
+                losses.append(_detached(found.losses))
+                outputs_of.append(found.again if again else partial(nullcontext, found.outputs))
+            for name, found_cotangents in cotangents.items():
+                gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
+                self._settle(name, gradient, account, (), step)
+            for (start, end), made in zip(pairwise(first), outputs_of, strict=True):
+                self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
+                with made() as outputs:
+                    pulled = {i: F for i, F in enumerate(outputs, start) if i in account.sum.tensors}
+                    torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
         return losses, account.measures | self._geometry(account, step) | self._finish()
 
     # --- what they share ----------------------------------------------------------------------------------------
@@ -295,6 +305,6 @@ def _cotangents(scalars: Sequence[Tensor], outputs: Sequence[Tensor], first: int
     return {first + i: cotangent.contiguous() for i, cotangent in enumerate(found) if cotangent is not None}
 
 
-def _detached(losses: dict[str, TermLoss]) -> dict[str, TermLoss]:
+def _detached(losses: Mapping[str, TermLoss]) -> dict[str, TermLoss]:
     """The numbers of a micro-batch's losses without their graphs."""
     return {name: part.detached() for name, part in losses.items()}
