@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import twinrl
-from twinrl.sources import SOURCES
 
 if TYPE_CHECKING:
     from twinrl.schema import RunConfig
@@ -57,7 +56,7 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
 
 def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
     """Files and folders of the package, relative to it, that a trial with ``settings`` runs nothing of."""
-    return (WITHOUT_FAMILY if settings.data.source in SOURCES else ()) + (ALONE if processes == 1 else ())
+    return (() if settings.model.is_pretrained else WITHOUT_FAMILY) + (ALONE if processes == 1 else ())
 
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:

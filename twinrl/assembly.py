@@ -15,7 +15,6 @@ from twinrl.pretrained import PretrainedModels
 from twinrl.provider import Provider
 from twinrl.rewards.guide import Guide
 from twinrl.schema import RunConfig
-from twinrl.sources import SOURCES
 from twinrl.teacher import Teacher
 from twinrl.terms import TERMS
 
@@ -49,8 +48,8 @@ def machine_of(settings: RunConfig) -> torch.device:
 
 
 def kind_of(settings: RunConfig) -> type[Provider[Any]]:
-    """The class of the run's provider, by its data source."""
-    return Laboratory if settings.data.source in SOURCES else PretrainedModels
+    """The class of the run's provider."""
+    return PretrainedModels if settings.model.is_pretrained else Laboratory
 
 
 def load_source(settings: RunConfig, device: torch.device) -> Any:

@@ -97,6 +97,11 @@ class ModelConfig(Settings):
     )
 
     @property
+    def is_pretrained(self) -> bool:
+        """Whether a pretrained family is trained, not a network of one's own."""
+        return self.family is not None
+
+    @property
     def family_class(self) -> type[Family]:
         """The pretrained family."""
         return family_class(str(self.family))

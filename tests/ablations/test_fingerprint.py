@@ -122,7 +122,7 @@ def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
         (tmp_path / part).write_text("x = 1\n")
         assert sources(tmp_path, prints.unused(settings())) == before
     several, family = prints.unused(settings(), processes=2), RunConfig.model_construct(
-        data=settings().data.model_copy(update={"source": "folder"})
+        model=settings().model.model_copy(update={"family": "sd3"})
     )  # fmt: skip
     assert (set(several), set(prints.unused(family))) == (set(prints.WITHOUT_FAMILY), set(prints.ALONE))
     assert prints.unused(family, processes=2) == ()
