@@ -99,12 +99,12 @@ class Evaluated:
     Attributes:
         losses: by term; terms without rows are left out.
         outputs: what the student returned, pass by pass.
-        again: makes the same passes once more, one by one, with graphs that are kept inside; gives their outputs.
+        with_graphs: gives the outputs with their graphs; where these were cut, of the same passes once more.
     """
 
     losses: Mapping[str, TermLoss]
     outputs: Sequence[Tensor]
-    again: Callable[[], AbstractContextManager[Sequence[Tensor]]]
+    with_graphs: Callable[[], AbstractContextManager[Sequence[Tensor]]]
 
 
 @dataclass
@@ -171,7 +171,7 @@ class Pass:
 
     def _evaluated_now(self, terms: Iterable[str] | None) -> Evaluated:
         losses = self.losses() if terms is None else {n: self.loss(n) for n in terms if n in self.queries()}
-        return Evaluated(losses, tuple(self.outputs), self._again)
+        return Evaluated(losses, tuple(self.outputs), self._with_graphs)
 
     def losses(self) -> dict[str, TermLoss]:
         """Every term's loss; terms without rows in this micro-batch are left out."""
@@ -216,12 +216,12 @@ class Pass:
         self._groups.clear()
 
     @contextmanager
-    def _again(self) -> Iterator[Sequence[Tensor]]:
-        """The forward passes once more, one by one as they were, now with their graphs."""
-        groups, self._cut = list(self._groups), False
-        self._release()
-        for group in groups:
-            self._forward(group)
+    def _with_graphs(self) -> Iterator[Sequence[Tensor]]:
+        if self._cut:
+            groups, self._cut = list(self._groups), False
+            self._release()
+            for group in groups:
+                self._forward(group)
         try:
             yield tuple(self.outputs)
         finally:

@@ -94,7 +94,8 @@ class PretrainedModels(Provider["FolderSource"]):
     def under_adapters(self, student: nn.Module) -> nn.Module | None:
         if self.settings.model.lora is None:
             return None
-        return FrozenTeacher(student.network if isinstance(student, WithoutTargetTime) else student)
+        inner: Any = student.network if isinstance(student, WithoutTargetTime) else student
+        return FrozenTeacher(inner)
 
     @property
     def codec(self) -> Sequence[nn.Module]:

@@ -239,7 +239,7 @@ class Trainer:
     def _backward(self, fed: Fed) -> tuple[Losses, dict[str, Tensor]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
         chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
-        passes = [self.objective.evaluate(chunk, fed.counts, self.engine.separate) for chunk in chunks]
+        passes = self.engine.passes(self.objective, chunks, fed.counts)
         own, measures = self.engine.backward(passes, self.step)
         losses = self.ranks.merge(own)
         return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures

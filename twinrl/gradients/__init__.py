@@ -4,8 +4,9 @@ A new rule is one class in :mod:`twinrl.gradients.transforms` and a line in its 
 """
 
 from twinrl.gradients.chain import GradientsConfig
-from twinrl.gradients.engine import Engine, Losses, is_due
+from twinrl.gradients.engine import Engine, Losses
 from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
 
 __all__ = [

@@ -15,19 +15,20 @@ term on steps with shares or cosines in parameter space; one more where several 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twinrl.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import Surroundings
-from twinrl.objective import Pass, TermLoss
+from twinrl.objective import Objective, Pass, TermLoss
 from twinrl.tracking import names
 
 Losses = list[dict[str, TermLoss]]
@@ -69,6 +70,10 @@ class Engine:
     def separate(self) -> bool:
         """Whether forward passes should serve one set of terms each."""
         return self.config.space == "parameter"
+
+    def passes(self, objective: Objective, chunks: Iterable[Batch], counts: Mapping[str, int]) -> list[Pass]:
+        """The micro-batches of a step, given the rows of each branch in the global batch."""
+        return [objective.evaluate(chunk, counts, self.separate) for chunk in chunks]
 
     def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
         """The changed gradient into ``.grad``; the losses of every micro-batch, and the measures by metric name.
@@ -149,25 +154,24 @@ class Engine:
     # --- output space -------------------------------------------------------------------------------------------
 
     def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        again = len(passes) > 1
         cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
         first, account = [0], _Account(self._keeps(step), self._several_wait)
         losses: Losses = []
-        outputs_of: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
+        graphs: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
         with ExitStack() as kept:
             for one in passes:
-                found = kept.enter_context(one.evaluated(cut=again))
+                found = kept.enter_context(one.evaluated(cut=len(passes) > 1))
                 for name, owners in self.owners.items():
                     cotangents[name] |= _cotangents(_parts(found.losses, owners, name), found.outputs, first[-1])
                 first.append(first[-1] + len(found.outputs))
                 losses.append(_detached(found.losses))
-                outputs_of.append(found.again if again else partial(nullcontext, found.outputs))
+                graphs.append(found.with_graphs)
             for name, found_cotangents in cotangents.items():
                 gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
                 self._settle(name, gradient, account, (), step)
-            for (start, end), made in zip(pairwise(first), outputs_of, strict=True):
+            for (start, end), with_graphs in zip(pairwise(first), graphs, strict=True):
                 self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
-                with made() as outputs:
+                with with_graphs() as outputs:
                     pulled = {i: F for i, F in enumerate(outputs, start) if i in account.sum.tensors}
                     torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
         return losses, account.measures | self._geometry(account, step) | self._finish()
@@ -267,11 +271,6 @@ class _Account:
             self.sum = gradient.clone() if self.keep else gradient
         else:
             self.sum.add_(gradient)
-
-
-def is_due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens at this one."""
-    return every > 0 and step % every == 0
 
 
 def _last(adds: Sequence[bool]) -> int:
