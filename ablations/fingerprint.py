@@ -4,7 +4,8 @@ The sources of twinrl's numeric packages, of a user's own components and start w
 frozen models, precision, threads, device and the version of torch. The git revision is not in it, nor are comments,
 docstrings and formatting: sources are compared as syntax trees. So a commit that touches documentation repeats no
 trial, and an edit of a loss term repeats all of them. Parts of the package that a configuration cannot reach do not
-count for it: a new family of models repeats no trial that trains without one. Does not import torch.
+count for it: a new family of models repeats no trial that trains without one. Releases that are known to give the
+same numbers (``releases.yaml``) count as one: an update that adds a feature repeats no trial. Does not import torch.
 """
 
 import ast
@@ -15,6 +16,8 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 import twinrl
 
@@ -30,6 +33,7 @@ WITHOUT_FAMILY = ("backends/families", "data/folders", "pretrained.py", "describ
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
+RELEASES = Path(__file__).parent / "releases.yaml"
 STATE = "state.json"
 DIGITS = 16
 
@@ -41,7 +45,7 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
     ``processes`` sum in another order than one.
     """
     parts: dict[str, object] = {
-        "sources": sources(unused=unused(settings, processes)),
+        "sources": first_with_its_numbers(sources(unused=unused(settings, processes))),
         "components": {module: source_hash(path) for module, path in sorted(own_modules(settings.numeric()))},
         "content": content_hash,
         "start": start_weights(settings.train.init),
@@ -67,6 +71,25 @@ def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
         f"{name} {source_hash(path)}" for name, path in modules.items()
         if not any(name == part or name.startswith(f"{part}/") for part in left_out)
     )  # fmt: skip
+
+
+def digests() -> list[str]:
+    """:func:`sources` for every set of parts that a trial may leave unused, in one order for all releases."""
+    return [sources(unused=family + alone) for family in ((), WITHOUT_FAMILY) for alone in ((), ALONE)]
+
+
+def first_with_its_numbers(digest: str) -> str:
+    """The sources' digest of the first release whose numbers are those of ``digest``; of no release's: itself."""
+    for releases in releases_by_numbers():
+        for known in releases.values():
+            if digest in known:
+                return next(iter(releases.values()))[known.index(digest)]
+    return digest
+
+
+def releases_by_numbers() -> list[dict[str, list[str]]]:
+    """Releases that give the same numbers together, oldest first: version → its :func:`digests`."""
+    return yaml.safe_load(RELEASES.read_text())
 
 
 def source_hash(path: Path) -> str:

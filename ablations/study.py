@@ -17,11 +17,11 @@ seed are paired: the same initial weights, data order, times and noise.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -40,6 +40,8 @@ else:
     DesignSettings = component(DESIGNS, "design")
 
 STUDIES = Path(__file__).parent / "studies"
+MOST_TRIALS = 100_000
+LONGEST_NAME = 100
 BOOKKEEPING = ("seed", "name", "run", "tracking", "machine", "launch")
 """First keys of the configuration that a study sets by itself."""
 
@@ -147,7 +149,19 @@ class StudyConfig(Settings):
                 raise ValueError(f"factor {factor} has {len(levels)} level, expected two or more")
             if factor == "seed":
                 raise ValueError("seed is no factor of its own; `seeds: 5` crosses every arm with seeds 0 to 4")
+            for level in levels:
+                _printable(level, f"name of a level of {factor}")
         return value
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> "StudyConfig":
+        combinations = math.prod(len(levels) for levels in self.factors.values())
+        arms = combinations if self.design.kind == "grid" else 1
+        if (trials := arms * len(self.seeds)) > MOST_TRIALS:
+            raise ValueError(
+                f"{arms:,} arms of {len(self.seeds):,} seeds are {trials:,} trials, expected at most {MOST_TRIALS:,}"
+            )
+        return self
 
 
 def _plain(name: str, what: str) -> str:
@@ -157,10 +171,23 @@ def _plain(name: str, what: str) -> str:
     return name
 
 
+def _printable(name: str, what: str) -> str:
+    """A name that is one line, in tables and in MLflow, and no path."""
+    if not name or len(name) > LONGEST_NAME or not name.isprintable() or re.search(r"[/\\]", name):
+        raise ValueError(
+            f"{name[:LONGEST_NAME]!r} can't be the {what}: use at most {LONGEST_NAME} characters of one line without "
+            "slashes"
+        )
+    return name
+
+
 def seed_list(number: int) -> list[int]:
-    """Seeds 0 … number − 1. Raises InputError for less than one."""
-    if number < 1:
-        raise InputError("a study needs seeds", got=number, expected="1 or more")
+    """Seeds 0 … number − 1. Raises InputError for less than one, and for more than a study can have trials."""
+    if not 1 <= number <= MOST_TRIALS:
+        raise InputError(
+            "a study needs seeds, not too many", got=f"{number:,}", expected=f"1 to {MOST_TRIALS:,}",
+            fix="seeds: 5 makes seeds 0 to 4",
+        )  # fmt: skip
     return list(range(number))
 
 
@@ -254,10 +281,12 @@ class Study:
 
 
 def _check_distinct(arms: list[Arm]) -> None:
-    for a, b in combinations(arms, 2):
-        if a.settings.hash == b.settings.hash:
+    names: dict[str, str] = {}
+    for arm in arms:
+        same = names.setdefault(found := arm.settings.hash, arm.name)
+        if same != arm.name:
             raise InputError(
-                f"arms {a.name} and {b.name} are equal", got=f"the same configuration {a.settings.hash}",
+                f"arms {same} and {arm.name} are equal", got=f"the same configuration {found}",
                 fix="remove one, or let them differ",
             )  # fmt: skip
 

@@ -147,7 +147,7 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
     """The training process, its output appended to the trial's file."""
     begun = _mended(task)
     twinrl = ["resume", task.directory] if begun else ["train", task.config]
-    command = [sys.executable, "-m", *_launcher(task), "ablations.lifeline", "twinrl", *twinrl]
+    command = [sys.executable, "-m", *_launcher(task), "twinrl.lifeline", "twinrl", *twinrl]
     output = Path(task.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
@@ -175,7 +175,7 @@ def _launcher(task: Task) -> list[str]:
     others = ",".join(f"{rank}:3" for rank in range(1, task.workers))
     logs = [f"--log-dir={ranks_folder(task.output)}", f"--redirects={others}"]
     return [
-        "ablations.lifeline",
+        "twinrl.lifeline",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={task.workers}",

@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _WORKERS > 1:  # side by side: the cores are shared, also by the processes that tests start
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Also for the processes that tests start. More threads make small tensors no faster, on a busy machine much slower."""
 
 PROCESSES = "processes"
 """Marker of files that start Ray or several ranks: under ``pytest -n`` one worker runs them, one after the other."""

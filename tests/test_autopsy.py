@@ -10,6 +10,8 @@ import pandas as pd
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 NUMBER = re.compile(r"(?<!\w)(?:\d+ of \d+|\d+(?:,\d{3})*(?:\.\d+)?)")
 

@@ -11,11 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tests.states import STATE
 from twinrl import checkpoints
 from twinrl.checkpoints import Checkpoint, SaveError
 from twinrl.errors import InputError
-
-STATE = dict.fromkeys(checkpoints.STATE_KEYS, 0)
 
 
 def made(value: float = 1.0, **state: object) -> Checkpoint:
@@ -148,17 +147,30 @@ def test_missing_part(saved: Path) -> None:
     [
         ("{", "state.json"),
         ("", "state.json"),
-        ("[1]", "[1]"),
-        ("null", "None"),
+        ("[1]", "valid dictionary"),
+        ("null", "valid dictionary"),
         ("\x00\x01", "state.json"),
-        ('{"format": 1}', "format 1"),
-        ("{}", "format None"),
-        ('{"format": 2, "step": 3, "parts": []}', "config"),
+        (json.dumps({"format": 1, **STATE}), "format"),
+        (json.dumps(STATE), "format"),
+        ('{"format": 2, "step": 3, "parts": []}', "iteration"),
+        *(
+            (json.dumps({"format": 2, **STATE, key: value}), key)
+            for key, value in {
+                "step": -4, "iteration": 1.5, "log_offset": "0", "teacher_decay": 2, "lr_policy": [1],
+                "parts": ["../x"], "more": 1,
+            }.items()
+        ),
     ],
-)
+)  # fmt: skip
 def test_state_of_something_else(saved: Path, content: str, word: str) -> None:
     (saved / "state.json").write_text(content)
     refused(saved, str(saved / "state.json"), word)
+
+
+@pytest.mark.parametrize(("folder", "step", "length"), [(4, 7, 8), (4, 9, 8), (9, 9, 8)])
+def test_a_checkpoint_of_another_step_is_refused(folder: int, step: int, length: int) -> None:
+    with pytest.raises(InputError, match=rf"state\.json is corrupted.*step {step} in the folder step-0000000{folder}"):
+        checkpoints.check_place(Path(checkpoints.folder_of(folder)), {"step": step}, length)
 
 
 def test_state_that_is_no_text(saved: Path) -> None:

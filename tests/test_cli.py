@@ -17,6 +17,7 @@ import torch
 
 from tests import logs
 from tests.fake_source import SMALL, register, small
+from tests.tracking import stores
 from twinrl import cli, pictures
 from twinrl.commands.progress import ConsoleObserver
 from twinrl.runs import RunDirectory
@@ -267,6 +268,7 @@ def test_picture_that_cannot_be_written(twinrl: Any, interrupted: RunDirectory, 
     refused(result, f"{out} cannot be written", "fix: ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["resume", "sample", "evaluate"])
 def test_corrupted_checkpoint(twinrl: Any, interrupted: RunDirectory, command: str) -> None:
     file = interrupted.newest_checkpoint() / "ema.safetensors"
@@ -325,6 +327,7 @@ def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     assert run.newest_checkpoint().name == "step-00000005"
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "terms.poison={at: 1, branches: [any]}", "stability.policy=record")
     assert result.code == 0
@@ -357,6 +360,7 @@ def test_a_second_interrupt_stops_at_once(twinrl: Any, monkeypatch: pytest.Monke
     assert twinrl(*TWINFLOW).code == 130
 
 
+@pytest.mark.slow
 def test_progress_without_a_terminal(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "train.steps=30", "evaluation.every=0")
     assert result.code == 0
@@ -367,7 +371,7 @@ def test_progress_without_a_terminal(twinrl: Any) -> None:
 
 @pytest.mark.slow
 def test_mlflow_away_then_published_by_the_command_of_the_warning(
-    twinrl: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    twinrl: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     with caplog.at_level(logging.WARNING):
         result = twinrl(*TWINFLOW, "tracking={mlflow: true, uri: 'http://127.0.0.1:9'}")
@@ -380,7 +384,7 @@ def test_mlflow_away_then_published_by_the_command_of_the_warning(
     assert "twinrl ui" not in result.out  # there is nothing to see yet
 
     refused(twinrl("publish", str(run.path)), "MLflow cannot be reached", "fix: ")
-    uri = f"sqlite:///{tmp_path}/later.db"
+    uri = f"sqlite:///{shutil.copy(stores.empty(tmp_path_factory), tmp_path / 'later.db')}"
     published = twinrl("publish", str(run.path), "--tracking-uri", uri)
     assert published.code == 0, published.err
     run_id = published.out.split()[-1]
@@ -396,9 +400,13 @@ def test_mlflow_away_then_published_by_the_command_of_the_warning(
 
 
 @pytest.mark.slow
-def test_starting_over_replaces_the_mlflow_run(twinrl: Any, tmp_path: Path) -> None:
+def test_starting_over_replaces_the_mlflow_run(
+    twinrl: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     from mlflow import MlflowClient
 
+    (tmp_path / "runs").mkdir()
+    shutil.copy(stores.empty(tmp_path_factory), tmp_path / "runs" / "mlflow.db")
     ids = []
     for fresh in ([], ["--fresh"]):
         assert twinrl(*TWINFLOW, "tracking.mlflow=true", *fresh).code == 0
@@ -471,6 +479,7 @@ def the_example() -> tuple[str, str]:
     return code, assignment
 
 
+@pytest.mark.slow
 def test_the_documented_term_trains(twinrl: Any) -> None:
     code, assignment = the_example()
     Path("my_terms.py").write_text(code)
@@ -481,6 +490,7 @@ def test_the_documented_term_trains(twinrl: Any) -> None:
     assert all(row["loss/near"] >= 0 for row in runlog.read(only_run().log))
 
 
+@pytest.mark.slow
 def test_the_console_script_finds_what_lies_beside_it() -> None:
     """As ``python -m twinrl`` does; and files there do not stand for the packages of the command line itself."""
     code, assignment = the_example()

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import os
 import types
 import typing
 from collections.abc import Iterator
@@ -458,3 +459,42 @@ def test_the_walk_over_the_schema_reaches_everything() -> None:
     names = {model.__qualname__ for model in all_settings()}
     assert {"RunConfig", "GuidanceConfig", "EvaluationConfig", "EarlyStop.Config", "Barron.Config"} <= names
     assert {"Rectify.Config", "TimeLaw", "Plateau.Config", "MachineConfig"} <= names
+
+
+# --- files that are no configuration ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a {b: *a}\n", "refers to itself"),
+        ("a: &a [1, 1, 1]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: [*c, *c, *c, *c]\n", "refers to itself"),
+        (f"extends: lab\nseed: {'7' * 5000}\n", "seed: unable to parse"),
+        (f"extends: lab\nseed: {'7' * 400}\n", "seed: input should be less"),
+        ("extends: lab\nmachine: {threads: 1000000}\n", "machine.threads: input should be less than or equal to 1024"),
+        ("extends: lab\ntrain: null\n", "train: "),
+        ("extends: lab\ntrain:\n- steps\n", "train: "),
+        ("[" * 100_000, "not valid YAML"),
+        ("extends: lab\nterms: {rectify: {weight: " + "1" * 2_000_000 + "}}", "expected at most 1,000,000"),
+    ],
+)  # fmt: skip
+def test_what_is_no_configuration_is_refused_in_one_short_line(text: str, words: str, tmp_path: Path) -> None:
+    message = refused(write(tmp_path, "c.yaml", text))
+    assert words in message
+    assert len(message) < 600
+
+
+def test_a_section_that_is_a_list_is_not_mended_by_an_override(tmp_path: Path) -> None:
+    name = write(tmp_path, "c.yaml", "extends: lab\ntrain:\n- steps\n")
+    assert "train is a list and no section" in refused(name, "train.steps=4")
+
+
+def test_a_null_takes_one_entry_away(tmp_path: Path) -> None:
+    assert "rectify" not in schema.load(write(tmp_path, "c.yaml", "extends: twinflow\nterms: {rectify: null}\n")).terms
+
+
+def test_a_pipe_and_a_name_that_no_file_can_have_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.yaml")
+    assert "is no file" in refused(str(tmp_path / "c.yaml"))
+    for name in ("n" * 400, f"{'n' * 400}.yaml"):
+        assert "no preset or file 'nnn" in refused(name)

@@ -208,6 +208,7 @@ def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> N
     assert logged[-1][names.RENOISE_T_MEAN] == 0.5
 
 
+@pytest.mark.slow
 def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path) -> None:
     settings = small(tmp_path, *GENERATOR, "reward.model=picky", "stability.policy=stop", "train.steps=3")
     trainer = finish(settings)  # not even under a stop policy: the step is healthy
@@ -249,6 +250,7 @@ def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_
     assert pulls["latent"].abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_resume_is_exact(tmp_path: Path, route: str) -> None:
     more = ("train.steps=9", "reward.gradient={estimator: {kind: random_direction, quantise: true}, eta: 5}",

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.states import STATE
 from twinrl import checkpoints
-from twinrl.checkpoints import STATE_KEYS, Checkpoint, SaveError
+from twinrl.checkpoints import Checkpoint, SaveError
 
 
 def checkpoint(step: int, value: torch.Tensor) -> Checkpoint:
-    state = dict.fromkeys(STATE_KEYS, 0) | {"step": step, "parts": ["student"]}
+    state = STATE | {"step": step, "parts": ["student"]}
     return Checkpoint({"student": {"weight": value}}, state)
 
 

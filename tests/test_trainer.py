@@ -156,6 +156,7 @@ def test_resume_equals_an_undisturbed_run(tmp_path: Path, variant: str) -> None:
     assert_same(finish(settings), undisturbed)
 
 
+@pytest.mark.slow
 def test_resume_with_permuted_null_and_second_order_terms(tmp_path: Path) -> None:
     undisturbed = finish(small(tmp_path / "a", preset="tutorial"))
     settings = small(tmp_path / "b", preset="tutorial")
@@ -272,6 +273,7 @@ def test_fewer_rows_train_on_the_first_alone(tmp_path: Path) -> None:
     assert "at most 40" in one_line(error)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
     full, mixed = (finish(small(tmp_path, f"train.precision={p}")) for p in ("float32", "bf16"))
     assert {v.dtype for v in state(mixed).values()} == {torch.float32}
@@ -280,6 +282,7 @@ def test_bf16_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
     assert b == pytest.approx(a, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "network",
     [

@@ -2,7 +2,7 @@
 
 from twinrl import compat
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, with their base classes
     "TwinFlowScheduler": "twinrl.sampling.scheduler",

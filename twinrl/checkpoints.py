@@ -20,22 +20,41 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from twinrl.config import one_line
 from twinrl.errors import InputError
 
 FORMAT = 2
 STATE, SHARDS = "state.json", "shards"
-STATE_KEYS = {
-    "step", "iteration", "attempt", "event_count", "log_offset", "events_offset", "teacher_decay", "lr_policy",
-    "early_stop", "gradients", "monitor", "reward", "content_hash", "config", "parts",
-}  # fmt: skip
-"""What ``state.json`` of this format holds beside the format."""
+
+
+class State(BaseModel):
+    """What ``state.json`` of this format holds; the parts of the run that it is handed to check the rest."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    step: NonNegativeInt
+    iteration: NonNegativeInt
+    attempt: NonNegativeInt
+    event_count: NonNegativeInt
+    log_offset: NonNegativeInt
+    events_offset: NonNegativeInt
+    teacher_decay: Annotated[float, Field(ge=0, le=1)]
+    lr_policy: dict[str, Any]
+    early_stop: dict[str, Any]
+    gradients: dict[str, Any]
+    monitor: dict[str, Any]
+    reward: dict[str, Any]
+    content_hash: str
+    config: dict[str, Any]
+    parts: list[Annotated[str, Field(pattern=r"^\w+$")]]
 
 
 class SaveError(Exception):
@@ -223,13 +242,30 @@ def load_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
         raise _corrupted(path / STATE, error) from error
-    if not isinstance(state, dict):
-        raise _corrupted(path / STATE, f"{state!r:.40}")
-    if state.get("format") != FORMAT:
-        raise _corrupted(path / STATE, f"format {state.get('format')}")
-    if absent := sorted(STATE_KEYS - set(state)):
-        raise _corrupted(path / STATE, f"no {', '.join(absent)}")
-    return state
+    try:
+        State.model_validate(state)
+    except ValidationError as error:
+        raise _corrupted(path / STATE, one_line(error.errors())) from error
+    return state  # type: ignore[no-any-return]
+
+
+def check_place(path: Path, state: Mapping[str, Any], steps: int) -> None:
+    """Raises InputError where the checkpoint in ``path`` is not the one that a run of so many steps wrote there."""
+    if folder_of(state["step"]) != path.name or state["step"] > steps:
+        raise _corrupted(path / STATE, f"step {state['step']} in the folder {path.name} of a run of {steps} steps")
+
+
+@contextmanager
+def entry(origin: str, name: str) -> Iterator[None]:
+    """For handing on an entry of a state: raises InputError that names it where its content is not as it was written.
+
+    Arguments:
+        origin: the checkpoint. name: of the entry.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _corrupted(Path(origin) / STATE, f"{name}: {type(error).__name__} {error}") from error
 
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
@@ -245,10 +281,10 @@ def shard_metadata(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from torch.distributed.checkpoint import FileSystemReader
+    from twinrl.shards import Reader
 
     try:
-        return FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        return Reader(folder).read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise _corrupted(folder, error) from error
 
@@ -257,11 +293,13 @@ def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The whole tensors of a folder of shards, in this process alone, by part and name."""
     from torch.distributed import checkpoint
 
+    from twinrl.shards import Reader
+
     flat = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in shard_metadata(folder).items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
-            checkpoint.load(flat, storage_reader=checkpoint.FileSystemReader(str(folder)), no_dist=True)
+            checkpoint.load(flat, storage_reader=Reader(folder), no_dist=True)
     except (OSError, checkpoint.CheckpointException) as error:
         raise _corrupted(folder, str(error).splitlines()[0]) from error
     tensors: dict[str, dict[str, Tensor]] = {}

@@ -28,6 +28,9 @@ def seed_global(seed: int) -> None:
 
     The same numbers as after ``torch.manual_seed``, which for each absent accelerator also writes down where it was
     called: 1 ms, several times a step.
+
+    Arguments:
+        seed: from −2⁶³ to 2⁶⁴ − 1; a negative one is taken modulo 2⁶⁴.
     """
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

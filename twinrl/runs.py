@@ -15,12 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from twinrl import checkpoints, config, schema
 from twinrl.errors import InputError
 from twinrl.tracking import environment, mlflow_state, runlog
 
 CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
+
+
+class _Result(BaseModel):
+    """What every ``result.json`` holds, whatever else is in it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    status: str
+    step: NonNegativeInt
 
 
 class EventLog(runlog.RunLog):
@@ -39,6 +48,9 @@ class NoLog:
     def sync(self) -> int:
         """Nothing is on disk."""
         return 0
+
+    def check(self, offset: int) -> None:
+        """There is nothing to check."""
 
     def trim(self, offset: int) -> None:
         """There is nothing to cut."""
@@ -68,9 +80,19 @@ class RunDirectory:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """How the run ended, or None while it is unfinished."""
+        """How the run ended, or None while it is unfinished. Raises InputError where the file is damaged."""
         path = self.path / RESULT
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return _Result.model_validate_json(content).model_dump(exclude_unset=True)
+        except ValidationError as error:
+            raise InputError(
+                f"{path} is damaged or not of a run", got=config.one_line(error.errors()),
+                fix=f"delete it: `twinrl resume {self.path}` then makes it again",
+            ) from error  # fmt: skip
 
     def begun_by(self, launchers: Iterable[str]) -> bool:
         """Whether one of these launchers has trained this run; "" is none."""
@@ -174,10 +196,14 @@ class RunDirectory:
         unfinished.replace(self.path / RESULT)
 
     def settings(self) -> schema.RunConfig:
-        """The run's configuration. Raises InputError where the directory holds no run."""
+        """The run's configuration; keys that are newer than the run have the defaults that they came with.
+
+        Raises:
+            InputError: the directory holds no run, or not one of this version or an older one.
+        """
         if not self.exists:
             raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {CONFIG}")
-        return config.validate(schema.RunConfig, config.read_yaml(self.path / CONFIG))
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / CONFIG), config.STORED)
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""

@@ -208,7 +208,7 @@ class MachineConfig(Settings):
     """The device and its threads."""
 
     device: str = Field("auto", description="auto (a GPU where there is one), cpu, cuda, cuda:1, …")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null = torch's default")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads; null = torch's default")
     offload: bool = Field(
         False, description="families: VAE and reward models wait on the host and visit the device while they are used"
     )
@@ -218,7 +218,7 @@ class RunConfig(Settings):
     """Everything that defines a run. ``twinrl doctor --schema`` prints all keys with their meaning."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="first part of the run directory")
-    seed: int = Field(0, ge=0, description="decides initial weights, data order, times and noise")
+    seed: int = Field(0, ge=0, lt=2**63, description="decides initial weights, data order, times and noise")
     train: TrainConfig = TrainConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -367,19 +367,16 @@ class RunConfig(Settings):
         return configuration.canonical_hash(self.numeric())
 
     def numeric(self) -> dict[str, Any]:
-        """The settings that change a run's numbers, as plain JSON values; the seed is not among them."""
-        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC)
+        """The settings that change a run's numbers, as plain JSON values; the seed is not among them.
+
+        Nor are keys that came after the first ones, where they have their defaults (:class:`twinrl.config.Settings`).
+        """
+        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC, context=configuration.IDENTITY)
         plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
         unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
         if self.model.family is None:
             del plain["data"]["row_multiple"]
-        if self.data.rows is None:
-            del plain["data"]["rows"]
-        if self.model.prediction is None:  # absent, as before there were diffusion models
-            plain["model"] = {k: v for k, v in plain["model"].items() if k not in ("prediction", "diff2flow")}
-        if not self.judges:
-            del plain["judges"]
         return plain
 
     @property

@@ -400,9 +400,12 @@ class Trainer:
             self.events.trim(0)
             return
         checkpoint = self.ranks.load(newest)
+        checkpoints.check_place(newest, checkpoint.state, self.settings.train.steps)
         check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
         self.restore(checkpoint, str(newest))
-        self.saver.newest = self.iteration
+        self.log.check(checkpoint.state["log_offset"])
+        self.events.check(checkpoint.state["events_offset"])
+        self.saver.newest = self.iteration  # from here on nothing is refused any more
         self.capsules.forget_after(self.step)
         self.log.trim(checkpoint.state["log_offset"])
         self.events.trim(checkpoint.state["events_offset"])
@@ -427,12 +430,15 @@ class Trainer:
         self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
         decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
         self.objective.teacher.decay = decay
-        self.lr_policy.load(state["lr_policy"])
-        self.early_stop.load(state["early_stop"])
-        self.engine.load(state["gradients"])
-        self.monitor.load(state["monitor"], strict)
+        loading: dict[str, Callable[[Any], None]] = {
+            "lr_policy": self.lr_policy.load, "early_stop": self.early_stop.load, "gradients": self.engine.load,
+            "monitor": partial(self.monitor.load, strict=strict),
+        }  # fmt: skip
         if self.guide is not None:
-            self.guide.load(state["reward"])
+            loading["reward"] = self.guide.load
+        for name, load in loading.items():
+            with checkpoints.entry(origin, name):
+                load(state[name])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
 

@@ -49,7 +49,7 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL to the raylet and its workers, as when the machine loses power; trials have to notice."""
-        for pid in [*below(self.process.pid, stop="ablations.lifeline"), self.process.pid]:
+        for pid in [*below(self.process.pid, stop="twinrl.lifeline"), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -60,7 +60,13 @@ WRONG = {
     "a study can't set seed": {"factors": {"s": {"a": {"seed": 1}, "b": {"seed": 2}}}},
     "has 1 level, expected two": {"factors": {"rate": {"only": {"optim.lr": 1e-4}}}},
     "arms a and b are equal": {"design": {"kind": "arms", "arms": {"a": {"rate": "small"}, "b": {"optim.lr": 1e-4}}}},
-    "got 0; expected 1 or more": {"seeds": 0},
+    "got 0; expected 1 to 100,000": {"seeds": 0},
+    "got 300,000,000; expected 1 to 100,000": {"seeds": 300_000_000},
+    "16,777,216 arms of 1 seeds are 16,777,216 trials": {
+        "factors": {f"f{i}": {"a": {}, "b": {"optim.lr": 1.0}} for i in range(24)}, "seeds": 1,
+    },
+    "can't be the name of a level of rate": {"factors": {"rate": RATES | {"../up": {"optim.lr": 1e-4}}}},
+    r"'two\nlines' can't be the name": {"factors": {"rate": RATES | {"two\nlines": {"optim.lr": 1e-4}}}},
     "distinct seeds": {"seeds": [1, 1]},
     "unknown design 'latin'": {"design": {"kind": "latin"}},
     "no fraction of 1": {"design": {"kind": "fractional_factorial"}},
@@ -70,7 +76,7 @@ WRONG = {
     "asha compares validations": {"set": {"evaluation.every": 0}, "stop": {"kind": "asha"}},
     "low must be below high": {"margin": {"low": 1.0, "high": 0.1}},
     "finite numbers": {"set": {"optim.eps": float("nan")}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)

@@ -39,7 +39,7 @@ def test_a_trial_and_what_it_started_die_with_their_starter(tmp_path: Path) -> N
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "ablations.lifeline", "sleeper"],
+        [sys.executable, "-m", "twinrl.lifeline", "sleeper"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True,
     )  # fmt: skip
     assert process.stdin
@@ -68,7 +68,7 @@ def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher
     task = trial.Task(**values | {"workers": 2, "output": str(tmp_path / "out.txt")})  # type: ignore[arg-type]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-m", *trial._launcher(task), "ablations.lifeline", "rank"],
+        [sys.executable, "-m", *trial._launcher(task), "twinrl.lifeline", "rank"],
         stdin=subprocess.PIPE, cwd=tmp_path, env=environment, start_new_session=True,
     )  # fmt: skip
     assert process.stdin

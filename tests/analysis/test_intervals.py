@@ -131,6 +131,7 @@ def test_numbers_for_people(value: float, text: str) -> None:
     assert intervals.number(value) == text
 
 
+@pytest.mark.slow
 def test_holm_is_statsmodels() -> None:
     from statsmodels.stats.multitest import multipletests
 

@@ -71,6 +71,7 @@ def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(stu
     assert "recall changes by" in cost
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_nothing_is_named_at_the_top_where_nothing_is_planted(tmp_path: Path) -> None:
     alike = {name: {**arm, "rate": 0.0, "quality": 0.2} for name, arm in simulated.ARMS.items()}
@@ -82,6 +83,7 @@ def test_nothing_is_named_at_the_top_where_nothing_is_planted(tmp_path: Path) ->
     assert "★ " not in top.replace("★: found", "")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_critical_learning_rates_of_a_search_are_read(tmp_path: Path) -> None:
     folder = simulated.make_study(tmp_path, seeds=3, steps=60)
@@ -228,6 +230,7 @@ def test_mlflow_experiments_are_studies(tmp_path: Path, tmp_path_factory: pytest
 # --- bad input, command line ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(study_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing at"):
         report(tmp_path / "absent")

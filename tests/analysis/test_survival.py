@@ -81,6 +81,7 @@ def test_hazard_ratio_without_any_event_says_nothing() -> None:
 # --- curves -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_log_rank_keeps_its_level_and_finds_a_difference() -> None:
     rng = np.random.default_rng(3)
     pairs = zip(*(validity.arms(rng, 100, 10, 1.0) for _ in "ab"), strict=True)
@@ -114,6 +115,7 @@ def test_restricted_mean_covers_the_planted_one(rate: float) -> None:
     assert (np.abs(mean - truth) <= half).mean() < 0.925  # of 2,000: four errors below 95 %
 
 
+@pytest.mark.slow
 def test_difference_of_restricted_means_covers() -> None:
     rng = np.random.default_rng(6)
     pairs = zip(*(validity.arms(rng, STUDIES, 10, rate) for rate in (2.0, 0.7)), strict=True)

@@ -13,6 +13,7 @@ scale, paper = script("scale"), script("paper")
 PAGE = Path(__file__).parents[2] / "docs" / "scale.md"
 
 
+@pytest.mark.slow
 def test_one_process_sends_nothing_and_holds_what_is_planned(tmp_path):
     found = scale.measure(scale.settings_of("per term", tmp_path), ALONE, steps=1)
     assert found.count == {}

@@ -34,6 +34,7 @@ def test_a_real_step_makes_exactly_the_passes_of_its_floor(preset, tmp_path, wit
     assert sorted(seen[False]) == sorted(floor.forward)
 
 
+@pytest.mark.slow
 def test_the_script_writes_numbers_and_a_table(tmp_path, without_digits, capsys):
     out = tmp_path / "result"
     step_time.main(["--width", "8", "--batch", "8", "--pairs", "2", "--warmup", "0", "--out", str(out)])

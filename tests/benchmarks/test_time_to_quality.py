@@ -100,6 +100,7 @@ def test_a_tiny_study_and_its_continuation(tmp_path, monkeypatch, without_digits
         ttq.main([*TINY, "--out", str(out), "--batch", "16"], Digits())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(tmp_path):
     source = Digits()
     plan = replace(PLAN, points=2)

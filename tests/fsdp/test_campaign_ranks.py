@@ -1,6 +1,5 @@
 """Every preset and switch on 2 and 4 processes gives the run of one; what each mechanism does is in test_ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 
 from tests.fsdp import cases
 from tests.fsdp.cases import ELASTIC, FULL, POLICIES, STEPS, folder_of, ranks_of, run
-from tests.fsdp.cases import known as known
 from tests.fsdp.spawned import spawned
 from twinrl.schema import RunConfig
 from twinrl.trainer import Outcome
@@ -33,25 +31,6 @@ def on_four(base: Path) -> dict[str, Any]:
 def on_two(base: Path) -> dict[str, Any]:
     settings = elastic(base, "four to two")
     return {**cases.run_all(base, ON_2), "four to two": run(settings, ranks_of(settings))}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def single(base: Path, known: None) -> Callable[[str], tuple[RunConfig, Outcome]]:
-    """A case in this process, run once."""
-    done: dict[str, tuple[RunConfig, Outcome]] = {}
-
-    def of(name: str) -> tuple[RunConfig, Outcome]:
-        if name not in done:
-            settings = FULL[name].settings(folder_of(base, 1, name))
-            done[name] = settings, run(settings)
-        return done[name]
-
-    return of
 
 
 @pytest.fixture(scope="module")

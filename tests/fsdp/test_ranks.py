@@ -4,7 +4,6 @@ One spawn of two processes and a short one of four, for copies of shards, run al
 this process.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.fake_source import FakeSource
 from tests.fsdp import cases, measures
-from tests.fsdp.cases import ELASTIC, HYBRID, QUICK, STEPS, Case, folder_of, ranks_of, rows, run, trainer_of
-from tests.fsdp.cases import known as known
+from tests.fsdp.cases import CASES, ELASTIC, HYBRID, QUICK, STEPS, Case, folder_of, ranks_of, rows, run, trainer_of
 from tests.fsdp.spawned import spawned
 from tests.rounding import bound
 from twinrl import assembly, checkpoints
@@ -111,25 +109,6 @@ def _start(base: Path, at: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def single(base: Path, known: None) -> Callable[[str], tuple[RunConfig, Outcome]]:
-    """A case in this process, run once."""
-    done: dict[str, tuple[RunConfig, Outcome]] = {}
-
-    def of(name: str) -> tuple[RunConfig, Outcome]:
-        if name not in done:
-            settings = {**QUICK, "hybrid": HYBRID}[name].settings(folder_of(base, 1, name))
-            done[name] = settings, run(settings)
-        return done[name]
-
-    return of
-
-
-@pytest.fixture(scope="module")
 def two(base: Path, known: None) -> list[dict[str, Any]]:
     """What each of two processes found; they also go on where one has stopped."""
     assert run(elastic(base, "single"), stop=MIDDLE) == Outcome("interrupted", MIDDLE)
@@ -144,7 +123,7 @@ def four(base: Path) -> list[dict[str, Any]]:
 
 
 def on(base: Path, world: int, name: str) -> RunConfig:
-    return {**QUICK, "hybrid": HYBRID}[name].settings(folder_of(base, world, name))
+    return CASES[name].settings(folder_of(base, world, name))
 
 
 # --- the same run --------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def folder_of(cache, recipe=TINY):
     return cache / f"digits-{recipe.hash()[:12]}"
 
 
+@pytest.mark.slow
 def test_rebuilding_gives_the_same_content_whatever_the_threads(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("TWINRL_CACHE", str(tmp_path))
     threads, state = torch.get_num_threads(), torch.random.get_rng_state()

@@ -11,6 +11,8 @@ from twinrl.lab.degrade import Degrade
 from twinrl.lab.pretrain import euler
 from twinrl.lab.recipe import NETWORK
 
+pytestmark = pytest.mark.slow
+
 
 def accuracy(lab, pixels, labels):
     with torch.no_grad():
@@ -102,7 +104,6 @@ def test_the_empty_condition_is_no_prompts(lab):
     assert lab.null_condition(1)["text"].norm() == 0
 
 
-@pytest.mark.slow
 def test_teacher_draws_recognisable_digits_in_50_steps(lab):
     network = build_network(NETWORK, lab, seed=0)
     network.load_state_dict(lab.teacher_weights(network, network_key(NETWORK)))

@@ -39,6 +39,7 @@ def folder(path: Path, seeds: range) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_features_of_images_of_any_size(weights: Path) -> None:
     network = inception.Inception(weights)
     x = torch.rand(2, 3, 20, 30) * 2 - 1
@@ -75,6 +76,7 @@ def test_blocks_are_torchvisions_but_for_the_border_of_the_pool(weights: Path, b
     assert not network.Mixed_7b.maximum
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_once(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = folder(tmp_path / "images", range(3))
     first = inception.reference(images, weights, torch.device("cpu"))

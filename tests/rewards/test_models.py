@@ -21,6 +21,7 @@ def gradient(model, x, prompts=PROMPTS):
     return scores.detach(), x.grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_agrees_with_finite_differences(saved, kind):
     model = reward({"kind": kind, **saved[kind], "dtype": "float64"})
@@ -154,6 +155,7 @@ def test_pickscore_has_clips_temperature(saved, reference):
     torch.testing.assert_close(ours, expected.detach(), **DOUBLE)
 
 
+@pytest.mark.slow
 def test_clipscore_definitions(saved, reference):
     logits, scale, _ = reference(PROMPTS)
     prefixed, _, _ = reference([f"A photo depicts {prompt}" for prompt in PROMPTS])

@@ -57,6 +57,7 @@ def troubled() -> Simulated:
 # --- planted spikes -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [40, pytest.param(200, marks=pytest.mark.campaign)])
 def test_events_name_the_planted_term(runs: int) -> None:
     """Every second run with 1–3 spikes of 15–200 times in a random term; the others answer weakly."""
@@ -152,6 +153,7 @@ def test_unscored_images_are_one_event_and_hide_no_other_trouble() -> None:
 # --- resuming and logs --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resume_at_any_step_changes_nothing(troubled: Simulated) -> None:
     """The watch is saved, thrown away and loaded after every second step."""
     config = Watch.Config(**RMS)

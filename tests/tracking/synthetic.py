@@ -40,6 +40,7 @@ def make_run(folder: Path, rows: int = 2000, seed: int = 0, name: str = "twinflo
     config = {"name": name, "seed": seed, "train": {"steps": rows, "batch": 64}, "optim": {"lr": 1e-4}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     with RunLog(run / "log.jsonl") as log:
+        log.trim(0)  # as a run does that begins
         for iteration in range(rows):
             log.append(make_row(iteration, seed))
     for step in GRID_STEPS:

@@ -2,10 +2,13 @@
 
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import mlflow
 import pytest
@@ -159,6 +162,48 @@ def test_publishing_over_http_is_as_good_and_keeps_files_beside_the_store(
     copies = list(kept.rglob(f"{run_id}/artifacts/samples/1nfe_000000.png"))
     assert [copy.read_bytes() for copy in copies] == [(run / "samples/1nfe_000000.png").read_bytes()]
     assert len(remote.list_artifacts(run_id, "images")) == 4
+
+
+def answer(url: str, **headers: str) -> int:
+    """The status of a search for experiments."""
+    request = Request(f"{url}/api/2.0/mlflow/experiments/search", b'{"max_results": 1}', headers)
+    try:
+        with urlopen(request, timeout=WAIT_SECONDS) as response:
+            return int(response.status)
+    except HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_the_server_answers_to_its_own_addresses_alone(server: ui.Server) -> None:
+    json = {"Content-Type": "application/json"}
+    port = server.url.rsplit(":", 1)[1]
+    assert answer(server.url, **json) == 200
+    assert answer(server.url, **json, Host=f"localhost:{port}", Origin=server.url) == 200
+    for host in ("10.evil.example", "192.168.1.1.evil.example", f"localhost:{int(port) + 1}"):
+        assert answer(server.url, **json, Host=host) == 403
+    assert answer(server.url, **json, Origin="http://localhost:1") == 403
+
+
+@pytest.mark.campaign
+def test_the_server_ends_with_its_starter(published: dict[str, Any]) -> None:
+    program = (
+        "import sys, time; from twinrl.tracking import ui\n"
+        "print(ui.Server(sys.argv[1], port=0).url, flush=True); time.sleep(600)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", program, published["uri"]], stdout=subprocess.PIPE, text=True)
+    assert starter.stdout is not None
+    url = starter.stdout.readline().strip()
+    assert answer(url, **{"Content-Type": "application/json"}) == 200
+    starter.kill()
+    starter.wait()
+    host, port = url.removeprefix("http://").split(":")
+
+    def gone() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) != 0
+
+    assert wait_for(gone, 20)
 
 
 def test_missing_store_is_an_input_error(tmp_path: Path) -> None:

@@ -146,7 +146,19 @@ def test_missing_log_and_missing_folder_are_input_errors(tmp_path: Path) -> None
     with pytest.raises(InputError, match="No such file"):
         read(tmp_path / "log.jsonl")
     with pytest.raises(InputError, match="cannot write"):
-        RunLog(tmp_path / "absent" / "log.jsonl")
+        RunLog(tmp_path / "absent" / "log.jsonl").sync()
+
+
+def test_a_refused_trim_leaves_every_byte(path: Path, tmp_path: Path) -> None:
+    write(path, 0, 3)
+    with path.open("ab") as file:
+        file.write(b'{"iteration": 3, "lo')
+    before = path.read_bytes()
+    for log, offset in ((RunLog(path), 7), (RunLog(tmp_path / "none.jsonl"), 12)):
+        with pytest.raises(InputError, match="does not belong"):
+            log.trim(offset)
+    assert path.read_bytes() == before
+    assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_rows_can_be_read_in_stretches(path: Path) -> None:

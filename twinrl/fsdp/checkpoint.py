@@ -23,6 +23,7 @@ from twinrl import checkpoints
 from twinrl.checkpoints import SHARDS, Checkpoint
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
+from twinrl.shards import Reader
 
 
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
@@ -117,7 +118,7 @@ class ShardedPart(Stored):
     """One part of a checkpoint of torch.distributed.checkpoint, resharded as it is read."""
 
     def __init__(self, folder: Path, part: str):
-        self.reader, self.part = dcp.FileSystemReader(str(folder)), part
+        self.reader, self.part = Reader(folder), part
         self._metadata = checkpoints.shard_metadata(folder)
 
     def _of_part(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from twinrl.errors import InputError
 
@@ -59,24 +59,30 @@ class RunLog:
     """Appends rows to ``path``; what :meth:`sync` has returned is on disk.
 
     Arguments:
-        path: the file, usually ``<run>/log.jsonl``; created if missing, its folder must exist. A torn last
-            line is cut off on opening.
+        path: the file, usually ``<run>/log.jsonl``; its folder must exist. It is opened at the first use of the log,
+            made if missing, and a torn last line is cut off then.
 
     Raises:
-        InputError: the file cannot be opened for writing.
+        InputError: at the first use: the file cannot be opened for writing.
 
     *When to use*: by the one process that writes a run's rows (rank 0). Readers use :func:`read`.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        try:
-            self._file = open(self.path, "ab+")  # noqa: SIM115 (kept open for the whole run)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the run log {self.path}", got=error.strerror, fix="check the folder's rights"
-            ) from error
-        self._cut(_end_of_last_line(self._file.fileno()))
+        self._opened: BinaryIO | None = None
+
+    @property
+    def _file(self) -> BinaryIO:
+        if self._opened is None:
+            try:
+                self._opened = open(self.path, "ab+")  # noqa: SIM115 (kept open for the whole run)
+            except OSError as error:
+                raise InputError(
+                    f"cannot write the run log {self.path}", got=error.strerror, fix="check the folder's rights"
+                ) from error
+            self._cut(_end_of_last_line(self._opened.fileno()))
+        return self._opened
 
     def append(self, row: Mapping[str, object]) -> None:
         """Write one row, buffered. Strings that spell a non-finite number would read back as that number.
@@ -93,22 +99,31 @@ class RunLog:
         os.fsync(self._file.fileno())
         return self._file.tell()
 
-    def trim(self, offset: int) -> None:
-        """Cut everything after byte ``offset``, which a checkpoint got from :meth:`sync`.
+    def check(self, offset: int) -> None:
+        """Changes nothing.
 
         Raises:
             InputError: the log is shorter than ``offset``, or ``offset`` is not the end of a row.
         """
-        self._file.flush()
-        length = os.fstat(self._file.fileno()).st_size
-        inside = 0 < offset <= length
-        if offset != 0 and not (inside and os.pread(self._file.fileno(), 1, offset - 1) == b"\n"):
+        if self._opened is not None:
+            self._opened.flush()
+        length, before = 0, b""
+        if self.path.is_file():
+            with self.path.open("rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                before = os.pread(file.fileno(), 1, max(offset - 1, 0))
+        if offset != 0 and not (0 < offset <= length and before == b"\n"):
             raise InputError(
                 f"{self.path} does not belong to this checkpoint",
                 got=f"{length} bytes, no row ending at byte {offset}",
                 expected=f"a row that ends at byte {offset}",
                 fix="restore the log that was written with the checkpoint",
             )
+
+    def trim(self, offset: int) -> None:
+        """Cut everything after byte ``offset``, which a checkpoint got from :meth:`sync`; errors as :meth:`check`."""
+        self.check(offset)
+        self._file.flush()
         self._cut(offset)
 
     def _cut(self, length: int) -> None:
@@ -118,9 +133,9 @@ class RunLog:
 
     def close(self) -> None:
         """Sync and close; calling it twice is harmless."""
-        if not self._file.closed:
+        if self._opened is not None and not self._opened.closed:
             self.sync()
-            self._file.close()
+            self._opened.close()
 
     def __enter__(self) -> "RunLog":
         return self

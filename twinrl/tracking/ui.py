@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from twinrl.errors import InputError
 from twinrl.tracking import store
+from twinrl.tracking.guard import ADDRESSES
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120
@@ -55,7 +56,8 @@ class Server:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the server writes to it until it ends)
         self._process = subprocess.Popen(
             _command(store_uri, host, port),
-            env=os.environ | SETTINGS,
+            env=os.environ | SETTINGS | {ADDRESSES: ",".join(f"{name}:{port}" for name in (host, "localhost"))},
+            stdin=subprocess.PIPE,  # the lifeline: however this process ends, the server does
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
             start_new_session=True,
@@ -89,6 +91,8 @@ class Server:
                     self._process.wait(STOP_SECONDS)
                 except subprocess.TimeoutExpired:
                     continue
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         self._stderr.close()
 
     def __enter__(self) -> "Server":
@@ -100,10 +104,13 @@ class Server:
 
 def _command(store_uri: str, host: str, port: int) -> list[str]:
     """The command line of the server; experiments made through it keep their artifacts beside the database."""
-    options = {"--backend-store-uri": store_uri, "--host": host, "--port": str(port), "--workers": "1"}
+    options = {
+        "--backend-store-uri": store_uri, "--host": host, "--port": str(port), "--workers": "1", "--app-name": "twinrl",
+    }  # fmt: skip
     if database := store.sqlite_path(store_uri):
         options["--artifacts-destination"] = str(database.resolve().parent / store.ARTIFACTS_NAME)
-    return [sys.executable, "-m", "mlflow", "server", *(word for pair in options.items() for word in pair)]
+    words = [word for pair in options.items() for word in pair]
+    return [sys.executable, "-m", "twinrl.lifeline", "mlflow", "server", *words]
 
 
 def _last_complaint(output: str) -> str:
@@ -139,7 +146,9 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
         print(f"MLflow: {store_uri}")
         return 0
     print(f"starting MLflow over {store_uri} …", flush=True)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # a polite kill, a closed terminal
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         with Server(store_uri, port, host) as server:
             print(f"MLflow: {server.url}/#/experiments?{TRAINING_PAGES}   (Ctrl-C ends it)", flush=True)
@@ -149,7 +158,7 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """A polite kill ends the server like Ctrl-C does."""
+    """Ends the server as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

@@ -56,6 +56,7 @@ def test_images_are_equal_but_for_the_last_bit_of_few_pixels(case, tmp_path):
     assert ours.std() > 1
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_a_start_again(case, tmp_path):
     """Second time and sign come back from the weights, by the same path as any folder."""
     network = disturbed(case.network())

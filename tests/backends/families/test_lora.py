@@ -34,6 +34,7 @@ def test_initial_adapters_depend_on_the_seed_alone(sd3):
     assert {name for name in first if not torch.equal(first[name], other[name])} == {n for n in first if "lora_A" in n}
 
 
+@pytest.mark.slow
 def test_a_new_adapter_changes_nothing(case):
     assert torch.equal(at(case.network(lora=LORA), case), at(case.network(), case))
 

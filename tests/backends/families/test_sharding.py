@@ -45,6 +45,7 @@ def test_sharded_equals_whole(case, mesh):
     assert_gradients_alike(parts, whole)
 
 
+@pytest.mark.slow
 def test_times_stay_exact_under_its_mixed_precision(case, mesh):
     network = sharded(case, mesh, MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     transformer, seen = network.transformer, []

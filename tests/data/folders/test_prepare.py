@@ -61,6 +61,7 @@ def run(folder: Path, to: Path, encoder: TinyEncoder, config: PrepareConfig | No
     return prepare(folder, encoder, config or settings(), to, quiet)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_cache_holds_what_the_models_give(folder: Path, tmp_path: Path, encoder: TinyEncoder) -> None:
     result = run(folder, tmp_path / "out", encoder)
@@ -120,6 +121,7 @@ def test_again_encodes_nothing(folder: Path, tmp_path: Path, encoder: TinyEncode
     assert files(tmp_path / "out") == before
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_encoded(copy: Path, tmp_path: Path, encoder: TinyEncoder) -> None:
     run(copy, tmp_path / "out", encoder)
     (copy / "003.txt").write_text("another caption")
@@ -280,6 +282,7 @@ class Interrupted(BaseException):
     """What a signal handler might raise."""
 
 
+@pytest.mark.slow
 def test_interruption_at_any_call_loses_one_shard_and_changes_nothing(
     folder: Path, tmp_path: Path, encoder: TinyEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""``python -m ablations.lifeline MODULE ARGUMENTS…``: run a module that ends when the process that started it ends.
+"""``python -m twinrl.lifeline MODULE ARGUMENTS…``: run a module that ends when the process that started it ends.
 
 Standard input is a pipe whose other end only the starter holds. However that one dies, the system closes the pipe,
 and this process and all that it started are killed. So no trial outlives its study, on any system, and its run
