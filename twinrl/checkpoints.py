@@ -199,7 +199,7 @@ def load_state(path: Path) -> dict[str, Any]:
         State.model_validate(state)
     except ValidationError as error:
         raise _corrupted(path / STATE, one_line(error.errors())) from error
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def check_place(path: Path, state: Mapping[str, Any], steps: int) -> None:

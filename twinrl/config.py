@@ -100,7 +100,7 @@ class Settings(BaseModel):
 def _plain(field: FieldInfo, default: Any) -> Any:
     """A default as the identity of a configuration shows it: a component by its kind."""
     if field.validate_default:
-        adapter = TypeAdapter(Annotated[field.annotation, *field.metadata])
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
         return adapter.dump_python(adapter.validate_python(default, context=STORED), mode="json", context=IDENTITY)
     return to_jsonable_python(default)
 

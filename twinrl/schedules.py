@@ -256,7 +256,7 @@ class _Itself:
 
 setattr(Schedule, "Config", _Itself())  # noqa: B010  (in the class body, pydantic would take it for its own Config)
 
-SCHEDULES = Registry(
+SCHEDULES: Registry[Any] = Registry(
     "schedule",
     Schedule,
     {"constant": Constant, "hard": Hard, "linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid},

@@ -87,7 +87,7 @@ def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> Non
 
 def note(plan: Plan, trial: Trial, record: Record) -> None:
     """A trial's end, in its run directory and in the ledger."""
-    (trial.run.path / "result.json").write_text(json.dumps({"status": record.status}))
+    (trial.run.path / "result.json").write_text(json.dumps({"status": record.status, "step": record.step}))
     plan.workspace.ledger.append(record)
 
 

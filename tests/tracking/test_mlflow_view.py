@@ -338,7 +338,7 @@ def test_a_view_that_was_thrown_away_is_built_again_from_the_run_directory(runs:
 def test_published_after_mlflow_was_away_all_along(runs: Path) -> None:
     run = make_run(runs, rows=0)
     append(run, 0, 333)
-    (run / "result.json").write_text('{"status": "diverged"}')
+    (run / "result.json").write_text('{"status": "diverged", "step": 8}')
     view = MLflowView(run, uri=f"http://127.0.0.1:{closed_port()}", tags={"arm": "x"}, experiment="a", total=600)
     assert not view.close("FAILED")
     publish(run, store.default_uri(runs), final=True)

@@ -4,6 +4,7 @@ A network is a :class:`VelocityNetwork`, named here or by its dotted path (docs/
 """
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ __all__ = [
     "tells_branches_apart",
 ]
 
-NETWORKS = Registry("network", VelocityNetwork, {"mlp": MLP, "dit": DiT, "unet": UNet})
+NETWORKS: Registry[Any] = Registry("network", VelocityNetwork, {"mlp": MLP, "dit": DiT, "unet": UNet})
 
 
 def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module:

@@ -120,7 +120,7 @@ def _trainer(settings: RunConfig, told: dict[str, Any], gpus: bool) -> Any:
     wanted = settings.launch
     each = {"CPU": wanted.cpus} | ({"GPU": 1.0} if gpus else {})
     return TorchTrainer(
-        work,
+        work,  # type: ignore[arg-type]  # what it returns is what fit() returns
         train_loop_config=told,
         torch_config=TorchConfig(backend=mesh.backend_of(torch.device("cuda" if gpus else "cpu"))),
         scaling_config=ScalingConfig(num_workers=wanted.workers, use_gpu=gpus, resources_per_worker=each),
@@ -182,7 +182,7 @@ def work(told: dict[str, Any]) -> int | str:
         redirect_stdout(output),
         redirect_stderr(output),
     ):
-        print(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}")
+        output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         try:
             with failures_named():
                 return _work(told, Console(file=output, width=120))

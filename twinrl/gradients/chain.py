@@ -130,7 +130,7 @@ class Chain:
     def __call__(self, gradient: Gradient, around: Surroundings) -> None:
         """Change ``gradient`` in place."""
         for rule in self.rules.values():
-            returned: Any = rule(gradient, around)  # type: ignore[func-returns-value]
+            returned: Any = rule(gradient, around)
             checked(returned, NoneType, rule, "__call__")  # in place: a gradient that is returned would be lost
 
     def state(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> 
     return digest.hexdigest()
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> None:
+def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; all or nothing.
 
     Processes that want the same path wait for the first one, whose lock dies with it.
