@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from twinrl.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
-NOT_NUMERIC = ("tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets")
+NOT_NUMERIC = (
+    "tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets", "opened.py", "pictures.py"
+)  # fmt: skip
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
-WITHOUT_FAMILY = ("backends/families", "data/folders")
+WITHOUT_FAMILY = ("backends/families", "data/folders", "pretrained.py", "described.py")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
@@ -58,7 +60,7 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
 
 def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
     """Files and folders of the package, relative to it, that a trial with ``settings`` runs nothing of."""
-    return (WITHOUT_FAMILY if settings.model.family is None else ()) + (ALONE if processes == 1 else ())
+    return (() if settings.model.is_pretrained else WITHOUT_FAMILY) + (ALONE if processes == 1 else ())
 
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:

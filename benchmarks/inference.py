@@ -10,6 +10,7 @@ does the same.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import measuring
 import torch
@@ -18,23 +19,24 @@ from torch import nn
 
 from twinrl import assembly, schema
 from twinrl.commands import bench
-from twinrl.commands.inspect import load
-from twinrl.data.source import Source
-from twinrl.schema import RunConfig
+from twinrl.opened import open_run
+from twinrl.provider import Provider
+from twinrl.sampling import timing
 
 MNIST = ("model.network={kind: unet, width: 32}", "data.source=mnist", "train.init=random")
 
 
-def target(name: str, overrides: list[str]) -> tuple[RunConfig, Source, nn.Module]:
-    """Configuration, source and network (eval mode) of a run directory, or of a preset with overrides."""
+def target(name: str, overrides: list[str]) -> tuple[Provider[Any], nn.Module]:
+    """Provider and network (eval mode) of a run directory, or of a preset with overrides."""
     if Path(name).is_dir():
-        settings, _, source, network = load(Path(name))
-        return settings, source, network
+        opened = open_run(Path(name))
+        return opened.provider, opened.network
     settings = schema.load(name, overrides)
     device = assembly.device_of(settings)
     on_mnist = settings.data.source == "mnist"
     source = Pixels(measuring.mnist_root()).to(str(device)) if on_mnist else assembly.load_source(settings, device)
-    return settings, source, assembly.new_network(settings, source).to(device).eval()
+    provider = assembly.provider_of(settings, source, device)
+    return provider, provider.network().to(device).eval()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,8 +49,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=measuring.RESULTS / "inference", help="files to write, no suffix")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    settings, source, network = target(given.target, given.overrides or list(MNIST))
-    lines = bench.measure(network, source, settings.evaluation.nfe, settings.evaluation.teacher_steps, given.rounds)
+    provider, network = target(given.target, given.overrides or list(MNIST))
+    settings, source = provider.settings, provider.source
+    config, prompts = settings.evaluation, provider.example_prompts(0)
+    lines = timing.measure(network, source, prompts, config.nfe, config.teacher_steps, given.rounds)
     device = next(network.parameters()).device
     where = measuring.machine(device)
     parameters = sum(p.numel() for p in network.parameters())
@@ -58,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         "parameters": parameters,
         "machine": where,
         "rounds": given.rounds,
-        "lines": bench.as_dict(lines),
+        "lines": timing.as_dict(lines),
     }
     head = (
         f"# Inference\n\n{given.target}, {settings.model.network.kind} with {parameters / 1e6:.2f} M parameters on "

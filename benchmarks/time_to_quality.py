@@ -34,10 +34,8 @@ from twinrl.evaluation.protocol import HeldOut
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
 from twinrl.schema import RunConfig
-from twinrl.stability.events import Event
-from twinrl.stability.policy import Decision
 from twinrl.tracking import names, runlog
-from twinrl.trainer import Row, Trainer
+from twinrl.trainer import Step, Trainer
 
 REFERENCE, CONTENDER = "tutorial", "twinflow"
 FORMULATIONS = (REFERENCE, CONTENDER)
@@ -104,10 +102,10 @@ class Plan:
 class TimedTrainer(Trainer):
     """A trainer that also logs the CPU time of every step, which other processes hardly change."""
 
-    def train_step(self) -> tuple[Row, Event | None, Decision]:
+    def train_step(self) -> Step:
         started = time.process_time()
-        row, event, decision = super().train_step()
-        return row | {CPU_SECONDS: time.process_time() - started}, event, decision
+        made = super().train_step()
+        return made._replace(row=made.row | {CPU_SECONDS: time.process_time() - started})
 
 
 def trained(settings: RunConfig, source: Source, protocol: Protocol) -> RunDirectory:

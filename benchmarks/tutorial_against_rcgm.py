@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from twinrl import assembly
-from twinrl.commands.inspect import load
-from twinrl.evaluation import Protocol
 from twinrl.evaluation.table import Estimate, mean_interval
+from twinrl.opened import open_run
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
 from twinrl.schema import load as configure
@@ -52,14 +50,14 @@ def laplacian_variance(pixels: Tensor) -> Tensor:
 
 def measure(run: RunDirectory) -> dict[str, float]:
     """Judge accuracy and Laplacian variance of one-step samples on the test split's labels, and of real digits."""
-    settings, _, source, network = load(run.path)
-    protocol = Protocol(source, settings.evaluation, "test", assembly.device_of(settings))
-    pixels = protocol.samples(network, few_step(1)).clamp(-1, 1)
+    opened = open_run(run.path)
+    protocol = opened.provider.protocol("test")
+    pixels = protocol.samples(opened.network, few_step(1)).clamp(-1, 1)
     judged = protocol.judge(pixels)
     return {
         "accuracy": judged.correct.mean().item(),
         "Laplacian variance": laplacian_variance(pixels).mean().item(),
-        "of real digits": laplacian_variance(source.test.pixels).mean().item(),
+        "of real digits": laplacian_variance(opened.provider.source.test.pixels).mean().item(),
         **{q: v for q, v in protocol.summary(judged).items() if q in ("fd", "recall")},
     }
 

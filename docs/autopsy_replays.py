@@ -16,7 +16,7 @@ from autopsy_runs import BROKEN, FALLS, REPLAYS, run_chosen, trials_of
 
 from analysis.frames import Run, load_run, run_divergence
 from twinrl import schema
-from twinrl.assembly import load_source, protocol_of
+from twinrl.assembly import load_source, provider_of
 from twinrl.capsules import Capsules
 from twinrl.replay import Judge, Replay, Trace, changed, replay_each
 from twinrl.runs import RunDirectory
@@ -131,7 +131,7 @@ def falls(roots: Sequence[Path]) -> None:
             if number is None:
                 continue
             settings = RunDirectory(run.path).settings()
-            protocol = protocol_of(settings, source, "validation", device)
+            protocol = provider_of(settings, source, device).protocol("validation")
             judge = Judge(EVERY, lambda network, step, protocol=protocol: protocol.evaluate(network))
             event, _ = Capsules(run.path, settings.stability.capsules).load(number)
             after = well + PAST - event.step

@@ -24,10 +24,8 @@ from ablations.ledger import Ledger
 from ablations.margin import probe_of, reachable
 from ablations.study import Arm, load
 from analysis.frames import Run, hash_of, load_run, run_divergence, run_folders
-from twinrl import assembly
-from twinrl.commands import inspect
 from twinrl.evaluation.grids import sample_grid
-from twinrl.evaluation.protocol import Protocol
+from twinrl.opened import open_run
 from twinrl.sampling import few_step
 from twinrl.stability.divergence import FALL, Divergence, first_divergence
 from twinrl.tracking import names
@@ -368,9 +366,8 @@ def samplings(root: Path) -> None:
 
 def sampled(run: Run) -> tuple[list[dict[str, float]], torch.Tensor]:
     """A row of metrics for every sampling of a run's student, and (samplings, classes, 3, H, W) of its samples."""
-    settings, _, source, network = inspect.load(run.path)
-    protocol = assembly.protocol_of(settings, source, "test", torch.device("cpu"))
-    assert isinstance(protocol, Protocol)
+    opened = open_run(run.path, device=torch.device("cpu"))
+    protocol, network = opened.provider.protocol("test"), opened.network
     classes = protocol.labels.unique().tolist()
     shown = [int((protocol.labels == label).nonzero()[0]) for label in classes]
     rows, drawn = [], []

@@ -16,9 +16,9 @@ from twinrl.backends import NETWORKS
 from twinrl.backends.embedding import Spec
 from twinrl.branches import Rows
 from twinrl.config import Settings
-from twinrl.data import SOURCES
 from twinrl.data.source import Split
 from twinrl.schema import RunConfig
+from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, instant
 from twinrl.transport import like

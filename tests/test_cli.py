@@ -19,8 +19,7 @@ import torch
 from tests import logs, pages
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
-from twinrl import checkpoints, cli
-from twinrl.commands import pictures
+from twinrl import checkpoints, cli, pictures
 from twinrl.commands.progress import ConsoleObserver
 from twinrl.run import layout
 from twinrl.runs import RunDirectory

@@ -13,7 +13,7 @@ from torch import nn
 from ablations.design import DESIGNS
 from tests.fake_source import TEXT, Dropping, FakeSource, register, small
 from tests.objectives import batch_of, counts_of
-from twinrl import assembly, cli, data, schema
+from twinrl import assembly, cli, schema, sources
 from twinrl.backends.embedding import Spec
 from twinrl.backends.families import family_class
 from twinrl.commands import doctor
@@ -172,7 +172,7 @@ class Nameless(FakeSource):
 def test_a_source_of_ones_own() -> None:
     loaded = schema.load("lab", [f"data.source={__name__}.Nameless"])
     with pytest.raises(ComponentError, match=r"Nameless' has no judge; expected what docs/extending.md lists"):
-        data.load(loaded.data.source, None)
+        sources.load(loaded.data.source, None)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,8 @@ def _losses(term: Term, tmp_path: Path, network: nn.Module | None = None) -> obj
     student = network or Dropping(Dropping.Config(p=0.0), Spec(source.latent_shape, text_width=TEXT))
     x, prompts = source.latents("train")[:8], source.prompts(torch.zeros(8, dtype=torch.long), 0, 0)
     batch = batch_of(settings, x, source.condition(prompts), source.null_condition(8))
-    objective = dataclasses.replace(assembly.objective_of(settings, student), terms={"near": term})
+    provider = assembly.provider_of(settings, source, torch.device("cpu"))
+    objective = dataclasses.replace(assembly.objective_of(provider, student), terms={"near": term})
     return objective.evaluate(batch, counts_of(batch)).losses()
 
 

@@ -123,7 +123,7 @@ def test_every_estimator_ascends(moved: Callable[..., float], route: str, estima
 def first_scores(settings: RunConfig) -> float:
     """Mean brightness of the one-step samples that the first batch's pull acts on, recomputed."""
     trainer, source = make(settings), FakeSource()
-    _, batch = trainer.feed.batch(0, 0)
+    batch = trainer.feed.batch(0, 0).batch
     (term,) = [term for term in trainer.objective.terms.values() if term.wants_reward(term.config)]
     rows = batch.on(term.config.branches)
     z = rows.z if term.config.kind == "reward" else rows.normal("fake sample")
@@ -158,7 +158,7 @@ def test_the_reward_is_measured_and_clipped_under_its_own_name(tmp_path: Path, r
 def test_fake_target_parts_sum_to_the_adversarial_gradient(tmp_path: Path) -> None:
     """Both pulls are linear parts of one loss, under the Barron loss too."""
     trainer = make(small(tmp_path, "terms.adversarial.reward=fake_row", *BRIGHT))
-    _, batch = trainer.feed.batch(0, 0)
+    batch = trainer.feed.batch(0, 0).batch
     counts = {name: len(r) for name, r in batch.branch.items()}
     evaluation = trainer.objective.evaluate(batch, counts, separate=True)
     loss = evaluation.loss("adversarial")
@@ -190,7 +190,7 @@ def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> N
     law = f"renoise={{kind: beta, alpha: {{kind: linear, initial: 8, final: 1, end: 50%}}, placement: [{placement}]}}"
     trainer = make(small(tmp_path, law))
     plain = make(small(tmp_path / "plain"))
-    (_, shaped), (_, uniform) = trainer.feed.batch(0, 0), plain.feed.batch(0, 0)
+    shaped, uniform = (made.feed.batch(0, 0).batch for made in (trainer, plain))
     changed = {
         "training": not torch.equal(shaped.rows.t, uniform.rows.t),
         "rectify": not torch.equal(shaped.rows.time("rectify", "x"), uniform.rows.time("rectify", "x")),
@@ -201,7 +201,7 @@ def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> N
     means = [float(times.mean()) for times in drawn.values()]
     assert means == pytest.approx([8 / 9, 0.85, 0.77, 0.5, 0.5, 0.5], abs=0.03)
     assert plain.feed.renoise_times(seed=0) == {}
-    (_, late), (_, late_uniform) = trainer.feed.batch(8, 0), plain.feed.batch(8, 0)
+    late, late_uniform = (made.feed.batch(8, 0).batch for made in (trainer, plain))
     assert torch.equal(late.rows.t, late_uniform.rows.t)  # Beta(1, 1) gives the uniform itself
     logged = rows(finish(small(tmp_path / "run", law)))
     assert [row[names.RENOISE_ALPHA] for row in logged[:2]] == pytest.approx([8, 8 - 7 / 6])
@@ -216,7 +216,7 @@ def test_an_image_without_a_score_is_an_event_and_poisons_nothing(tmp_path: Path
     (event,) = logs.events(trainer.run)  # one line for the episode, and one capsule
     assert (event["step"], event["kind"], event["terms"], event["value"]) == (1, "unscored", ["reward"], 0.25)
     fresh = make(settings)
-    data_rows, batch = fresh.feed.batch(0, 0)
+    data_rows, batch, *_ = fresh.feed.batch(0, 0)
     assert event["rows"] == [int(data_rows[batch.branch["e2e"][1]])]
     assert fresh.guide is not None
     assert [bool(g.any()) for g in fresh.guide(batch.rows.z, batch.rows).g] == [i != 1 for i in range(len(batch.rows))]
@@ -242,7 +242,7 @@ def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_
     for baseline in ("decoded", "latent"):
         gradient = f"reward.gradient={{estimator: autograd, baseline: {baseline}, eta: 1}}"
         trainer = make(small(tmp_path / baseline, *GENERATOR, flat, gradient))
-        _, batch = trainer.feed.batch(0, 0)
+        batch = trainer.feed.batch(0, 0).batch
         assert trainer.guide is not None
         pull: Pull = trainer.guide(3 * batch.rows.z, batch.rows)  # beyond ±1, where this codec clips
         pulls[baseline] = pull.g
@@ -275,7 +275,7 @@ def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str
     trainer = finish(settings)
     logged, reward = rows(trainer), trainer.guide.state()  # type: ignore[union-attr]
     raw, normalised = ([row[name] for row in logged] for name in ("reward/mean_of_reward", names.REWARD_MEAN))
-    batch = trainer.feed.batch(0, 0)[1]
+    batch = trainer.feed.batch(0, 0).batch
     each = len(batch.branch["e2e"] if route == "generator" else batch.on(settings.terms["adversarial"].branches))
     assert reward["pooled"]["count"] == each * settings.train.steps
     assert reward["pooled"]["mean"] == pytest.approx(sum(raw) / len(raw), abs=bound(each, max(map(abs, raw))))
@@ -390,4 +390,4 @@ def test_a_reward_that_does_not_fit_is_one_line(tmp_path: Path, overrides: tuple
 
 def test_held_out_rewards_are_built_for_judging_only(tmp_path: Path) -> None:
     settings = schema.load("twinflow", [*GENERATOR, *BRIGHT, "reward.held_out={sharp: sharpness}"])
-    assert set(assembly.held_out_rewards(settings, FakeSource(), CPU)) == {"sharp"}
+    assert set(assembly.provider_of(settings, FakeSource(), CPU).judges()) == {"sharp"}

@@ -60,7 +60,7 @@ def test_a_spike_is_an_event_that_names_term_step_and_row(spiked: Trainer) -> No
     assert (event.kind, event.step, event.iteration, event.terms[0]) == ("spike", AT + 1, AT, "planted")
     data_rows = draws.shuffled_rows(40, 16, seed=0, step=AT)
     assert event.rows[0] == data_rows[9]  # the largest loss first
-    _, batch = trainer.feed.batch(AT, seed=0)
+    batch = trainer.feed.batch(AT, seed=0).batch
     branch = {int(data_rows[k]): name for name, at in batch.branch.items() for k in at}
     t = dict(zip(data_rows.tolist(), batch.rows.t.tolist(), strict=True))
     assert event.branches == tuple(branch[row] for row in event.rows)

@@ -14,9 +14,8 @@ from tests import logs
 from tests.fake_source import FakeSource, register, small
 from tests.rounding import bound
 from twinrl import assembly, checkpoints, draws
-from twinrl.commands.pictures import Validator
 from twinrl.errors import InputError
-from twinrl.evaluation import Protocol
+from twinrl.pictures import Validator
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import names, runlog
@@ -227,7 +226,7 @@ def test_validation_leaves_training_unchanged(tmp_path: Path) -> None:
     for every in (0, 1, 5):
         settings = small(tmp_path, DROPPING, f"evaluation.every={every}")
         source = FakeSource(scorers={"noisy": lambda pixels, prompts: torch.randn(len(pixels))})
-        validate = Validator(Protocol(source, settings.evaluation), RunDirectory(settings.directory))
+        validate = Validator(assembly.provider_of(settings, source, CPU), RunDirectory(settings.directory))
         trained.append(finish(settings, validate=validate, source=source))
     never, always, sometimes = trained
     for other in (always, sometimes):
@@ -302,7 +301,7 @@ def test_bf16_keeps_weights_and_losses_in_float32(tmp_path: Path) -> None:
 def test_float64_is_float64_throughout(tmp_path: Path, network: str) -> None:
     network = "model.network=" + (network if network.startswith("{") else f"{{kind: {network}, width: 16, depth: 1}}")
     settings = small(tmp_path, "train.precision=float64", network)
-    validate = Validator(Protocol(FakeSource(), settings.evaluation), RunDirectory(settings.directory))
+    validate = Validator(assembly.provider_of(settings, FakeSource(), CPU), RunDirectory(settings.directory))
     precise = finish(settings, validate=validate)
     assert {v.dtype for k, v in state(precise).items() if not k.endswith(".step")} == {torch.float64}
     single = finish(small(tmp_path, network))

@@ -8,25 +8,24 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "TwinFlowScheduler": "twinrl.sampling.scheduler",
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
-    "SD3TwinFlowTransformer": "twinrl.backends.families.sd3",
-    "QwenImageTwinFlowTransformer": "twinrl.backends.families.qwen_image",
-    "ZImageTwinFlowTransformer": "twinrl.backends.families.z_image",
-    "SanaTwinFlowTransformer": "twinrl.backends.families.sana",
-    "FluxTwinFlowTransformer": "twinrl.backends.families.flux",
-    "StableDiffusionTwinFlowUNet": "twinrl.backends.families.stable_diffusion",
 }
 
 
 def register(cls: type) -> None:
-    """Let diffusers find a class of one's own in an exported pipeline, once its module is imported."""
+    """Let diffusers find a class in an exported pipeline, once its module is imported."""
     _COMPONENTS[cls.__name__] = cls.__module__
 
 
 def __getattr__(name: str) -> object:
-    if name not in _COMPONENTS:
-        raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
     from importlib import import_module
 
+    if "TwinFlow" in name:  # a transformer, which its family's module registers
+        families = import_module("twinrl.backends.families")
+        for family in families.FAMILIES:
+            if name not in _COMPONENTS:
+                families.family_class(family)
+    if name not in _COMPONENTS:
+        raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
     return getattr(import_module(_COMPONENTS[name]), name)
 
 

@@ -37,6 +37,11 @@ def seed_global(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
+def seed_stream(seed: int, purpose: str, step: int) -> None:
+    """Seed the global streams for one step, so that a resumed step repeats."""
+    seed_global(generator(seed, purpose, step).initial_seed())
+
+
 def uniform(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> Tensor:
     """U[0, 1) in float32, on the CPU."""
     return torch.rand(shape, generator=generator(seed, purpose, step), device="cpu", dtype=torch.float32)

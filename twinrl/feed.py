@@ -1,13 +1,15 @@
 """The global batch of a step: data rows, conditions, times and noise, each a function of (seed, step)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinrl import conditions, draws
-from twinrl.branches import Batch, BatchDraws, Rows, TimeMap, allocate, divide
+from twinrl.branches import Batch, BatchDraws, Rows, allocate, divide
 from twinrl.components import checked
 from twinrl.conditions import Condition
 from twinrl.data.reading import Reader
@@ -15,6 +17,22 @@ from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
 from twinrl.renoise import RENOISE, Renoise, TimeDistribution
 from twinrl.schema import RunConfig
+
+
+class Fed(NamedTuple):
+    """What a step is fed.
+
+    Attributes:
+        data_rows: (B,) rows of the split behind the global batch.
+        batch: this process's rows of the global batch.
+        counts: rows of each branch in the global batch.
+        renoise: the distribution that shapes times; None where there is no renoise.
+    """
+
+    data_rows: Tensor
+    batch: Batch
+    counts: Mapping[str, int]
+    renoise: TimeDistribution | None
 
 
 @dataclass(frozen=True)
@@ -41,21 +59,20 @@ class Feed:
         for size in self.reader.sizes(self.settings.train.batch):
             self.ranks.check_shares(allocate(self.settings.branches, size))
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        """Rows of each branch in the global batch of which ``batch`` is a part."""
-        return allocate(self.settings.branches, batch.rows.global_batch)
-
-    def batch(self, step: int, seed: int) -> tuple[Tensor, Batch]:
-        """The rows of the split behind the global batch of ``step``, and this process's rows of that batch."""
+    def batch(self, step: int, seed: int) -> Fed:
+        """The batch of ``step``."""
         settings, reader = self.settings, self.reader
         at = reader.rows(settings.train.batch, seed, step)
         prompts, c = reader.captioned(at, seed, step)
         drawn = BatchDraws(seed, step, (len(at), *reader.shape(at)))
         x = reader.latents(at)
-        null = self._null(c, drawn)
-        whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), self._shaped(step))
+        null, law = self._null(c, drawn), self.renoise(step)
+        shaped = dict.fromkeys(settings.renoise.placement, partial(_times, law)) if law and settings.renoise else {}
+        whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), shaped)
+        counts = {name: len(rows) for name, rows in whole.branch.items()}
         batch = self.ranks.share(whole)
-        return at, batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
+        batch = batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
+        return Fed(at, batch, counts, law)
 
     def renoise_times(self, seed: int, moments: int = 6, rows: int = 2000) -> dict[float, Tensor]:
         """Share of the run → (rows,) renoise times drawn there, for a picture; empty where there is no renoise."""
@@ -64,11 +81,6 @@ class Feed:
         laws = {share: self.renoise(round(share * last)) for share in shares}
         u = draws.uniform((rows,), seed, "renoise picture")
         return {share: _times(law, u) for share, law in laws.items() if law is not None}
-
-    def _shaped(self, step: int) -> dict[str, TimeMap]:
-        """Placement → law of its times, where renoise shapes them."""
-        law, config = self.renoise(step), self.settings.renoise
-        return dict.fromkeys(config.placement, partial(_times, law)) if law and config else {}
 
     def renoise(self, step: int) -> TimeDistribution | None:
         """The distribution that shapes times at ``step``; None where there is no renoise."""

@@ -3,7 +3,8 @@
 :class:`Objective` knows the terms and the networks; :class:`Pass` is one micro-batch on its way through them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -92,6 +93,21 @@ class TermLoss:
         return replace(self, loss=self.loss.detach(), pulls={})
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What a micro-batch gave, for as long as its graphs are kept.
+
+    Attributes:
+        losses: by term; terms without rows are left out.
+        outputs: what the student returned, pass by pass.
+        with_graphs: gives the outputs with their graphs; where these were cut, of the same passes once more.
+    """
+
+    losses: Mapping[str, TermLoss]
+    outputs: Sequence[Tensor]
+    with_graphs: Callable[[], AbstractContextManager[Sequence[Tensor]]]
+
+
 @dataclass
 class _Forward:
     """Predictions at one point: where rows of the micro-batch stand in a forward pass."""
@@ -115,17 +131,16 @@ class Pass:
 
     Attributes:
         outputs: what the student returned, pass by pass, with its graph.
-        leaves: cut the graph at the outputs, so that gradients end there.
     """
 
     objective: Objective
     batch: Batch
     counts: Mapping[str, int]
     separate: bool = False
-    leaves: bool = False
     outputs: list[Tensor] = field(default_factory=list)
     _forwards: dict[str, list[_Forward]] = field(default_factory=dict)
     _groups: list[list[Request]] = field(default_factory=list)  # what each pass of ``outputs`` evaluated
+    _cut: bool = False  # the graph ends at the outputs
     _velocity: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
     _queries: dict[str, tuple[Rows, Query]] | None = None
     _random_state: RandomState | None = None
@@ -140,6 +155,24 @@ class Pass:
     def begin(self) -> None:
         """Capture the random state and leave the next micro-batch another, whichever is worked on first."""
         self._move_on()
+
+    @contextmanager
+    def evaluated(self, terms: Iterable[str] | None = None, cut: bool = False) -> Iterator[Evaluated]:
+        """Losses with their graphs; predictions and graphs are let go of on leaving, and made again when asked for.
+
+        Arguments:
+            terms: names, or None for all, whose forward passes are then joined.
+            cut: end the graphs at the outputs, so that gradients with respect to these can be taken.
+        """
+        self._cut = cut
+        try:
+            yield self._evaluated_now(terms)  # kept by the caller alone
+        finally:
+            self._release()
+
+    def _evaluated_now(self, terms: Iterable[str] | None) -> Evaluated:
+        losses = self.losses() if terms is None else {n: self.loss(n) for n in terms if n in self.queries()}
+        return Evaluated(losses, tuple(self.outputs), self._with_graphs)
 
     def losses(self) -> dict[str, TermLoss]:
         """Every term's loss; terms without rows in this micro-batch are left out."""
@@ -178,18 +211,23 @@ class Pass:
         own = loss - torch.stack(list(parts.values())).sum() if parts else loss
         return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, {name: own, **parts})
 
-    def release(self) -> None:
-        """Forget the predictions with their graphs; they are made again when asked for, with the same dropout."""
+    def _release(self) -> None:
+        """Forget the predictions with their graphs."""
         self._forwards.clear()
         self.outputs.clear()
         self._groups.clear()
 
-    def repeat(self) -> None:
-        """Make the forward passes once more, one by one as they were, now with their graphs."""
-        groups, self.leaves = list(self._groups), False
-        self.release()
-        for group in groups:
-            self._forward(group)
+    @contextmanager
+    def _with_graphs(self) -> Iterator[Sequence[Tensor]]:
+        if self._cut:
+            groups, self._cut = list(self._groups), False
+            self._release()
+            for group in groups:
+                self._forward(group)
+        try:
+            yield tuple(self.outputs)
+        finally:
+            self._release()
 
     # --- Context --------------------------------------------------------------------------------------------
 
@@ -267,14 +305,14 @@ class Pass:
     def _forward(self, group: list[Request]) -> None:
         queries = [query for query, _ in group]
         self.random_state.restore()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.leaves):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._cut):
             F = self.objective.call(
                 self.objective.teacher.student,
                 torch.cat([q.x for q in queries]), torch.cat([q.t for q in queries]), torch.cat([q.r for q in queries]),
                 conditions.concatenate([q.c for q in queries]),
             )  # fmt: skip
         self._move_on()
-        if self.leaves:
+        if self._cut:
             F.requires_grad_()
         self.outputs.append(F)
         self._groups.append(group)

@@ -240,12 +240,12 @@ def _trace(
         rows: list[Row] = []
         found: dict[str, int] = {}
         for made in range(1, steps + 1):
-            row, _, _ = trainer.train_step()
+            row, _, _, kinds = trainer.train_step()
             if judge is not None and trainer.step % judge.every == 0:
                 row.update(trainer.validate(trainer.objective.teacher.best, trainer.step))
             rows.append(row)
             tell(label, made, steps)
-            for kind in trainer.kinds:
+            for kind in kinds:
                 found.setdefault(kind, row["step"])
         trainer.log.close()
         trainer.events.close()

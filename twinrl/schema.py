@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from twinrl import config as configuration
-from twinrl import data, foreign
+from twinrl import foreign, sources
 from twinrl.backends import NETWORKS
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.backends.families.diffusion import check_bridge
-from twinrl.backends.families.family import FamilyConfig
+from twinrl.backends.families.family import Family, FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
 from twinrl.config import Settings, component
-from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.fsdp.config import FSDPConfig, LaunchConfig
@@ -26,9 +25,10 @@ from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.renoise import RENOISE
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.reward import RewardSettings
+from twinrl.sources import FAMILY_SOURCES, SOURCES
 from twinrl.stability.policy import StabilityConfig
 from twinrl.teacher import TeacherConfig
-from twinrl.terms import TERMS
+from twinrl.terms import TERMS, pulls_of
 from twinrl.terms.term import check_branches
 from twinrl.tracking.store import without_password
 
@@ -103,6 +103,16 @@ class ModelConfig(Settings):
             except InputError as error:
                 raise ValueError(str(error)) from error
         return value
+
+    @property
+    def is_pretrained(self) -> bool:
+        """Whether a pretrained family is trained, not a network of one's own."""
+        return self.family is not None
+
+    @property
+    def family_class(self) -> type[Family]:
+        """The pretrained family."""
+        return family_class(str(self.family))
 
     @property
     def pretrained(self) -> FamilyConfig:
@@ -317,7 +327,7 @@ class RunConfig(Settings):
                 f"expected {' or '.join(wanted)}"
             )
         try:
-            data.find(source, family is not None)
+            sources.find(source, family is not None)
         except InputError as error:
             raise ValueError(f"data.source: {error}") from error
         if family is not None and self.data.rows is not None:
@@ -367,10 +377,9 @@ class RunConfig(Settings):
         return RENOISE.build(self.renoise).end(self.train.steps)
 
     @property
-    def pulls(self) -> list[str]:
-        """Names of the gradients that are taken apart: the terms, and what acts through their targets."""
-        others = (TERMS.find(term.kind).others(term) for term in self.terms.values())
-        return list(dict.fromkeys([*self.terms, *(name for names in others for name in names)]))
+    def pulls(self) -> dict[str, tuple[str, ...]]:
+        """The gradients that are taken apart, see :func:`twinrl.terms.pulls_of`."""
+        return pulls_of(self.terms)
 
     @property
     def hash(self) -> str:

@@ -2,21 +2,20 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from twinrl import assembly, checkpoints
-from twinrl.branches import Batch
+from twinrl import assembly, checkpoints, draws
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
 from twinrl.components import checked
 from twinrl.data.source import Data
-from twinrl.feed import Feed
+from twinrl.feed import Fed, Feed
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.gradients import Engine, Losses, is_due, telemetry
 from twinrl.memory import keep_freed_memory
@@ -55,6 +54,22 @@ class Validation(Protocol):
     def __call__(self, network: torch.nn.Module, step: int) -> Mapping[str, float]:
         """Metrics of the network after ``step`` steps; must not touch any random state."""
         ...
+
+
+class Step(NamedTuple):
+    """What an optimizer step gave.
+
+    Attributes:
+        row: of the log.
+        event: the event that ends the run or takes it back, if there is one.
+        decision: what to do.
+        kinds: of everything that was found.
+    """
+
+    row: Row
+    event: Event | None
+    decision: Decision
+    kinds: frozenset[str]
 
 
 @dataclass
@@ -98,7 +113,6 @@ class Trainer:
     iteration: int = 0
     attempt: int = 0  # rollbacks so far; each goes on with another data order
     event_count: int = 0
-    kinds: set[str] = field(default_factory=set)  # of everything found at the last step
     interrupted: bool = False
     ranks: Ranks = ALONE
 
@@ -108,22 +122,24 @@ class Trainer:
             keep_freed_memory()
         begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
-        student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
-        self.guide = assembly.guide_of(settings, self.source, self.device, self.ranks)
-        self.objective: Objective = assembly.objective_of(settings, student, self.guide, self.ranks)
+        self.provider = assembly.provider_of(settings, self.source, self.device, self.ranks)
+        student = self.provider.student(start_weights)
+        self.guide = self.provider.guide()
+        self.objective: Objective = assembly.objective_of(self.provider, student, self.guide)
         optimizer = OPTIMIZERS.find(settings.optim.kind)
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
         )
+        pulls = settings.pulls
         self.engine = Engine(
-            settings.gradients, student.parameters(), self.objective.terms,
+            settings.gradients, student.parameters(), pulls,
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
-        self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
+        self.monitor = Monitor(settings.stability, list(pulls), settings.evaluation.nfe[0])
         self.feed = self._feed("train")
         self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
         self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
@@ -131,8 +147,7 @@ class Trainer:
         self.saver = Saver(settings.checkpoint, self.run, self.ranks, self.log, self.events, self.observers)
 
     def _feed(self, split: str) -> Feed:
-        reader = assembly.reader_of(self.settings, self.source, split, self.device)
-        return Feed(self.settings, reader, self.objective, self.ranks)
+        return Feed(self.settings, self.provider.reader(split), self.objective, self.ranks)
 
     # --- the loop -----------------------------------------------------------------------------------------
 
@@ -165,7 +180,7 @@ class Trainer:
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
-        row, event, decision = self.train_step()
+        row, event, decision, _ = self.train_step()
         if (judged := self._validate_if_due(row)) is not None:
             event, decision = judged, self.settings.stability.decide([judged.kind])
         self.log.append(row)
@@ -184,16 +199,15 @@ class Trainer:
         """Seed of the present stretch's data and noise: the run's own until a rollback."""
         return self.settings.seed + (self.attempt << 32)
 
-    def train_step(self) -> tuple[Row, Event | None, Decision]:
-        """One optimizer step; the log row, the event that ends the run or takes it back, and what to do."""
+    def train_step(self) -> Step:
+        """One optimizer step."""
         started = time.perf_counter()
         self.ranks.begin(self.step)
-        assembly.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
-        data_rows, batch = self.feed.batch(self.step, self.seed)
+        draws.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
+        fed = self.feed.batch(self.step, self.seed)
         self.objective.teacher.update()
-        losses, scalars = self._backward(batch)
-        values = self.ranks.agree(_to_floats(scalars)) | self._schedules()
-        self.kinds = set()
+        losses, scalars = self._backward(fed)
+        values = self.ranks.agree(_to_floats(scalars)) | self._schedules(fed)
         found, decision = self._judge(values)
         if decision.zero:
             self.engine.zero()
@@ -204,24 +218,24 @@ class Trainer:
             values |= (updated := self._update())
             # what is found now comes too late for this step, not for the rate, a rollback or the end, and a step that
             # was not dropped had neither of these from before
-            late, decision = self._judge(updated)
+            late, decision = self._judge(updated, {finding.kind for finding in found})
             found += late
         if self.guide is not None:
-            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], batch.rows.captions)
-        behind = Behind(losses, data_rows, batch, self.ranks.total)
+            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], fed.batch.rows.captions)
+        behind = Behind(losses, fed.data_rows, fed.batch, self.ranks.total)
         events = self.monitor.watch.events(found, self.iteration, values, behind)
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
         for event in events:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
-        return row, self.settings.stability.cause(events), decision
+        return Step(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
 
-    def _judge(self, values: Mapping[str, float]) -> tuple[list[Finding], Decision]:
-        """Findings among values of this step, and what to do about new kinds; the learning rate's part is done."""
+    def _judge(self, values: Mapping[str, float], known: Set[str] = frozenset()) -> tuple[list[Finding], Decision]:
+        """Findings among values of this step, and what to do about kinds that are not known yet; the learning rate's
+        part is done."""
         found = self.monitor.watch.observe(self.step + 1, values)
-        new = {finding.kind for finding in found} - self.kinds
-        self.kinds |= new
+        new = {finding.kind for finding in found} - known
         config = self.settings.stability
         decision = config.decide(new)
         if SPIKE in new and self.monitor.watch.begins(SPIKE):
@@ -230,10 +244,10 @@ class Trainer:
             self.lr_policy.cut(config.lr_cut, config.lr_minimum)
         return found, decision
 
-    def _backward(self, batch: Batch) -> tuple[Losses, dict[str, Tensor]]:
+    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, Tensor]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
-        chunks = batch.chunks(self.settings.train.micro_batch or len(batch.rows))
-        passes = [self.objective.evaluate(chunk, self.feed.counts(batch), self.engine.separate) for chunk in chunks]
+        chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
+        passes = self.engine.passes(self.objective, chunks, fed.counts)
         own, measures = self.engine.backward(passes, self.step)
         losses = self.ranks.merge(own)
         return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
@@ -253,10 +267,9 @@ class Trainer:
             values[NONFINITE_PARAMETERS] = 1.0
         return values
 
-    def _schedules(self) -> dict[str, float]:
+    def _schedules(self, fed: Fed) -> dict[str, float]:
         """Where the moving parts stand at this step."""
-        renoise = self.feed.renoise(self.step)
-        values = renoise.metrics() if renoise else {}
+        values = fed.renoise.metrics() if fed.renoise else {}
         return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
 
     def _set_lr(self) -> float:
@@ -275,8 +288,8 @@ class Trainer:
         """
         step, asked = self.step, []
         for self.step in range(step, step + batches):
-            _, batch = self.feed.batch(self.step, self.seed)
-            evaluation = self.objective.evaluate(batch, self.feed.counts(batch))
+            fed = self.feed.batch(self.step, self.seed)
+            evaluation = self.objective.evaluate(fed.batch, fed.counts)
             with evaluation.random_state.replayed():
                 asked += [query for _, query in evaluation.queries().values()]
         self.step = step
@@ -312,8 +325,8 @@ class Trainer:
         """
         values, feed = [], self._feed("validation")
         for number in range(batches):
-            _, batch = feed.batch(self.step, self.settings.evaluation.seed + number)
-            evaluation = self.objective.evaluate(batch, feed.counts(batch))
+            fed = feed.batch(self.step, self.settings.evaluation.seed + number)
+            evaluation = self.objective.evaluate(fed.batch, fed.counts)
             with evaluation.random_state.replayed():
                 total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
             values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))

@@ -114,7 +114,7 @@ def test_start_weights_keep_their_hash(tmp_path: Path) -> None:
 
 def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
     """A new family of models or a change of sharding leaves trials of one process without a family as they are."""
-    for part in (*prints.WITHOUT_FAMILY, "fsdp", "terms"):
+    for part in ("backends/families", "data/folders", "fsdp", "terms"):
         (tmp_path / part).mkdir(parents=True)
     parts = {"backends/families/new.py", "data/folders/tars.py", "fsdp/sharded.py"}
     before = sources(tmp_path, prints.unused(settings()))

@@ -20,9 +20,9 @@ from tests.fake_source import FakeSource
 from tests.logs import rows, tensors
 from twinrl import cluster
 from twinrl.commands.train import train
-from twinrl.data import SOURCES
 from twinrl.errors import InputError
 from twinrl.runs import dump
+from twinrl.sources import SOURCES
 from twinrl.tracking import names
 
 pytestmark = [

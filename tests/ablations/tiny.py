@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twinrl.commands import pictures
+from twinrl import pictures
 
 TINY = {
     "train.steps": 20,

@@ -11,6 +11,7 @@ from tests.fake_source import FakeSource, register, small
 from twinrl import assembly
 from twinrl.commands import bench
 from twinrl.runs import RunDirectory
+from twinrl.sampling import timing
 from twinrl.tracking import names
 from twinrl.trainer import Trainer
 
@@ -20,12 +21,13 @@ TINY = ("model.network={kind: unet, width: 8}", "data.source=mnist", "train.init
 
 def test_lines_and_network_calls(tmp_path):
     source = FakeSource()
-    network = assembly.new_network(small(tmp_path), source).eval()
+    provider = assembly.provider_of(small(tmp_path), source, torch.device("cpu"))
+    network = provider.network().eval()
     rows = []
     network.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    lines = bench.measure(network, source, (1, 2), teacher_steps=5, rounds=2)
+    lines = timing.measure(network, source, provider.example_prompts(0), (1, 2), teacher_steps=5, rounds=2)
     assert [(line.name, line.nfe) for line in lines] == [
-        ("1 NFE", 1), ("2 NFE", 2), ("teacher, Euler", 5), (bench.DECODE, 0),
+        ("1 NFE", 1), ("2 NFE", 2), ("teacher, Euler", 5), (timing.DECODE, 0),
     ]  # fmt: skip
     calls = 3 * (1 + 2 + 5)  # an untimed round and two timed ones
     assert rows.count(1) == rows.count(10) == calls
@@ -38,7 +40,7 @@ def test_the_script_on_a_fresh_network(tmp_path, without_digits):
     out = tmp_path / "inference"
     inference.main(["tutorial", *TINY, "--rounds", "2", "--out", str(out)])
     result = json.loads(out.with_suffix(".json").read_text())
-    assert list(result["lines"]) == ["1 NFE", "2 NFE", "4 NFE", "teacher, Euler", bench.DECODE]
+    assert list(result["lines"]) == ["1 NFE", "2 NFE", "4 NFE", "teacher, Euler", timing.DECODE]
     assert result["lines"]["teacher, Euler"]["nfe"] == 3
     assert out.with_suffix(".md").read_text().count("\n|") == 7
 
@@ -59,5 +61,5 @@ def test_both_ways_on_a_run(way, tmp_path, monkeypatch):
     else:
         inference.main([str(settings.directory), "--rounds", "2", "--out", str(tmp_path / "out")])
         lines = json.loads((tmp_path / "out.json").read_text())["lines"]
-    assert list(lines) == ["1 NFE", "teacher, Euler", bench.DECODE]
+    assert list(lines) == ["1 NFE", "teacher, Euler", timing.DECODE]
     assert all(line["throughput"] > 0 for line in lines.values())

@@ -28,6 +28,7 @@ from twinrl.commands import data, inspect
 from twinrl.commands.export import export
 from twinrl.commands.train import resume, train
 from twinrl.errors import InputError
+from twinrl.opened import open_run
 from twinrl.rewards import inception
 from twinrl.runs import RunDirectory
 from twinrl.trainer import Trainer
@@ -166,8 +167,9 @@ def assert_samples_alike(made: Made, run: RunDirectory, folder: Path) -> None:
     """A stock pipeline from ``folder`` draws what the run's own student does."""
     from diffusers import DiffusionPipeline
 
-    _, _, source, network = inspect.load(run.path)
-    family, shape = source.family, source.family.latent_shape(32, 64)  # type: ignore[attr-defined]
+    opened = open_run(run.path)
+    source, network = opened.provider.source, opened.network
+    family, shape = source.family, source.family.latent_shape(32, 64)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     for steps in (1, 2):
@@ -288,9 +290,8 @@ def test_judges_of_a_run_whose_frozen_models_wait_on_the_host(
         assert last["val/fid_1nfe"] > 0
         assert math.isfinite(last["val/kid_1nfe"])
         assert table["rows"]["1"]["fid"] > 0
-    source = assembly.load_source(settings, torch.device("cpu"))
-    judges = assembly.held_out_rewards(settings, source, torch.device("cpu"))
-    followed = assembly.guide_of(settings, source, torch.device("cpu"))
+    provider = open_run(settings.directory).provider
+    judges, followed = provider.judges(), provider.guide()
     assert followed is not None
     networks = [reward.modules()["model"] for reward in (judges["same"], judges["clip"], followed.reward)]
     assert networks[0] is networks[1] is networks[2]

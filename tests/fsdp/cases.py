@@ -17,16 +17,16 @@ from torch import Tensor, nn
 
 from tests import logs
 from tests.fake_source import LATENT_SHAPE, TEXT, FakeSource, Planted, small
-from twinrl.assembly import DTYPES
 from twinrl.backends import NETWORKS
 from twinrl.backends.embedding import Spec
 from twinrl.config import Settings
-from twinrl.data import SOURCES
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
+from twinrl.provider import DTYPES
 from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
+from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
 from twinrl.tracking import names
 from twinrl.trainer import Outcome, Trainer

@@ -9,8 +9,8 @@ from tests.fsdp import torchrun
 from tests.fsdp.cases import CASES, folder_of, register, run
 from tests.fsdp.torchrun import Ended
 from twinrl.backends import NETWORKS
-from twinrl.data import SOURCES
 from twinrl.schema import RunConfig
+from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
 from twinrl.trainer import Outcome
 

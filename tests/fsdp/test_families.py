@@ -143,12 +143,12 @@ def judged(rank: int, base: Path) -> None:
 
 def peak(settings: schema.RunConfig, trainer: Trainer, ranks: Ranks) -> int:
     """Most bytes of tensors while a student is made."""
-    return peak_of_reading(lambda: assembly.student_of(settings, trainer.source, CPU, True, ranks))
+    return peak_of_reading(lambda: assembly.provider_of(settings, trainer.source, CPU, ranks).student())
 
 
 def of_frozen(settings: schema.RunConfig, source: Any, ranks: Ranks) -> dict[str, Any]:
     """What VAE and text encoders say once validation has been set up, and the bytes that are kept of each."""
-    assembly.protocol_of(settings, source, "validation", CPU, ranks)
+    assembly.provider_of(settings, source, CPU, ranks).protocol("validation")
     pixels = source.decode(torch.linspace(-1, 1, math.prod(source.latent_shape)).view(1, *source.latent_shape))
     parts = source.family.pipeline.components.items()
     bytes_of = {name: kept(part) for name, part in parts if isinstance(part, torch.nn.Module)}
@@ -207,7 +207,7 @@ def test_two_processes_equal_one(base: Path, sharded: Any, name: str) -> None:
     for ours, theirs in zip(rows(together.directory), rows(alone.directory), strict=True):
         for metric in (names.LOSS_TOTAL, "grad/total/norm_raw"):
             assert ours[metric] == pytest.approx(theirs[metric], rel=rounding), (ours["step"], metric)
-    start = assembly.student_of(alone, trainer.source, CPU).state_dict()
+    start = assembly.provider_of(alone, trainer.source, CPU).student().state_dict()
     ours, theirs = tensors(together.directory), tensors(alone.directory)
     assert set(ours) == set(theirs)
     came = {key: away(theirs[key], start[key.removeprefix("student/")]) for key in theirs if key.startswith("student/")}

@@ -76,14 +76,14 @@ def _peak(settings: RunConfig) -> dict[str, int]:
     source, ranks = FakeSource(), ranks_of(settings)
     plain = {"sharded": ranks, "whole": cases.ALONE}
     return {
-        name: measures.peak_of_building(lambda r=r: assembly.student_of(settings, source, cases.CPU, True, r))
+        name: measures.peak_of_building(lambda r=r: assembly.provider_of(settings, source, cases.CPU, r).student())
         for name, r in plain.items()
     }
 
 
 def _share(settings: RunConfig) -> float:
     """Part of the student that this process holds."""
-    student = assembly.student_of(settings, FakeSource(), cases.CPU, True, ranks_of(settings))
+    student = assembly.provider_of(settings, FakeSource(), cases.CPU, ranks_of(settings)).student()
     held, whole = (sum(map(measure, student.parameters())) for measure in (measures.held, measures.whole))
     return held / whole
 
@@ -117,7 +117,7 @@ def _start(base: Path, at: str) -> dict[str, Any]:
     """Whole start weights that came from another run's checkpoint, sharded or not."""
     origin = elastic(base, at).directory
     settings = Case("twinflow", (f"train.init={origin}",)).settings(base / "started")
-    student = assembly.student_of(settings, FakeSource(), cases.CPU, True, ranks_of(settings))
+    student = assembly.provider_of(settings, FakeSource(), cases.CPU, ranks_of(settings)).student()
     assert all(isinstance(p, DTensor) for p in student.parameters())
     return {name: p.full_tensor() for name, p in student.state_dict().items()}
 

@@ -16,13 +16,12 @@ from tests.fake_source import small
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended
 from tests.logs import rows, tensors, the_run
-from twinrl import cluster, schema
+from twinrl import cluster, pictures, schema
 from twinrl.backends import NETWORKS
-from twinrl.commands import pictures
 from twinrl.commands.processes import resume, train
-from twinrl.data import SOURCES
 from twinrl.errors import InputError
 from twinrl.run.layout import RANKS
+from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]

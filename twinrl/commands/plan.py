@@ -6,10 +6,9 @@ their papers' architectures.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from twinrl import assembly
-from twinrl.backends.families import family_class
 from twinrl.backends.families.family import DTYPES
-from twinrl.backends.families.loading import check_class, components, quiet, read_index
+from twinrl.backends.families.loading import quiet
 from twinrl.commands import footprint
-from twinrl.commands.described import META, Described, described, meta_component, meta_family
 from twinrl.errors import InputError
 from twinrl.optim import OPTIMIZERS
 from twinrl.rewards.guide import RewardConfig
@@ -81,18 +78,9 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
     Raises:
         InputError: the model's description cannot be read.
     """
-    if settings.model.family is None:
-        source = assembly.load_source(settings, torch.device("cpu"))
-        with META:
-            network = assembly.new_network(settings, source)
-        network.to(dtype=assembly.dtype_of(settings))
-        return [*of_training(settings, network, processes), *of_a_step(settings, network, source, processes)]
-    folder = described(str(settings.model.path))
-    check_class(folder, family_class(settings.model.family).PIPELINE)
-    network, data = meta_family(settings, folder), Described(settings, folder)
-    data.family.configure(network.transformer, settings.model.pretrained)
-    items = [*of_training(settings, network, processes), *_frozen(settings, folder)]
-    return [*items, *of_a_step(settings, network, data, processes), *_rewards(settings)]
+    found = assembly.kind_of(settings).unloaded(settings)
+    items = [*of_training(settings, found.network, processes), *_frozen(settings, found.frozen)]
+    return [*items, *of_a_step(settings, found.network, found.data, processes), *_rewards(settings)]
 
 
 def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
@@ -116,19 +104,15 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
         yield Item("gradient of one term", size_of(trained), exact=False, phases=("backward",))
 
 
-def _frozen(settings: RunConfig, folder: Path) -> Iterator[Item]:
+def _frozen(settings: RunConfig, modules: Mapping[str, nn.Module]) -> Iterator[Item]:
     """VAE on the device, text encoders on the host."""
-    dtype, family = DTYPES[settings.model.frozen_dtype], family_class(str(settings.model.family))
-    shared = settings.fsdp.frozen == "sharded"
-    for name in components(read_index(folder)):
-        unused = name == family.PART or name in family.LEFT_OUT
-        module = None if unused else meta_component(folder, name)
-        if module is not None:
-            # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
-            held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
-            offload = name == "vae" and settings.machine.offload
-            host, visits = name != "vae" or offload, offload or (name == "vae" and shared)
-            yield Item(name, size_of(held), shared, host=host, visits=visits)
+    dtype, shared = DTYPES[settings.model.frozen_dtype], settings.fsdp.frozen == "sharded"
+    for name, module in modules.items():
+        # a model in 16 bits keeps integers, and what its class keeps in float32, as they are: rare and small
+        held = [t.to(dtype) if t.is_floating_point() else t for t in (*module.parameters(), *module.buffers())]
+        offload = name == "vae" and settings.machine.offload
+        host, visits = name != "vae" or offload, offload or (name == "vae" and shared)
+        yield Item(name, size_of(held), shared, host=host, visits=visits)
 
 
 # --- a step without values --------------------------------------------------------------------------------

@@ -5,15 +5,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from twinrl.assembly import protocol_of
+from twinrl import assembly
 from twinrl.capsules import Capsules
-from twinrl.commands.pictures import in_single_precision
 from twinrl.commands.progress import SHOWN
-from twinrl.commands.train import machine_and_data
+from twinrl.data.source import Data
 from twinrl.replay import Judge, Replay, Trace
 from twinrl.replay import replay as run_again
 from twinrl.runs import RunDirectory
@@ -31,10 +31,6 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, judg
         console.print(listing(run, Capsules(path, settings.stability.capsules)))
         return 0
 
-    def source(wanted: Any) -> Any:
-        device, data = machine_and_data(wanted)
-        return data, device
-
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
@@ -45,7 +41,7 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, judg
             progress.update(tasks[label], completed=step)
 
         judging = None if judge is None else judge_of(settings, judge)
-        result = run_again(run, event, overrides, source, after, judging, tell)
+        result = run_again(run, event, overrides, loaded, after, judging, tell)
     console.print(side_by_side(result))
     if result.judged:
         console.print(validations(result))
@@ -56,9 +52,15 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, judg
 
 def judge_of(settings: RunConfig, every: int) -> Judge:
     """The run's own validation, every so many steps."""
-    device, data = machine_and_data(settings)
-    protocol = protocol_of(settings, data, "validation", device)
-    return Judge(every, lambda network, step: protocol.evaluate(in_single_precision(network)))
+    provider = assembly.provider_of(settings, *loaded(settings))
+    protocol = provider.protocol("validation")
+    return Judge(every, lambda network, step: protocol.evaluate(provider.judged(network)))
+
+
+def loaded(settings: RunConfig) -> tuple[Data, torch.device]:
+    """Data and device of a configuration; the number of threads is set on the way."""
+    device = assembly.machine_of(settings)
+    return assembly.load_source(settings, device), device
 
 
 def listing(run: RunDirectory, capsules: Capsules) -> Table:

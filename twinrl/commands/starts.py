@@ -66,7 +66,7 @@ def key(settings: RunConfig, content_hash: str) -> str:
 def _origin(settings: RunConfig) -> object:
     """What tells start weights apart; a family's new parameters are made from the seed."""
     if settings.train.init == "teacher":
-        return "teacher" if settings.model.family is None else settings.seed
+        return settings.seed if settings.model.is_pretrained else "teacher"
     state = RunDirectory(Path(settings.train.init)).newest_checkpoint() / layout.STATE
     return hashlib.sha256(state.read_bytes()).hexdigest()  # it holds the statistics of the run that led there
 

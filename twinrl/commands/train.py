@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from twinrl import assembly
+from twinrl import assembly, pictures
 from twinrl.branches import allocate
-from twinrl.commands import pictures, program, starts
+from twinrl.commands import program, starts
 from twinrl.commands.failures import FAILED, in_one_line
+from twinrl.commands.inspect import judge
 from twinrl.commands.interrupt import asking
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
 from twinrl.data.source import Data
 from twinrl.errors import InputError
-from twinrl.evaluation import FinalTable, PromptProtocol, PromptTable, final_table
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.opened import OpenedRun
 from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
@@ -80,7 +81,7 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
 @contextmanager
 def _launched(settings: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
     """The processes that train together, as torchrun has started them, and this one's device."""
-    device = mesh.local_device(_device(settings))
+    device = mesh.local_device(assembly.machine_of(settings))
     if mesh.world_size() == 1:
         yield ALONE, device
         return
@@ -108,18 +109,6 @@ def _of_rank(console: Console, ranks: Ranks) -> Console:
     return console if ranks.first else Console(quiet=True)
 
 
-def machine_and_data(settings: RunConfig) -> tuple[torch.device, Data]:
-    """Device and data source; the number of threads is set on the way."""
-    device = _device(settings)
-    return device, assembly.load_source(settings, device)
-
-
-def _device(settings: RunConfig) -> torch.device:
-    if settings.machine.threads:
-        torch.set_num_threads(settings.machine.threads)
-    return assembly.device_of(settings)
-
-
 def _trainer(
     settings: RunConfig, run: RunDirectory, source: Data, device: torch.device, stack: ExitStack, ranks: Ranks
 ) -> Trainer:
@@ -128,11 +117,11 @@ def _trainer(
     Every process takes part in making samples; what other than the first one draws of them is thrown away.
     """
     shown = run if ranks.first else _scratch(stack)
-    validator = pictures.Validator(assembly.protocol_of(settings, source, "validation", device, ranks), shown)
+    validator = pictures.Validator(assembly.provider_of(settings, source, device, ranks), shown)
     trainer = Trainer(settings, run, source, device, validator, ranks=ranks)
     trainer.resume()
     if trainer.step == 0:
-        _take_start(trainer, validator.protocol)
+        _take_start(trainer, validator)
         validator.save_snapshot(trainer.objective.teacher.best, 0)
         pictures.save_times(trainer.times(), shown.samples / "times.png")
         if (renoise := trainer.settings.renoise) is not None:
@@ -141,12 +130,12 @@ def _trainer(
     return trainer
 
 
-def _take_start(trainer: Trainer, protocol: pictures.AnyProtocol) -> None:
+def _take_start(trainer: Trainer, validator: pictures.Validator) -> None:
     """Have the start weights evaluated, or what they were evaluated to before, and the run measured against that."""
     network = trainer.objective.teacher.best
     start = starts.evaluated(
         trainer.settings, trainer.source.content_hash,
-        lambda: protocol.evaluate(pictures.in_single_precision(network)), trainer.ranks,
+        lambda: validator.protocol.evaluate(validator.judged(network)), trainer.ranks,
     )  # fmt: skip
     if start is not None:
         trainer.begin(start)
@@ -219,10 +208,8 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         with ExitStack() as stack:
             folder = run.samples if trainer.ranks.first else _scratch(stack).samples
             best = trainer.objective.teacher.best
-            table, grid = judge(trainer.settings, trainer.source, best, run, console, folder, trainer.ranks)
+            table = judge(OpenedRun.trained(run, trainer.provider, best, folder), console)
         result["table"] = table.as_dict()
-        console.print(*table.rich())
-        console.print(f"samples: {grid}")
     if trainer.ranks.first:
         pictures.save_norms(run, run.samples / "norms.png")
         layout.write_metrics(run.path)
@@ -236,28 +223,3 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
         return FAILED
     return 0
-
-
-def judge(
-    settings: RunConfig,
-    source: Data,
-    network: torch.nn.Module,
-    run: RunDirectory,
-    console: Console,
-    folder: Path,
-    ranks: Ranks = ALONE,
-) -> tuple[FinalTable | PromptTable, Path]:
-    """The final table on the test split; sample grids, diversity and curves go to ``folder``."""
-    device = next(network.parameters()).device
-    with console.status("judging samples of the student and its teacher on the test split"):
-        protocol = assembly.protocol_of(settings, source, "test", device, ranks)
-        network = pictures.in_single_precision(network)
-        table: FinalTable | PromptTable
-        if isinstance(protocol, PromptProtocol):
-            table = PromptTable.of(protocol, network)
-        else:
-            from_teacher = settings.train.init == "teacher"
-            teacher = assembly.pretrained_teacher(settings, source, device, ranks) if from_teacher else None
-            table = final_table(protocol, network, teacher)
-        grid = pictures.save_final(protocol, network, run, folder)
-    return table, grid

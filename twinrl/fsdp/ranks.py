@@ -94,7 +94,7 @@ class Ranks:
         build: Callable[[], nn.Module],
         random: bool,
         trained: bool = True,
-        outline: Callable[[], Outline] | None = None,
+        outline: Callable[[], Outline | None] = lambda: None,
     ) -> nn.Module:
         """The network that ``build`` constructs; the values it constructs matter only if ``random``.
 
@@ -102,7 +102,7 @@ class Ranks:
             build: makes it, with its initial weights.
             random: False where other weights are loaded at once.
             trained: whether it is the student; others never see a backward pass.
-            outline: of a pretrained network: the same without values, and where these are read.
+            outline: gives of a pretrained network the same without values, and where these are read; else None.
         """
         return build()
 

@@ -111,10 +111,10 @@ class Sharded(Ranks):
         build: Callable[[], nn.Module],
         random: bool,
         trained: bool = True,
-        outline: Callable[[], initial.Outline] | None = None,
+        outline: Callable[[], initial.Outline | None] = lambda: None,
     ) -> nn.Module:
-        if outline is not None:
-            return self._pretrained(outline())
+        if (pretrained := outline()) is not None:
+            return self._pretrained(pretrained)
         hollow = initial.outline(build)
         parts: dict[str, Tensor] = {}
         if random or initial.has_hidden_buffers(hollow):

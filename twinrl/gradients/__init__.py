@@ -4,10 +4,11 @@ A new rule is one class in :mod:`twinrl.gradients.transforms` and a line in its 
 """
 
 from twinrl.gradients.chain import GradientsConfig
-from twinrl.gradients.engine import Engine, Losses, is_due, pulls_of
+from twinrl.gradients.engine import Engine, Losses
 from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
 
 __all__ = [
-    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "Surroundings", "Transform", "is_due", "pulls_of",
+    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "Surroundings", "Transform", "is_due",
 ]  # fmt: skip

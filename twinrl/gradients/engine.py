@@ -15,6 +15,7 @@ term on steps with shares or cosines in parameter space; one more where several 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -22,26 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinrl.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import Surroundings
-from twinrl.objective import Pass, TermLoss
-from twinrl.terms import Term
+from twinrl.objective import Objective, Pass, TermLoss
 from twinrl.tracking import names
 
 Losses = list[dict[str, TermLoss]]
 Measures = dict[str, Tensor]
-
-
-def pulls_of(terms: Mapping[str, Term]) -> dict[str, tuple[str, ...]]:
-    """Name of every gradient that is taken apart → the terms in whose losses it is: a term's own, and any that
-    has a part of that name."""
-    owners: dict[str, tuple[str, ...]] = {name: (name,) for name in terms}
-    for name, term in terms.items():
-        for other in term.others(term.config):
-            if other != name:
-                owners[other] = (*owners.get(other, ()), name)
-    return owners
 
 
 class Engine:
@@ -50,7 +41,7 @@ class Engine:
     Arguments:
         config: space, rules, telemetry.
         parameters: the student's trainable parameters.
-        terms: the objective's terms.
+        pulls: the gradients that are taken apart, with the terms in whose losses they are.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
         reduce: told, where there are micro-batches, before each one's backward whether the gradient that has piled
             up is summed over the ranks after it: it is after the last one of a term.
@@ -61,7 +52,7 @@ class Engine:
         self,
         config: GradientsConfig,
         parameters: Iterable[nn.Parameter],
-        terms: Mapping[str, Term],
+        pulls: Mapping[str, tuple[str, ...]],
         total: Callable[[Tensor], Tensor] = lambda value: value,
         reduce: Callable[[bool], None] = lambda last: None,
         steps: int = 1,
@@ -70,9 +61,8 @@ class Engine:
         self.config, self.total, self.reduce = config, total, reduce
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
-        owners = pulls_of(terms)
-        ordered = sorted(owners, key=config.waits)  # stable: the terms that wait for the others come last
-        self.owners = {name: owners[name] for name in ordered}
+        ordered = sorted(pulls, key=config.waits)  # stable: the terms that wait for the others come last
+        self.owners = {name: pulls[name] for name in ordered}
         self.chains = {name: Chain(config.rules(name)) for name in ordered}
         self.total_chain = Chain(config.total)
 
@@ -80,6 +70,10 @@ class Engine:
     def separate(self) -> bool:
         """Whether forward passes should serve one set of terms each."""
         return self.config.space == "parameter"
+
+    def passes(self, objective: Objective, chunks: Iterable[Batch], counts: Mapping[str, int]) -> list[Pass]:
+        """The micro-batches of a step, given the rows of each branch in the global batch."""
+        return [objective.evaluate(chunk, counts, self.separate) for chunk in chunks]
 
     def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
         """The changed gradient into ``.grad``; the losses of every micro-batch, and the measures by metric name.
@@ -110,34 +104,43 @@ class Engine:
         last = _last([bool(one.queries()) for one in passes])
         for number, one in enumerate(passes):
             self._announce(passes, number == last)
-            found = one.losses()
-            _backward(part.loss for part in found.values())
-            one.release()
-            losses.append(_detached(found))
+            with one.evaluated() as found:
+                _backward(part.loss for part in found.losses.values())
+                losses.append(_detached(found.losses))
         return losses, self._finish(step)
 
     # --- parameter space ----------------------------------------------------------------------------------------
 
     def _in_parameter_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        whole = passes[0].losses() if len(passes) == 1 else None
-        losses: Losses = [{} for _ in passes] if whole is None else [_detached(whole)]
         account = _Account(self._keeps(step), self._several_wait)
-        for name, owners in self.owners.items():
-            if whole is not None:
-                _backward(_parts(whole, owners, name), retain_graph=self._still_needed(name, passes[0]))
-            else:
-                last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
-                for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
-                    self._announce(passes, number == last)
-                    found = {owner: one.loss(owner) for owner in owners if owner in one.queries()}
-                    _backward(_parts(found, owners, name))
-                    one.release()
-                    known |= _detached(found)
-            self._settle(name, Gradient.take(self.parameters), account, self.parameters, step)
-        for one in passes:
-            one.release()
+        back = self._at_once if len(passes) == 1 else self._in_turn
+        losses = back(passes, lambda name: self._settle(
+            name, Gradient.take(self.parameters), account, self.parameters, step
+        ))  # fmt: skip
         measures = account.measures | self._geometry(account, step)
         return losses, measures | self._finish(step, account.sum)
+
+    def _at_once(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
+        """Back through the one micro-batch's graph, term by term; each is settled with its gradient in ``.grad``."""
+        (one,) = passes
+        with one.evaluated() as found:
+            for name, owners in self.owners.items():
+                _backward(_parts(found.losses, owners, name), retain_graph=self._still_needed(name, one))
+                settle(name)
+            return [_detached(found.losses)]
+
+    def _in_turn(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
+        """Forward and back through every micro-batch for each term."""
+        losses: Losses = [{} for _ in passes]
+        for name, owners in self.owners.items():
+            last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
+            for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
+                self._announce(passes, number == last)
+                with one.evaluated(owners) as found:
+                    _backward(_parts(found.losses, owners, name))
+                    known |= _detached(found.losses)
+            settle(name)
+        return losses
 
     def _still_needed(self, name: str, one: Pass) -> bool:
         """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
@@ -151,28 +154,26 @@ class Engine:
     # --- output space -------------------------------------------------------------------------------------------
 
     def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        again = len(passes) > 1
-        losses: Losses = []
         cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
-        first = [0]
-        for one in passes:
-            one.leaves = again
-            found = one.losses()
-            for name, owners in self.owners.items():
-                cotangents[name] |= _cotangents(_parts(found, owners, name), one.outputs, first[-1])
-            first.append(first[-1] + len(one.outputs))
-            losses.append(_detached(found))
-        account = _Account(self._keeps(step), self._several_wait)
-        for name, found_cotangents in cotangents.items():
-            gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
-            self._settle(name, gradient, account, (), step)
-        for (start, end), one in zip(pairwise(first), passes, strict=True):
-            self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
-            if again:
-                one.repeat()
-            pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
-            torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
-            one.release()
+        first, account = [0], _Account(self._keeps(step), self._several_wait)
+        losses: Losses = []
+        graphs: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
+        with ExitStack() as kept:
+            for one in passes:
+                found = kept.enter_context(one.evaluated(cut=len(passes) > 1))
+                for name, owners in self.owners.items():
+                    cotangents[name] |= _cotangents(_parts(found.losses, owners, name), found.outputs, first[-1])
+                first.append(first[-1] + len(found.outputs))
+                losses.append(_detached(found.losses))
+                graphs.append(found.with_graphs)
+            for name, found_cotangents in cotangents.items():
+                gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
+                self._settle(name, gradient, account, (), step)
+            for (start, end), with_graphs in zip(pairwise(first), graphs, strict=True):
+                self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
+                with with_graphs() as outputs:
+                    pulled = {i: F for i, F in enumerate(outputs, start) if i in account.sum.tensors}
+                    torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
         return losses, account.measures | self._geometry(account, step) | self._finish(step)
 
     # --- what they share ----------------------------------------------------------------------------------------
@@ -272,11 +273,6 @@ class _Account:
             self.sum.add_(gradient)
 
 
-def is_due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0 = never) happens at this one."""
-    return every > 0 and step % every == 0
-
-
 def _last(adds: Sequence[bool]) -> int:
     """Position of the last micro-batch that adds to a gradient; −1 if none does."""
     return max((number for number, added in enumerate(adds) if added), default=-1)
@@ -308,6 +304,6 @@ def _cotangents(scalars: Sequence[Tensor], outputs: Sequence[Tensor], first: int
     return {first + i: cotangent.contiguous() for i, cotangent in enumerate(found) if cotangent is not None}
 
 
-def _detached(losses: dict[str, TermLoss]) -> dict[str, TermLoss]:
+def _detached(losses: Mapping[str, TermLoss]) -> dict[str, TermLoss]:
     """The numbers of a micro-batch's losses without their graphs."""
     return {name: part.detached() for name, part in losses.items()}

@@ -31,6 +31,11 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     return {parameter: mean.sqrt() for parameter, mean in zip(squares, means, strict=True)}
 
 
+def is_due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0 = never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
 def largest(values: Sequence[Tensor]) -> Tensor:
     """0-dim maximum; nan if any is nan, 0 if there is none."""
     return torch.stack(list(values)).max() if values else torch.zeros(())

@@ -6,7 +6,7 @@ seed and width, and kept out of training. All score by the plain cosine, which i
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Clip(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Clip":
         self._text_cache.clear()  # another device or dtype
-        return cast("Clip", super()._apply(fn, recurse))
+        return super()._apply(fn, recurse)
 
 
 def train_clip(clip: Clip, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:

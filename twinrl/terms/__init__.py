@@ -1,5 +1,8 @@
 """Loss terms: one file each, and this registry. A new term is a class with a ``Config`` and one line here."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from twinrl.components import Registry
 from twinrl.terms.adversarial import Adversarial
 from twinrl.terms.rcgm import Base, OneStepConsistency
@@ -23,4 +26,19 @@ TERMS = Registry(
     },
 )
 
-__all__ = ["TERMS", "Context", "Pull", "Query", "Target", "Term", "TermConfig"]
+__all__ = ["TERMS", "Context", "Pull", "Query", "Target", "Term", "TermConfig", "pulls_of"]
+
+
+def pulls_of(terms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Name of every gradient that is taken apart → the terms in whose losses it is: a term's own, and any that
+    has a part of that name.
+
+    Arguments:
+        terms: settings by name.
+    """
+    owners: dict[str, tuple[str, ...]] = {name: (name,) for name in terms}
+    for name, config in terms.items():
+        for other in TERMS.find(config.kind).others(config):
+            if other != name:
+                owners[other] = (*owners.get(other, ()), name)
+    return owners

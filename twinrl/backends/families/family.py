@@ -126,7 +126,7 @@ class Family(ABC):
     Attributes:
         NAME: in ``FAMILIES``.
         PIPELINE: the diffusers pipeline's class name.
-        TRANSFORMER: our subclass of its transformer.
+        TRANSFORMER: our subclass of its transformer; "TwinFlow" is in its name, by which exports find twinrl's own.
         NETWORK: the network around it.
         LORA_TARGETS: linear layers that adapters go to by default (suffixes of module names).
         BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.

@@ -1,57 +1,45 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from twinrl.assembly import inner_of
-from twinrl.backends.families.family import FamilyNetwork
-from twinrl.evaluation import PromptProtocol, Protocol
+from twinrl.errors import InputError
+from twinrl.provider import FixedProtocol, Provider
 from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
 from twinrl.tracking import names
-
-AnyProtocol = Protocol | PromptProtocol
 
 
 class Validator:
     """Judges the student under the fixed validation protocol and keeps a grid of each validation.
 
     Arguments:
-        protocol: of the validation split.
+        provider: of data and models.
         run: whose ``samples/`` gets the grids.
     """
 
-    def __init__(self, protocol: AnyProtocol, run: RunDirectory):
-        self.protocol, self.run = protocol, run
+    def __init__(self, provider: Provider[Any], run: RunDirectory):
+        self.protocol, self.judged, self.run = provider.protocol("validation"), provider.judged, run
 
     def __call__(self, network: nn.Module, step: int) -> Mapping[str, float]:
-        metrics = self.protocol.evaluate(in_single_precision(network))
+        metrics = self.protocol.evaluate(self.judged(network))
         self.save_snapshot(network, step)
         return metrics
 
     def save_snapshot(self, network: nn.Module, step: int) -> None:
         """The one-step grid of ``step`` as a picture, and one sample of each class for the picture over training."""
         path = self.run.samples / f"{layout.of_step(step)}.png"
-        images = save_grid(self.protocol, in_single_precision(network), 1, path, f"step {step:,}")
+        images = save_grid(self.protocol, self.judged(network), 1, path, f"step {step:,}")
         save_file({"pixels": _as_bytes(images[:, 0])}, path.with_suffix(".safetensors"))
 
 
-def in_single_precision(network: nn.Module) -> nn.Module:
-    """The network if it takes float32, as the protocol's inputs are; else a copy that does.
-
-    Families take any precision and compute in their own.
-    """
-    mixed = isinstance(inner_of(network), FamilyNetwork) or all(p.dtype == torch.float32 for p in network.parameters())
-    return network if mixed else deepcopy(network).float()
-
-
-def save_grid(protocol: AnyProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
+def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
     """Write a grid of samples (a row for each class, the same noise in a column); returns its pixels."""
     from twinrl.evaluation.grids import sample_grid
 
@@ -60,7 +48,7 @@ def save_grid(protocol: AnyProtocol, network: nn.Module, nfe: int, path: Path, t
     return images
 
 
-def save_final(protocol: AnyProtocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
+def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
     """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE."""
     evaluations = protocol.config.nfe
     paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
@@ -72,12 +60,36 @@ def save_final(protocol: AnyProtocol, network: nn.Module, run: RunDirectory, fol
     return paths[0]
 
 
-def save_diversity(protocol: AnyProtocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
+def save_diversity(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
     """One prompt, other noise: whether the student still varies."""
     from twinrl.evaluation.grids import diversity_grid
 
     prompt, images = protocol.diversity(network, few_step(nfe), n)
     diversity_grid(images, prompt, nfe=nfe).save(path)
+
+
+def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, path: Path) -> None:
+    """Samples by prompt as a grid, of one prompt alone as a diversity grid.
+
+    Arguments:
+        samples: prompts, each with (n, C, H, W) pixels.
+        name: of the run. nfe: network evaluations behind each sample.
+
+    Raises:
+        InputError: ``path`` cannot be written.
+    """
+    from twinrl.evaluation.grids import diversity_grid, sample_grid
+
+    prompts, images = zip(*samples, strict=True)
+    if len(samples) == 1:
+        picture = diversity_grid(images[0], prompts[0], nfe=nfe)
+    else:
+        picture = sample_grid(torch.stack(images), prompts, title=f"{name}, {nfe} NFE")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+    except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
+        raise InputError(f"{path} cannot be written", got=error, fix="name a .png file in a writable folder") from error
 
 
 def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
@@ -109,7 +121,7 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, 
     training_grid(snapshots, steps, list(classes)).save(path)
 
 
-def save_curves(run: RunDirectory, protocol: AnyProtocol, path: Path) -> None:
+def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
     """Losses and quality against steps, the real-against-real floor dotted."""
     from twinrl.evaluation import figures
     from twinrl.tracking import runlog

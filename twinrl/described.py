@@ -9,17 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl.backends.families import family_class
-from twinrl.backends.families.family import DTYPES
-from twinrl.backends.families.loading import INDEX, components, quiet, read_index, transformer_config
+from twinrl.backends.families.family import DTYPES, FamilyNetwork
+from twinrl.backends.families.loading import INDEX, check_class, components, quiet, read_index, transformer_config
 from twinrl.backends.families.lora import add_lora
 from twinrl.conditions import Condition
 from twinrl.data.folders.prepare import MANIFEST
 from twinrl.errors import InputError
+from twinrl.provider import Unloaded
 from twinrl.schema import RunConfig
 
 META = torch.device("meta")
 DEFAULT_PIXELS = 1024
+
+
+def unloaded(settings: RunConfig) -> Unloaded:
+    """The student, the data and the frozen parts of a pipeline, of which nothing but descriptions is read.
+
+    Raises:
+        InputError: no description can be had, or it is another family's.
+    """
+    folder, family = described(str(settings.model.path)), settings.model.family_class
+    check_class(folder, family.PIPELINE)
+    network = meta_family(settings, folder)
+    used = (name for name in components(read_index(folder)) if name not in (family.PART, *family.LEFT_OUT))
+    frozen = {name: module for name in used if (module := meta_component(folder, name)) is not None}
+    data = Described(settings, folder, frozen.get("vae"))
+    data.family.configure(network.transformer, settings.model.pretrained)
+    return Unloaded(network, data, frozen)
 
 
 def described(path: str) -> Path:
@@ -43,10 +59,9 @@ def described(path: str) -> Path:
         ) from error  # fmt: skip
 
 
-def meta_family(settings: RunConfig, folder: Path) -> nn.Module:
+def meta_family(settings: RunConfig, folder: Path) -> FamilyNetwork:
     """The student as :meth:`Family.network` makes it, without values."""
-    model = settings.model
-    family = family_class(str(model.family))
+    model, family = settings.model, settings.model.family_class
     with META, quiet():
         transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder, family.PART))  # type: ignore[attr-defined]
         transformer.to(DTYPES[model.dtype])
@@ -78,13 +93,13 @@ def meta_component(folder: Path, name: str) -> nn.Module | None:
 class Described:
     """What a family's data look like, from its descriptions alone, and its VAE without values."""
 
-    def __init__(self, settings: RunConfig, folder: Path):
-        self.vae = meta_component(folder, "vae") if "vae" in components(read_index(folder)) else None
+    def __init__(self, settings: RunConfig, folder: Path, vae: nn.Module | None):
+        self.vae = vae
         if self.vae is not None:
             with quiet():
                 self.vae.to(DTYPES[settings.model.frozen_dtype])
         pipeline = SimpleNamespace(vae=self.vae, components={})
-        self.family = family_class(str(settings.model.family))(folder, pipeline)
+        self.family = settings.model.family_class(folder, pipeline)
         self.transformer = transformer_config(folder, self.family.PART)
         self.latent_shape = self._latent_shape(settings)
 
