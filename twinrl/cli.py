@@ -235,7 +235,7 @@ def doctor(
 def _console():  # no return type: it would import rich.console at start
     from rich.console import Console
 
-    return Console(soft_wrap=True)
+    return Console(soft_wrap=True, markup=False, emoji=False)  # names of files and messages are printed as they are
 
 
 def _register_subcommands() -> None:

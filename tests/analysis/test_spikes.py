@@ -163,7 +163,7 @@ def test_tensorboard_events_are_read_without_tensorboard(tmp_path: Path) -> None
     assert [(s.step, s.kind) for s in spikes.find(rows)] == [(7, "nonfinite"), (150, "spike")]
     (file,) = tmp_path.glob("*tfevents*")
     file.write_bytes(file.read_bytes()[:-5])  # its writer is still at it
-    assert "norm" not in foreign.read(file, {"step": "step", "norm": "train/grad_norm"})[-1]
+    assert "norm" not in foreign.read(file, {"step": "step", "norm": "train/grad_norm"}).rows[-1]
     with pytest.raises(InputError, match="no column loss; expected one of step, train/grad_norm, train/loss"):
         foreign.read(tmp_path, {"step": "step", "loss/total": "loss"})
 
@@ -178,7 +178,7 @@ def test_a_tensor_of_one_element_is_a_scalar(tmp_path: Path) -> None:
         event = b"\x10\x03" + field(5, field(1, field(1, b"a") + field(8, tensor)))
         path = tmp_path / "events.out.tfevents.1"
         path.write_bytes(struct.pack("<Q", len(event)) + b"...." + event + b"....")
-        assert foreign.read(path, {"step": "step", "x": "a"}) == [{"iteration": 3, "step": 3, "x": 2.5}]
+        assert foreign.read(path, {"step": "step", "x": "a"}).rows == [{"iteration": 3, "step": 3, "x": 2.5}]
 
 
 def test_a_folder_without_scalars_is_refused(tmp_path: Path) -> None:

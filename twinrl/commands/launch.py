@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.text import Text
 
 from twinrl import cluster, schema
 from twinrl.commands import program
@@ -137,7 +138,7 @@ def _exit_code(run: RunDirectory, failure: BaseException | None, console: Consol
         return FAILED if result["status"] == "diverged" else 0
     if failure is None:
         return INTERRUPTED  # the first process has said how to go on
-    console.print(f"[bold red]failed[/]: {_said(failure)}; see {run.path / RANKS}")
+    console.print(Text("failed:", "bold red"), f"{_said(failure)}; see {run.path / RANKS}")
     if run.exists:
         console.print(f"continue with: {program()} resume {run.path}")
     return FAILED
@@ -266,7 +267,7 @@ def work(told: dict[str, Any]) -> None:
     ):
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         try:
-            _work(task, Console(file=output, width=120))
+            _work(task, Console(file=output, width=120, markup=False, emoji=False))
         except InputError as error:
             if rank == 0:
                 Path(task.error).write_text(str(error))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from twinrl import assembly
 from twinrl.branches import allocate
@@ -62,7 +63,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
             if ranks.first and not goes_on:
                 run.discard()
             raise
-        console.print(f"run directory [bold]{run.path}[/]")
+        console.print("run directory", Text(str(run.path), "bold"))
         return _continue(trainer, console, stop)
 
 
@@ -225,7 +226,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
         console.print(f"curves and grids: {program()} ui {run.path.parent}")
     if outcome.status == "diverged":
-        console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
+        console.print(Text("diverged:", "bold red"), f"{outcome.message}; see {run.events}")
         return FAILED
     return 0
 
