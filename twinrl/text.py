@@ -28,7 +28,8 @@ def decode(data: bytes, torn: bool = False) -> str:
         decoder = codecs.getincrementaldecoder("utf-8-sig" if encoding == "UTF-8" else encoding)()
         text = decoder.decode(data, final=not torn)
     except UnicodeDecodeError as error:
-        raise ValueError(f"not {encoding}: byte {error.start} is {data[error.start]:#04x}") from error
+        at = error.start + len(data) - len(error.object)  # which lacks the mark
+        raise ValueError(f"not {encoding}: byte {at} is {data[at]:#04x}") from error
     if "\0" in text:
         raise ValueError(f"not {encoding}: character {text.index(chr(0))} is NUL, as in UTF-16 without a mark")
     return text

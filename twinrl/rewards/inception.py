@@ -136,7 +136,7 @@ def reference(folder: Path, weights: Path | None, device: torch.device) -> Refer
     Raises:
         InputError: fewer than two images, a damaged one, or no weights.
     """
-    files, problems = ending_in(folder, SUFFIXES)
+    files, problems = ending_in(folder, SUFFIXES) if folder.is_dir() else ([], [])
     if problems:
         raise InputError(f"{folder / problems[0].name} {problems[0].reason}", got=problems[0].detail, fix="remove it")
     if len(files) < 2:
