@@ -8,7 +8,6 @@ import pytest
 
 from analysis import foreign, spikes
 from analysis.frames import load_run
-from analysis.report import report
 from tests.analysis import simulated
 from tests.analysis.simulated import at_most
 from twinrl.errors import InputError
@@ -264,9 +263,7 @@ def test_damaged_logs_name_their_line(tmp_path: Path) -> None:
             foreign.read(tmp_path / name, STEPS)
 
 
-def test_values_that_come_twice_are_counted_and_told(tmp_path: Path) -> None:
+def test_values_that_come_twice_are_counted(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(f"{CSV}\n5,2.5\n")
     rows, replaced = foreign.read(tmp_path / "log.csv", STEPS)
     assert (rows[5]["norm"], replaced) == (2.5, 1)
-    report(tmp_path / "log.csv", mapping={"step": "step", "grad/total/norm_raw": "norm"})
-    assert "1 values were logged again for their step" in (tmp_path / "log-report" / "report.md").read_text()

@@ -31,12 +31,13 @@ PLUGINS = {"AVIF": "pillow>=11.3", "HEIF": "pillow-heif", "JXL": "pillow-jxl-plu
 BRANDS = {b"avi": "AVIF", b"hei": "HEIF", b"hev": "HEIF", b"mif": "HEIF", b"msf": "HEIF"}  # what follows "ftyp"
 
 DAMAGE = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's decoders raise on files that are cut off, mangled or of another kind."""
 
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that swap width and height
+TURNED = ("HEIF", "JXL")  # formats with an orientation of their own, which decoders apply; that of EXIF is void there
 
 
 @cache
@@ -67,7 +68,7 @@ def _unknown(data: bytes) -> str:
     jxl = data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL "))
     name = "JXL" if jxl else BRANDS.get(data[8:11], "") if data[4:8] == b"ftyp" else ""
     if not name or name in _formats():
-        return "no image, or of an unknown format"
+        return f"damaged {name}" if name else "no image, or of an unknown format"
     return f"{name}, which Pillow cannot read here: pip install {PLUGINS[name]}, or convert it"
 
 
@@ -83,9 +84,14 @@ def upright_size(data: bytes) -> tuple[int, int]:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     if image.format == "TIFF":
-        return ImageOps.exif_transpose(image).size
+        return _upright(image).size
     width, height = image.size
-    return (height, width) if image.getexif().get(ORIENTATION) in SIDEWAYS else (width, height)
+    sideways = image.format not in TURNED and image.getexif().get(ORIENTATION) in SIDEWAYS
+    return (height, width) if sideways else (width, height)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    return image if image.format in TURNED else ImageOps.exif_transpose(image)
 
 
 def decode(data: bytes) -> Image.Image:
@@ -100,7 +106,7 @@ def decode(data: bytes) -> Image.Image:
     with _opened(data) as image:
         expected = _upright_size(image)
         image.load()
-        upright = _to_rgb(ImageOps.exif_transpose(image))
+        upright = _to_rgb(_upright(image))
     if upright.size != expected:
         raise UnusableError(CORRUPT, f"the header says {expected} and the pixels are {upright.size}")
     return upright
