@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from twinrl import schema
-from twinrl.commands.simpletuner import COUNTS, FLAGS, NUMBERS, READ, RENAMED, TEXTS, convert, import_simpletuner
+from twinrl.commands.simpletuner import COUNTS, FLAGS, NUMBERS, READ, RENAMED, TEXTS, convert, import_simpletuner, read
 from twinrl.errors import InputError
 
 DOCUMENTED = {  # documentation/distillation/TWINFLOW.md, "Quick Config"
@@ -154,6 +154,20 @@ def test_the_command_writes_says_what_differs_and_leaves_files_alone(tmp_path: P
     assert schema.load(str(out)).name == "out"
     with pytest.raises(InputError, match="exists"):
         import_simpletuner(source, out, console)
+    odd = source.rename(tmp_path / "a\nb: \udce9.json")
+    assert import_simpletuner(odd, tmp_path / "odd.yaml", console) == 0
+    assert yaml.safe_load((tmp_path / "odd.yaml").read_text()) == yaml.safe_load(out.read_text())
+    for name in ("nowhere/out.yaml", "x" * 300):
+        with pytest.raises(InputError, match="cannot be written"):
+            import_simpletuner(odd, tmp_path / name, console)
+    source.write_text(json.dumps({"--seed": 1, "seed": 2}))
+    with pytest.raises(InputError, match="has a key twice"):
+        read(source)
+    source.write_bytes(json.dumps(DOCUMENTED).encode("utf-16"))
+    assert read(source) == DOCUMENTED
+    source.write_text('{"output_dir": "café"}', encoding="latin-1")
+    with pytest.raises(InputError, match="cannot be read as JSON; got not UTF-8: byte 19 is 0xe9"):
+        read(source)
 
 
 def test_no_key_is_both_renamed_and_read() -> None:

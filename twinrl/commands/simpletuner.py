@@ -7,6 +7,7 @@ mapped; the rest is listed as left out. Facts about the keys are from SimpleTune
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,10 +114,14 @@ def import_simpletuner(path: Path, out: Path | None, console: Console) -> int:
         InputError: the file cannot be read, is not for TwinFlow, has an option that twinrl has not, or ``out`` exists.
     """
     out = out or Path(path.stem + ".yaml")
-    if out.exists():
+    if os.path.exists(out):  # False where the name is too long, which writing says
         raise InputError(f"{out} exists", fix="name another file with -o")
     made, notes = convert(read(path))
-    out.write_text(f"# from SimpleTuner's {path.name}\n{yaml.safe_dump(made, sort_keys=False, allow_unicode=True)}")
+    content = yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
+    try:
+        out.write_text(f"# from SimpleTuner's {text.printable(path.name)}\n{content}", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written", got=error.strerror, fix="name another file with -o") from error
     console.print(f"written to {out}; what differs:")
     for note in notes:
         console.print(f"- {note}", markup=False)
@@ -124,14 +129,21 @@ def import_simpletuner(path: Path, out: Path | None, console: Console) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a SimpleTuner file, without leading dashes. Raises InputError where it is no JSON object."""
+    """The keys of a SimpleTuner file, without leading dashes.
+
+    Raises:
+        InputError: it is no JSON object, or has a key in both ways.
+    """
     try:
         found = json.loads(text.decode(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON", got=error) from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is no JSON object", got=type(found).__name__, expected='{"model_family": …}')
-    return {str(key).lstrip("-"): value for key, value in found.items()}
+    keys = {key.lstrip("-"): value for key, value in found.items()}
+    if len(keys) < len(found):
+        raise InputError(f"{path} has a key twice, with dashes and without", fix="keep one of each")
+    return keys
 
 
 def typed(key: str, value: Any) -> Any:

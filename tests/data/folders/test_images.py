@@ -45,6 +45,8 @@ def test_16_bits_become_8() -> None:
     assert np.abs(found[..., 0] - ramp / 257).max() <= 0.5
     assert found.min() == 0
     assert found.max() == 255
+    clear = values(encoded(Image.fromarray(ramp), transparency=int(ramp[0, 3])))
+    assert clear[0, :5, 0].tolist() == [*found[0, :3, 0], 255, found[0, 4, 0]]
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])

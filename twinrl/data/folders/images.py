@@ -128,7 +128,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise UnusableError(CORRUPT, f"integer pixels beyond 16 bits: {values.min()} to {values.max()}")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    if (clear := image.info.get("transparency")) is not None:
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def pixels(image: Image.Image, fit: Fit) -> Tensor:
