@@ -87,16 +87,16 @@ def _number(value: object, column: str, path: Path) -> float | None:
     """A number, also one spelled as text (``NaN``, ``Infinity``); None for empty cells, flags, pictures and the like.
 
     Raises:
-        InputError: text that is no number; ``1,000`` may be a thousand or one.
+        InputError: text that is no number (``1,000`` may be a thousand or one), or digits beyond every float.
     """
     if value is None or isinstance(value, bool | dict | list):
         return None
     if isinstance(value, str):
         if value.strip().lower() in ABSENT:
             return None
-        if not NUMBER.fullmatch(value.strip()):
+        if not NUMBER.fullmatch(value.strip()) or ("inf" not in value.lower() and math.isinf(float(value))):
             raise InputError(
-                f"{path} has {value!r:.80} in the column {column}", expected="a number",
+                f"{path} has {value!r:.80} in the column {column}", expected="a number below 1.8e308",
                 fix="write it without separators and units, with a decimal point",
             )  # fmt: skip
     return float(value)  # type: ignore[arg-type]
@@ -164,9 +164,14 @@ def _json(path: Path) -> Iterator[Mapping[str, Any]]:
         yield from _parsed(f"[{last}]", path, "")
 
 
+def _spelled(digits: str) -> float | str:
+    """A number; as it is written where no float holds it."""
+    return digits if math.isinf(number := float(digits)) else number
+
+
 def _parsed(content: str, path: Path, where: str) -> list[Mapping[str, Any]]:
     try:
-        records = json.loads(content, parse_int=float)  # of any number of digits
+        records = json.loads(content, parse_int=_spelled, parse_float=_spelled)
     except (ValueError, RecursionError) as error:
         raise InputError(
             f"{path} is not JSON{where}", got=error, expected="a list of objects, or one a line"

@@ -220,13 +220,20 @@ def test_a_log_that_ends_inside_a_character(tmp_path: Path) -> None:
 
 
 def test_numbers_of_any_length_and_spelling(tmp_path: Path) -> None:
-    values = ["9" * 400, "9" * 6000, "-1e999", "NaN", " 1.5 ", ".5", "1e-3", "", "N/A"]
-    expected = [math.inf, math.inf, -math.inf, math.nan, 1.5, 0.5, 1e-3, None, None]
+    values = ["9" * 300, "-Infinity", "inf", "NaN", " 1.5 ", ".5", "1e-3", "", "N/A"]
+    expected = [1e300, -math.inf, math.inf, math.nan, 1.5, 0.5, 1e-3, None, None]
     (tmp_path / "log.csv").write_text("step,norm\n" + "".join(f"{k},{v}\n" for k, v in enumerate(values)))
     rows, _ = foreign.read(tmp_path / "log.csv", STEPS)
     np.testing.assert_equal([row.get("norm") for row in rows], expected)
-    (tmp_path / "log.jsonl").write_text("".join(f'{{"step": {k}, "norm": {v}}}\n' for k, v in enumerate(values[:2])))
-    assert [row["norm"] for row in foreign.read(tmp_path / "log.jsonl", STEPS).rows] == [math.inf, math.inf]
+    huge = "9" * 6000  # more digits than Python's integers take from text
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "norm": {values[0]}, "id": {huge}}}\n')
+    assert [row["norm"] for row in foreign.read(tmp_path / "log.jsonl", STEPS).rows] == [1e300]
+    for value in ("9" * 400, huge, "-1e999"):
+        (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "norm": {value}}}\n')
+        (tmp_path / "log.csv").write_text(f"step,norm\n1,{value}\n")
+        for name in ("log.jsonl", "log.csv"):
+            with pytest.raises(InputError, match=r"in the column norm; expected a number below 1.8e308"):
+                foreign.read(tmp_path / name, STEPS)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ class FinalTable:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
         return table
 
-    def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
+    def _cells(self, metrics: Mapping[str, Estimate]) -> "list[str | Text]":
         fd, accuracy = metrics["fd"], metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
         return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
