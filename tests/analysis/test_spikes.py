@@ -274,3 +274,22 @@ def test_values_that_come_twice_are_counted(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(f"{CSV}\n5,2.5\n")
     rows, replaced = foreign.read(tmp_path / "log.csv", STEPS)
     assert (rows[5]["norm"], replaced) == (2.5, 1)
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl", "log.json", "tfevents"])
+def test_mangled_logs_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    event = b"\x10\x03*\x0a\x0a\x08\x0a\x01a" + b"\x15" + struct.pack("<f", 2.5)
+    clean = {"log.csv": CSV, "log.jsonl": "\n".join(LINES), "log.json": f"[{','.join(LINES)}]"}.get(name, "").encode()
+    clean = clean or (struct.pack("<Q", len(event)) + b"...." + event + b"....") * 3
+    refused = 0
+    for _ in range(150):
+        data = bytearray(clean)
+        for at in rng.integers(0, min(len(data), 80), 2):
+            data[at] = rng.integers(256)
+        (tmp_path / name).write_bytes(data)
+        try:
+            foreign.read(tmp_path / name, {"step": "step", "norm": "a"} if name == "tfevents" else STEPS)
+        except InputError:
+            refused += 1
+    assert refused > 20
