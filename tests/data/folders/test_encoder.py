@@ -130,14 +130,14 @@ def test_another_vocabulary_is_another_encoder(model: Path, tmp_path: Path) -> N
 def test_names_are_printed_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "images[/b]"
+    folder = tmp_path / "caf\udce9[/b]"  # a byte that is no UTF-8
     write_pairs(folder, [(64, 64)])
     (folder / "odd[").mkdir()
     (folder / "odd[" / "b]:smile:.png").write_bytes(b"")  # its path reads odd[/b]:smile:.png
     monkeypatch.chdir(tmp_path)
     assert prepare_data(folder, None, None, SETTINGS, CPU, _console()) == 0
     text = capsys.readouterr().out.replace("\n", "")
-    assert "images[/b] read as format text" in text
+    assert r"caf\udce9[/b] read as format text" in text
     assert "odd[/b]:smile:.png" in text
     assert (tmp_path / "prepared" / "b]" / REPORT).is_file()
 
