@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Where it is set, every process of a test would compile its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check campaign install lint types imports fast clean
+.PHONY: demo test check campaign release install lint types imports fast clean
 
 demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
@@ -21,6 +21,9 @@ check: install lint types imports fast  ## the developer's quick loop
 
 campaign: install  ## what takes long, unattended; goes on where it was stopped; table in docs/campaign.md
 	$(BIN)/python -m tests.campaign
+
+release: install  ## the fixture of this version, from which every later one must go on; docs/architecture.md
+	$(BIN)/python -m tests.versions
 
 install: $(STAMP)
 

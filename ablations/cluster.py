@@ -9,20 +9,16 @@ import ray
 from rich.console import Console
 
 from ablations.study import Resources
-from ablations.trial import environment
 from twinrl import cluster
 from twinrl.errors import InputError
 
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
+QUIET = cluster.QUIET | {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-"""No usage reports, no tables, no files of its own."""
+"""Nor tables and files of Tune's own."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ def connect(machine: Machine, console: Console) -> None:
     if machine.address is not None and machine.cpus is not None:
         raise InputError("--cpus is for this machine; a cluster has the cores that `ray start` gave it",
                          got=f"--address {machine.address}", fix="leave --cpus out")  # fmt: skip
-    variables = QUIET | {"PYTHONPATH": environment(1)["PYTHONPATH"]}
-    cluster.connect(machine.address, machine.cpus or usable_cores(), variables, "--address")
+    cluster.connect(machine.address, machine.cpus or usable_cores(), "--address", QUIET)
     if machine.address is not None:
         nodes = sum(node["Alive"] for node in ray.nodes())
         console.print(f"joined the Ray cluster at {machine.address}: {nodes} machines, "

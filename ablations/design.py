@@ -9,17 +9,19 @@ its factor is a *word* (ABD) that is constant over all runs, and so is every pro
 Effects whose product is a word can't be told apart. The *resolution* is the length of the shortest word: III mixes
 main effects with interactions of two factors, IV those interactions with each other, V neither
 (Box, Hunter and Hunter, *Statistics for Experimenters*, ch. 6; tables of generators agree with :func:`generators`
-in size).
+in size). pyDOE3 (1.6) does not look at products of words: what it gives as resolution V for 7 factors or more is IV.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from itertools import combinations, product
 from operator import xor
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from twinrl.components import Registry
 from twinrl.config import Settings, nearest
 from twinrl.errors import InputError
 
@@ -37,7 +39,24 @@ def arm_name(levels: Mapping[str, str]) -> str:
     return " ".join(f"{factor}={level}" for factor, level in levels.items()) or "base"
 
 
-class Grid:
+class Design(ABC):
+    """Which arms a study runs. Subclasses give ``Config``, :meth:`arms` and :meth:`describe`."""
+
+    Config: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, config: Any):
+        self.config = config
+
+    @abstractmethod
+    def arms(self, factors: Factors) -> Mapping[str, Mapping[str, object]]:
+        """Arm → {factor: level}, which may be mixed with {key.path: value}."""
+
+    @abstractmethod
+    def describe(self, factors: Factors) -> str:
+        """One line for people."""
+
+
+class Grid(Design):
     """Every combination of levels.
 
     *When to use*: two or three factors, or when interactions of any order are the question.
@@ -45,9 +64,6 @@ class Grid:
 
     class Config(Settings):
         kind: Literal["grid"] = "grid"
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def arms(self, factors: Factors) -> ArmLevels:
         """The product of all levels, the last factor fastest."""
@@ -59,7 +75,7 @@ class Grid:
         return "grid " + " × ".join(str(len(levels)) for levels in factors.values())
 
 
-class OneFactorAtATime:
+class OneFactorAtATime(Design):
     """A starting arm and its neighbours: each differs from it in one factor.
 
     *When to use*: to ask "what does removing this one thing do", from either end: from the published settings, which
@@ -71,9 +87,6 @@ class OneFactorAtATime:
         start: Literal["first", "last"] | dict[str, str] = Field(
             "first", description="the starting arm: first or last level of every factor, or a level per factor"
         )
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def arms(self, factors: Factors) -> ArmLevels:
         """The starting arm, then one arm for each other level of each factor."""
@@ -95,7 +108,7 @@ class OneFactorAtATime:
         return f"one factor at a time from {arm_name(self._start(factors))}"
 
 
-class FractionalFactorial:
+class FractionalFactorial(Design):
     """The smallest two-level fraction of a stated resolution, its runs balanced and orthogonal.
 
     The run with every factor at its first level is among them.
@@ -107,9 +120,6 @@ class FractionalFactorial:
     class Config(Settings):
         kind: Literal["fractional_factorial"] = "fractional_factorial"
         resolution: Literal[3, 4, 5] = Field(4, description="shortest word of the defining relation: 3, 4 or 5")
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def arms(self, factors: Factors) -> ArmLevels:
         """One arm for each run, ``r00``, ``r01``, …
@@ -149,7 +159,7 @@ def _letters(word: int) -> str:
     return "".join(LETTERS[i] for i in range(word.bit_length()) if word >> i & 1)
 
 
-class Arms:
+class Arms(Design):
     """Arms written out one by one.
 
     *When to use*: a reproduction, a handful of configurations with names of their own.
@@ -160,9 +170,6 @@ class Arms:
         arms: dict[str, dict[str, object]] = Field(
             min_length=1, description="arm → {factor: level} and {key.path: value}, mixed as you like"
         )
-
-    def __init__(self, config: Config):
-        self.config = config
 
     def arms(self, factors: Factors) -> dict[str, dict[str, object]]:
         """The arms as written; what is not a factor is an override of the configuration."""
@@ -175,12 +182,16 @@ class Arms:
         return f"{len(self.config.arms)} explicit arms"
 
 
-DESIGNS: dict[str, type] = {
-    "grid": Grid,
-    "one_factor_at_a_time": OneFactorAtATime,
-    "fractional_factorial": FractionalFactorial,
-    "arms": Arms,
-}
+DESIGNS = Registry(
+    "design",
+    Design,
+    {
+        "grid": Grid,
+        "one_factor_at_a_time": OneFactorAtATime,
+        "fractional_factorial": FractionalFactorial,
+        "arms": Arms,
+    },
+)
 
 
 def check_levels(chosen: Mapping[str, object], factors: Factors, where: str) -> None:

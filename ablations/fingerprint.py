@@ -4,7 +4,8 @@ The sources of twinrl's numeric packages, of a user's own components and start w
 frozen models, precision, threads, device and the version of torch. The git revision is not in it, nor are comments,
 docstrings and formatting: sources are compared as syntax trees. So a commit that touches documentation repeats no
 trial, and an edit of a loss term repeats all of them. Parts of the package that a configuration cannot reach do not
-count for it: a new family of models repeats no trial that trains without one. Does not import torch.
+count for it: a new family of models repeats no trial that trains without one. Releases that are known to give the
+same numbers (``releases.yaml``) count as one: an update that adds a feature repeats no trial. Does not import torch.
 """
 
 import ast
@@ -16,7 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 import twinrl
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     from twinrl.schema import RunConfig
@@ -28,7 +32,7 @@ WITHOUT_FAMILY = ("backends/families", "data/folders")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
-STATE = "state.json"
+RELEASES = Path(__file__).parent / "releases.yaml"
 DIGITS = 16
 
 
@@ -39,7 +43,7 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
     ``processes`` sum in another order than one.
     """
     parts: dict[str, object] = {
-        "sources": sources(unused=unused(settings, processes)),
+        "sources": first_with_its_numbers(sources(unused=unused(settings, processes))),
         "components": {module: source_hash(path) for module, path in sorted(own_modules(settings.numeric()))},
         "content": content_hash,
         "start": start_weights(settings.train.init),
@@ -65,6 +69,25 @@ def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
         f"{name} {source_hash(path)}" for name, path in modules.items()
         if not any(name == part or name.startswith(f"{part}/") for part in left_out)
     )  # fmt: skip
+
+
+def digests() -> list[str]:
+    """:func:`sources` for every set of parts that a trial may leave unused, in one order for all releases."""
+    return [sources(unused=family + alone) for family in ((), WITHOUT_FAMILY) for alone in ((), ALONE)]
+
+
+def first_with_its_numbers(digest: str) -> str:
+    """The sources' digest of the first release whose numbers are those of ``digest``; of no release's: itself."""
+    for releases in releases_by_numbers():
+        for known in releases.values():
+            if digest in known:
+                return next(iter(releases.values()))[known.index(digest)]
+    return digest
+
+
+def releases_by_numbers() -> list[dict[str, list[str]]]:
+    """Releases that give the same numbers together, oldest first: version → its :func:`digests`."""
+    return yaml.safe_load(RELEASES.read_text())
 
 
 def source_hash(path: Path) -> str:
@@ -125,10 +148,10 @@ def start_weights(init: str) -> str:
 
     All its tensors, in safetensors files or in ``shards/``; its ``state.json`` says how to go on, which no start does.
     """
-    found = [] if init in ("teacher", "random") else sorted(Path(init, "checkpoints").glob("step-*"))
-    if not found:
+    newest = None if init in ("teacher", "random") else layout.newest(Path(init, layout.CHECKPOINTS))
+    if newest is None:
         return ""
-    files = sorted(path for path in found[-1].rglob("*") if path.is_file() and path.name != STATE)
+    files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != layout.STATE)
     return _digest(_content(path) for path in files)
 
 

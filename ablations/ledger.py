@@ -9,7 +9,6 @@ killed writer leaves without its newline is no line, and the next writer cuts it
 """
 
 import errno
-import fcntl
 import io
 import json
 import os
@@ -19,8 +18,9 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from twinrl import files
 from twinrl.errors import InputError
 from twinrl.tracking import runlog
 
@@ -41,7 +41,8 @@ class Record:
         step: optimizer steps made.
         message: why, where the status alone does not say it.
         metrics: final table and last validation, flat; non-finite values are kept.
-        diverged: step and kind of the divergence, if there was one.
+        diverged: step and kind of the failure, if there was one; since when the run was not known to be sound
+            (``after``), and whether it had ``recovered`` by its end.
         seconds: of training, summed over the log.
         where: host, revision, directory and time; provenance.
     """
@@ -66,6 +67,11 @@ class Record:
     def final(self) -> bool:
         """Whether the run ended by its own rules."""
         return self.status in FINAL
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run failed and did not recover."""
+        return self.diverged is not None and not self.diverged.get("recovered", False)
 
     def line(self) -> str:
         """The record as strict JSON without newline."""
@@ -128,7 +134,7 @@ class Ledger:
         try:
             self.own.parent.mkdir(parents=True, exist_ok=True)
             with self.own.open("ab") as file:
-                _lock(file.fileno(), self.own)
+                _lock(file, self.own)
         except OSError as error:
             raise InputError(f"the ledger {self.own} can't be written", got=error.strerror) from error
 
@@ -137,7 +143,7 @@ def append(path: Path, record: Record) -> None:
     """:meth:`Ledger.append` for a process that only knows the file."""
     line = record.line().encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
-        _lock(file.fileno(), path)
+        _lock(file, path)
         length = path.read_bytes().rfind(b"\n") + 1
         file.truncate(length)
         write_line(file, line, length)
@@ -159,17 +165,10 @@ def write_line(file: io.FileIO, line: bytes, length: int) -> None:
         raise
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _lock(file: IO[bytes], path: Path) -> None:
     """Take the file's lock, waiting for other writers, who hold it for milliseconds."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise InputError(f"the ledger {path} is locked by another process", fix="end that process") from error
-            time.sleep(0.01)
+    refusal = InputError(f"the ledger {path} is locked by another process", fix="end that process")
+    files.lock(file, refusal, PATIENCE_SECONDS)
 
 
 def _records(path: Path) -> Iterable[Record]:

@@ -4,10 +4,8 @@ Each probe is an ordinary trial (the arm with another ``optim.lr`` and ``margin.
 ledger, run side by side, are reused by the next call and go on after a kill. The bisection itself has no state: it is
 computed again from the ledger, and asks for the next probe.
 
-Healthy means: not diverged, by the trainer's own definition, at the end of ``margin.steps`` steps, and a final judge
-accuracy of at least ``margin.accuracy_floor`` (a run that broke before its first validation was never better, so it
-has not diverged). The answer is a bracket: a rate that stayed healthy and, above it, one that did not, their ratio
-below ``margin.tolerance``.
+Healthy means: not failed (:mod:`twinrl.stability.verdict`) at the end of ``margin.steps`` steps. The answer is a
+bracket: a rate that stayed healthy and, above it, one that did not, their ratio below ``margin.tolerance``.
 Divergence need not be monotone in the rate; the bracket is then one such crossing between ``low`` and ``high``.
 
 *When to use*: to compare arms by how far they are from the edge, where none of them diverges at the working rate.
@@ -24,9 +22,9 @@ from rich.table import Table
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace, trial_of
 from ablations.study import Arm, Margin, Study
-from twinrl import checkpoints
 from twinrl.config import validate
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.schema import RunConfig
 
 DIGITS = 4
@@ -152,10 +150,9 @@ class Search:
             record = records.get(self.probe(arm, seed, rate).key)
             if record is None or not record.final:
                 return None
-            return record.diverged is None and record.metrics.get(accuracy, math.inf) >= margin.accuracy_floor
+            return record.diverged is None
 
-        margin, accuracy = self.study.config.margin, f"test/accuracy_{arm.settings.evaluation.nfe[0]}nfe"
-        return Bracket(arm.name, seed, *bisect(margin, healthy))
+        return Bracket(arm.name, seed, *bisect(self.study.config.margin, healthy))
 
     def probe(self, arm: Arm, seed: int, rate: float) -> Trial:
         """The trial of an arm and a seed at a learning rate."""
@@ -176,7 +173,7 @@ class Search:
         return [self._start(seed) for seed in self.study.config.seeds] if self.study.config.margin.warmup_steps else []
 
     def _started(self) -> bool:
-        return all(checkpoints.newest(start.run.checkpoints) is not None for start in self._starts())
+        return all(layout.newest(start.run.checkpoints) is not None for start in self._starts())
 
     def _warm_up(self) -> tuple[list[str], bool]:
         """Make the shared checkpoints that are not there yet: failures, and whether all are there.
@@ -189,7 +186,7 @@ class Search:
             return [], True
         plan, failures = self.run(self._plan(starts))
         for start in starts:
-            if plan.record(start) is not None and checkpoints.newest(start.run.checkpoints) is None:
+            if plan.record(start) is not None and layout.newest(start.run.checkpoints) is None:
                 raise InputError(
                     f"the shared checkpoint {start.run.path} is not on this machine",
                     fix="copy the run directory here, or name another --ledger",

@@ -21,10 +21,11 @@ from ablations.trial import Task, environment, last_line
 from twinrl.assembly import load_source
 from twinrl.config import validate
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.runs import RunDirectory, dump
 from twinrl.schedules import ANCHOR, SCHEDULES, position
 from twinrl.schema import RunConfig
-from twinrl.tracking import names, runlog
+from twinrl.tracking import names
 from twinrl.tracking.environment import git_state
 
 DEFAULT_ROOT = Path("runs/ablations")
@@ -248,7 +249,7 @@ def measure(plan: Plan) -> Timing:
         elapsed = time.monotonic() - started
         if RunDirectory(short.directory).result is None:
             raise InputError(f"arm {trial.arm} can't be trained", got=last_line(output))
-        seconds = [row[names.STEP_SECONDS] for row in runlog.read(short.directory / runlog.LOG_NAME)]
+        seconds = [row[names.STEP_SECONDS] for row in layout.read_rows(short.directory)]
     return Timing(statistics.median(seconds[1:]), elapsed - sum(seconds))
 
 

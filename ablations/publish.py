@@ -22,6 +22,7 @@ from ablations.table import by_arm
 from ablations.trial import durable_log
 from twinrl.errors import InputError
 from twinrl.tracking import mlflow_view, names, store, ui
+from twinrl.tracking.mlflow_run import fitting
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.mlflow_view import MLflowView
 
@@ -114,6 +115,7 @@ class StudyView:
             )
         view = self._shown[trial.key]
         if not view.publish_through(offset) or view.run_id is None:
+            del self._shown[trial.key]
             raise InputError(f"the MLflow store {self.uri} does not answer")
         self._offsets[trial.key] = offset
         if first:
@@ -156,17 +158,16 @@ class StudyView:
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: Record) -> None:
-        """Steps made, and step and kind of a divergence."""
+        """Steps made, and a failure as the ledger has it, its step also as a number that sorts."""
         self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
         if record.diverged is None:
             return
-        step, kind = record.diverged["step"], record.diverged["kind"]
-        self._tag(run, {"diverged.step": step, "diverged.kind": kind})
-        self.client.log_metric(run, "diverged/step", step, timestamp=0, step=0)
+        self._tag(run, {f"diverged.{name}": str(value).lower() for name, value in record.diverged.items()})
+        self.client.log_metric(run, "diverged/step", record.diverged["step"], timestamp=0, step=0)
 
     def _levels(self, run: str, trial: Trial) -> None:
         for factor, level in trial.levels.items():
-            self.client.log_param(run, f"factor.{factor}", level)
+            self.client.log_param(run, fitting(f"factor.{factor}"), level)
 
     def _arm(self, trial: Trial) -> str:
         """Id of the arm's parent run."""

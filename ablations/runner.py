@@ -5,7 +5,6 @@ whatever is killed, ``run`` again plans what is missing and goes on. Tune schedu
 cluster, finds the machines. Ray's own files of an experiment are scratch and are removed.
 """
 
-import fcntl
 import os
 import pickle
 import tempfile
@@ -29,6 +28,7 @@ from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.table import Board, failure_lines
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
+from twinrl import files
 from twinrl.commands.interrupt import asking
 from twinrl.errors import InputError
 
@@ -106,12 +106,9 @@ def exclusive(root: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"the workspace {root} can't be written", got=error.strerror) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another study is running in {root}", fix="wait for it to end, or name another --root"
-            ) from error
+        files.lock(
+            lock, InputError(f"another study is running in {root}", fix="wait for it to end, or name another --root")
+        )
         yield
 
 

@@ -29,7 +29,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ablations.design import DESIGNS, Factors
 from twinrl import schema
-from twinrl.config import PRESETS, Settings, build, component, nearest, read_yaml, validate
+from twinrl.config import PRESETS, Settings, component, nearest, read_yaml, validate
 from twinrl.errors import InputError
 from twinrl.schema import RunConfig
 from twinrl.tracking import names
@@ -37,7 +37,7 @@ from twinrl.tracking import names
 if TYPE_CHECKING:
     DesignSettings: TypeAlias = Any
 else:
-    DesignSettings = component(DESIGNS, "design")
+    DesignSettings = component(DESIGNS)
 
 STUDIES = Path(__file__).parent / "studies"
 MOST_TRIALS = 100_000
@@ -79,9 +79,6 @@ class Margin(Settings):
     high: float = Field(1e-1, gt=0, description="a learning rate believed too large")
     tolerance: float = Field(1.25, gt=1, description="ends when the bracket's ratio is below this")
     steps: int = Field(1000, ge=1, description="steps that an arm must survive")
-    accuracy_floor: float = Field(
-        0.5, ge=0, le=1, description="a final judge accuracy below is not healthy, ever better or not; 0 = not asked"
-    )
     warmup_steps: int = Field(
         0, ge=0, description="steps of the base configuration that every probe of a seed starts from; 0: its own start"
     )
@@ -231,7 +228,7 @@ class Study:
     @cached_property
     def design(self) -> Any:
         """The design."""
-        return build(DESIGNS, self.config.design, "design")
+        return DESIGNS.build(self.config.design)
 
     @cached_property
     def arms(self) -> list[Arm]:

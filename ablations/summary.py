@@ -45,7 +45,18 @@ def curves(plan: Plan, trials: Sequence[Trial]) -> dict[str, list[Point]]:
     """The study's metric and the total loss over the seeds of an arm, as far as their logs are on this machine."""
     wanted = dict.fromkeys([plan.study.config.metric, names.LOSS_TOTAL])
     logs = [(runlog.read(t.run.log), plan.record(t)) for t in trials if t.run.log.exists()]
-    return {metric: thinned(list(curve(logs, metric))) for metric in wanted}
+    return {metric: [*thinned(list(curve(logs, metric))), *_broken_end(logs, metric)] for metric in wanted}
+
+
+def _broken_end(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> list[Point]:
+    """The nan at the end of a curve whose median has none."""
+    records = [record for _, record in logs if record is not None and (record.lost or metric in record.metrics)]
+    ends = [record.metrics.get(metric, math.nan) for record in records]
+    if 2 * sum(not math.isfinite(end) for end in ends) < max(1, len(ends)):
+        return []
+    last = max((int(rows[-1]["step"]) for rows, _ in logs if rows), default=0)
+    nowhere, alive = math.nan, sum(last <= _end(rows, record) for rows, record in logs)
+    return [Point(last + 1, nowhere, nowhere, nowhere, nowhere, nowhere, alive)]
 
 
 def curve(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> Iterator[Point]:

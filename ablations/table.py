@@ -16,11 +16,13 @@ from ablations.design import arm_name
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial
 from ablations.trial import Task, checkpointed
+from twinrl.stability.divergence import NEVER_WHOLE
 
 TAIL_BYTES = 4096
 FAILURES_SHOWN = 10
 LEFT = ("begun", "failed", "missing")
 MOST_COLUMNS = 3
+ACCURACY = "test/accuracy_1nfe"
 
 
 def duration(seconds: float) -> str:
@@ -60,10 +62,10 @@ def arms_table(plan: Plan, running: Mapping[str, str] | None = None) -> Table:
         active = ", ".join(f"s{t.settings.seed} {running[t.key]}" for t in trials if t.key in running)
         cells = [
             f"{len(records)}/{len(trials)}",
-            str(sum(record.diverged is not None for record in records) or "–"),
+            _failed(records),
             _left(plan, trials),
-            median(records, metric),
-            median(records, "test/accuracy_1nfe"),
+            median(records, metric, math.inf),
+            median(records, ACCURACY, 0.0),
         ]
         names = [trials[0].levels[factor] for factor in factors] or [arm]
         table.add_row(*map(escape, names), *cells, *([active] if running else []))
@@ -82,10 +84,19 @@ def _left(plan: Plan, trials: Sequence[Trial]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in LEFT if state in states) or "–"
 
 
-def median(records: Sequence[Record], metric: str) -> str:
-    """Median over the records that have the metric; a value that is not finite counts as the largest."""
-    values = [record.metrics[metric] for record in records if metric in record.metrics]
-    values = [value if math.isfinite(value) else math.inf for value in values]
+def _failed(records: Sequence[Record]) -> str:
+    """How many runs failed, and what of them needs saying."""
+    failures = [record.diverged for record in records if record.diverged is not None]
+    notes = {NEVER_WHOLE: sum(failure["kind"] == NEVER_WHOLE for failure in failures),
+             "recovered": sum(bool(failure.get("recovered")) for failure in failures)}  # fmt: skip
+    said = ", ".join(f"{count} {note}" for note, count in notes.items() if count)
+    return f"{len(failures)} ({said})" if said else str(len(failures) or "–")
+
+
+def median(records: Sequence[Record], metric: str, worst: float) -> str:
+    """Median over the records; ``worst`` stands for what is not finite, or was not measured as the run was lost."""
+    values = [record.metrics.get(metric, math.nan) for record in records if metric in record.metrics or record.lost]
+    values = [value if math.isfinite(value) else worst for value in values]
     return f"{statistics.median(values):.4g}" if values else "–"
 
 

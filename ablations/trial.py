@@ -6,7 +6,6 @@ request (a checkpoint is written), reports rungs to the scheduler, and records t
 here, so an actor is light and serves one trial after the other.
 """
 
-import fcntl
 import json
 import math
 import os
@@ -25,16 +24,19 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
+from twinrl import cluster, files
+from twinrl.run import layout
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog
 
-SOURCES = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
 WORST = 1e30
 """Stands for a metric that is not finite or missing: smaller is better, and halving can't order NaN."""
-RESULT, CONFIG, EVENTS, CHECKPOINTS = "result.json", "config.yaml", "events.jsonl", "checkpoints"
 KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
 """Last values of these go into the ledger beside the final table."""
+FAILURE = ("step", "kind", "after", "recovered")
+"""What the ledger keeps of a failure."""
 
 
 class TrialError(RuntimeError):
@@ -90,7 +92,7 @@ class Task:
     @property
     def ended(self) -> bool:
         """Whether the run has its result."""
-        return (self.path / RESULT).is_file()
+        return (self.path / layout.RESULT).is_file()
 
     def asked_to_stop(self) -> bool:
         """Whether the study wants its trials to end for now."""
@@ -145,7 +147,7 @@ def _refuse_other_sources(task: Task) -> None:
 
 def _start(task: Task) -> subprocess.Popen[bytes]:
     """The training process, its output appended to the trial's file."""
-    begun = _mended(task)
+    begun = (task.path / layout.CONFIG).is_file()
     twinrl = ["resume", task.directory] if begun else ["train", task.config]
     command = [sys.executable, "-m", *_launcher(task), "twinrl.lifeline", "twinrl", *twinrl]
     output = Path(task.output)
@@ -186,33 +188,14 @@ def _launcher(task: Task) -> list[str]:
 
 def environment(threads: int) -> dict[str, str]:
     """Environment of a process that trains: its threads, a wide console, and this checkout's packages first."""
-    path = [str(SOURCES), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    joined = os.pathsep.join(dict.fromkeys(path))
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "PYTHONPATH": joined}
-
-
-def _mended(task: Task) -> bool:
-    """Whether the run was begun; a configuration that a kill left half written is written again."""
-    path = task.path / CONFIG
-    if not path.is_file():
-        return False
-    if checkpointed(task.path) < 0 and path.read_text() != (text := Path(task.config).read_text()):
-        path.write_text(text)
-    return True
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "120", "PYTHONPATH": cluster.python_path()}
 
 
 def _wait_until_free(task: Task) -> None:
     """Return once no process holds the run's lock; a killed study's last trial may take seconds to die."""
-    path, deadline = task.path / CONFIG, time.monotonic() + LOCK_PATIENCE_SECONDS
-    while path.is_file():
+    if (path := task.path / layout.CONFIG).is_file():
         with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go on leaving the block
-                return
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrialError(f"another process is training {task.directory}") from None
-        time.sleep(POLL_SECONDS)
+            files.lock(file, TrialError(f"another process is training {task.directory}"), LOCK_PATIENCE_SECONDS)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -226,8 +209,8 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 def checkpointed(run: Path) -> int:
     """Steps of the run's newest checkpoint; −1 if there is none."""
-    found = [int(p.name.removeprefix("step-")) for p in (run / CHECKPOINTS).glob("step-*")]
-    return max(found, default=-1)
+    newest = layout.newest(run / layout.CHECKPOINTS)
+    return -1 if newest is None else layout.step_of(newest)
 
 
 def durable_log(run: Path) -> int | None:
@@ -235,10 +218,10 @@ def durable_log(run: Path) -> int | None:
 
     What is behind them a resumed run cuts off and writes again.
     """
-    folder = run / CHECKPOINTS / f"step-{checkpointed(run):08d}"
+    newest = layout.newest(run / layout.CHECKPOINTS)
     try:
-        return int(json.loads((folder / "state.json").read_text())["log_offset"])
-    except (FileNotFoundError, NotADirectoryError):  # none yet, or replaced meanwhile
+        return None if newest is None else int(json.loads((newest / layout.STATE).read_text())["log_offset"])
+    except (FileNotFoundError, NotADirectoryError):  # replaced meanwhile
         return None
 
 
@@ -256,7 +239,9 @@ def last_line(path: Path) -> str:
 
 def record(task: Task) -> Record:
     """The ledger's line for a run that has ended."""
-    return _record(task, json.loads((task.path / RESULT).read_text()))
+    result = layout.read_result(task.path)
+    assert result is not None
+    return _record(task, result)
 
 
 def pruned(task: Task, rung: int) -> Record:
@@ -265,23 +250,16 @@ def pruned(task: Task, rung: int) -> Record:
 
 
 def _record(task: Task, result: Mapping[str, Any]) -> Record:
-    rows = runlog.read(task.path / runlog.LOG_NAME)
-    metrics = final_metrics(runlog.surviving(rows, rows), (*KEPT, task.metric))
+    rows = layout.read_rows(task.path)
+    failure = verdict.of_run(task.path, rows)
+    metrics = verdict.final_values(runlog.surviving(rows, rows), lambda name: name in (*KEPT, task.metric), failure)
     return Record(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
         metrics=metrics | table_metrics(result.get("table")),
-        diverged=divergence(task.path, rows, result),
+        diverged=None if failure is None else {name: getattr(failure, name) for name in FAILURE},
         seconds=round(sum(row.get(names.STEP_SECONDS, 0.0) for row in rows), 3),
         where=ledger.provenance(Path(task.directory), task.revision),
     )  # fmt: skip
-
-
-def final_metrics(rows: list[dict[str, Any]], wanted: tuple[str, ...]) -> dict[str, float]:
-    """The last logged value of each wanted metric that was logged at all."""
-    found: dict[str, float] = {}
-    for row in rows:
-        found |= {name: float(row[name]) for name in wanted if name in row}
-    return found
 
 
 def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
@@ -294,26 +272,17 @@ def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
     }
 
 
-def divergence(run: Path, rows: list[dict[str, Any]], result: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Step and kind of a run's divergence; None if it stayed healthy, or was rescued by a rollback.
-
-    The event ``diverged`` is the trainer's verdict. A run that a policy stopped has diverged too, by its last event.
-    """
-    events = runlog.surviving(runlog.read(run / EVENTS), rows) if (run / EVENTS).is_file() else []
-    verdict = next((event for event in events if event["kind"] == "diverged"), None)
-    if verdict is not None:
-        kind = "quality" if verdict.get("series") == names.VAL_QUALITY else "nonfinite"
-        return {"step": verdict["step"], "kind": kind}
-    if result["status"] != "diverged":
-        return None
-    return {"step": result["step"], "kind": events[-1]["kind"] if events else "unknown"}
-
-
 def at_rung(run: Path, metric: str, rung: int) -> float:
-    """The last value of a metric logged at ``rung`` steps or before, ``WORST`` where it is missing or not finite."""
-    rows = runlog.read(run / runlog.LOG_NAME)
-    values = [row[metric] for row in runlog.surviving(rows, rows) if metric in row and row["step"] <= rung]
-    return comparable(values[-1] if values else math.nan)
+    """The last value of a metric logged at ``rung`` steps or before.
+
+    ``WORST`` where it is missing or not finite, and for a run that has failed by then and not recovered.
+    """
+    rows = layout.read_rows(run)
+    until = [row for row in runlog.surviving(rows, rows) if row["step"] <= rung]
+    failure = verdict.of_run(run, until)
+    if failure is not None and failure.lost:
+        return WORST
+    return comparable(verdict.final_values(until, {metric}.__contains__, failure).get(metric, math.nan))
 
 
 def comparable(value: float) -> float:
@@ -349,7 +318,7 @@ class RayTrial(Trainable):
         if reason == "ended":
             outcome = record(self.task)
             ledger.append(Path(self.task.ledger), outcome)
-            done["compared"] = comparable(outcome.metrics.get(self.task.metric, math.nan))
+            done["compared"] = WORST if outcome.lost else comparable(outcome.metrics.get(self.task.metric, math.nan))
         return done
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -1,8 +1,8 @@
 """Which version of the code a study's report is about.
 
-A trial counts for the sources, data, torch and threads that made it. After an update of twinrl a study's trials are
-missing again, as far as ``twinrl ablate run`` is concerned. A report about them is still worth reading, as long as it
-says whose they are and does not mix versions within an arm.
+A trial counts for the sources, data, torch and threads that made it; releases that give the same numbers are one. After
+any other update a study's trials are missing again, as far as ``twinrl ablate run`` is concerned. A report about them
+is still worth reading, as long as it says whose they are and does not mix versions within an arm.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,6 +3,9 @@
 Where all runs of a level diverge, the likelihood has no maximum. Firth (1993) maximises
 ``ℓ(β) + ½·log|XᵀWX|``, W = diag p(1−p), instead; Heinze and Schemper (2002) test and bound coefficients by its
 profile. The modified score is ``Xᵀ(y − p + h·(½ − p))``, h the diagonal of the hat matrix.
+
+firthmodels (0.8) has the same coefficients and single tests, but no test of several coefficients at once, which a
+factor of three levels needs; on separated tables some of its profile bounds do not converge.
 """
 
 import math

@@ -4,9 +4,10 @@ A *run* is its log, one row a step (:func:`load_run`). A *study* is one row a tr
 
     arm, seed, config_hash      which trial
     status, step, planned       how it ended: steps made, steps asked for
-    diverged, time, kind        whether it diverged; at which step, else the steps it was watched
+    diverged, time, kind        whether it failed; at which step, else the steps it was watched
+    after, recovered            its failure began in (after, time]; whether its last evaluation was not bad any more
     seconds, directory          cost, and where its files are (empty if they are gone)
-    <metric with a slash>       last logged value, e.g. val/quality
+    <metric with a slash>       last logged value, e.g. val/quality; nan where the run failed since
     <setting with a dot, or a factor's name>   level of each factor
 
 A study is a folder of run directories, a ledger (``*.jsonl``), or both; a trial found in both is read from its run
@@ -18,17 +19,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from analysis import ledger
 from analysis.margins import Critical, from_brackets
 from twinrl.errors import InputError
-from twinrl.stability.divergence import Divergence, first_divergence
+from twinrl.run import layout
+from twinrl.stability import verdict
+from twinrl.stability.divergence import Diverged
 from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Run:
         path: the directory. config: the resolved configuration, as nested plain values.
         rows: the log, one mapping a step; non-finite numbers as floats.
         events: lines of events.jsonl. result: how it ended; empty while it is unfinished.
+        start: metrics of its start weights; None where they were not evaluated.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class Run:
     rows: list[dict[str, Any]]
     events: list[dict[str, Any]] = field(default_factory=list)
     result: Mapping[str, Any] = field(default_factory=dict)
+    start: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -128,7 +131,7 @@ class Study:
 
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory."""
-    return (path / "config.yaml").is_file() and (path / runlog.LOG_NAME).is_file()
+    return layout.is_run(path) and (path / layout.LOG).is_file()
 
 
 def load_run(path: Path) -> Run:
@@ -138,22 +141,12 @@ def load_run(path: Path) -> Run:
         InputError: it is none, or its log has no rows.
     """
     if not is_run(path):
-        raise InputError(f"{path} is not a run directory", expected=f"a folder with config.yaml and {runlog.LOG_NAME}")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except yaml.YAMLError as error:
-        raise InputError(f"{path / 'config.yaml'} is not valid YAML", got=error) from error
-    rows = runlog.read(path / runlog.LOG_NAME)
+        raise InputError(f"{path} is not a run directory", expected=f"a folder with {layout.CONFIG} and {layout.LOG}")
+    config, rows = layout.read_config(path), layout.read_rows(path)
     if not rows:
         raise InputError(f"the run {path} has no steps yet", fix="wait for its first checkpoint, or resume it")
-    result = path / "result.json"
-    return Run(path, config, rows, _events(path), json.loads(result.read_text()) if result.is_file() else {})
-
-
-def _events(path: Path) -> list[dict[str, Any]]:
-    """The lines of events.jsonl, whose values may be lists; none if the file is missing."""
-    file = path / "events.jsonl"
-    return runlog.read(file) if file.is_file() else []
+    ended = layout.read_result(path) or {}
+    return Run(path, config, rows, layout.read_events(path), ended, layout.read_start(path))
 
 
 def hash_of(folder: Path) -> str:
@@ -180,9 +173,8 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def trial_of(run: Run) -> dict[str, Any]:
     """The run's line in a study's table, without arm and factors."""
-    last = {name: float(row[name]) for row in run.lasting for name in row if is_outcome(name) and _is_number(row[name])}
     made = int(run.result.get("step", run.rows[-1]["step"]))
-    divergence = run_divergence(run)
+    failure = run_divergence(run)
     nonzero = [float(row.get(names.STEP_SECONDS) or 0) for row in run.rows]
     return {
         "seed": int(run.config.get("seed", 0)),
@@ -190,37 +182,15 @@ def trial_of(run: Run) -> dict[str, Any]:
         "status": run.status,
         "step": made,
         "planned": int(run.config.get("train", {}).get("steps", made)),
-        "diverged": divergence is not None,
-        "time": float(max(1, divergence[0] if divergence else made)),
-        "kind": divergence[1] if divergence else "",
+        **ledger.failed(None if failure is None else vars(failure), made),
         "seconds": math.fsum(value for value in nonzero if math.isfinite(value)),
         "directory": str(run.path),
-    } | last
+    } | verdict.final_values(run.lasting, names.is_outcome, failure)
 
 
-def is_outcome(name: str) -> bool:
-    """Whether a logged series is an outcome of which the last value belongs into a study's table."""
-    return name.startswith(("val/", "reward/", names.LOSS_TOTAL)) or name == names.GRAD_TOTAL_RAW
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def run_divergence(run: Run) -> tuple[int, str] | None:
-    """Step and kind (the telling series) of the run's divergence, judged anew from its log; None if it survived.
-
-    The run's own margins (``stability.divergence``) are used where its configuration has them. What a rollback has
-    taken back is not judged: a run that it rescued has not diverged.
-    """
-    own = (run.config.get("stability") or {}).get("divergence")
-    nfe = (run.config.get("evaluation") or {}).get("nfe") or [1]
-    found = first_divergence(run.lasting, Divergence.Config.model_validate(own) if own else None, int(nfe[0]))
-    if found is not None:
-        return max(1, found.step), found.series
-    if run.status == "diverged":
-        return int(run.result["step"]), "stopped by its policy"
-    return None
+def run_divergence(run: Run) -> Diverged | None:
+    """The run's failure, judged anew from its log (:mod:`twinrl.stability.verdict`); None if it is whole."""
+    return verdict.verdict(run.config, run.rows, run.start, run.result, run.events)
 
 
 # --- studies ----------------------------------------------------------------------------------------------
@@ -296,8 +266,8 @@ def run_folders(path: Path) -> list[Path]:
     """The run directories in ``path``, or one folder deeper; runs without a step yet are left out."""
     if not path.is_dir():
         return []
-    folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/config.yaml")})
-    return [folder for folder in folders if is_run(folder) and (folder / runlog.LOG_NAME).stat().st_size]
+    folders = sorted({file.parent for pattern in ("*", "*/*") for file in path.glob(f"{pattern}/{layout.CONFIG}")})
+    return [folder for folder in folders if is_run(folder) and (folder / layout.LOG).stat().st_size]
 
 
 def siblings(run: Run) -> list[Run]:
@@ -367,10 +337,18 @@ def _varying(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _arms_from_index(lines: list[dict[str, Any]], index: Mapping[str, Any]) -> list[str]:
     arms = {arm["config_hash"]: arm for arm in index["arms"]}
+    taken = {"arm", *(name for line in lines for name in line)}
+    levels = {key: {_column(name, taken): level for name, level in arm.get("levels", {}).items()}
+              for key, arm in arms.items()}  # fmt: skip
     for line in lines:
         arm = arms[line["config_hash"]]
-        line |= {"arm": arm["name"], "planned": line.get("planned") or arm.get("steps")} | arm.get("levels", {})
-    return list(dict.fromkeys(factor for arm in arms.values() for factor in arm.get("levels", {})))
+        line |= {"arm": arm["name"], "planned": line.get("planned") or arm.get("steps")} | levels[line["config_hash"]]
+    return list(dict.fromkeys(name for own in levels.values() for name in own))
+
+
+def _column(factor: str, taken: Collection[str]) -> str:
+    """The column of a factor's levels; one that is called ``arm``, say, must not take the arms' names away."""
+    return f"{factor} (factor)" if factor in taken else factor
 
 
 def _titles(runs: list[Run], settings: Mapping[str, Mapping[str, Any]], varying: list[str]) -> dict[str, str]:

@@ -39,7 +39,7 @@ class Line:
         arm: its name. interval: interquartile mean of the metric. n: runs judged.
         better: P(better than the base), None for the base itself. p: two-sided, uncorrected; p_holm: corrected.
         difference: mean difference to the base paired by seed; None without common seeds.
-        diverged: runs of the arm that diverged. left_out: runs without a verdict (unfinished, pruned).
+        diverged: runs of the arm that failed. left_out: runs without a verdict (unfinished, pruned).
     """
 
     arm: str
@@ -54,9 +54,9 @@ class Line:
 
 
 def values_of(trials: "pd.DataFrame", metric: str) -> "pd.Series":
-    """The metric of the trials that ended, by seed; a diverged trial without a finite value has the worst, ±inf.
+    """The metric of the trials that ended, by seed; a trial that failed has the worst, ±inf.
 
-    A run that diverged and went on to its end keeps the value it ended with.
+    But for one that recovered: it keeps the value it ended with.
 
     Raises:
         InputError: the metric is missing, or a finished run has no number for it.
@@ -66,9 +66,9 @@ def values_of(trials: "pd.DataFrame", metric: str) -> "pd.Series":
         raise InputError(f"no run logged {metric}", expected=f"one of {logged or 'no metric at all'}")
     ended = trials[trials["status"].isin(ENDED)].set_index("seed")
     values = ended[metric].astype(float)
-    cut_short = ended["diverged"] & ((ended["step"] < ended["planned"]) | ~np.isfinite(values))
     worst = -math.inf if higher_is_better(metric) else math.inf
-    values = values.mask(cut_short, worst)
+    lost = ended["diverged"] & ~(ended["recovered"] & (ended["step"] >= ended["planned"]) & np.isfinite(values))
+    values = values.mask(lost, worst)
     if values.isna().any():
         seeds = ", ".join(str(seed) for seed in values.index[values.isna()])
         raise InputError(

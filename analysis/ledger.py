@@ -35,8 +35,19 @@ def read(path: Path, belongs: Callable[[str, str], bool]) -> list[dict[str, Any]
     return list(found.values())
 
 
+def failed(failure: Mapping[str, Any] | None, made: int) -> dict[str, Any]:
+    """The columns of a study's table that say whether a run of ``made`` steps failed, and how."""
+    found = failure or {}
+    return {
+        "diverged": failure is not None,
+        "time": float(max(1, found.get("step", made))),
+        "after": float(found.get("after", math.nan)),
+        "kind": str(found.get("kind", "")),
+        "recovered": bool(found.get("recovered", False)),
+    }
+
+
 def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    divergence = record.get("diverged") or {}
     step = int(record["step"])
     return {
         "seed": record["seed"],
@@ -44,9 +55,7 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
         "status": record["status"],
         "step": step,
         "planned": None,
-        "diverged": bool(divergence),
-        "time": float(max(1, divergence.get("step", step))),
-        "kind": str(divergence.get("series") or divergence.get("kind") or ""),
+        **failed(record.get("diverged"), step),
         "seconds": float(record.get("seconds", math.nan)),
         "directory": str(record.get("where", {}).get("directory", "")),
     } | {name: float(runlog.decode(value)) for name, value in record["metrics"].items()}  # type: ignore[arg-type]

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.frames import BOOKKEEPING, Run, Study, assemble, is_outcome
+from analysis import ledger
+from analysis.frames import BOOKKEEPING, Run, Study, assemble
 from twinrl.errors import InputError
-from twinrl.tracking import mlflow_state, names, store, ui
+from twinrl.run import layout
+from twinrl.tracking import names, store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
@@ -101,7 +103,7 @@ def _is_gone(uri: str) -> bool:
 
 
 def _state(run: Run) -> dict[str, str] | None:
-    file = run.path / mlflow_state.STATE_NAME
+    file = run.path / layout.MLFLOW
     return json.loads(file.read_text()) if file.is_file() else None
 
 
@@ -145,9 +147,12 @@ def _from_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
     """A run's line. A study's tags hold its verdict; of a run by itself MLflow's own status says what they lack."""
     tags, params = run.data.tags, run.data.params
     status = tags.get("status") or STATUS.get(run.info.status, "unfinished")
-    diverged = tags.get("diverged") == "true" or status == "diverged"
     step = _steps_made(client, run)
-    watched = int(tags.get("diverged.step", step)) if diverged else step
+    failure = None
+    if tags.get("diverged") == "true" or status == "diverged":
+        after, recovered = tags.get("diverged.after", math.nan), tags.get("diverged.recovered") == "true"
+        failure = {"step": int(tags.get("diverged.step", step)), "after": after, "recovered": recovered}
+        failure["kind"] = tags.get("diverged.kind", "")
     settings = {k: v for k, v in params.items() if "." in k and k.split(".")[0] not in BOOKKEEPING}
     base = {
         "arm": tags.get("arm") or tags.get("config_hash", "run"),
@@ -155,8 +160,7 @@ def _from_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
         "config_hash": tags.get("config_hash", ""),
         "status": status,
         "step": step, "planned": int(params.get("train.steps", step)),
-        "diverged": diverged, "time": float(max(1, watched)),
-        "kind": tags.get("diverged.kind", "") if diverged else "", "seconds": math.nan, "directory": "",
+        **ledger.failed(failure, step), "seconds": math.nan, "directory": "",
     }  # fmt: skip
     return settings | base | _outcomes(client, run)
 
@@ -171,10 +175,10 @@ def _steps_made(client: Any, run: Any) -> int:
 
 def _outcomes(client: Any, run: Any) -> dict[str, float]:
     """The last values. The store holds finite ones alone: where its counter of others is ahead, the last was one."""
-    values = {name: float(value) for name, value in run.data.metrics.items() if is_outcome(name)}
+    values = {name: float(value) for name, value in run.data.metrics.items() if names.is_outcome(name)}
     counters = {name.removeprefix(NONFINITE): name for name in run.data.metrics if name.startswith(NONFINITE)}
-    for name, counter in counters.items():
-        if is_outcome(name) and _last_iteration(client, run, counter) > _last_iteration(client, run, name, default=-1):
+    for name, counter in ((name, counter) for name, counter in counters.items() if names.is_outcome(name)):
+        if _last_iteration(client, run, counter) > _last_iteration(client, run, name, default=-1):
             values[name] = math.nan
     return values
 

@@ -15,7 +15,7 @@ from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
 from analysis.mlflow_store import FOLDER, from_mlflow, log_report
 from analysis.page import Page, Text
 from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.run import layout
 
 
 def report(
@@ -87,7 +87,7 @@ def _made(folder: Path) -> Path:
 
 
 def _of_run(run: Run, figures: Path) -> Page:
-    runlog.write_parquet(run.path)
+    layout.write_metrics(run.path)
     return run_page.build(run, siblings(run), figures)
 
 
@@ -95,5 +95,5 @@ def _of_study(
     study: Study, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
     for run in study.runs.values():
-        runlog.write_parquet(run.path)
+        layout.write_metrics(run.path)
     return study_page.build(study, figures, metric, effect, interactions)

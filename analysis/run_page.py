@@ -12,6 +12,8 @@ from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
 from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
 from analysis.spikes import Spike
+from twinrl.run import layout
+from twinrl.stability.divergence import NEVER_WHOLE, Diverged
 from twinrl.tracking import names, runlog
 
 CLOSE_UPS = 3
@@ -80,10 +82,9 @@ def _before(run: Run, found: Sequence[Spike]) -> str:
 
 
 def _what(run: Run, found: Sequence[Spike]) -> str:
-    divergence = run_divergence(run)
     status = f"It {run.status} after" if run.result else "It is unfinished, at" if run.config else "Its log ends at"
     text = f"{status} {run.rows[-1]['step']:,} steps. "
-    text += f"Diverged at step {divergence[0]:,} ({divergence[1]}). " if divergence else "It has not diverged. "
+    text += f"{_failed(failure)} " if (failure := run_divergence(run)) else "It has not diverged. "
     if rescues := runlog.rollbacks(run.rows):
         text += f"It was rolled back to a checkpoint {rescues} time{'s' * (rescues != 1)}. "
     text += f"{len(found)} spike{'s' * (len(found) != 1)}"
@@ -91,6 +92,13 @@ def _what(run: Run, found: Sequence[Spike]) -> str:
     if not math.isnan(spread):
         text += f"; their spacing varies by {number(spread, 2)} of its mean (1: at random, more: in bursts)"
     return f"{text}."
+
+
+def _failed(failure: Diverged) -> str:
+    """When and how a run failed, and whether that was its end."""
+    when = f"It {'was' if failure.kind == NEVER_WHOLE else 'diverged'} "
+    when += NEVER_WHOLE if failure.kind == NEVER_WHOLE else f"between steps {failure.after:,} and {failure.step:,}"
+    return f"{when} ({failure.message or failure.kind}){', and recovered' if failure.recovered else ''}."
 
 
 def _anatomy(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
@@ -192,8 +200,8 @@ def _arm(run: Run, others: Sequence[Run], figures: Path) -> list[Block]:
     import pandas as pd
 
     rows = [{"run": r.name, "seed": r.config.get("seed", 0), "status": r.status, "spikes": len(spikes.find(r.rows)),
-             "largest norm": max(_finite(r), default=math.nan), "diverged at": (run_divergence(r) or (None,))[0]}
-            for r in (run, *others)]  # fmt: skip
+             "largest norm": max(_finite(r), default=math.nan), "diverged at": failure and failure.step}
+            for r in (run, *others) for failure in [run_divergence(r)]]  # fmt: skip
     figure = plots.save(plots.against_arm(run, others), figures / "arm.svg")
     return [Heading("Beside the other seeds of its arm"), Table(pd.DataFrame(rows)), Picture(figure)]
 
@@ -205,8 +213,8 @@ def _finite(run: Run) -> list[float]:
 
 def _samples(run: Run) -> list[Block]:
     """The first, a middle and the last grid of the run."""
-    grids = sorted((run.path / "samples").glob("step-*.png"))
+    grids = layout.grids(run.path)
     chosen = [grids[k] for k in sorted({0, len(grids) // 2, len(grids) - 1})] if grids else []
     if not chosen:
         return []
-    return [Heading("Samples"), Gallery([Picture(path, f"step {int(path.stem[5:]):,}") for path in chosen])]
+    return [Heading("Samples"), Gallery([Picture(path, f"step {layout.step_of(path):,}") for path in chosen])]

@@ -28,6 +28,8 @@ from analysis.survival import (
     times_of,
 )
 from twinrl.errors import InputError
+from twinrl.run import layout
+from twinrl.stability.divergence import FALL, NEVER_WHOLE
 from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 REWARDS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
 MOST_REWARDS = 4
 LR = "optim.lr"
-GRIDS = ("final-1nfe.png", "step-*.png", "*.png")
+GRIDS = ("final-1nfe.png", f"{layout.STEP}*.png", "*.png")
 
 
 def build(
@@ -85,9 +87,10 @@ def _ranking(study: Study, metric: str, effect: float, figures: Path) -> tuple[l
 
 
 RANKING_NOTE = (
-    "Interquartile mean with a calibrated trimmed-t interval. A run that diverged before its end counts as worse than "
-    "all others. P(better): chance that a run beats the base's run of the same seed (mid-P interval; Wilcoxon's "
-    "signed ranks), or over all pairs where fewer than 5 seeds are common. Holm's correction over the arms."
+    "Interquartile mean with a calibrated trimmed-t interval. A run that failed counts as worse than all others, "
+    "unless it recovered and went on to its end. P(better): chance that a run beats the base's run of the same seed "
+    "(mid-P interval; Wilcoxon's signed ranks), or over all pairs where fewer than 5 seeds are common. Holm's "
+    "correction over the arms."
 )
 
 
@@ -119,6 +122,7 @@ def _survival(study: Study, figures: Path) -> list[Block]:
     blocks: list[Block] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table)]
     if rescued := sum(runlog.rollbacks(run.rows) > 0 for k, run in study.runs.items() if not study.trials.diverged[k]):
         blocks.append(Text(f"Rolled back to a checkpoint on the way, and not diverged: {rescued} of the runs."))
+    blocks += [Text(line) for line in told(study.trials)]
     if any(times.events for times in arms.values()):
         curves = plots.save(plots.survival_curves(arms, horizon), figures / "survival.svg")
         ratios = {name: hazard_ratio(t, arms[study.base]) for name, t in arms.items() if name != study.base}
@@ -132,10 +136,27 @@ def _survival(study: Study, figures: Path) -> list[Block]:
 
 
 SURVIVAL_NOTE = (
-    "Share diverged: Clopper–Pearson. Hazard ratio: Firth's penalised likelihood with its profile interval, finite "
-    "also where an arm has no or only events; – where nothing diverged. Mean steps without divergence: area under the "
-    "Kaplan–Meier curve up to the planned end. p: log-rank against the base, uncorrected."
+    "Share diverged, those that never were whole among them: Clopper–Pearson. A fall is dated by its first bad "
+    "evaluation, and began after the one before. Hazard ratio: Firth's penalised likelihood with its profile interval, "
+    "finite also where an arm has no or only events; – where nothing diverged. Mean steps without divergence: area "
+    "under the Kaplan–Meier curve up to the planned end. p: log-rank against the base, uncorrected."
 )
+
+
+def told(trials: "pd.DataFrame") -> list[str]:
+    """What the counts of failures do not show: how many began before any evaluation, never were whole, or recovered."""
+    lost = trials[trials["diverged"]]
+    counted = {
+        "fell from their start, before their first evaluation": lost[(lost["kind"] == FALL) & (lost["after"] == 0)],
+        "never were whole: the judge's accuracy was below its floor at every evaluation":
+            lost[lost["kind"] == NEVER_WHOLE],
+        "recovered: at the last evaluation they were not bad any more; they count as failed": lost[lost["recovered"]],
+    }  # fmt: skip
+    return [f"{len(runs)} of {len(lost)} {what}: {_arms_of(runs)}." for what, runs in counted.items() if len(runs)]
+
+
+def _arms_of(trials: "pd.DataFrame") -> str:
+    return ", ".join(f"{arm} ({len(runs)})" for arm, runs in trials.groupby("arm", sort=False))
 
 
 def _survival_text(arms: dict[str, Times]) -> str:
@@ -294,7 +315,7 @@ def _cost(study: Study) -> list[Block]:
 def newest_grid(run: Run) -> Path | None:
     """The run's final sample grid, else its newest one."""
     for pattern in GRIDS:
-        if found := sorted((run.path / "samples").glob(pattern)):
+        if found := sorted((run.path / layout.SAMPLES).glob(pattern)):
             return found[-1]
     return None
 

@@ -4,7 +4,9 @@ An arm in which nothing (or everything) diverges is a good result, and it breaks
 likelihood of Cox grows for ever and its Wald interval is (0, ∞); Greenwood's variance is 0. Here
 
 - the **hazard ratio** maximises Firth's penalised likelihood ``ℓ(β) + ½·log I(β)`` (Heinze and Schemper 2001) with
-  Efron's treatment of ties, and its interval is that of the penalised likelihood ratio;
+  Efron's treatment of ties, and its interval is that of the penalised likelihood ratio (firthmodels 0.8 agrees where
+  no times are tied; it treats ties as Breslow did, which moves log ratios by tenths where runs are judged every so
+  many steps);
 - the **restricted mean** ``∫₀^τ S(t) dt`` has an interval from random Dirichlet weights on the runs, with half a run
   that diverges at once and half a run that never does added. For yes/no data this is Jeffreys' interval of a
   share. The two half runs lie as far out as can be: where times are spread over the run they make the interval

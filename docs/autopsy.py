@@ -14,6 +14,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 from autopsy_arms import (
+    WELL,
     before_reward,
     carried_values,
     dose_values,
@@ -40,6 +41,9 @@ from autopsy_crossed import (
 from autopsy_interventions import falls_values, replay_values
 from autopsy_runs import (
     BROKEN,
+    BY_CURVE,
+    BY_TABLE,
+    CURVED,
     CURVES,
     FALLS,
     FOLDER,
@@ -50,6 +54,8 @@ from autopsy_runs import (
     SAMPLED,
     SOUND,
     TRIALS,
+    evaluations,
+    start_of,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -98,7 +104,7 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | transformer_values(trials)
         | carried_values(trials, "mnist")
     )
-    values |= recipe_values(trials) | sensitivity_values(trials)
+    values |= recipe_values(trials) | sensitivity_values(trials) | told_values(trials)
     curves = pd.read_parquet(CURVES)
     values |= (
         {"definitions": definitions_table(curves)}
@@ -107,6 +113,29 @@ def values_of(trials: pd.DataFrame) -> dict[str, str]:
         | falls_values(pd.read_csv(FALLS))
     )
     return values | sampling_values(pd.read_csv(SAMPLED))
+
+
+def told_values(trials: pd.DataFrame) -> dict[str, str]:
+    """What the evaluation of the start has changed, and of which runs the tables cannot say whether they fell."""
+    changed = trials[trials.told.isin((BY_CURVE, BY_TABLE))]
+    lines = ["| study | arm | seed | before | now | told by |", "|---|---|--:|---|---|---|"]
+    for row in changed.itertuples():
+        back = ", and recovered" if row.recovered else ""
+        now = f"fell by step {row.diverged_step:.0f}, from its start{back}" if row.diverged else "whole"
+        before = "whole" if row.diverged else "fell"
+        source = {BY_CURVE: "its curve", BY_TABLE: "two evaluations"}[row.told]
+        lines.append(f"| {row.study} | {row.arm} | {row.seed} | {before} | {now} | {source} |")
+    whole = trials[~trials.diverged & ~trials.study.isin(CURVED)].drop_duplicates(["config_hash", "seed"])
+    unwell = whole[(whole.accuracy_at_start < WELL) & (whole.final_accuracy < WELL)]
+    counts = unwell.groupby("study", sort=False).size()
+    start = start_of()
+    return {
+        "told": "\n".join(lines),
+        "told_unknown": ", ".join(f"{count} of {study}" for study, count in counts.items()),
+        "start_quality": number(start[names.VAL_QUALITY]),
+        "start_accuracy": number(start[names.val("accuracy", 1)], 2),
+        "start_limit": number(1.5 * start[names.VAL_QUALITY] + 0.05),
+    }
 
 
 def search_table(trials: pd.DataFrame) -> str:
@@ -212,24 +241,16 @@ def definitions_table(curves: pd.DataFrame) -> str:
         "| accuracy below | evaluations in a row | with the reward | without | plateau: with | without |",
         "|--:|--:|--:|--:|--:|--:|",
     ]
-    for floor, evaluations in DEFINITIONS:
-        config = Divergence.Config(accuracy_floor=floor, evaluations=evaluations, recall_floor=0)
+    for floor, in_a_row in DEFINITIONS:
+        config = Divergence.Config(accuracy_floor=floor, evaluations=in_a_row, recall_floor=0)
         cells = []
         for study in ("regime", "plateau"):
             for arm in (BROKEN, NO_REWARD):
                 runs = curves[(curves.study == study) & (curves.arm == arm)].groupby("seed")
-                fell = [first_divergence(_evaluations(run), config, 1) is not None for _, run in runs]
+                fell = [first_divergence(evaluations(run), config, 1, start_of(), True) is not None for _, run in runs]
                 cells.append(f"{sum(fell)} of {len(fell)}")
-        lines.append(f"| {floor} | {evaluations} | {' | '.join(cells)} |")
+        lines.append(f"| {floor} | {in_a_row} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _evaluations(run: pd.DataFrame) -> list[dict[str, float]]:
-    """The log rows of a run's evaluations, as far as a fall is judged by them."""
-    return [
-        {"step": int(row.step), names.VAL_QUALITY: row.quality, names.val("accuracy", 1): row.accuracy}
-        for row in run[run.quality.notna()].itertuples()
-    ]
 
 
 def measuring_values(curves: pd.DataFrame) -> dict[str, str]:

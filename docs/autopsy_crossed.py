@@ -222,44 +222,50 @@ def margin_values(trials: pd.DataFrame) -> dict[str, str]:
     asked = study.config.margin
     chosen = trials[trials.study == MARGIN].copy()
     chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    chosen["diverged"] |= ~(chosen.test1_accuracy >= asked.accuracy_floor)  # nor is a run that never was well
-    rates = critical_rates(chosen, "lr")
-    found = {(rate.arm, rate.seed): rate for rate in rates if _ended(rate, asked)}
+    found = {(rate.arm, rate.seed): rate for rate in critical_rates(chosen, "lr")}
     if set(found) != {(arm.name, seed) for arm in study.arms for seed in study.config.seeds}:
-        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing or wider than its tolerance")
+        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing")
+    wide = {key for key, rate in found.items() if not _ended(rate, asked)}  # told otherwise after the search
     lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
     for arm in study.arms:
         mine = [found[arm.name, seed] for seed in study.config.seeds]
-        mean = critical_rate(mine, arm.name) if all(rate.bracketed for rate in mine) else None
+        narrow = all(rate.bracketed and (rate.arm, rate.seed) not in wide for rate in mine)
+        mean = critical_rate(mine, arm.name) if narrow else None
         ends = [_rate(2**log) for log in (mean.estimate, mean.low, mean.high)] if mean is not None else []
         shown = f"{ends[0]} [{ends[1]}, {ends[2]}]" if ends else "–"
-        lines.append(f"| {arm.name} | {', '.join(map(_critical, mine))} | {shown} |")
+        each = [_critical(rate, (rate.arm, rate.seed) in wide) for rate in mine]
+        lines.append(f"| {arm.name} | {', '.join(each)} | {shown} |")
 
-    def of(teacher: str, reward: str) -> list[Critical]:
-        return [found[f"teacher={teacher} reward={reward}", seed] for seed in study.config.seeds]
+    def of(teacher: str, reward: str, seeds: Sequence[int] = study.config.seeds) -> list[Critical]:
+        return [found[f"teacher={teacher} reward={reward}", seed] for seed in seeds]
+
+    searched = [seed for seed in study.config.seeds if not any((arm.name, seed) in wide for arm in study.arms)]
 
     lowered = margin(
         [*of("live", "with"), *of("live", "without")], *(f"teacher=live reward={level}" for level in LEVELS)
     )
     same = [
         (a.healthy, a.broken) == (b.healthy, b.broken)
-        for a, b in zip(of("ema", "with"), of("ema", "without"), strict=True)
+        for a, b in zip(of("ema", "with", searched), of("ema", "without", searched), strict=True)
     ]
-    open_ended = chosen[chosen.arm.str.startswith("teacher=ema") & (chosen.lr == asked.high) & ~chosen.diverged]
+    fallen = chosen[chosen.arm.str.startswith("teacher=ema") & (chosen.lr == asked.high) & ~chosen.seed.isin(searched)]
     below = chosen[(chosen.arm == "teacher=live reward=without") & (chosen.lr < of("live", "without")[0].healthy)]
     return {
         "margin": "\n".join(lines),
         "margin_probes": str(len(chosen)),
-        "margin_tolerance": number(2 ** max(rate.width for rate in found.values() if rate.bracketed), 3),
-        "margin_open_seeds": str(open_ended.seed.nunique()),
-        "margin_open_start": _span(open_ended.accuracy_at_start),
-        "margin_open_end": _span(open_ended.test1_accuracy),
+        "margin_tolerance": number(2 ** max(rate.width for key, rate in found.items() if key not in wide), 3),
+        "margin_fallen_seeds": str(fallen.seed.nunique()),
+        "margin_fallen_start": _span(fallen.accuracy_at_start),
+        "margin_fallen_end": _span(fallen.test1_accuracy),
         "margin_below": _span(below.test1_accuracy),
         "margin_seeds": str(len(study.config.seeds)),
         "margin_reward_live": factor(lowered, 2),
         "margin_reward_live_verdict": f"{'' if lowered.high < 0 else 'not shown to be '}closer to the edge",
         "margin_reward_ema_same": f"{sum(same)} of {len(same)}",
-        **{f"margin_teacher_{level}": _at_least(of("ema", level), of("live", level)) for level in LEVELS},
+        **{
+            f"margin_teacher_{level}": _at_least(*(of(teacher, level, searched) for teacher in ("ema", "live")))
+            for level in LEVELS
+        },
     }
 
 
@@ -280,7 +286,9 @@ def _at_least(rates: Sequence[Critical], base: Sequence[Critical]) -> str:
     return number(min(mine.healthy / theirs.broken for mine, theirs in zip(rates, base, strict=True)), 3)
 
 
-def _critical(rate: Critical) -> str:
+def _critical(rate: Critical, wide: bool) -> str:
+    if wide:
+        return f"{_rate(rate.healthy)} to {_rate(rate.broken)}"
     if rate.healthy == 0:
         return f"< {_rate(rate.broken)}"
     return _rate(2**rate.log2) if rate.bracketed else f"> {_rate(rate.healthy)}"

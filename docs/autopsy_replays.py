@@ -157,7 +157,7 @@ def well_until(run: Run) -> int | None:
     fall = run_divergence(run)
     if fall is None and judged[-1][1] >= WELL:
         return None
-    end = fall[0] if fall is not None else judged[-1][0]
+    end = fall.step if fall is not None else judged[-1][0]
     return max((step for step, accuracy in judged if step < end and accuracy >= WELL), default=None)
 
 

@@ -1,14 +1,15 @@
 """From run directories to the autopsy's tables in docs/results/autopsy; ``docs/autopsy.py`` makes the page of them.
 
-    python docs/autopsy_runs.py collect runs/ablations …      trials and curves of the autopsy's studies
+    python docs/autopsy_runs.py collect [runs/ablations …]    trials and curves of the autopsy's studies
     python docs/autopsy_runs.py samplings runs/ablations      healthy runs sampled as published and as recommended
 
-What the committed tables hold of trials whose run directories are not here is kept, as long as the study is the same.
+What the committed tables hold of trials whose run directories are not here is kept, as long as the study is the same,
+and told by the present verdict as far as the tables go.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -28,13 +29,22 @@ from twinrl.commands import inspect
 from twinrl.evaluation.grids import sample_grid
 from twinrl.evaluation.protocol import Protocol
 from twinrl.sampling import few_step
+from twinrl.stability.divergence import FALL, Divergence, first_divergence
 from twinrl.tracking import names
 
 IMAGES = Path(__file__).parent / "images"
 FOLDER = Path(__file__).parent / "results" / "autopsy"
-TRIALS, CURVES, REPLAYS, FALLS, SAMPLED, LEDGER = (
+TRIALS, CURVES, REPLAYS, FALLS, SAMPLED, STARTS, LEDGER = (
     FOLDER / name
-    for name in ("trials.csv", "curves.parquet", "replays.csv", "falls.csv", "samplings.csv", "ledger.jsonl")
+    for name in (
+        "trials.csv",
+        "curves.parquet",
+        "replays.csv",
+        "falls.csv",
+        "samplings.csv",
+        "starts.csv",
+        "ledger.jsonl",
+    )
 )
 MARGIN = "margin"
 """The study that is a bisection: `ablate margin`."""
@@ -94,11 +104,12 @@ def collect(roots: Sequence[Path]) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     table = merged(pd.read_csv(TRIALS) if TRIALS.exists() else None, pd.DataFrame.from_records(trials))
     table = table[[of_today(*row) for row in zip(table.study, table.config_hash, strict=True)]]
-    table.to_csv(TRIALS, index=False, float_format="%.6g")
     points = merged(pd.read_parquet(CURVES) if CURVES.exists() else None, pd.DataFrame.from_records(curves))
     points = points.merge(table[KEY].drop_duplicates(), on=KEY)
     points.astype({"seed": "int16"}).to_parquet(CURVES, index=False)
-    write_ledger(roots, set(zip(table.config_hash, table.seed, strict=True)))
+    table = told(table, points)
+    table.to_csv(TRIALS, index=False, float_format="%.6g")
+    write_ledger(roots, table)
     print(f"{len(table)} trials, {len(trials)} of them from here; {len(points)} points of curves in {FOLDER}")
 
 
@@ -132,12 +143,104 @@ def of_today(study: str, config_hash: str) -> bool:
     return config_hash in arms(study)
 
 
-def write_ledger(roots: Sequence[Path], chosen: Collection[tuple[str, int]]) -> None:
+def write_ledger(roots: Sequence[Path], table: pd.DataFrame) -> None:
     """The trials' lines of the ledgers, so that nobody who has the sources that made them runs them again."""
     found = Ledger(LEDGER, *(root / "ledger.jsonl" for root in roots)).read()
-    records = {key: r for key, r in found.items() if (r.config_hash, r.seed) in chosen}
-    kept = [replace(r, where={key: r.where[key] for key in ("revision", "at")}) for r in records.values()]
+    chosen = {(row.config_hash, row.seed): row for row in table.itertuples()}
+    kept = [
+        replace(
+            r, where={key: r.where[key] for key in ("revision", "at")}, diverged=_failure(chosen[trial], r.diverged)
+        )
+        for r in found.values()
+        if (trial := (r.config_hash, r.seed)) in chosen
+    ]
     LEDGER.write_text("".join(f"{record.line()}\n" for record in sorted(kept, key=lambda record: record.key)))
+
+
+def _failure(row: Any, before: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """A trial's failure as a ledger has it; ``before`` where it was not told again."""
+    if row.told not in (BY_CURVE, BY_TABLE):
+        return before
+    if not row.diverged:
+        return None
+    found = {"step": row.diverged_step, "kind": FALL, "after": row.diverged_after, "recovered": row.recovered}
+    return {name: int(value) if isinstance(value, float) else value for name, value in found.items()}
+
+
+BY_RUN, BY_CURVE, BY_TABLE = "run", "curve", "table"
+"""What a trial was told by: its run directory with the start's evaluation; the committed curve; the table's columns."""
+
+
+def told(trials: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """The trials of runs that were made without an evaluation of their start, with the falls that it shows.
+
+    Where the curve is kept the verdict is exact. Else the table has two evaluations and the best distance: a run fell
+    from its start where it was whole at neither, bad at the last and never near its start. Others may have fallen, too,
+    and what the start is not known of stays as it was.
+    """
+    starts = pd.read_csv(STARTS).set_index(["source", "network"])
+    points = dict(iter(curves[curves.quality.notna()].groupby(KEY)))
+    lines = []
+    for row in trials.to_dict("records"):
+        settings = arms(row["study"])[row["config_hash"]].settings
+        name = (settings.data.source, settings.model.network.kind)
+        if row.get("told") != BY_RUN and name in starts.index:
+            margins, start = settings.stability.divergence, starts.loc[name]
+            if (curve := points.get(tuple(row[key] for key in KEY))) is not None:
+                row |= _by_curve(row, curve, margins, start)
+            elif not row["diverged"]:
+                row |= _by_table(row, settings.evaluation.every, margins, start)
+        lines.append(row)
+    return pd.DataFrame.from_records(lines, columns=[*dict.fromkeys([*trials.columns, *TOLD])])
+
+
+TOLD = ("diverged_after", "recovered", "told")
+"""Columns that tell more of a failure."""
+
+
+def evaluations(curve: pd.DataFrame) -> list[dict[str, float]]:
+    """The log rows of a run's evaluations, as far as a fall is judged by them, from the kept curve."""
+    return [
+        {"step": int(row.step), names.VAL_QUALITY: row.quality}
+        | {names.val(quantity, 1): getattr(row, quantity) for quantity in ("accuracy", "recall")}
+        for row in curve[curve.quality.notna()].itertuples()
+    ]
+
+
+def start_of(source: str = "digits", network: str = "mlp") -> dict[str, float]:
+    """The metrics of the start weights: the teacher's, as a student."""
+    start = pd.read_csv(STARTS).set_index(["source", "network"]).loc[(source, network)]
+    return {names.VAL_QUALITY: start.quality} | {names.val(q, 1): start[q] for q in ("accuracy", "recall")}
+
+
+def _by_curve(
+    row: Mapping[str, Any], curve: pd.DataFrame, margins: Divergence.Config, start: pd.Series
+) -> dict[str, Any]:
+    """What is told otherwise of a run with its start."""
+    found = first_divergence(evaluations(curve), margins, 1, start_of(*start.name), ended=True)
+    if (found is not None) == row["diverged"] and (found is None or found.step == row["diverged_step"]):
+        return {}
+    fall, reward = math.inf if found is None else found.step, 0.2 * row["steps"]
+    norms = curve[(curve.step >= reward) & (curve.step <= fall)].norm
+    return {
+        "diverged": found is not None,
+        "diverged_step": math.nan if found is None else found.step,
+        "diverged_after": math.nan if found is None else found.after,
+        "recovered": found is not None and found.recovered,
+        "norm_ratio_whole": norms.max() / row["usual_norm"],
+        "told": BY_CURVE,
+    }
+
+
+def _by_table(row: Mapping[str, Any], every: int, margins: Divergence.Config, start: pd.Series) -> dict[str, Any]:
+    """A fall from the start of a run that has none by its own best; its step is one by which it had fallen."""
+    far, worse = (start[name] * (1 + margins.relative) + margins.absolute for name in ("fd", "quality"))
+    unwell = max(row["accuracy_at_start"], row["final_accuracy"]) < margins.accuracy_floor
+    if not (unwell and row["fd_best"] > far and row["final_quality"] > worse):
+        return {}
+    step = every * math.floor(0.2 * row["steps"] / every)
+    return {"diverged": True, "diverged_step": step, "diverged_after": 0, "recovered": False,
+            "norm_ratio_whole": math.nan, "told": BY_TABLE}  # fmt: skip
 
 
 def trials_of(study: str, root: Path) -> Iterable[tuple[Arm, int, Run]]:
@@ -157,7 +260,7 @@ def outcome(run: Run) -> dict[str, Any]:
     last = evaluations[-1] if evaluations else {}
     at_start = max((row for row in evaluations if row["step"] <= start), key=lambda row: row["step"], default={})
     diverged = run_divergence(run)
-    fall = diverged[0] if diverged else math.inf
+    fall = diverged.step if diverged else math.inf
     return {
         "lr": run.config["optim"]["lr"],
         "lr_at_start": next((_number(row[names.LR]) for row in run.rows if row["step"] >= start), math.nan),
@@ -176,7 +279,10 @@ def outcome(run: Run) -> dict[str, Any]:
         "early_norm_noise": noise([norm for step, norm in norms if step < start]),
         "early_loss_noise": noise([_number(row.get(names.LOSS_TOTAL)) for row in run.rows if row["step"] < start]),
         "diverged": diverged is not None,
-        "diverged_step": diverged[0] if diverged else math.nan,
+        "diverged_step": diverged.step if diverged else math.nan,
+        "diverged_after": diverged.after if diverged else math.nan,
+        "recovered": diverged is not None and diverged.recovered,
+        "told": BY_RUN if run.start is not None else "",
         "accuracy_at_start": _number(at_start.get(WATCHED["accuracy"])),
         "fd_at_start": _number(at_start.get(WATCHED["fd"])),
         "accuracy_least": min((row[WATCHED["accuracy"]] for row in evaluations), default=math.nan),
@@ -294,4 +400,4 @@ def run_chosen(description: str | None, commands: Mapping[Callable[[Any], None],
 
 
 if __name__ == "__main__":
-    run_chosen(__doc__, {collect: "+", samplings: None})
+    run_chosen(__doc__, {collect: "*", samplings: None})

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from scipy.stats import beta as beta_law
 
 from twinrl import schema
-from twinrl.config import build
 from twinrl.renoise import RENOISE
 from twinrl.terms.losses import Barron, time_weight
 
@@ -24,7 +23,7 @@ PRESETS = {"published": ORANGE, "corrected": BLUE}
 
 def renoise_densities(axes: Axes, preset: str) -> None:
     """Density of the shaped times at five moments of the run."""
-    law = build(RENOISE, schema.load(preset).renoise, "renoise")
+    law = RENOISE.build(schema.load(preset).renoise)
     t = np.linspace(0.002, 0.998, 400)
     for share in (0, 0.1, 0.2, 0.3):
         now = law.at(round(share * STEPS), STEPS)

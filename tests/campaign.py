@@ -84,11 +84,11 @@ BUSY = "suite, beside a busy loop on every core"
 
 SUITE = {
     "suite, portable code, random order": (
-        {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, ("-p", "randomly", "-prandomly_seed=1"),
+        {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, ("-p", "randomly", "--randomly-seed=1"),
     ),
     "suite, SSE4.1, four threads, another random order": (
         {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "4"},
-        ("-p", "randomly", "-prandomly_seed=2"),
+        ("-p", "randomly", "--randomly-seed=2"),
     ),
     "suite, AVX2, two threads": (
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}, (),

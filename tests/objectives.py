@@ -11,7 +11,6 @@ from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.branches import Batch, BatchDraws, divide
 from twinrl.conditions import Condition
-from twinrl.config import build
 from twinrl.objective import Objective, TermLoss
 from twinrl.teacher import Teacher
 from twinrl.terms import TERMS
@@ -57,7 +56,7 @@ def objective_of(
     for copied in (made.ema, made.frozen):
         if copied is not None and teacher is not None:
             copied.load_state_dict(wrap(teacher).state_dict())
-    terms = {name: build(TERMS, term, "term") for name, term in config.terms.items()}
+    terms = {name: TERMS.build(term) for name, term in config.terms.items()}
     return Objective(terms, made, config.guidance, autocast), config
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests import logs
+from tests import logs, pages
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
-from twinrl import cli
+from twinrl import checkpoints, cli
 from twinrl.commands import pictures
 from twinrl.commands.progress import ConsoleObserver
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +158,7 @@ def test_files_that_are_no_text(twinrl: Any) -> None:
     Path("own.yaml").write_bytes(b"\xff\xfe\x00")
     refused(twinrl("train", "own.yaml"), "own.yaml")
     Path("folder.yaml").mkdir()
-    refused(twinrl("train", "folder.yaml"), "folder.yaml", "Is a directory")
+    refused(twinrl("train", "folder.yaml"), "folder.yaml", "is no file")
 
 
 def test_missing_data(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +327,7 @@ def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     run = only_run()
     assert run.result is not None
     assert (run.result["status"], run.result["step"]) == ("diverged", 7)
-    assert (run.path / runlog.PARQUET_NAME).exists()
+    assert (run.path / layout.METRICS).exists()
     assert run.newest_checkpoint().name == "step-00000005"
 
 
@@ -337,6 +340,19 @@ def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) 
     assert result.out.count("event diverged") == 1
     kinds = [event["kind"] for event in logs.events(only_run())]
     assert kinds == ["nonfinite", "diverged"]
+
+
+def test_a_run_is_measured_against_its_start_which_is_evaluated_once(twinrl: Any, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        assert twinrl(*TWINFLOW, f"seed={seed}").code == 0
+    (cached,) = (tmp_path / "cache" / "starts").rglob("*.json")
+    starts = [layout.read_start(run) for run in sorted(Path("runs").glob("*-s*"))]
+    assert starts[0] == starts[1] == verdict.decoded(json.loads(cached.read_text()))
+    assert starts[0] is not None
+    state = checkpoints.load_state(RunDirectory(next(Path("runs").glob("*-s1"))).newest_checkpoint())
+    assert state["monitor"]["divergence"]["judged"]["start"] == starts[0][names.val("accuracy", 1)]
+    assert twinrl(*TWINFLOW, "train.init=random", "name=random").code == 0
+    assert layout.read_start(next(Path("runs").glob("random-*"))) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -473,22 +489,10 @@ def test_doctor_explains_every_key(twinrl: Any) -> None:
 
 
 def the_example() -> tuple[str, str]:
-    """The term of docs/architecture.md, and the override that names it."""
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    (code,) = re.findall(r"```python\n# my_terms.py\n(.*?)```", page, re.DOTALL)
-    (assignment,) = re.findall(r"twinrl train \w+ '(terms.near=.*?)'", page)
-    return code, assignment
-
-
-@pytest.mark.slow
-def test_the_documented_term_trains(twinrl: Any) -> None:
-    code, assignment = the_example()
-    Path("my_terms.py").write_text(code)
-    try:
-        assert twinrl("train", "lab", *SMALL, assignment).code == 0
-    finally:
-        sys.modules.pop("my_terms", None)
-    assert all(row["loss/near"] >= 0 for row in runlog.read(only_run().log))
+    """The documentation's own term, and the assignment that uses it."""
+    section = pages.sections("extending")["Loss term"]
+    (command,) = pages.commands(section)
+    return pages.files(section)["my_terms.py"], shlex.split(command)[-1]
 
 
 @pytest.mark.slow

@@ -194,7 +194,7 @@ def test_unknown_key_with_nothing_near_lists_the_valid_ones() -> None:
         ("teacher.kind=live", ["teacher: a live-student teacher", "teacher.kind=ema", "teacher.allow_live=true"]),
         ("teacher.guidance=live", ["teacher.allow_live=true"]),
         ("name=a/b", ["name: ", "'a/b'"]),
-        ("data.source=imagenet", ["data.source", "'digits', 'mnist', 'folder' or 'prompts'"]),
+        ("data.source=imagenet", ["data.source", "one of digits, mnist, folder, prompts"]),
     ],
 )  # fmt: skip
 def test_wrong_values_say_where_what_and_what_is_expected(override: str, parts: list[str]) -> None:
@@ -228,6 +228,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 from twinrl.config import Settings
+from twinrl.terms.losses import SampleLoss
 from twinrl.terms.term import Target, Term, TermConfig, own
 
 class Pull(Term):
@@ -241,19 +242,15 @@ class Pull(Term):
     def target(self, rows, query, F, ctx):
         return Target(self.config.strength * rows.v)
 
-class Absolute:
+class Absolute(SampleLoss):
     class Config(Settings):
         kind: str
-
-    def __init__(self, config):
-        self.config = config
 
     def __call__(self, F: Tensor, target: Tensor) -> Tensor:
         return (F - target).abs().flatten(1).mean(1)
 
-class Kindless:
-    class Config(Settings):
-        pass
+class Kindless(Pull):
+    Config = TermConfig
 
 class Bare:
     pass
@@ -271,7 +268,7 @@ def test_dotted_path_brings_its_own_parameters(own_module: str) -> None:
     given = [f"terms.mine={{kind: {own_module}.Pull, strength: 3, branches: [mul]}}"]
     loaded = schema.load("twinflow", given)
     assert loaded.terms["mine"].strength == 3
-    term = config.build(TERMS, loaded.terms["mine"], "term")
+    term = TERMS.build(loaded.terms["mine"])
     assert isinstance(term, Term)
     assert type(term).__name__ == "Pull"
     again = config.validate(schema.RunConfig, yaml.load(runs.dump(loaded), config._Loader))
@@ -281,7 +278,7 @@ def test_dotted_path_brings_its_own_parameters(own_module: str) -> None:
 
 def test_dotted_path_of_a_loss_is_built_by_the_term(own_module: str) -> None:
     loaded = schema.load("rcgm", [f"terms.base.loss={own_module}.Absolute"])
-    term = config.build(TERMS, loaded.terms["base"], "term")
+    term = TERMS.build(loaded.terms["base"])
     assert type(term.row_loss).__name__ == "Absolute"
 
 
@@ -291,7 +288,7 @@ def test_dotted_path_of_a_loss_is_built_by_the_term(own_module: str) -> None:
         ("Pull, strength: -1", "terms.mine.strength: input should be greater than 0"),
         ("Pull, strenth: 1", "unknown key terms.mine.strenth; did you mean strength?"),
         ("Missing", "cannot be imported"),
-        ("Bare", "has no nested Config"),
+        ("Bare", "is no term"),
         ("Kindless", "declare `kind: str`"),
     ],
 )
@@ -308,7 +305,7 @@ def test_dotted_path_to_no_module() -> None:
 def test_dotted_path_to_this_module() -> None:
     """A class of a module that is already loaded, named as it names itself."""
     loaded = schema.load("rcgm", [f"terms.mine={{kind: {__name__}.Doubled}}"])
-    assert isinstance(config.build(TERMS, loaded.terms["mine"], "term"), Doubled)
+    assert isinstance(TERMS.build(loaded.terms["mine"]), Doubled)
 
 
 class Doubled(Term):

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from twinrl.config import build, component
+from twinrl.config import component
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, Constant, Cosine, EarlyStop, Plateau
 
 NAN = math.nan
@@ -125,9 +125,9 @@ def test_without_patience_nothing_stops() -> None:
 def test_policies_by_name_and_their_defaults() -> None:
     from pydantic import TypeAdapter
 
-    adapter = TypeAdapter(component(LR_POLICIES, "learning-rate policy"))
-    assert isinstance(build(LR_POLICIES, adapter.validate_python("constant"), "policy", 100), Constant)
-    made = build(LR_POLICIES, adapter.validate_python({"kind": "plateau", "patience": 7}), "policy", 100)
+    adapter = TypeAdapter(component(LR_POLICIES))
+    assert isinstance(LR_POLICIES.build(adapter.validate_python("constant"), 100), Constant)
+    made = LR_POLICIES.build(adapter.validate_python({"kind": "plateau", "patience": 7}), 100)
     assert isinstance(made, Plateau)
     assert made.config.patience == 7
 

@@ -17,9 +17,9 @@ from tests import forked
 from tests.fake_source import SMALL
 from tests.logs import rows, tensors, the_run
 from twinrl import checkpoints
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
-from twinrl.tracking.mlflow_state import STATE_NAME
 
 PATIENCE = 600  # seconds for one process
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -85,7 +85,7 @@ def saved(folder: Path) -> int:
     run = the_run(folder)
     if run is None or not run.log.exists():
         return -1
-    newest = checkpoints.newest(run.checkpoints)
+    newest = layout.newest(run.checkpoints)
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
@@ -165,7 +165,7 @@ def test_verdicts_and_pictures_are_equal(plan: Plan, undisturbed: RunDirectory, 
 
 def test_nothing_half_made_is_left(disturbed: RunDirectory) -> None:
     assert [path.name for path in disturbed.path.rglob("*") if path.name.startswith(".")] == []
-    assert len(checkpoints.available(disturbed.checkpoints)) == 2
+    assert len(layout.available(disturbed.checkpoints)) == 2
 
 
 def test_mlflow_has_every_point_once(
@@ -174,7 +174,7 @@ def test_mlflow_has_every_point_once(
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri=f"sqlite:///{store}")
-    ids = [json.loads((run.path / STATE_NAME).read_text())["run_id"] for run in (undisturbed, disturbed)]
+    ids = [json.loads((run.path / layout.MLFLOW).read_text())["run_id"] for run in (undisturbed, disturbed)]
     found = client.search_runs([client.get_experiment_by_name("twinrl").experiment_id])
     assert sorted(run.info.run_id for run in found) == sorted(ids)
     assert {run.info.status for run in found} == {"FINISHED"}

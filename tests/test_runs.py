@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.disk import files_of_at_most
 from tests.fake_source import small
 from tests.objectives import LAB_PRESETS
-from twinrl import checkpoints, runs, schema
+from twinrl import runs, schema
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
-from twinrl.tracking.mlflow_state import STATE_NAME
 
 
 @pytest.fixture
@@ -50,14 +51,25 @@ def test_config_yaml_loads_to_the_same_configuration(tmp_path: Path, preset: str
     assert run.settings() == settings
     assert run.settings().hash == settings.hash
     assert run.settings().directory == settings.directory
-    assert schema.load(str(run.path / runs.CONFIG)) == settings  # as a preset of one's own
+    assert schema.load(str(run.path / layout.CONFIG)) == settings  # as a preset of one's own
 
 
 def test_a_new_run_notes_its_environment(begun: RunDirectory) -> None:
-    environment = json.loads((begun.path / runs.ENVIRONMENT).read_text())
+    environment = json.loads((begun.path / layout.ENVIRONMENT).read_text())
     assert environment["packages"]["torch"]
     assert begun.exists
     assert begun.result is None
+
+
+def test_a_run_whose_configuration_is_not_whole_does_not_exist(begun: RunDirectory, tmp_path: Path) -> None:
+    sizes = [(begun.path / name).stat().st_size for name in (layout.ENVIRONMENT, layout.CONFIG)]
+    assert sizes[0] + 100 < sizes[1]
+    settings = small(tmp_path / "full")
+    with files_of_at_most(sizes[0] + 100), pytest.raises(InputError, match="cannot be written"):
+        RunDirectory(settings.directory).start(settings, fresh=False)
+    assert not RunDirectory(settings.directory).exists
+    RunDirectory(settings.directory).start(settings, fresh=False)
+    assert RunDirectory(settings.directory).settings() == settings
 
 
 def test_an_unfinished_run_names_resume(begun: RunDirectory, settings: schema.RunConfig) -> None:
@@ -83,15 +95,15 @@ def test_fresh_starts_over(begun: RunDirectory, settings: schema.RunConfig) -> N
     begun.log.write_text("{}\n")
     begun.start(settings, fresh=True)
     assert begun.result is None
-    assert checkpoints.newest(begun.checkpoints) is None
+    assert layout.newest(begun.checkpoints) is None
     assert list(begun.samples.iterdir()) == []
     assert not begun.log.exists()
 
 
 def test_fresh_keeps_the_name_of_the_mlflow_run_to_replace(begun: RunDirectory, settings: schema.RunConfig) -> None:
-    (begun.path / STATE_NAME).write_text('{"run_id": "abc"}')
+    (begun.path / layout.MLFLOW).write_text('{"run_id": "abc"}')
     begun.start(settings, fresh=True)
-    assert (begun.path / STATE_NAME).read_text() == '{"run_id": "abc"}'
+    assert (begun.path / layout.MLFLOW).read_text() == '{"run_id": "abc"}'
 
 
 def test_fresh_needs_no_older_run(tmp_path: Path) -> None:
@@ -137,7 +149,7 @@ def test_no_run_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         RunDirectory(tmp_path).settings()
     assert "is not a run directory" in message(error)
-    assert runs.CONFIG in message(error)
+    assert layout.CONFIG in message(error)
 
 
 def test_no_checkpoint_yet(begun: RunDirectory) -> None:

@@ -213,6 +213,14 @@ def test_observers_hear_of_durable_bytes_only(tmp_path: Path) -> None:
 # --- the same numbers by other ways ------------------------------------------------------------------------------
 
 
+def test_the_average_is_judged(tmp_path: Path) -> None:
+    trainer = finish(small(tmp_path))
+    teacher, judged = trainer.objective.teacher, rows(trainer)[-1][names.VAL_QUALITY]
+    assert teacher.ema is not None
+    assert judged == weight_size(teacher.ema, 12)[names.VAL_QUALITY]
+    assert judged != weight_size(teacher.student, 12)[names.VAL_QUALITY]
+
+
 def test_validation_leaves_training_unchanged(tmp_path: Path) -> None:
     """The real protocol, with a network whose dropout and a scorer that draws from the global stream."""
     trained = []
@@ -320,7 +328,7 @@ def test_a_clip_leaves_an_infinite_gradient_alone(tmp_path: Path) -> None:
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     parameters[0].grad.view(-1)[0] = math.inf
-    assert trainer.engine._finish()[names.GRAD_TOTAL_RAW].isinf()
+    assert trainer.engine._finish(0)[names.GRAD_TOTAL_RAW].isinf()
     assert sum(int((~p.grad.isfinite()).sum()) for p in parameters) == 1
 
 
@@ -328,7 +336,7 @@ def test_an_infinite_gradient_is_not_logged_as_clipped(tmp_path: Path) -> None:
     trainer = make(small(tmp_path, "gradients.total.clip.max_norm=1"))
     for parameter in trainer.objective.teacher.student.parameters():
         parameter.grad = torch.full_like(parameter, math.inf)
-    norms = trainer.engine._finish()
+    norms = trainer.engine._finish(0)
     assert norms[names.GRAD_TOTAL_RAW].isinf()
     assert norms[names.GRAD_TOTAL_CLIPPED].isinf()
 

@@ -2,7 +2,7 @@
 
 from twinrl import compat
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, with their base classes
     "TwinFlowScheduler": "twinrl.sampling.scheduler",
@@ -15,6 +15,11 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "FluxTwinFlowTransformer": "twinrl.backends.families.flux",
     "StableDiffusionTwinFlowUNet": "twinrl.backends.families.stable_diffusion",
 }
+
+
+def register(cls: type) -> None:
+    """Let diffusers find a class of one's own in an exported pipeline, once its module is imported."""
+    _COMPONENTS[cls.__name__] = cls.__module__
 
 
 def __getattr__(name: str) -> object:

@@ -7,17 +7,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from twinrl import draws
+from twinrl import data, draws
 from twinrl.backends import build_network, network_key
 from twinrl.backends.families.lora import first_values
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config import build, resolve
-from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.data.reading import InMemory, Reader
 from twinrl.data.source import Data, Source
 from twinrl.errors import InputError
 from twinrl.evaluation import PromptProtocol, Protocol
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.fsdp import mesh
 from twinrl.fsdp.initial import Outline, Pretrained, SafetensorsPart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
@@ -35,24 +34,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.floa
 
 
 def device_of(settings: RunConfig) -> torch.device:
-    """The device that ``machine.device`` names; auto is a GPU where there is one.
-
-    Raises:
-        InputError: no such device.
-    """
-    wanted = settings.machine.device
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"machine.device {wanted!r} is not available",
-            got=str(error).splitlines()[0],
-            fix="use auto or cpu",
-        ) from error
-    return device
+    """The device that ``machine.device`` names. Raises InputError where there is none."""
+    return mesh.device_named(settings.machine.device, "machine.device")
 
 
 def load_source(settings: RunConfig, device: torch.device) -> Data:
@@ -62,11 +45,11 @@ def load_source(settings: RunConfig, device: torch.device) -> Data:
         InputError: no such pipeline or prepared folder, or one for another model.
     """
     if settings.model.family is None:
-        return SOURCES[settings.data.source](settings.data.root).to(str(device))
+        return data.load(settings.data.source, settings.data.root).to(str(device))
     from twinrl.backends.families import load_family
 
     family = load_family(settings.model.family, settings.model.pretrained)
-    source = FAMILY_SOURCES[settings.data.source](settings.data.root, family)
+    source = data.load(settings.data.source, settings.data.root, family)
     return source.to(str(device), settings.machine.offload)
 
 
@@ -147,7 +130,7 @@ def student_of(
     random = start_weights and settings.train.init == "random"
     outline = None if settings.model.family is None else lambda: pretrained_outline(settings, source)
     network = ranks.network(lambda: new_network(settings, source), random, outline=outline)
-    uses_sign = any(resolve(TERMS, term.kind, "term").negative_time for term in settings.terms.values())
+    uses_sign = any(TERMS.find(term.kind).negative_time for term in settings.terms.values())
     if uses_sign and settings.model.family is None:  # a family's sign is tested once for its class, not for each run
         check_branches_apart(network, source, settings.model.network.kind, ranks)
     if start_weights:
@@ -203,7 +186,7 @@ def objective_of(
     settings: RunConfig, student: nn.Module, guide: Guide | None = None, ranks: Ranks = ALONE
 ) -> Objective:
     """Terms, teachers, guidance and reward around the student."""
-    terms = {name: build(TERMS, term, "term") for name, term in settings.terms.items()}
+    terms = {name: TERMS.build(term) for name, term in settings.terms.items()}
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
     teacher = Teacher(student, settings.teacher, ranks.copy, _under_adapters(settings, student))
     return Objective(terms, teacher, settings.guidance, autocast, guide)

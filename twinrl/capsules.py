@@ -11,14 +11,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinrl import checkpoints
+from twinrl import checkpoints, files
 from twinrl.checkpoints import Checkpoint
 from twinrl.errors import InputError
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.run import layout
 from twinrl.stability.events import Event
 from twinrl.stability.policy import CapsuleConfig
 
-RING, CAPSULES, EVENT = "ring", "capsules", "event.json"
 KEPT = 2
 """States in the ring: the newest may be too close to the event."""
 
@@ -43,31 +43,29 @@ class Capsules:
 
     def remember(self, step: int, checkpoint: Checkpoint) -> None:
         """Put a state into the ring."""
-        self.ranks.save(self.run / RING, step, checkpoint, KEPT)
+        self.ranks.save(self.run / layout.RING, step, checkpoint, KEPT)
 
     def forget_after(self, step: int) -> None:
         """Drop states of steps that will be made again."""
-        self.ranks.on_first(lambda: checkpoints.drop_after(self.run / RING, step))
+        self.ranks.on_first(lambda: checkpoints.drop_after(self.run / layout.RING, step))
 
     def keep(self, number: int, event: Event) -> Path | None:
         """The capsule of event ``number``; None if there is no state before it, enough capsules, or another process
         keeps it."""
         if not self.ranks.first:
             return None
-        folder = self.run / CAPSULES / f"event-{number}"
+        folder = self.run / layout.CAPSULES / f"event-{number}"
         if folder.exists():  # of a stretch that was cut off by a resume
             shutil.rmtree(folder)
-        states = {checkpoints.load_state(path)["step"]: path for path in checkpoints.available(self.run / RING)}
+        states = {checkpoints.load_state(path)["step"]: path for path in layout.available(self.run / layout.RING)}
         usable = {step: path for step, path in states.items() if step < event.step}
         if not usable or self.config.every == 0 or number > self.config.most:
             return None
         early = [step for step in usable if step <= event.step - self.config.before]
         source = usable[max(early) if early else min(usable)]
-        unfinished = folder.with_name(f".{folder.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished / source.name, copy_function=_link)
-        (unfinished / EVENT).write_text(json.dumps(event.as_dict(), indent=1) + "\n")
-        unfinished.rename(folder)
+        with files.publishing(folder) as new:
+            shutil.copytree(source, new / source.name, copy_function=_link)
+            (new / layout.EVENT).write_text(json.dumps(event.as_dict(), indent=1) + "\n")
         return folder
 
     def load(self, number: int) -> tuple[Event, Checkpoint]:
@@ -76,19 +74,19 @@ class Capsules:
         Raises:
             InputError: the event has no capsule.
         """
-        folder = self.run / CAPSULES / f"event-{number}"
+        folder = self.run / layout.CAPSULES / f"event-{number}"
         if not folder.is_dir():
             raise InputError(
                 f"event {number} of {self.run} has no capsule",
                 got=f"capsules of events {', '.join(map(str, self.numbers())) or '(none)'}",
                 fix="see stability.capsules: every, most",
             )
-        event = Event.from_dict(json.loads((folder / EVENT).read_text()))
-        return event, checkpoints.load(checkpoints.available(folder)[-1])
+        event = Event.from_dict(json.loads((folder / layout.EVENT).read_text()))
+        return event, checkpoints.load(layout.available(folder)[-1])
 
     def numbers(self) -> list[int]:
         """Numbers of the events that have a capsule."""
-        found = (self.run / CAPSULES).glob("event-*")
+        found = (self.run / layout.CAPSULES).glob("event-*")
         return sorted(int(path.name.removeprefix("event-")) for path in found)
 
 

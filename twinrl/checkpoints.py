@@ -9,18 +9,16 @@ are read here too.
 """
 
 import json
-import os
 import pickle
-import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -28,11 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from twinrl import files
 from twinrl.config import one_line
 from twinrl.errors import InputError
+from twinrl.run.layout import SHARDS, STATE, STEP, available, of_step
 
 FORMAT = 2
-STATE, SHARDS = "state.json", "shards"
+RUN_FIX = "use the model.network settings that they were trained with"
+SHOWN = 3
+"""Names of tensors in a message."""
+T = TypeVar("T")
 
 
 class State(BaseModel):
@@ -101,20 +104,15 @@ class Checkpoint:
         return self.tensors["ema"] if "ema" in self.tensors else self.part("student")
 
 
-def folder_of(step: int) -> str:
-    """Name of the checkpoint of ``step``."""
-    return f"step-{step:08d}"
-
-
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint under ``directory`` and remove all but the ``keep`` newest.
 
     Raises:
         SaveError: the disk is full or read-only; older checkpoints are untouched.
     """
-    with saving(directory), publishing(directory, step, keep) as unfinished:
-        write(unfinished, checkpoint)
-    return directory / folder_of(step)
+    with saving(directory), publishing(directory, step, keep) as new:
+        write(new, checkpoint)
+    return directory / of_step(step)
 
 
 def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
@@ -123,22 +121,24 @@ def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) ->
         part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         for part, tensors in checkpoint.tensors.items()
     }
-    return in_background(lambda: save(directory, step, Checkpoint(copied, checkpoint.state), keep))
+
+    def write_copy() -> None:
+        save(directory, step, Checkpoint(copied, checkpoint.state), keep)
+
+    return in_background(write_copy)
 
 
-def in_background(action: Callable[[], object]) -> "Future[None]":
+def in_background(action: Callable[[], T]) -> "Future[T]":
     """Do something in a thread; a process that has to end before does not wait for it."""
-    future: Future[None] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            action()
+            future.set_result(action())
         except BaseException as error:  # noqa: BLE001  whoever waits for the result gets it
             future.set_exception(error)
-        else:
-            future.set_result(None)
 
-    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     return future
 
 
@@ -156,66 +156,19 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
 @contextmanager
 def publishing(directory: Path, step: int, keep: int) -> Iterator[Path]:
     """A folder to write a checkpoint into; at the end of the block it takes its place at once and old ones go."""
-    final, unfinished = directory / folder_of(step), directory / f".{folder_of(step)}.new"
-    replaced = directory / f".{folder_of(step)}.old"
-    for leftover in directory.glob(".step-*"):  # of a process that was killed while saving
-        shutil.rmtree(leftover)
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        _sync(unfinished)
-        if final.exists():
-            final.rename(replaced)
-        unfinished.rename(final)
-        _sync_folder(directory)
-    except BaseException:
-        if replaced.exists() and not final.exists():
-            replaced.rename(final)
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+    for leftover in directory.glob(f".{STEP}*"):  # of a process that was killed while saving
+        files.remove(leftover)
+    with files.publishing(directory / of_step(step)) as new:
+        new.mkdir(parents=True)
+        yield new
     for old in available(directory)[:-keep]:
         shutil.rmtree(old)
-
-
-def _sync(folder: Path) -> None:
-    """Put every file of a folder and of those in it on disk."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            _sync(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def available(directory: Path) -> list[Path]:
-    """The published checkpoints under ``directory``, oldest first."""
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
-
-
-def newest(directory: Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = available(directory)
-    return found[-1] if found else None
 
 
 def drop_after(directory: Path, step: int) -> None:
     """Remove the checkpoints of steps after ``step``."""
     for path in available(directory):
-        if path.name > folder_of(step):
+        if path.name > of_step(step):
             shutil.rmtree(path)
 
 
@@ -246,12 +199,12 @@ def load_state(path: Path) -> dict[str, Any]:
         State.model_validate(state)
     except ValidationError as error:
         raise _corrupted(path / STATE, one_line(error.errors())) from error
-    return state  # type: ignore[no-any-return]
+    return state
 
 
 def check_place(path: Path, state: Mapping[str, Any], steps: int) -> None:
     """Raises InputError where the checkpoint in ``path`` is not the one that a run of so many steps wrote there."""
-    if folder_of(state["step"]) != path.name or state["step"] > steps:
+    if of_step(state["step"]) != path.name or state["step"] > steps:
         raise _corrupted(path / STATE, f"step {state['step']} in the folder {path.name} of a run of {steps} steps")
 
 
@@ -320,28 +273,47 @@ def _corrupted(path: Path, reason: object) -> InputError:
 # --- modules and optimizers -------------------------------------------------------------------------------
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Load weights strictly. Raises InputError naming the keys or shapes that differ, and where they came from."""
+def load_module(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path, fix: str = RUN_FIX, assign: bool = False
+) -> None:
+    """Load weights strictly, or let the module take these very tensors.
+
+    Raises:
+        InputError: names or shapes differ; says which, where they came from, and ``fix``.
+    """
     own = module.state_dict()
-    check_fit({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in tensors.items()}, origin)
-    module.load_state_dict(dict(tensors))
+    check_fit({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in tensors.items()}, origin, fix)
+    module.load_state_dict(dict(tensors), assign=assign)
 
 
-def check_fit(own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: str) -> None:
+def check_fit(
+    own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: str | Path, fix: str = RUN_FIX
+) -> None:
     """Raises InputError where names or shapes of a module's tensors differ from those given."""
-    missing, foreign = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    shapes = [name for name in own if name in given and own[name] != given[name]]
-    if missing or foreign or shapes:
-        described = [
-            f"{len(keys)} {what} ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})"
-            for what, keys in (("missing", missing), ("foreign", foreign), ("of another shape", shapes))
-            if keys
-        ]
-        raise InputError(
-            f"the weights of {origin} belong to another network",
-            got=f"keys {'; '.join(described)}",
-            fix="use the model.network settings that they were trained with",
-        )
+    missing, unexpected = (sorted(one.keys() - other.keys()) for one, other in ((own, given), (given, own)))
+    reshaped = [(n, shape, given[n]) for n, shape in own.items() if n in given and given[n] != shape]
+    refuse_misfit(missing, unexpected, reshaped, origin, fix)
+
+
+def refuse_misfit(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    reshaped: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    origin: str | Path,
+    fix: str,
+) -> None:
+    """Raises InputError in one line unless all three are empty; ``reshaped``: name, a module's own shape, the other."""
+    shapes = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, own, given in reshaped]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    found = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
+    if found:
+        raise InputError(f"the weights of {origin} belong to another network", got=f"keys {'; '.join(found)}", fix=fix)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    names = list(names)
+    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -375,6 +347,6 @@ def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], orig
         raise InputError(
             f"the optimizer's state in {origin} belongs to another network",
             got=f"key {key} of shape {tuple(shape)}",
-            fix="use the model.network settings that it was made with",
+            fix=RUN_FIX,
         )
     return parameters[int(index)]

@@ -7,12 +7,14 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 import io
 import os
 import sys
+import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from twinrl.components import ComponentError, failures_named
 from twinrl.errors import InputError
 
 app = typer.Typer(
@@ -22,6 +24,8 @@ app = typer.Typer(
     help="Train few-step generators with TwinFlow, loss term by loss term, and find out what makes them diverge.\n\n"
     "Start with:  twinrl train lab  (with a reward: twinrl train recommended)",
 )
+
+DEBUG = "--debug"
 
 Overrides = Annotated[
     list[str] | None,
@@ -38,6 +42,13 @@ Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/lab-1a2b3c
 Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
 
 
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(DEBUG, help="also show the traceback behind a one-line error")] = False,
+) -> None:
+    """What every command takes, anywhere on its line; :func:`main` reads it."""
+
+
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(help="a preset (`twinrl doctor` lists them) or a YAML file")],
@@ -52,7 +63,7 @@ def train(
     from twinrl import schema
 
     settings = schema.load(config, overrides or [])
-    from twinrl.commands.train import train as command
+    from twinrl.commands.processes import train as command
 
     raise typer.Exit(command(settings, fresh, _console()))
 
@@ -60,7 +71,7 @@ def train(
 @app.command()
 def resume(run: Run) -> None:
     """Continue an unfinished run from its newest checkpoint."""
-    from twinrl.commands.train import resume as command
+    from twinrl.commands.processes import resume as command
 
     raise typer.Exit(command(run, _console()))
 
@@ -132,10 +143,10 @@ def publish(
     run: Run,
     uri: Annotated[str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before")] = None,
 ) -> None:
-    """Rebuild a run's MLflow view from its log, e.g. after MLflow was away."""
-    from twinrl.tracking.mlflow_view import rebuild
+    """Bring a run's MLflow view up to date with its log, e.g. after MLflow was away."""
+    from twinrl.tracking import mlflow_view
 
-    _console().print(f"published as MLflow run {rebuild(run, uri)}")
+    _console().print(f"published as MLflow run {mlflow_view.publish(run, uri, final=True)}")
 
 
 @app.command()
@@ -195,6 +206,10 @@ def data_prepare(
     model: Annotated[
         str | None, typer.Option(help="diffusers pipeline, folder or hub name; without it: verify only")
     ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help="of the model, e.g. your own by its dotted path; default: by the pipeline's class"),
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="prepared folder; default: prepared/<name of PATH>")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     dtype: Annotated[
@@ -208,7 +223,7 @@ def data_prepare(
     """
     from twinrl.commands.data import Machine, prepare_data
 
-    raise typer.Exit(prepare_data(path, model, to, overrides or [], Machine(device, dtype), _console()))
+    raise typer.Exit(prepare_data(path, model, to, overrides or [], Machine(device, dtype), _console(), family))
 
 
 @app.command()
@@ -261,13 +276,17 @@ def _find_own_classes() -> None:
 def main() -> None:
     """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2.
 
-    Of the processes of a torchrun all end with 2 and the first one writes the line.
+    Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
+    debug, sys.argv = DEBUG in sys.argv, [argument for argument in sys.argv if argument != DEBUG]
     try:
         _register_subcommands()
         _find_own_classes()  # after that: a file analysis.py there must not stand for the package
-        app()
+        with failures_named():
+            app()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if debug:
+            traceback.print_exception(error)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
             print(f"twinrl: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from twinrl.errors import InputError
@@ -20,6 +21,13 @@ from twinrl.errors import InputError
 LISTEN_SECONDS, PROBE_SECONDS = 5, 60
 STORE_BYTES = 100 * 2**20
 PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""No usage reports, no folders of its own."""
 REFUSED = ("Unauthenticated", "AuthenticationError", "InvalidAuthToken", "authentication token")
 """Words by which Ray says that it is a matter of the token."""
 TOKEN_FIX = (
@@ -28,7 +36,7 @@ TOKEN_FIX = (
 )
 
 
-def connect(address: str | None, cpus: int, environment: Mapping[str, str], option: str) -> None:
+def connect(address: str | None, cpus: int, option: str, variables: Mapping[str, str] = QUIET) -> None:
     """Start a Ray of ``cpus`` cores on this machine, or join the one at ``address``.
 
     A start is tried twice: a busy machine may need longer than the 30 seconds that Ray gives its node.
@@ -36,17 +44,17 @@ def connect(address: str | None, cpus: int, environment: Mapping[str, str], opti
     Arguments:
         address: ``host:port`` or ``auto``; None starts one.
         cpus: cores of one that is started.
-        environment: variables of all workers, and of this process.
         option: what the user calls the address, for messages.
+        variables: environment of all workers, which find this checkout and the command's folder, and of this process.
 
     Raises:
         InputError: there is no cluster, it wants another token, or Ray does not start.
     """
     import ray
 
-    os.environ.update({name: value for name, value in environment.items() if name != "PYTHONPATH"})
+    os.environ.update(variables)
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # failures are reported in one line
-    options: dict[str, Any] = {"runtime_env": {"env_vars": dict(environment)}}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": {**variables, "PYTHONPATH": python_path()}}}
     if address is None:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     else:
@@ -61,6 +69,12 @@ def connect(address: str | None, cpus: int, environment: Mapping[str, str], opti
             ray.shutdown()
             if not more:
                 raise refusal(address, _whole(error), option) from error
+
+
+def python_path() -> str:
+    """Where workers find this checkout, and classes of one's own beside the command."""
+    here = [str(Path(__file__).resolve().parents[1]), str(Path.cwd())]
+    return os.pathsep.join(dict.fromkeys([*here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
 def use_token() -> None:

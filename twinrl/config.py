@@ -7,7 +7,6 @@ assembled from the registries and a dotted path (``my_package.MyTerm``) works wh
 
 import difflib
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -20,13 +19,21 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    SerializationInfo,
     SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    model_serializer,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError, to_jsonable_python
 
+from twinrl.components import Registry
 from twinrl.errors import InputError
+from twinrl.first_keys import CHANGED_DEFAULTS, FIRST_KEYS
 
 PRESETS = Path(__file__).parent / "presets"
 LARGEST_FILE = 1_000_000
@@ -35,16 +42,23 @@ LONGEST_NAME = 200
 """Characters of a name or value that are looked at or shown."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
+IDENTITY, STORED = "identity", "stored"
+"""Contexts: a dump of what tells two configurations apart; the validation of one that an older version has written."""
 
 
 class Settings(BaseModel):
-    """Base of every configuration section: frozen, typed, and an unknown key names the nearest valid one."""
+    """Base of every configuration section: frozen, typed, and an unknown key names the nearest valid one.
+
+    A new version may add a key with a default that changes nothing. In the identity of a configuration such a later
+    key appears only where it has another value, so older hashes stay. What an older version has stored without it
+    means the default that the key came with, whatever today's is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
-    def _known_keys_only(cls, value: Any) -> Any:
+    def _known_keys_only(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, Mapping):
             for key in value:
                 if key not in cls.model_fields:
@@ -53,7 +67,42 @@ class Settings(BaseModel):
                         "{hint}",
                         {"key": str(key), "hint": nearest(str(key), cls.model_fields)},
                     )
+            if info.context == STORED:
+                return cls.later_keys() | dict(value)
         return value
+
+    @model_serializer(mode="wrap")
+    def _without_later_defaults(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        plain: dict[str, Any] = dump(self)
+        if info.context != IDENTITY:
+            return plain
+        absent = self.later_keys()
+        return {key: value for key, value in plain.items() if key not in absent or value != absent[key]}
+
+    @classmethod
+    def later_keys(cls) -> dict[str, Any]:
+        """Keys of the package's classes that came after the first ones → what their absence stands for.
+
+        That is the default that they came with, as plain values; of a section ``{}``, as its keys are later ones, too.
+        Required keys and a component's kind are none, nor are those of a user's own classes.
+        """
+        found = {}
+        for key, field in cls.model_fields.items():
+            owner = next(base for base in reversed(cls.__mro__) if key in getattr(base, "model_fields", ()))
+            name = f"{owner.__qualname__}.{key}"
+            own = owner.__module__.partition(".")[0] == __name__.partition(".")[0]
+            if own and key != "kind" and not field.is_required() and name not in FIRST_KEYS:
+                default = CHANGED_DEFAULTS.get(name, field.get_default(call_default_factory=True))
+                found[key] = {} if isinstance(default, Settings) else _plain(field, default)
+        return found
+
+
+def _plain(field: FieldInfo, default: Any) -> Any:
+    """A default as the identity of a configuration shows it: a component by its kind."""
+    if field.validate_default:
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, *field.metadata])  # type: ignore[arg-type]
+        return adapter.dump_python(adapter.validate_python(default, context=STORED), mode="json", context=IDENTITY)
+    return to_jsonable_python(default)
 
 
 def nearest(key: str, valid: Mapping[str, Any]) -> str:
@@ -65,45 +114,18 @@ def nearest(key: str, valid: Mapping[str, Any]) -> str:
 # --- components -----------------------------------------------------------------------------------------
 
 
-def resolve(registry: Mapping[str, type], kind: str, what: str) -> Any:
-    """The class registered under ``kind``, or the one that the dotted path ``kind`` names.
-
-    Raises:
-        InputError: the name is unknown, or the path does not lead to a class with a ``Config``.
-    """
-    if kind in registry:
-        return registry[kind]
-    if "." not in kind:
-        raise InputError(f"unknown {what} {kind!r}", expected=f"one of {', '.join(registry)} or a dotted path")
-    module, _, name = kind.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{what} {kind!r} cannot be imported", got=error, fix="check the dotted path") from error
-    if not hasattr(found, "Config"):
-        raise InputError(f"{what} {kind!r} has no nested Config class", fix="derive it from twinrl.config.Settings")
-    if "kind" not in found.Config.model_fields:
-        raise InputError(f"{what} {kind!r} has a Config without `kind`", fix="declare `kind: str` in it")
-    return found
-
-
-def build(registry: Mapping[str, type], config: Any, what: str, *args: Any) -> Any:
-    """The component that ``config`` (with its ``kind``) describes, constructed as ``cls(config, *args)``."""
-    return resolve(registry, config.kind, what)(config, *args)
-
-
-def component(registry: Mapping[str, type], what: str) -> Any:
+def component(registry: Registry[Any]) -> Any:
     """A field type for settings of any class in ``registry``; a bare string is short for ``{kind: string}``."""
 
-    def validate(value: Any) -> Any:
+    def validate(value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, BaseModel):
             return value
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({what})")
+            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({registry.what})")
         try:
-            return resolve(registry, str(value["kind"]), what).Config.model_validate(value)
+            return registry.find(str(value["kind"])).Config.model_validate(value, context=info.context)
         except InputError as error:
             raise PydanticCustomError("component", "{message}", {"message": str(error)}) from error
         except ValidationError as error:
@@ -256,10 +278,10 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     return value
 
 
-def validate(schema: type[BaseModel], value: Mapping[str, Any]) -> Any:
+def validate(schema: type[BaseModel], value: Mapping[str, Any], context: str | None = None) -> Any:
     """``value`` as ``schema``. Raises InputError in one line: the key, what was got, what is expected."""
     try:
-        return schema.model_validate(value)
+        return schema.model_validate(value, context=context)
     except ValidationError as error:
         raise InputError(one_line(error.errors())) from error
 

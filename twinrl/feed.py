@@ -1,14 +1,15 @@
 """The global batch of a step: data rows, conditions, times and noise, each a function of (seed, step)."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from twinrl import conditions, draws
 from twinrl.branches import Batch, BatchDraws, Rows, TimeMap, allocate, divide
+from twinrl.components import checked
 from twinrl.conditions import Condition
-from twinrl.config import build
 from twinrl.data.reading import Reader
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.objective import Objective
@@ -62,19 +63,20 @@ class Feed:
         shares = [i / (moments - 1) for i in range(moments)]
         laws = {share: self.renoise(round(share * last)) for share in shares}
         u = draws.uniform((rows,), seed, "renoise picture")
-        return {share: law.sample(u) for share, law in laws.items() if law is not None}
+        return {share: _times(law, u) for share, law in laws.items() if law is not None}
 
     def _shaped(self, step: int) -> dict[str, TimeMap]:
         """Placement → law of its times, where renoise shapes them."""
         law, config = self.renoise(step), self.settings.renoise
-        return dict.fromkeys(config.placement, law.sample) if law and config else {}
+        return dict.fromkeys(config.placement, partial(_times, law)) if law and config else {}
 
     def renoise(self, step: int) -> TimeDistribution | None:
         """The distribution that shapes times at ``step``; None where there is no renoise."""
         if self.settings.renoise is None:
             return None
-        law: Renoise = build(RENOISE, self.settings.renoise, "renoise")
-        return law.at(step, self.settings.train.steps)
+        law: Renoise = RENOISE.build(self.settings.renoise)
+        found = law.at(step, self.settings.train.steps)
+        return checked(found, TimeDistribution, law, "at")  # type: ignore[type-abstract]
 
     def _generated(self, rows: Rows) -> Rows:
         """Image-free: the rows with the student's own one-step samples of the prompts as data, without gradient."""
@@ -89,3 +91,8 @@ class Feed:
             return self.reader.null(conditions.size(c))
         order = drawn.uniform("null permutation").argsort()
         return conditions.rows(c, order)
+
+
+def _times(law: TimeDistribution, u: Tensor) -> Tensor:
+    """(B,) times of (B,) uniforms."""
+    return checked(law.sample(u), Tensor, law, "sample", u.shape)

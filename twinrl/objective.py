@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from twinrl import conditions, draws
 from twinrl.branches import Batch, Rows
+from twinrl.components import checked
 from twinrl.conditions import Condition
 from twinrl.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.teacher import RandomState, Teacher
-from twinrl.terms import Pull, Query, Term
+from twinrl.terms import Pull, Query, Target, Term
 
 Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 Request = tuple[Query, Rows]
@@ -41,10 +42,10 @@ class Objective:
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
         if self.autocast is None:
-            return network(x, t, r, c)
+            return _velocity(network, network(x, t, r, c), x)
         with torch.autocast(x.device.type, self.autocast):
             F = network(x, t, r, c)
-        return F.to(x.dtype)
+        return _velocity(network, F, x).to(x.dtype)
 
     @property
     def joins(self) -> bool:
@@ -156,7 +157,7 @@ class Pass:
             for name, term in self.objective.terms.items():
                 rows = self.batch.on(term.config.branches)
                 if len(rows):
-                    self._queries[name] = (rows, term.query(rows, self))
+                    self._queries[name] = (rows, _checked_query(term, rows, term.query(rows, self)))
         return self._queries
 
     def loss(self, name: str) -> TermLoss:
@@ -164,9 +165,10 @@ class Pass:
         term, (rows, query) = self.objective.terms[name], self.queries()[name]
         F = self.prediction(query, rows)
         with torch.no_grad():
-            target = term.target(rows, query, F.detach(), self)
+            target = checked(term.target(rows, query, F.detach(), self), Target, term, "target")
+            checked(target.value, Tensor, term, "target.value", F.shape)
         share = term.config.weight / term.normaliser(self.counts, rows.global_batch)
-        per_row = term.loss(rows, query, F, target.value)
+        per_row = checked(term.loss(rows, query, F, target.value), Tensor, term, "loss", (len(rows),))
         loss = share * per_row.sum()
         unweighted = per_row.detach().sum() / term.normaliser(self.counts, rows.global_batch)
         if target.constant is not None:
@@ -283,6 +285,20 @@ class Pass:
         """Leave the generators where the next micro-batch starts: at a new seed drawn from this one's state."""
         self.random_state.restore()
         draws.seed_global(int(torch.randint(2**62, ())))
+
+
+def _velocity(network: torch.nn.Module, F: object, x: Tensor) -> Tensor:
+    """What a network has returned. Raises InputError where it is no velocity for ``x``."""
+    return checked(F, Tensor, network, "forward", x.shape)
+
+
+def _checked_query(term: Term, rows: Rows, query: object) -> Query:
+    """What a term has asked. Raises InputError where it is no query for its ``rows``."""
+    asked = checked(query, Query, term, "query")
+    checked(asked.x, Tensor, term, "query.x", rows.x.shape)
+    for name in ("t", "r"):
+        checked(getattr(asked, name), Tensor, term, f"query.{name}", (len(rows),))
+    return asked
 
 
 def _covers(evaluated: Tensor, wanted: Tensor) -> bool:

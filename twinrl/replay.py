@@ -12,9 +12,10 @@ hundred steps says whether the run would have lived.
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
 from twinrl.data.source import Data
 from twinrl.errors import InputError
+from twinrl.run.layout import read_start
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.stability.divergence import Diverged, Divergence, first_divergence
@@ -71,7 +73,7 @@ class Replay:
         event, logged: the event and its steps' rows of the log.
         traces: unchanged, then one for each change.
         placebos: changes that remove no suspect.
-        before: rows of the log before these steps, by which a fall is told.
+        before: rows of the log before these steps, by which a fall is told. start: metrics of the start weights.
         divergence, nfe: what a fall is, and at how many network evaluations.
     """
 
@@ -80,6 +82,7 @@ class Replay:
     traces: list[Trace]
     placebos: list[Trace]
     before: list[Row]
+    start: Mapping[str, Any] | None
     divergence: Divergence.Config
     nfe: int
 
@@ -102,7 +105,7 @@ class Replay:
 
     def fell(self, trace: Trace) -> Diverged | None:
         """The fall of a run that went on as the trace; None where it was whole to the end, or was not judged."""
-        return first_divergence([*self.before, *trace.rows], self.divergence, self.nfe)
+        return first_divergence([*self.before, *trace.rows], self.divergence, self.nfe, self.start)
 
     def peak(self, trace: Trace) -> float | None:
         """Largest value of the event's series within ``NEAR`` steps of it; None where the trace does not have it.
@@ -191,7 +194,8 @@ def replay_each(
     log = runlog.read(run.log)
     logged = [row for row in log if first <= row["iteration"] < first + steps]
     before = [row for row in log if row["iteration"] < first]
-    return Replay(event, logged, traces, beside, before, settings.stability.divergence, settings.evaluation.nfe[0])
+    start, judged = read_start(run.path), (settings.stability.divergence, settings.evaluation.nfe[0])
+    return Replay(event, logged, traces, beside, before, start, *judged)
 
 
 def changed(settings: RunConfig, overrides: list[str]) -> RunConfig:

@@ -1,12 +1,5 @@
-"""Run directories: ``runs/<name>-<hash8>-s<seed>/`` and what is in them.
+"""Run directories, ``runs/<name>-<hash8>-s<seed>/``: begun, locked, ended. Their files: :mod:`twinrl.run.layout`."""
 
-config.yaml      the resolved configuration        env.json     versions, revision, threads
-log.jsonl        one exact row a step              events.jsonl what went wrong, and when
-checkpoints/     states to resume from             samples/     grids over training
-metrics.parquet  the log as a table                result.json  written last: how the run ended
-"""
-
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,21 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from twinrl import checkpoints, config, schema
+from twinrl import config, files, schema
 from twinrl.errors import InputError
-from twinrl.tracking import environment, mlflow_state, runlog
-
-CONFIG, EVENTS, RESULT, ENVIRONMENT = "config.yaml", "events.jsonl", "result.json", "env.json"
-
-
-class _Result(BaseModel):
-    """What every ``result.json`` holds, whatever else is in it."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    status: str
-    step: NonNegativeInt
+from twinrl.run import layout
+from twinrl.stability import verdict
+from twinrl.tracking import environment, runlog
 
 
 class EventLog(runlog.RunLog):
@@ -68,38 +52,24 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.samples = path / "samples"
-        self.log = path / runlog.LOG_NAME
-        self.events = path / EVENTS
+        self.checkpoints = path / layout.CHECKPOINTS
+        self.samples = path / layout.SAMPLES
+        self.log = path / layout.LOG
+        self.events = path / layout.EVENTS
 
     @property
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return (self.path / CONFIG).is_file()
+        return layout.is_run(self.path)
 
     @property
     def result(self) -> dict[str, Any] | None:
         """How the run ended, or None while it is unfinished. Raises InputError where the file is damaged."""
-        path = self.path / RESULT
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        try:
-            return _Result.model_validate_json(content).model_dump(exclude_unset=True)
-        except ValidationError as error:
-            raise InputError(
-                f"{path} is damaged or not of a run", got=config.one_line(error.errors()),
-                fix=f"delete it: `twinrl resume {self.path}` then makes it again",
-            ) from error  # fmt: skip
+        return layout.read_result(self.path)
 
     def begun_by(self, launchers: Iterable[str]) -> bool:
         """Whether one of these launchers has trained this run; "" is none."""
-        try:
-            known = json.loads((self.path / ENVIRONMENT).read_text()).get("launchers", [])
-        except (OSError, ValueError):  # none, or its process was killed while writing
-            return False
+        known = layout.read_environment(self.path).get("launchers", [])
         return self.exists and not set(known).isdisjoint(filter(None, launchers))
 
     def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
@@ -122,9 +92,7 @@ class RunDirectory:
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._note(environment.describe(), launchers)
-            unfinished = self.path / f".{CONFIG}"
-            unfinished.write_text(dump(settings))
-            unfinished.replace(self.path / CONFIG)  # last: with it the run exists
+            files.write_text(self.path / layout.CONFIG, dump(settings))  # last: with it the run exists
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",
@@ -133,37 +101,32 @@ class RunDirectory:
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
-        unfinished = self.path / f".{ENVIRONMENT}"
-        unfinished.write_text(json.dumps({**described, "launchers": sorted(filter(None, launchers))}, indent=1))
-        unfinished.replace(self.path / ENVIRONMENT)
+        described = {**described, "launchers": sorted(filter(None, launchers))}
+        files.write_text(self.path / layout.ENVIRONMENT, json.dumps(described, indent=1))
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
-        described = json.loads((self.path / ENVIRONMENT).read_text())
+        described = json.loads((self.path / layout.ENVIRONMENT).read_text())
         if new := set(launchers) - {"", *described["launchers"]}:
             self._note(described, [*described["launchers"], *new])
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """For the process that trains the run: a second one would cut the log back under its feet.
 
         The lock dies with its process.
 
         Raises:
-            InputError: another process holds it.
+            InputError: another process has held it for ``patience`` seconds.
         """
-        with (self.path / CONFIG).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(
-                    f"another process is training this run: {self.path}", fix="wait for it to end, or stop it"
-                ) from error
+        refusal = InputError(f"another process is training this run: {self.path}", fix="wait for it to end, or stop it")
+        with (self.path / layout.CONFIG).open() as file:
+            files.lock(file, refusal, patience)
             yield
 
     def _clear(self) -> None:
         """Delete everything but the name of the MLflow run, which the new run's view is to replace."""
-        view = self.path / mlflow_state.STATE_NAME
+        view = self.path / layout.MLFLOW
         published = view.read_bytes() if view.is_file() else None
         with self.locked():
             self.discard()
@@ -190,20 +153,27 @@ class RunDirectory:
         )
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Write ``result.json``, the mark of a finished run."""
-        unfinished = self.path / f".{RESULT}"
-        unfinished.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        unfinished.replace(self.path / RESULT)
+        """Write the result, the mark of a finished run."""
+        files.write_text(self.path / layout.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def keep_start(self, start: verdict.Row) -> None:
+        """Write the metrics of the start weights, by which the run is judged wherever it is moved to."""
+        content = json.dumps(verdict.encoded(start), indent=1, allow_nan=False)
+        files.write_text(self.path / layout.START, content + "\n")
 
     def settings(self) -> schema.RunConfig:
-        """The run's configuration. Raises InputError where the directory holds no run."""
+        """The run's configuration; keys that are newer than the run have the defaults that they came with.
+
+        Raises:
+            InputError: the directory holds no run, or not one of this version or an older one.
+        """
         if not self.exists:
-            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {CONFIG}")
-        return config.validate(schema.RunConfig, config.read_yaml(self.path / CONFIG))
+            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""
-        found = checkpoints.newest(self.checkpoints)
+        found = layout.newest(self.checkpoints)
         if found is None:
             raise InputError(
                 f"{self.path} has no checkpoint yet", fix="wait for checkpoint.every steps, or resume the run"

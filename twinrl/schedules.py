@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from twinrl.components import Registry, checked
 from twinrl.config import Settings, component
 from twinrl.errors import InputError
 
@@ -108,6 +109,12 @@ class Schedule(Settings):
         Raises:
             InputError: the end lies before the start (with mixed units only a run's length can tell).
         """
+
+    def check(self, steps: int, renoise_end: Fraction | None = None) -> None:
+        """Raises InputError where it cannot drive a run of ``steps``: it ends before it starts, or gives no numbers."""
+        self.span(steps, renoise_end)
+        for step in (0, steps - 1):
+            checked(self.value(step, steps, renoise_end), float, self, "value")
 
     @property
     def tied(self) -> bool:
@@ -249,13 +256,11 @@ class _Itself:
 
 setattr(Schedule, "Config", _Itself())  # noqa: B010  (in the class body, pydantic would take it for its own Config)
 
-SCHEDULES: dict[str, type] = {
-    "constant": Constant,
-    "hard": Hard,
-    "linear": Linear,
-    "cosine": Cosine,
-    "sigmoid": Sigmoid,
-}
+SCHEDULES: Registry[Any] = Registry(
+    "schedule",
+    Schedule,
+    {"constant": Constant, "hard": Hard, "linear": Linear, "cosine": Cosine, "sigmoid": Sigmoid},
+)
 
 
 def _number_is_constant(value: object) -> object:
@@ -266,7 +271,7 @@ def _number_is_constant(value: object) -> object:
 if TYPE_CHECKING:
     AnySchedule: TypeAlias = Any
 else:
-    AnySchedule = Annotated[component(SCHEDULES, "schedule"), BeforeValidator(_number_is_constant)]
+    AnySchedule = Annotated[component(SCHEDULES), BeforeValidator(_number_is_constant)]
 
 
 # --- a reward's onset -----------------------------------------------------------------------------------

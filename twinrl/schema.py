@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from twinrl import config as configuration
-from twinrl import foreign
+from twinrl import data, foreign
 from twinrl.backends import NETWORKS
-from twinrl.backends.families import FAMILIES
-from twinrl.backends.families.family import FamilyConfig, check_bridge
+from twinrl.backends.families import FAMILIES, family_class
+from twinrl.backends.families.diffusion import check_bridge
+from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.branches import BRANCHES, TimeLaw, allocate
-from twinrl.config import Settings, build, component, resolve
+from twinrl.config import Settings, component
 from twinrl.data import FAMILY_SOURCES, SOURCES
 from twinrl.errors import InputError
 from twinrl.evaluation import EvaluationConfig
@@ -38,18 +39,14 @@ if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dot
     Optimizer: TypeAlias = Any
     LearningRate: TypeAlias = Any
     Reward: TypeAlias = Any
-    SourceName: TypeAlias = str
-    FamilyName: TypeAlias = str
 else:
-    Network = component(NETWORKS, "network")
+    Network = component(NETWORKS)
     NetworkOrNone = Network | None
-    Renoise = component(RENOISE, "renoise")
-    Term = component(TERMS, "term")
-    Optimizer = component(OPTIMIZERS, "optimizer")
-    LearningRate = component(LR_POLICIES, "learning-rate policy")
+    Renoise = component(RENOISE)
+    Term = component(TERMS)
+    Optimizer = component(OPTIMIZERS)
+    LearningRate = component(LR_POLICIES)
     Reward = RewardSettings
-    SourceName = Literal[(*SOURCES, *FAMILY_SOURCES)]
-    FamilyName = Literal[tuple(FAMILIES)]
 
 
 def _with_kind(value: object, kind: str) -> object:
@@ -80,7 +77,7 @@ class ModelConfig(Settings):
         default="mlp", validate_default=True, description="architecture by kind; null where a family is trained"
     )
     target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
-    family: FamilyName | None = Field(None, description=f"pretrained model to train: {', '.join(FAMILIES)}")
+    family: str | None = Field(None, description=f"pretrained model to train: {', '.join(FAMILIES)}")
     path: str | None = Field(None, description="family: folder of its diffusers pipeline, or its name on the hub")
     lora: LoraSettings | None = Field(None, description="family: train adapters only; null = all parameters")
     gradient_checkpointing: bool = Field(False, description="family: recompute blocks in the backward pass")
@@ -95,6 +92,16 @@ class ModelConfig(Settings):
     diff2flow: bool = Field(
         False, description="family: train a diffusion model as a flow (Diff2Flow); goes with prediction"
     )
+
+    @field_validator("family")
+    @classmethod
+    def _known_family(cls, value: str | None) -> str | None:
+        if value is not None and value not in FAMILIES:
+            try:
+                family_class(value)
+            except InputError as error:
+                raise ValueError(str(error)) from error
+        return value
 
     @property
     def pretrained(self) -> FamilyConfig:
@@ -139,7 +146,7 @@ FAMILY_KEYS = tuple(FamilyConfig.model_fields)
 class DataConfig(Settings):
     """Where samples come from."""
 
-    source: SourceName = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
+    source: str = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
     rows: int | None = Field(None, ge=1, description="digits, mnist: train on the first so many images; null = all")
     row_multiple: int = Field(
@@ -294,12 +301,16 @@ class RunConfig(Settings):
     def _check_family(self) -> None:
         """Raises ValueError where model, data and start do not belong together."""
         family, source = self.model.family, self.data.source
-        if (family is None) != (source in SOURCES):
+        if source in (SOURCES if family else FAMILY_SOURCES):
             wanted = SOURCES if family is None else FAMILY_SOURCES
             raise ValueError(
                 f"data.source is {source}, which does not go with model.family={family or 'null'}; "
                 f"expected {' or '.join(wanted)}"
             )
+        try:
+            data.find(source, family is not None)
+        except InputError as error:
+            raise ValueError(f"data.source: {error}") from error
         if family is not None and self.data.rows is not None:
             raise ValueError("data.rows is for digits and mnist; for a family prepare a smaller folder (twinrl data)")
         if family is not None and self.train.init == "random":
@@ -322,7 +333,7 @@ class RunConfig(Settings):
 
     def _check_reward(self) -> None:
         """Raises ValueError where reward, terms and schedules do not belong together."""
-        wanting = [n for n, term in self.terms.items() if resolve(TERMS, term.kind, "term").wants_reward(term)]
+        wanting = [n for n, term in self.terms.items() if TERMS.find(term.kind).wants_reward(term)]
         if wanting and self.reward is None:
             raise ValueError(f"terms.{wanting[0]} follows a reward and there is none; fix: reward.model=lab_hps")
         if self.reward is not None and not wanting:
@@ -333,9 +344,9 @@ class RunConfig(Settings):
         try:
             end = self.renoise_end()
             for schedule in self.renoise.schedules().values() if self.renoise else ():
-                schedule.span(self.train.steps)
+                schedule.check(self.train.steps)
             if self.reward is not None:
-                self.reward.schedule.weight.span(self.train.steps, end)
+                self.reward.schedule.weight.check(self.train.steps, end)
             self.gradients.check_schedules(self.train.steps, end)
         except InputError as error:
             raise ValueError(str(error)) from error
@@ -344,12 +355,12 @@ class RunConfig(Settings):
         """The step at which the renoise schedule stands still; None where there is none."""
         if self.renoise is None:
             return None
-        return build(RENOISE, self.renoise, "renoise").end(self.train.steps)
+        return RENOISE.build(self.renoise).end(self.train.steps)
 
     @property
     def pulls(self) -> list[str]:
         """Names of the gradients that are taken apart: the terms, and what acts through their targets."""
-        others = (resolve(TERMS, term.kind, "term").others(term) for term in self.terms.values())
+        others = (TERMS.find(term.kind).others(term) for term in self.terms.values())
         return list(dict.fromkeys([*self.terms, *(name for names in others for name in names)]))
 
     @property
@@ -358,19 +369,16 @@ class RunConfig(Settings):
         return configuration.canonical_hash(self.numeric())
 
     def numeric(self) -> dict[str, Any]:
-        """The settings that change a run's numbers, as plain JSON values; the seed is not among them."""
-        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC)
+        """The settings that change a run's numbers, as plain JSON values; the seed is not among them.
+
+        Nor are keys that came after the first ones, where they have their defaults (:class:`twinrl.config.Settings`).
+        """
+        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC, context=configuration.IDENTITY)
         plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
         unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
         if self.model.family is None:
             del plain["data"]["row_multiple"]
-        if self.data.rows is None:
-            del plain["data"]["rows"]
-        if self.model.prediction is None:  # absent, as before there were diffusion models
-            plain["model"] = {k: v for k, v in plain["model"].items() if k not in ("prediction", "diff2flow")}
-        if not self.judges:
-            del plain["judges"]
         return plain
 
     @property

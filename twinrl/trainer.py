@@ -14,7 +14,7 @@ from twinrl import assembly, checkpoints
 from twinrl.branches import Batch
 from twinrl.capsules import Capsules
 from twinrl.checkpoints import Checkpoint
-from twinrl.config import build, resolve
+from twinrl.components import checked
 from twinrl.data.source import Data
 from twinrl.feed import Feed
 from twinrl.fsdp.ranks import ALONE, Ranks
@@ -22,6 +22,7 @@ from twinrl.gradients import Engine, Losses, is_due, telemetry
 from twinrl.memory import keep_freed_memory
 from twinrl.objective import Objective
 from twinrl.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.run import layout
 from twinrl.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.saving import Informed, Saver
 from twinrl.schema import RunConfig
@@ -30,6 +31,7 @@ from twinrl.stability.events import SPIKE, Event, nonfinite
 from twinrl.stability.monitor import Monitor
 from twinrl.stability.policy import Decision
 from twinrl.stability.series import Finding
+from twinrl.stability.verdict import COMPLETE
 from twinrl.suspects import Behind
 from twinrl.tracking import names
 from twinrl.tracking.runlog import RunLog
@@ -104,12 +106,12 @@ class Trainer:
         settings = self.settings
         if self.device.type == "cpu":
             keep_freed_memory()
-        begun = checkpoints.newest(self.run.checkpoints) is not None  # start weights may be gone by now
+        begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
         student = assembly.student_of(settings, self.source, self.device, start_weights, self.ranks)
         self.guide = assembly.guide_of(settings, self.source, self.device, self.ranks)
         self.objective: Objective = assembly.objective_of(settings, student, self.guide, self.ranks)
-        optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
+        optimizer = OPTIMIZERS.find(settings.optim.kind)
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
         )
@@ -118,7 +120,7 @@ class Trainer:
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
-        self.lr_policy = build(LR_POLICIES, settings.lr_policy, "learning-rate policy", settings.train.steps)
+        self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
         self.monitor = Monitor(settings.stability, settings.pulls, settings.evaluation.nfe[0])
@@ -134,12 +136,18 @@ class Trainer:
 
     # --- the loop -----------------------------------------------------------------------------------------
 
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Take the metrics of the start weights as what a fall is measured against."""
+        self.monitor.divergence.begin(start)
+
     def train(self) -> Outcome:
         """Train to the end, a stop policy, an early stop or an interruption; the state is on disk afterwards."""
         outcome = None
         while outcome is None:
             outcome = self._advance()
         self._attempt(self.saver.settle)
+        if outcome.status in COMPLETE and (late := self.monitor.conclude(self.iteration - 1)) is not None:
+            self._record(late, {})  # too late for any policy
         if outcome.status != "diverged" and self.saver.newest != self.iteration:
             self._save()
             self.saver.settle()
@@ -236,8 +244,8 @@ class Trainer:
         before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
         self.optimizer.step()
         measures = {}
-        if is_due(due.rms_every, self.step):
-            measures[names.RMS_MAX] = telemetry.largest(list(telemetry.rms(self.optimizer).values()))
+        if is_due(due.rms_every, self.step) and (rms := telemetry.rms(self.optimizer)):
+            measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
         if before is not None:
             measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
         values = self.ranks.agree(_to_floats(measures)) if measures else {}
@@ -252,7 +260,7 @@ class Trainer:
         return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
 
     def _set_lr(self) -> float:
-        lr = self.settings.optim.lr * self.lr_policy.factor(self.step)
+        lr = self.settings.optim.lr * checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
         if self.guide is not None:
             lr *= self.guide.lr_factor(self.step)
         for group in self.optimizer.param_groups:
@@ -325,7 +333,7 @@ class Trainer:
         self._attempt(self.saver.settle)
         healthy = [
             path
-            for path in checkpoints.available(self.run.checkpoints)
+            for path in layout.available(self.run.checkpoints)
             if checkpoints.load_state(path)["step"] <= event.step - config.rollback_margin
         ]
         if not healthy:
@@ -381,7 +389,7 @@ class Trainer:
         Raises:
             InputError: the checkpoint is corrupted, foreign, or made with another configuration or other data.
         """
-        newest = checkpoints.newest(self.run.checkpoints)
+        newest = layout.newest(self.run.checkpoints)
         if newest is None:
             self.log.trim(0)
             self.events.trim(0)

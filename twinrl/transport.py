@@ -35,11 +35,3 @@ def predicted_data(x_t: Tensor, t: Tensor, F: Tensor) -> Tensor:
 def predicted_noise(x_t: Tensor, t: Tensor, F: Tensor) -> Tensor:
     """``ẑ = x_t + (1−|t|)·F``: where the predicted velocity ``F`` (B, ...) comes from at noise level 1."""
     return x_t + (1 - like(t.abs(), x_t)) * F
-
-
-def score(x_t: Tensor, t: Tensor, F: Tensor) -> Tensor:
-    """``s = −(x_t + (1−|t|)·F)/|t|``, the score of the branch that ``F`` belongs to; infinite at t = 0.
-
-    Hence ``s_fake − s_real = −((1−t)/t)·(v_fake − v_real)`` at equal ``x_t``.
-    """
-    return -predicted_noise(x_t, t, F) / like(t.abs(), x_t)

@@ -20,6 +20,7 @@ from ablations.runner import Runner
 from ablations.table import Board
 from ablations.trial import RayTrial, Task, TrialError
 from twinrl.config import read_yaml, validate
+from twinrl.run import layout
 from twinrl.runs import dump
 from twinrl.schema import RunConfig
 from twinrl.tracking import names, runlog
@@ -63,10 +64,10 @@ class Planted:
         settings = validate(RunConfig, read_yaml(Path(task.config)))
         begun = max(0, trial.checkpointed(task.path))
         task.path.mkdir(parents=True, exist_ok=True)
-        (task.path / trial.CONFIG).write_text(dump(settings))
+        (task.path / layout.CONFIG).write_text(dump(settings))
         for step in range(begun + EVERY, task.steps + 1, EVERY):
             value = self.quality(settings, step)
-            plant(task.path, step, value)
+            plant(task.path, step, value, self.accuracy)
             if not math.isfinite(value) and settings.stability.policy == "stop":
                 return self._end(task, begun, {"status": "diverged", "step": step})
             if rung is not None and step >= rung:
@@ -77,7 +78,7 @@ class Planted:
 
     def _end(self, task: Task, begun: int, result: dict[str, Any]) -> str:
         self.trained.append((task.title, begun, result["step"]))
-        (task.path / trial.RESULT).write_text(json.dumps(result))
+        (task.path / layout.RESULT).write_text(json.dumps(result))
         return "ended"
 
     def tune(self, plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int, scratch: str) -> None:
@@ -98,13 +99,13 @@ class Planted:
                 follow.on_trial_complete(0, [], one)
 
 
-def plant(run: Path, step: int, value: float) -> None:
-    """One row of a run's log with its quality, and a checkpoint; an event where it is not finite."""
-    (run / trial.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
+def plant(run: Path, step: int, value: float, accuracy: float) -> None:
+    """One row of a run's log with its quality, and a checkpoint; its loss is not finite where that is not."""
+    (run / layout.CHECKPOINTS / f"step-{step:08d}").mkdir(parents=True)
     row = {"iteration": step - 1, "step": step, names.VAL_QUALITY: runlog.encode(value)}
-    _append(run / runlog.LOG_NAME, row | {names.STEP_SECONDS: STEP_SECONDS})
-    if not math.isfinite(value):
-        _append(run / trial.EVENTS, {"iteration": step - 1, "step": step, "kind": "diverged", "series": "loss/total"})
+    row[names.val("accuracy", 1)] = accuracy
+    broken = {} if math.isfinite(value) else {names.LOSS_TOTAL: runlog.encode(value)}
+    _append(run / layout.LOG, row | {names.STEP_SECONDS: STEP_SECONDS} | broken)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

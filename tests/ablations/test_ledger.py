@@ -10,6 +10,7 @@ import pytest
 
 from ablations import ledger
 from ablations.ledger import Ledger, Record
+from tests.disk import files_of_at_most
 from twinrl.errors import InputError
 
 DONE = Record("12345678", 0, "f" * 16, "finished", 20, metrics={"val/quality": 0.5})
@@ -57,6 +58,15 @@ def test_a_full_disk_is_an_error_of_the_trial() -> None:
         pytest.skip("needs /dev/full")
     with Path("/dev/full").open("ab", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         ledger.write_line(full, b"line\n", 0)
+
+
+def test_a_line_that_fits_in_part_is_undone(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "a.jsonl")
+    book.append(DONE)
+    before = book.own.read_bytes()
+    with files_of_at_most(len(before) + 40), pytest.raises(OSError, match="No space left"):
+        book.append(replace(DONE, seed=1))
+    assert book.own.read_bytes() == before
 
 
 def test_ledgers_of_several_machines_add_up(tmp_path: Path) -> None:

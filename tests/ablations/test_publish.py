@@ -20,7 +20,7 @@ from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace
 from ablations.publish import StudyView, following
 from ablations.summary import curves
-from ablations.trial import durable_log, final_metrics
+from ablations.trial import durable_log
 from analysis.frames import load_study
 from analysis.mlflow_store import from_mlflow
 from tests.ablations.tiny import TINY, write
@@ -29,6 +29,7 @@ from tests.tracking.synthetic import SPIKE_AT, make_row
 from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
 from twinrl.errors import InputError
 from twinrl.runs import dump
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog, store, thinning, ui
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.tracking.runlog import RunLog
@@ -78,8 +79,16 @@ def _checkpoint(trial: Trial, step: int, offset: int) -> None:
 
 
 def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> None:
-    record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, diverged=diverged)
-    plan.workspace.ledger.append(replace(record, status="diverged") if diverged else record)
+    metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
+    who = trial.settings.hash, trial.settings.seed, trial.fingerprint
+    record = Record(*who, "finished", STEPS, metrics=metrics, diverged=diverged)
+    note(plan, trial, replace(record, status="diverged") if diverged else record)
+
+
+def note(plan: Plan, trial: Trial, record: Record) -> None:
+    """A trial's end, in its run directory and in the ledger."""
+    (trial.run.path / "result.json").write_text(json.dumps({"status": record.status, "step": record.step}))
+    plan.workspace.ledger.append(record)
 
 
 def seed_run(view: StudyView, trial: Trial) -> Any:
@@ -172,7 +181,7 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace) -> None:
 
 def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
     plan = plan_of(workspace)
-    stopped, went_on, _, _ = plan.trials
+    _, went_on, _, _ = plan.trials
     ends: list[dict[str, Any]] = [
         {"status": "diverged", "step": 700, "diverged": {"step": 600, "kind": "quality"}},
         {"diverged": {"step": 900, "kind": "nonfinite"}},
@@ -185,12 +194,12 @@ def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
         if trial is went_on:
             with RunLog(trial.run.log) as log:
                 log.append({"iteration": STEPS, "step": STEPS, names.VAL_QUALITY: math.nan})
-        metrics = final_metrics(runlog.read(trial.run.log), METRICS)
+        metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
         record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics)
-        workspace.ledger.append(replace(record, **ended))
+        note(plan, trial, replace(record, **ended))
     view = StudyView(plan)
     assert view.try_summaries() is None
-    assert seed_run(view, stopped).info.status == "FINISHED"
+    assert [seed_run(view, trial).info.status for trial in plan.trials] == ["FAILED", *3 * ["FINISHED"]]
 
     columns = ["config_hash", "seed", "status", "step", "planned", "diverged", "time", "kind", *METRICS]
     index = {"arms": [{"name": a.name, "config_hash": a.settings.hash, "steps": STEPS} for a in plan.study.arms]}

@@ -77,7 +77,7 @@ def halved(runs: Runner, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan
     worse = asked.trials[2].run
     worse.path.mkdir(parents=True)
     (worse.path / "config.yaml").write_text(dump(asked.trials[2].settings))
-    plant(worse.path, 8, 1e6)  # as a trial that has come to the rung and waits for the verdict
+    plant(worse.path, 8, 1e6, 0.9)  # as a trial that has come to the rung and waits for the verdict
     return runs.run(asked)
 
 

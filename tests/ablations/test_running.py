@@ -159,7 +159,8 @@ def test_failures_stay_alone_and_divergence_is_an_outcome(run: Run, make: Make, 
     assert (done.state(broken), done.records[broken.key].message) == ("failed", "it is broken")
     record = done.record(exploding)
     assert record
-    assert (record.status, record.diverged) == ("diverged", {"step": 8, "kind": "nonfinite"})
+    assert record.status == "diverged"
+    assert record.diverged == {"step": 8, "kind": "nonfinite", "after": 7, "recovered": False}
     assert done.state(fine) == "finished"
     planted.trained.clear()
     planted.quality = by_rate
@@ -211,7 +212,8 @@ def test_halving_prunes_the_worse_and_the_non_finite_and_censors_them(
     assert exploding
     assert (worse.message, worse.diverged) == ("halved at step 8", None)
     assert worse.metrics[names.VAL_QUALITY] == by_rate(done.trials[2].settings, 8)
-    assert exploding.diverged == {"step": 4, "kind": "nonfinite"}, "what diverged before stays a divergence"
+    lost = {"step": 4, "kind": "nonfinite", "after": 3, "recovered": False}
+    assert exploding.diverged == lost, "what diverged before stays a divergence"
     before, begun = len(planted.trained), list(planted.begun)
     assert (run(halved.reread())[0].missing, planted.begun) == ([], begun)
     exhaustive = make("whole", **content)
@@ -264,7 +266,7 @@ def test_margin_brackets_every_edge_and_goes_on_from_the_ledger(run: Run, make: 
     assert len(planted.trained) == len(titles)
 
 
-def test_a_run_that_ends_without_accuracy_is_not_healthy(run: Run, make: Make, planted: Planted) -> None:
+def test_a_run_that_is_never_whole_is_not_healthy(run: Run, make: Make, planted: Planted) -> None:
     planted.accuracy = 0.4
     brackets, _ = search(make, seeds=1).complete()
     assert [(b.healthy, b.diverged, b.next) for b in brackets] == [(None, 1e-5, None)] * 2

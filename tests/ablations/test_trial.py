@@ -20,6 +20,7 @@ from analysis import frames
 from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
 from tests.test_trainer import make
+from twinrl.stability import verdict
 from twinrl.tracking import names, runlog
 
 SLEEPER = (
@@ -99,15 +100,6 @@ def test_non_finite_metrics_are_the_worst_at_a_rung(value: float, tmp_path: Path
     assert [trial.at_rung(tmp_path, "m", rung) for rung in (1, 3, 5, 7)] == [WORST, 0.5, WORST, 0.1]
 
 
-def test_divergence_is_the_trainers_verdict_or_what_stopped_the_run(tmp_path: Path) -> None:
-    spike, verdict = {"step": 5, "kind": "spike"}, {"step": 8, "kind": "diverged", "series": "val/quality"}
-    (tmp_path / "events.jsonl").write_text(json.dumps(spike) + "\n")
-    assert trial.divergence(tmp_path, [], {"status": "finished", "step": 20}) is None
-    assert trial.divergence(tmp_path, [], {"status": "diverged", "step": 6}) == {"step": 6, "kind": "spike"}
-    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in (spike, verdict)))
-    assert trial.divergence(tmp_path, [], {"status": "finished", "step": 20}) == {"step": 8, "kind": "quality"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("term", ["planted={at: 14, size: nan, row: 9, branches: [any]}", "poison={at: 14}"])
 def test_a_run_that_a_rollback_rescued_has_not_diverged(
@@ -118,12 +110,13 @@ def test_a_run_that_a_rollback_rescued_has_not_diverged(
     rescue = ("stability.policy=rollback", "stability.rollbacks=2", "stability.rollback_margin=5")
     trainer = make(small(tmp_path, f"terms.{term}", *rescue, "train.steps=24", "checkpoint.every=5"))
     outcome = trainer.train()
-    trainer.run.finish(result := {"status": outcome.status, "step": outcome.step, "message": outcome.message})
+    trainer.run.finish({"status": outcome.status, "step": outcome.step, "message": outcome.message})
     rows, events = runlog.read(trainer.run.log), runlog.read(trainer.run.events)
     rescued = term.startswith("planted")
     assert [row["step"] for row in rows].count(15) == (2 if rescued else 3)
     assert "diverged" in {event["kind"] for event in events}  # what happened stays on record
-    assert trial.divergence(trainer.run.path, rows, result) == (None if rescued else {"step": 15, "kind": "nonfinite"})
+    found = verdict.of_run(trainer.run.path, rows)
+    assert (found and (found.step, found.kind)) == (None if rescued else (15, "nonfinite"))
     line = frames.trial_of(frames.load_run(trainer.run.path))
     assert (line["status"], line["diverged"]) == ("finished", False) if rescued else ("diverged", True)
     assert (line["time"], math.isfinite(line["loss/total"])) == ((24.0, True) if rescued else (15.0, False))
@@ -173,5 +166,9 @@ def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> No
     record = trial.pruned(task, 8)
     assert (record.status, record.step, record.message) == ("pruned", 8, "halved at step 8")
     assert (record.diverged, record.metrics, record.seconds, record.final) == (None, {"m": 0.5}, 0.25, False)
-    (task.path / "events.jsonl").write_text(json.dumps({"step": 5, "kind": "diverged", "series": "loss/total"}) + "\n")
-    assert trial.pruned(task, 8).diverged == {"step": 5, "kind": "nonfinite"}
+    (task.path / "log.jsonl").write_text('{"step": 4, "m": 0.1}\n{"step": 5, "loss/total": "nan"}\n{"step": 8}\n')
+    broken = trial.pruned(task, 8)
+    assert broken.diverged == {"step": 5, "kind": "nonfinite", "after": 4, "recovered": False}
+    assert math.isnan(broken.metrics["m"]), "0.1 is from before"
+    assert trial.at_rung(task.path, "m", 4) == 0.1
+    assert trial.at_rung(task.path, "m", 8) == WORST

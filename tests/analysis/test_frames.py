@@ -45,7 +45,7 @@ def test_a_run_reads_back(tmp_path: Path) -> None:
     run = load_run(simulated.make_run(tmp_path, seed=3, diverges_at=200))
     line = frames.trial_of(run)
     assert (line["seed"], line["config_hash"], line["status"], line["step"]) == (3, "0a1b2c3d", "finished", 400)
-    assert (line["diverged"], line["time"], line["kind"]) == (True, 200.0, "val/quality")
+    assert (line["diverged"], line["time"], line["kind"]) == (True, 200.0, "quality")
     assert line["val/quality"] == 0.9
     assert line["seconds"] == pytest.approx(4.1, rel=0.01)
     assert len(run.frame()) == 400
@@ -55,7 +55,9 @@ def test_what_a_rollback_took_back_is_not_judged(tmp_path: Path) -> None:
     healthy = load_run(simulated.make_run(tmp_path / "another" / "healthy"))
     path = simulated.make_run(tmp_path, diverges_at=200)
     first = load_run(path)
-    assert frames.run_divergence(first) == (200, "val/quality")
+    failure = frames.run_divergence(first)
+    assert failure is not None
+    assert (failure.step, failure.after, failure.series, failure.recovered) == (200, 180, "val/quality", False)
     (path / "log.jsonl").unlink()
     with runlog.RunLog(path / "log.jsonl") as log:
         for iteration, row in enumerate([*first.rows[:260], *healthy.rows[180:]]):
@@ -69,6 +71,7 @@ def test_what_a_rollback_took_back_is_not_judged(tmp_path: Path) -> None:
     simulated.make_run(tmp_path, name="other", config_hash="00000001")
     said = study_page._survival(load_study(tmp_path), tmp_path)
     assert Text("Rolled back to a checkpoint on the way, and not diverged: 1 of the runs.") in said
+    assert "It diverged between steps 180 and 200 (samples fell apart" in run_page._what(first, [])
     assert "It has not diverged. It was rolled back to a checkpoint 1 time." in run_page._what(rescued, [])
 
 

@@ -23,7 +23,8 @@ def study(values: dict[str, list[float]], **columns: object) -> Study:
     lines = [
         {"arm": arm, "seed": seed, "config_hash": arm, "status": "diverged" if math.isinf(value) else "finished",
          "step": 50 if math.isinf(value) else 100, "planned": 100, "diverged": math.isinf(value), "time": 50.0,
-         "kind": "", "seconds": 1.0, "directory": "", METRIC: math.nan if math.isinf(value) else value, **columns}
+         "after": math.nan, "recovered": False, "kind": "",
+         "seconds": 1.0, "directory": "", METRIC: math.nan if math.isinf(value) else value, **columns}
         for arm, qualities in values.items() for seed, value in enumerate(qualities)
     ]  # fmt: skip
     return assemble("s", lines, [])
@@ -55,9 +56,10 @@ def test_diverged_runs_are_worse_than_all_others() -> None:
     assert values_of(trials, "val/recall_1nfe").tolist() == [1.0, -math.inf]
 
 
-def test_a_run_that_diverged_and_went_on_keeps_its_value() -> None:
-    trials = study({"a": [1.0, 2.0]}).trials.assign(diverged=True)
-    assert values_of(trials, METRIC).tolist() == [1.0, 2.0]
+def test_a_failed_run_keeps_its_value_only_where_it_recovered_and_went_on() -> None:
+    trials = study({"a": [1.0, 2.0, 3.0]}).trials.assign(diverged=[True, True, False], recovered=[True, False, False])
+    assert values_of(trials, METRIC).tolist() == [1.0, math.inf, 3.0]
+    assert values_of(trials.assign(step=50), METRIC).tolist() == [math.inf, math.inf, 3.0]
 
 
 def test_an_arm_that_diverges_is_ranked_last_without_an_interval() -> None:

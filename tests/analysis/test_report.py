@@ -18,7 +18,8 @@ from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking import stores
 from twinrl.errors import InputError
-from twinrl.tracking import runlog, store
+from twinrl.run import layout
+from twinrl.tracking import store
 
 
 class Addresses(HTMLParser):
@@ -108,7 +109,7 @@ def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: P
     assert len(images) >= 8
     assert all((folder / image).is_file() for image in images)
     assert len(pd.read_csv(folder / "trials.csv")) == 18
-    assert len(list(study_folder.glob(f"*/{runlog.PARQUET_NAME}"))) == 18
+    assert len(list(study_folder.glob(f"*/{layout.METRICS}"))) == 18
     vector, paper = ({path.stem for path in drawn_page.parent.glob(f"figures/*.{kind}")} for kind in ("svg", "pdf"))
     assert vector == paper != set()
 
@@ -144,7 +145,7 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     run = simulated.make_run(tmp_path, spikes_at=(120, 200, 330), diverges_at=340)
     simulated.make_run(tmp_path, seed=1)
     text = Addresses(report(run).read_text()).text
-    assert "It finished after 400 steps. Diverged at step 340 (val/quality). 3 spikes" in text
+    assert "It diverged between steps 320 and 340" in text
     assert "First to stand out: rectify in 3 of 3 (median lead over the total 3 steps)." in text
     assert re.search(
         r"before \(median of all spikes\): RMS_t 2\.\d times its usual value \(quiet steps: 1\.?\d*\)", text
@@ -155,7 +156,7 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     assert "17" in text
     assert "t 0.80–0.90" in text
     assert "branch any" in text
-    assert (run / runlog.PARQUET_NAME).is_file()
+    assert (run / layout.METRICS).is_file()
 
 
 @pytest.mark.usefixtures("undrawn")

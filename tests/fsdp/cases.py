@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tests import logs
 from tests.fake_source import LATENT_SHAPE, TEXT, FakeSource, Planted, small
-from twinrl import checkpoints
 from twinrl.assembly import DTYPES
 from twinrl.backends import NETWORKS
 from twinrl.backends.embedding import Spec
@@ -25,6 +24,7 @@ from twinrl.config import Settings
 from twinrl.data import SOURCES
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.terms import TERMS
@@ -235,7 +235,7 @@ def assert_same_run(ours: RunConfig, theirs: RunConfig) -> None:
     """Numbers and tensors of two runs in float64 that add up in other orders."""
     assert_rows(rows(ours), rows(theirs), 1e-7)  # shares and cosines are small differences of large numbers
     assert_rows(rows(ours), rows(theirs), 1e-9, ("loss/", "grad/total", "opt/", "val/"))
-    stored = [checkpoints.newest(settings.directory / "checkpoints") for settings in (ours, theirs)]
+    stored = [layout.newest(settings.directory / "checkpoints") for settings in (ours, theirs)]
     assert (stored[0] is None) == (stored[1] is None)
     if stored[1] is None:  # it diverged before its first
         return

@@ -16,7 +16,7 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended
 from tests.logs import rows, tensors, the_run
-from twinrl import checkpoints
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.tracking import names, runlog
 
@@ -33,7 +33,7 @@ class Plan:
 
     Attributes:
         kills: of one rank. steps: of the run. early: share of kills at any moment of a process's start; the others
-            come up to ``within`` steps after the first new checkpoint.
+            come up to ``within`` steps after the first new checkpoint. No kill waits until the run has gone further.
         start: of a launcher.
     """
 
@@ -48,7 +48,7 @@ class Plan:
 
 
 ONCE = Plan(kills=1, steps=torchrun.STEPS, early=0, within=2, start=torchrun.start)
-OFTEN = Plan(kills=20, steps=100, early=0.2, within=10, start=torchrun.start_anew)
+OFTEN = Plan(kills=20, steps=400, early=0.2, within=10, start=torchrun.start_anew)
 
 
 @pytest.fixture(
@@ -65,7 +65,7 @@ def plan(request: pytest.FixtureRequest) -> Plan:
 def saved(folder: Path) -> int:
     """Steps in the newest checkpoint."""
     run = the_run(folder)
-    newest = checkpoints.newest(run.checkpoints) if run is not None else None
+    newest = layout.newest(run.checkpoints) if run is not None else None
     return int(newest.name.removeprefix("step-")) if newest else 0
 
 
@@ -75,7 +75,8 @@ def kill_one(plan: Plan, launcher: forked.Process, folder: Path, moments: random
     forked.wait_until(lambda: len(torchrun.processes(launcher)) == 2, PATIENCE)
     if not early:
         forked.wait_until(lambda: saved(folder) > before or launcher.poll() is not None, PATIENCE)
-    time.sleep(moments.uniform(0, 5 if early else plan.within * pace))
+    moment = time.monotonic() + moments.uniform(0, 5 if early else plan.within * pace)
+    forked.wait_until(lambda: time.monotonic() > moment or saved(folder) > before + plan.within, PATIENCE)
     found = torchrun.processes(launcher)
     assert len(found) == 2, "it has ended by itself"
     os.kill(found[moments.randrange(2)], signal.SIGKILL)
@@ -127,7 +128,7 @@ def test_numbers_are_equal(plan: Plan, quiet: RunDirectory, disturbed: RunDirect
 def test_nothing_half_made_is_left(disturbed: RunDirectory) -> None:
     hidden = {path.name for path in disturbed.path.rglob(".*")}
     assert hidden == {".metadata"}  # of torch's checkpoints
-    assert len(checkpoints.available(disturbed.checkpoints)) == 2
+    assert len(layout.available(disturbed.checkpoints)) == 2
 
 
 def test_the_same_command_by_hand_is_refused(plan: Plan, disturbed: RunDirectory, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended, together
 from tests.logs import the_run
-from twinrl import checkpoints
+from twinrl.run import layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -46,7 +46,7 @@ def test_a_run_of_two_processes(undisturbed: tuple[Path, Ended, Ended]) -> None:
     assert second.output == ""
     run = the_run(folder)
     assert run is not None
-    assert (run.newest_checkpoint() / checkpoints.SHARDS).is_dir()
+    assert (run.newest_checkpoint() / layout.SHARDS).is_dir()
     assert run.result is not None
     assert run.result["step"] == torchrun.STEPS
 

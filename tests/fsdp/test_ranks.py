@@ -4,6 +4,7 @@ One spawn of two processes and a short one of four, for copies of shards, run al
 this process.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tests.rounding import bound
 from twinrl import assembly, checkpoints
 from twinrl.errors import InputError
 from twinrl.fsdp import agreement
-from twinrl.fsdp.checkpoint import convert, shard_checkpoint
+from twinrl.fsdp.ranks import Ranks
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 from twinrl.tracking import names
@@ -54,6 +56,7 @@ def on_two(base: Path) -> dict[str, Any]:
         settings = elastic(base, at)
         found[at] = run(settings, ranks_of(settings), stop)
     found["errors"] = [_refused(rank) for rank in range(2)]
+    found["agreed"] = _agreed(ranks_of(elastic(base, "two")))
     found["starts"] = {at: _start(base, at) for at in ("two", "single")}
     counted = {name: _counted(base, *overrides) for name, overrides in COUNTED.items()}
     found["messages"] = {name: measures.messages(trainer) for name, trainer in counted.items()}
@@ -63,6 +66,7 @@ def on_two(base: Path) -> dict[str, Any]:
 
 def on_four(base: Path) -> dict[str, Any]:
     found: dict[str, Any] = dict(cases.run_all(base, {"hybrid": HYBRID}))
+    found["share"] = _share(HYBRID.settings(base / "share"))
     found["peak"] = _peak(RANDOM.settings(base / "random"))
     return found
 
@@ -77,9 +81,22 @@ def _peak(settings: RunConfig) -> dict[str, int]:
     }
 
 
+def _share(settings: RunConfig) -> float:
+    """Part of the student that this process holds."""
+    student = assembly.student_of(settings, FakeSource(), cases.CPU, True, ranks_of(settings))
+    held, whole = (sum(map(measure, student.parameters())) for measure in (measures.held, measures.whole))
+    return held / whole
+
+
 def _counted(base: Path, *overrides: str) -> Trainer:
     settings = Case("twinflow", (*overrides, "train.batch=16")).settings(base / "counted" / "-".join(overrides))
     return trainer_of(settings, ranks_of(settings))
+
+
+def _agreed(ranks: Ranks) -> dict[str, float]:
+    """What this process goes on with where each has numbers of its own."""
+    own = {"loss": 0.1 + dist.get_rank(), "norm": math.nan if dist.get_rank() else math.inf}
+    return ranks.agree(own) | {"stops": ranks.anywhere(dist.get_rank() == 1)}
 
 
 def _refused(rank: int) -> str:
@@ -168,6 +185,10 @@ def test_one_processes_nan_is_one_event_of_all_who_go_back(base: Path, two: Any)
     assert [rank["nan, rollback"] for rank in two] == [Outcome("finished", STEPS)] * 2
 
 
+def test_all_go_on_with_the_first_processes_numbers(two: list[dict[str, Any]]) -> None:
+    assert [rank["agreed"] for rank in two] == [{"loss": 0.1, "norm": math.inf, "stops": True}] * 2
+
+
 def test_one_processes_bad_input_is_everybodys(two: list[dict[str, Any]]) -> None:
     assert all(rank["errors"] == ["no file on rank 0", "no file on rank 1"] for rank in two)
 
@@ -192,7 +213,7 @@ def test_numbers_of_a_step_go_together(two: list[dict[str, Any]]) -> None:
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", ["single to two", "two to one", "converted"])
+@pytest.mark.parametrize("at", ["single to two", "two to one"])
 def test_resume_on_another_number_of_processes(base: Path, two: Any, at: str) -> None:
     assert two[0]["two"] == Outcome("interrupted", MIDDLE)
     undisturbed = elastic(base, "undisturbed")
@@ -201,26 +222,9 @@ def test_resume_on_another_number_of_processes(base: Path, two: Any, at: str) ->
     settings = elastic(base, at)
     if at != "single to two":
         cases.copied(elastic(base, "two"), settings.run.dir)
-        if at == "converted":
-            folder = settings.directory / "checkpoints" / checkpoints.folder_of(MIDDLE)
-            convert(folder, folder.with_name("converted"))
-            folder.rename(folder.with_name("sharded"))
-            folder.with_name("converted").rename(folder)
-            assert not (folder / checkpoints.SHARDS).exists()
         assert run(settings) == Outcome("finished", STEPS)
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     cases.assert_same_run(settings, undisturbed)
-
-
-def test_sharding_a_checkpoint_and_back_is_exact(base: Path, two: Any, tmp_path: Path) -> None:
-    origin = RunDirectory(elastic(base, "single").directory).newest_checkpoint()
-    shard_checkpoint(origin, tmp_path / "sharded")
-    convert(tmp_path / "sharded", tmp_path / "back")
-    before, after = checkpoints.load(origin), checkpoints.load(tmp_path / "back")
-    assert before.state == after.state
-    for part, values in before.tensors.items():
-        assert set(after.tensors[part]) == set(values)
-        assert all(torch.equal(after.tensors[part][name], value) for name, value in values.items())
 
 
 @pytest.mark.parametrize("at", ["two", "single"])
@@ -235,7 +239,7 @@ def test_only_the_first_process_writes(base: Path, two: Any) -> None:
     settings = elastic(base, "single to two")
     assert [row["step"] for row in rows(settings)] == list(range(1, STEPS + 1))
     assert names.VAL_QUALITY in rows(settings)[-1]
-    shards = RunDirectory(settings.directory).newest_checkpoint() / checkpoints.SHARDS
+    shards = RunDirectory(settings.directory).newest_checkpoint() / layout.SHARDS
     assert {path.name for path in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
 
 
@@ -247,6 +251,10 @@ def test_every_process_holds_its_share(two: list[dict[str, Any]]) -> None:
         assert set(rank["shares"]) == {"parameters", "gradients", "optimizer", "ema"}
         for name, share in rank["shares"].items():
             assert share == pytest.approx(1 / 2, rel=0.05), name
+
+
+def test_a_copy_is_shared_by_the_processes_that_have_it(four: list[dict[str, Any]]) -> None:
+    assert [rank["share"] for rank in four] == [pytest.approx(1 / 2, rel=0.05)] * 4
 
 
 def test_no_process_ever_holds_the_whole_network(four: list[dict[str, Any]]) -> None:

@@ -19,10 +19,10 @@ from tests.logs import rows, tensors, the_run
 from twinrl import cluster, schema
 from twinrl.backends import NETWORKS
 from twinrl.commands import pictures
-from twinrl.commands.launch import QUIET, RANKS, _python_path
-from twinrl.commands.train import resume, train
+from twinrl.commands.processes import resume, train
 from twinrl.data import SOURCES
 from twinrl.errors import InputError
+from twinrl.run.layout import RANKS
 from twinrl.terms import TERMS
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -35,7 +35,7 @@ def _ray() -> Iterator[None]:
 
     known = [(table, dict(table)) for table in (SOURCES, TERMS, NETWORKS)]
     drawn = {name: getattr(pictures, name) for name in ("save_curves", "save_norms", "save_times")}
-    cluster.connect(None, 2, QUIET | {"PYTHONPATH": _python_path(), "OMP_NUM_THREADS": "1"}, "launch.address")
+    cluster.connect(None, 2, "launch.address", cluster.QUIET | {"OMP_NUM_THREADS": "1"})
     yield
     ray.shutdown()
     for table, before in known:

@@ -8,7 +8,8 @@ import pytest
 
 from tests.fake_source import small
 from twinrl.fsdp import restart
-from twinrl.runs import ENVIRONMENT, RunDirectory
+from twinrl.run.layout import ENVIRONMENT
+from twinrl.runs import RunDirectory
 
 
 def begun(folder: Path, *launchers: str) -> RunDirectory:

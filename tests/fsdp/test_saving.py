@@ -12,6 +12,7 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE
 from twinrl import checkpoints
+from twinrl.run import layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 PRESET, WIDE = "flow_matching", "model.network={kind: mlp, width: 192, depth: 4, condition_width: 32}"
@@ -56,7 +57,7 @@ def test_a_kill_while_saving_leaves_the_last_good_one(tmp_path: Path) -> None:
             os.kill(process, signal.SIGKILL)
     assert launcher.wait(PATIENCE) == 1
     (run,) = tmp_path.glob("*-s0")
-    left = checkpoints.available(run / "checkpoints")
+    left = layout.available(run / "checkpoints")
     assert left
     for path in left:
         found = checkpoints.load(path)

@@ -141,7 +141,7 @@ MISTAKES = {
     ),
     "unknown space": (["gradients.space=outputs"], ["gradients.space", "'outputs'"]),
     "no module": (["gradients.each.mine.kind=nowhere.Rule"], ["'nowhere.Rule' cannot be imported"]),
-    "no rule": ([f"gradients.each.mine.kind={__name__}.NoRule"], ["NoRule' is no rule", "twinrl.gradients.Transform"]),
+    "no rule": ([f"gradients.each.mine.kind={__name__}.NoRule"], ["NoRule' is no gradient transform", "s.Transform"]),
     "a number for a rule": (["gradients.each.clip=1"], ["gradients.each.clip", "expected a name or a mapping"]),
     "a number for a chain": (["gradients.terms.base=1"], ["gradients.terms.base"]),
     "negative period": (["gradients.telemetry.shares_every=-1"], ["gradients.telemetry.shares_every", "got -1"]),

@@ -8,8 +8,8 @@ from twinrl.backends import build_network, network_key
 from twinrl.data.digits import HELD_OUT_TEMPLATES, all_captions
 from twinrl.draws import generator, normal
 from twinrl.lab.degrade import Degrade
-from twinrl.lab.pretrain import euler
 from twinrl.lab.recipe import NETWORK
+from twinrl.sampling import euler, sample
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,8 @@ def test_teacher_draws_recognisable_digits_in_50_steps(lab):
     network = build_network(NETWORK, lab, seed=0)
     network.load_state_dict(lab.teacher_weights(network, network_key(NETWORK)))
     labels = lab.test.labels
-    latents = euler(network, normal((500, *lab.latent_shape), 0, "q"), lab.condition(lab.prompts(labels, 0, 0)))
+    z, condition = normal((500, *lab.latent_shape), 0, "q"), lab.condition(lab.prompts(labels, 0, 0))
     with torch.no_grad():
+        latents = sample(network, z, condition, euler(50))
         pixels = lab.decode(latents).clamp(-1, 1)
     assert accuracy(lab, pixels, labels) >= 0.95  # seen: 0.992

@@ -73,7 +73,7 @@ def test_a_failed_writer_leaves_nothing_and_the_next_one_succeeds(tmp_path):
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path):
-    left = tmp_path / ".building-artefact-xyz"
+    left = tmp_path / ".artefact.new"
     left.mkdir()
     publish(tmp_path / "artefact", lambda file: file.write_text("ok"))
     assert not left.exists()

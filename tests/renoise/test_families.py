@@ -12,7 +12,7 @@ from twinrl.config import Settings, component, validate
 from twinrl.errors import InputError
 from twinrl.renoise import RENOISE, Renoise
 
-RenoiseField: Any = component(RENOISE, "renoise")
+RenoiseField: Any = component(RENOISE)
 PUBLISHED = "{kind: beta, alpha: {kind: linear, initial: 4, final: 1, end: 30%}, beta: 1, placement: [training]}"
 DMDR = """
 kind: beta
@@ -96,7 +96,7 @@ def test_order_of_placements_does_not_change_the_configuration() -> None:
         ("{kind: beta, alpha: {kind: hard, final: 1, initial: 4, start: after_renoise}}", r"alpha waits for"),
         ("{kind: beta, placement: [tau]}", r"renoise.placement.0: input should be 'training', 'rectify' or 'fake'"),
         ("{kind: beta, placement: []}", r"at least 1 item"),
-        ("gamma", r"unknown renoise 'gamma'; expected one of beta, uniform, logit_normal or a dotted path"),
+        ("gamma", r"unknown renoise 'gamma'; expected one of beta, uniform, logit_normal; or a class"),
         ("{kind: beta, alpha: {kind: linear, initial: 4, final: 1, start: 30%, end: 20%}}", r"alpha: the ramp ends"),
     ],
 )  # fmt: skip

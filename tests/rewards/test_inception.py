@@ -106,7 +106,7 @@ def test_what_is_wrong_is_one_line(weights: Path, tmp_path: Path, monkeypatch: p
         inception.reference(images, None, cpu)
     assert "\n" not in str(caught.value)
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="weights of another architecture"):
+    with pytest.raises(InputError, match="belong to another network"):
         inception.reference(images, tmp_path / "other.pth", cpu)
     (images / "bad.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"bad.png cannot be read.*take it out of evaluation.reference"):

@@ -9,7 +9,7 @@ import torch
 from tests.rewards.tiny import images, reward
 from twinrl.config import Settings
 from twinrl.errors import InputError
-from twinrl.rewards import REWARDS, Reward, nonfinite_images
+from twinrl.rewards import REWARDS, Reward
 
 
 class Darkest(Reward):
@@ -52,10 +52,3 @@ def test_registered_classes_keep_the_contract(kind):
         assert name == "kind" or field.description, f"{kind}.{name} has no description"
     assert list(inspect.signature(cls.__call__).parameters)[1:] == ["images", "prompts"]
     assert inspect.getdoc(cls)
-
-
-def test_nonfinite_images_are_named_and_left_alone():
-    scores = torch.tensor([0.1, torch.nan, 3.0, -torch.inf], requires_grad=True)
-    assert nonfinite_images(scores) == [1, 3]
-    assert scores.isfinite().tolist() == [True, False, True, False]
-    assert nonfinite_images(torch.zeros(3)) == []

@@ -125,7 +125,7 @@ def save_all(folder: Path) -> dict[str, dict]:
 class Holder(Settings):
     """A schema with one reward, as a run's configuration will have."""
 
-    reward: component(REWARDS, "reward")  # type: ignore[valid-type]
+    reward: component(REWARDS)  # type: ignore[valid-type]
 
 
 def reward(value: object, **options: object) -> Reward:

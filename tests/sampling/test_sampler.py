@@ -275,7 +275,7 @@ def test_non_finite_values_are_passed_on():
         ({"z": torch.zeros(2, 1, 2, 2, dtype=torch.int64)}, "floating point"),
         ({"guidance": 2.0}, "empty condition"),
         ({"noise": lambda step: torch.zeros(2, 1, 2, 1)}, "noise of step 0"),
-        ({"network": lambda x, t, r, c: x[:, :, :1]}, "velocity"),
+        ({"network": lambda x, t, r, c: x[:, :, :1]}, "forward returns Tensor of shape"),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_line(changes, word):

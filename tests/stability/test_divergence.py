@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,23 +136,108 @@ def test_the_judge_sees_the_samples_that_the_quality_is_of() -> None:
 def test_it_is_absorbing() -> None:
     divergence = Divergence(Divergence.Config())
     news = [divergence.observe(row["step"], row) for row in run((1.0, GOOD), *[(9.0, BROKEN)] * 3, (0.5, GOOD))]
-    assert [n is not None for n in news].count(True) == 1
-    assert divergence.outcome in news
+    (told,) = (n for n in news if n is not None)
+    assert divergence.outcome == replace(told, recovered=True), "0.5 is as good as before"
     assert divergence.observe(600, {names.LOSS_TOTAL: math.nan}) is None
+    assert divergence.outcome.step == told.step
+
+
+# --- the start, and the end --------------------------------------------------------------------------------
+
+START = evaluation(0, 29.0, (1.0, 0.0))
+"""The start weights of a flow-matching teacher: their one-step samples are recognised, and all alike."""
+LOST, DIM = (0.1, 0.0), (0.8, 0.0)
+
+
+def told(*evaluations: tuple[float, tuple[float, float]], ended: bool = True, **settings: Any) -> Diverged | None:
+    """The verdict on a run from ``START``."""
+    return first_divergence(run(*evaluations), Divergence.Config(**settings), start=START, ended=ended)
+
+
+def test_a_fall_before_the_first_evaluation_is_one_from_the_start() -> None:
+    bad = ((150.0, LOST), (100.0, LOST), (90.0, LOST))
+    assert first_divergence(run(*bad)) is None, "without the start nothing was better"
+    found = told(*bad, ended=False)
+    assert found is not None
+    assert (found.step, found.after, found.detected, found.reference) == (100, 0, 200, 29.0)
+    assert (found.kind, found.recovered) == ("quality", False)
+    later = told((20.0, (1.0, 0.0)), *bad, ended=False)
+    assert later is not None
+    assert (later.step, later.after, later.reference) == (200, 100, 20.0)
+
+
+def test_one_that_comes_back_is_told_as_such_and_stays_a_failure() -> None:
+    found = told((150.0, (0.19, 0.0)), (80.0, (0.5, 0.0)), (35.0, DIM), accuracy_floor=0.9)
+    assert found is not None
+    assert (found.step, found.recovered) == (100, True)
+    again = told((150.0, LOST), (80.0, LOST), (35.0, DIM), (150.0, LOST))
+    assert again is not None
+    assert (again.step, again.recovered) == (100, False)
+    numbers = run((20.0, GOOD), (20.0, GOOD), (20.0, GOOD))
+    numbers[2][names.LOSS_TOTAL] = math.nan
+    skipped = first_divergence(numbers)
+    assert skipped is not None
+    assert (skipped.step, skipped.kind, skipped.recovered) == (150, "nonfinite", True)
+    numbers[-1][names.LOSS_TOTAL] = math.nan
+    lasting = first_divergence(numbers)
+    assert lasting is not None
+    assert not lasting.recovered
+
+
+def test_a_run_that_is_never_whole_again_fell_whatever_its_quality() -> None:
+    dim = [(20.0, (0.4, 0.0))] * 4
+    assert told(*dim, ended=False) is None
+    found = told(*dim)
+    assert found is not None
+    assert (found.step, found.after, found.kind, found.value, found.reference) == (100, 0, "quality", 0.4, 1.0)
+    assert told(*dim, (20.0, GOOD)) is None
+    assert told(*dim, accuracy_floor=0) is None
+
+
+def test_from_random_weights_it_was_never_whole() -> None:
+    learning = [(90.0, LOST), (60.0, LOST), (40.0, (0.4, 0.0))]
+    found = first_divergence(run(*learning), ended=True)
+    assert found is not None
+    assert (found.step, found.after, found.kind, found.value) == (100, 0, "never whole", 0.1)
+    assert first_divergence(run(*learning, (30.0, (0.6, 0.0))), ended=True) is None, "whole in the end"
+    assert first_divergence(run(*learning, (30.0, (0.6, 0.0)), (30.0, (0.4, 0.0))), ended=True) is None, "for a while"
+    blind = [{"step": step, names.VAL_QUALITY: 9.0} for step in (1, 2)]
+    assert first_divergence(blind, ended=True) is None, "no judge, no verdict"
+
+
+def test_a_floor_that_the_start_is_below_confirms_nothing_until_it_was_met() -> None:
+    """A guided student has no recall: that is no fall. One that had some, and lost it, fell."""
+    alike, varied = (90.0, (1.0, 0.0)), (20.0, (1.0, 0.2))
+    assert told(alike, alike, alike) is None
+    found = told(varied, alike, alike)
+    assert found is not None
+    assert found.step == 200
+
+
+def test_a_start_that_is_not_finite_is_no_reference() -> None:
+    start = evaluation(0, math.nan, (math.nan, math.nan))
+    assert first_divergence(run((90.0, GOOD), (80.0, GOOD)), start=start, ended=True) is None
+    found = first_divergence(run((90.0, LOST), (80.0, LOST)), start=start, ended=True)
+    assert found is not None
+    assert found.kind == "never whole"
 
 
 ROWS = run((3.0, GOOD), (-0.001, GOOD), (math.nan, BROKEN), (0.0, GOOD), (7.0, ALIKE), (8.0, BROKEN), (1.0, GOOD))
 
 
 @pytest.mark.parametrize("at", range(len(ROWS) + 1))
-def test_a_resume_changes_nothing(at: int) -> None:
+@pytest.mark.parametrize("start", [None, START])
+def test_a_resume_changes_nothing(at: int, start: dict[str, Any] | None) -> None:
     divergence, again = Divergence(Divergence.Config()), Divergence(Divergence.Config())
+    if start is not None:
+        divergence.begin(start)
     for row in ROWS[:at]:
         divergence.observe(row["step"], row)
     again.load(json.loads(json.dumps(divergence.state(), allow_nan=False)))
     for row in ROWS[at:]:
         assert again.observe(row["step"], row) == divergence.observe(row["step"], row)
     assert again.outcome == divergence.outcome
+    assert again.state() == divergence.state()
     assert again.outcome is not None
     assert again.outcome.step == 500
 

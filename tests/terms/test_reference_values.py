@@ -15,7 +15,6 @@ from tests.reference import case, cases, flat_gradient, network, relative_error
 from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.branches import Batch, TimeLaw, divide
-from twinrl.config import build
 from twinrl.objective import Objective, Pass, TermLoss
 from twinrl.teacher import Teacher
 from twinrl.terms import TERMS, Pull
@@ -51,7 +50,7 @@ def objective(preset: str, regime: str, overrides: list[str]) -> tuple[Objective
     for copied in (teacher.ema, teacher.frozen):
         if copied is not None:
             copied.load_state_dict(wrap(network("net_teacher", regime)).state_dict())
-    terms = {name: build(TERMS, term, "term") for name, term in config.terms.items()}
+    terms = {name: TERMS.build(term) for name, term in config.terms.items()}
     return Objective(terms, teacher, config.guidance), config
 
 

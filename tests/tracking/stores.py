@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
+from twinrl import files
 from twinrl.tracking import store
 
 
@@ -14,7 +14,8 @@ def empty(factory: pytest.TempPathFactory) -> Path:
     base = factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # the parent is this session's own
     database = shared / "empty-store" / store.DATABASE_NAME
-    with FileLock(shared / "empty-store.lock"):
+    with (shared / "empty-store.lock").open("a") as lock:
+        files.lock(lock, TimeoutError("another worker makes the store"), patience=120)
         if not database.exists():
             database.parent.mkdir()
             made = database.with_suffix(".made")

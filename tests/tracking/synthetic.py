@@ -34,7 +34,7 @@ def make_row(iteration: int, seed: int = 0) -> dict[str, object]:
 
 
 def make_run(folder: Path, rows: int = 2000, seed: int = 0, name: str = "twinflow") -> Path:
-    """A run directory with ``rows`` rows, a configuration and two sample grids."""
+    """A finished run's directory with ``rows`` rows, a configuration and two sample grids."""
     run = folder / f"{name}-0a1b2c3d-s{seed}"
     (run / "samples").mkdir(parents=True)
     config = {"name": name, "seed": seed, "train": {"steps": rows, "batch": 64}, "optim": {"lr": 1e-4}}
@@ -43,6 +43,7 @@ def make_run(folder: Path, rows: int = 2000, seed: int = 0, name: str = "twinflo
         log.trim(0)  # as a run does that begins
         for iteration in range(rows):
             log.append(make_row(iteration, seed))
+    (run / "result.json").write_text('{"status": "finished", "step": 8}')
     for step in GRID_STEPS:
         Image.fromarray(make_grid(step)).save(run / f"samples/1nfe_{step:06d}.png")
     return run

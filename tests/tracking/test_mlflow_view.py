@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -19,10 +21,11 @@ from mlflow.exceptions import MlflowException
 
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.errors import InputError
-from twinrl.tracking import runlog, store
+from twinrl.run import layout
+from twinrl.tracking import names, runlog, store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.mlflow_view import MLflowView, publish, rebuild
+from twinrl.tracking.mlflow_view import MLflowView, publish
 from twinrl.tracking.runlog import RunLog
 from twinrl.tracking.thinning import Thinner
 
@@ -177,22 +180,30 @@ def test_a_fresh_start_under_another_plan_replaces_the_mlflow_run(runs: Path) ->
     assert curves_in_mlflow(run) == curves_in_log(run, total=600)
 
 
-def test_a_rebuild_that_was_killed_leaves_one_run_in_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_was_killed_leaves_one_run_in_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(runs, rows=300)
     publish(run, final=True)
+    (run / "log.jsonl").unlink()
+    append(run, 0, 300, shift=1.0)
     with monkeypatch.context() as patch:
         break_once(patch, State, "start_over", Killed())
         with pytest.raises(Killed):
-            rebuild(run)
-    rebuild(run)
+            publish(run)
+    publish(run, final=True)
     assert curves_in_mlflow(run) == curves_in_log(run, total=300)
 
 
-def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path) -> None:
+@pytest.mark.parametrize("published", ["at its end", "later"])
+def test_an_interrupted_run_leaves_its_last_stretch_open(runs: Path, published: str) -> None:
     run = make_run(runs, rows=0)
-    append(run, 0, 503)
+    (run / "result.json").unlink()
     view = MLflowView(run, total=1000)
-    assert view.close("KILLED")
+    assert view.publish_through(append(run, 0, 400))
+    append(run, 400, 503)
+    if published == "later":
+        publish(run, final=True)
+    else:
+        assert view.close("KILLED")
     assert active_runs(run)[0].info.status == "KILLED"
     append(run, 503, 1000)
     assert MLflowView(run, total=1000).publish_through(runlog_length(run))
@@ -223,41 +234,76 @@ def test_run_is_described(runs: Path) -> None:
     assert Path(copy).read_bytes() == (run / "samples/1nfe_000000.png").read_bytes()
 
 
-def test_events_become_tags_and_a_divergence_says_when_and_why(runs: Path) -> None:
-    run = make_run(runs, rows=400)
-    events = [
-        {"step": 90, "kind": "spike", "message": "spike of grad/base/norm_raw"},
-        {"step": 95, "kind": "spike", "message": "spike of grad/base/norm_raw"},
-        {"step": 200, "kind": "diverged", "message": "val/quality is 3 times its best"},
-    ]
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events[:2]))
+def write_log(run: Path, **series: list[float]) -> None:
+    """A log of these series, one value a step."""
+    steps = range(1, 1 + max(map(len, series.values())))
+    with runlog.RunLog(run / layout.LOG) as log:
+        log.trim(0)
+        for step in steps:
+            values = {name: values[step - 1] for name, values in series.items() if step <= len(values)}
+            log.append({"iteration": step - 1, "step": step, **values})
+
+
+def test_events_become_tags_and_a_failure_says_when_how_and_why(runs: Path) -> None:
+    run = make_run(runs, rows=8)
+    spikes = [{"step": step, "kind": "spike", "message": "spike of grad/base/norm_raw"} for step in (3, 5)]
+    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in spikes))
     publish(run)
     assert tags_of(run) == {"events.spike": "2", "diverged": "false"}
-    (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    write_log(run, **{names.LOSS_TOTAL: [1.0] * 6 + [math.nan] * 4})
     publish(run)
     assert tags_of(run) == {
         "events.spike": "2",
-        "events.diverged": "1",
         "diverged": "true",
-        "diverged.step": "200",
-        "diverged.why": "val/quality is 3 times its best",
+        "diverged.step": "7",
+        "diverged.after": "6",
+        "diverged.kind": "nonfinite",
+        "diverged.recovered": "false",
+        "diverged.why": "non-finite loss/total at step 7",
     }
     files = {file.path for file in client(run).list_artifacts(active_runs(run)[0].info.run_id)}
     assert "events.jsonl" in files
 
 
-def test_a_divergence_that_a_rollback_took_back_is_counted_and_no_verdict(runs: Path) -> None:
-    run = make_run(runs, rows=400)
-    fell = {"step": 200, "iteration": 199, "kind": "diverged", "message": "val/quality is 3 times its best"}
+def test_a_failure_that_a_rollback_took_back_is_counted_and_no_verdict(runs: Path) -> None:
+    run = make_run(runs, rows=8)
+    write_log(run, **{names.LOSS_TOTAL: [1.0] * 6 + [math.nan]})
+    fell = {"step": 7, "iteration": 6, "kind": "diverged", "message": "non-finite loss/total"}
     (run / "events.jsonl").write_text(json.dumps(fell) + "\n")
     publish(run)
-    assert tags_of(run)["diverged.step"] == "200"
-    log = run / runlog.LOG_NAME
-    last = runlog.read(log)[-1]
-    back = [last | {"iteration": last["iteration"] + n, "step": 150 + n} for n in range(1, 60)]
-    log.write_text(log.read_text() + "".join(json.dumps(row) + "\n" for row in back))
+    assert tags_of(run)["diverged.step"] == "7"
+    with runlog.RunLog(run / layout.LOG) as log:
+        for iteration in range(7, 12):
+            log.append({"iteration": iteration, "step": iteration - 2, names.LOSS_TOTAL: 1.0})
     publish(run)
     assert tags_of(run) == {"events.diverged": "1", "diverged": "false"}
+
+
+def test_no_number_from_before_a_run_broke_ranks_it(runs: Path) -> None:
+    """The loss is nan from step 2 on; the other run's quality was measured last before its loss became nan."""
+    series = {
+        "healthy": {names.LOSS_TOTAL: [1.7] * 8, names.VAL_QUALITY: [50.0] * 8},
+        "exploded": {names.LOSS_TOTAL: [1.26] + [math.nan] * 7, names.VAL_QUALITY: [49.0]},
+        "stopped": {names.LOSS_TOTAL: [1.3] * 7 + [math.inf], names.VAL_QUALITY: [48.0] * 5},
+    }
+    for name, values in series.items():
+        run = make_run(runs, rows=8, name=name)
+        (run / "config.yaml").write_text(f"name: {name}\ntrain: {{steps: 8}}\n")
+        write_log(run, **values)
+        for _ in range(2):
+            publish(run, final=True)
+    found = {run.data.tags["name"]: run for run in active_runs(run)}
+    assert {name: run.info.status for name, run in found.items()} == {
+        "healthy": "FINISHED", "exploded": "FAILED", "stopped": "FAILED",
+    }  # fmt: skip
+    mlflow, where = client(run), [found["healthy"].info.experiment_id]
+    for metric in (names.LOSS_TOTAL, names.VAL_QUALITY):
+        for way in ("ASC", "DESC"):
+            ranked = mlflow.search_runs(where, order_by=[f"metrics.`{metric}` {way}"])
+            assert ranked[0].data.tags["name"] == "healthy", (metric, way)
+        assert all(math.isnan(found[name].data.metrics[metric]) for name in ("exploded", "stopped"))
+        (only,) = mlflow.search_runs(where, f"metrics.`{metric}` < 1000")
+        assert only.data.tags["name"] == "healthy"
 
 
 def tags_of(run: Path) -> dict[str, str]:
@@ -274,11 +320,12 @@ def test_step_images_are_shown_once_after_publishing_again(runs: Path) -> None:
     assert len(client(run).list_artifacts(shown.info.run_id, "images")) == 4  # two steps, full and preview
 
 
-def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> None:
+def test_a_view_that_was_thrown_away_is_built_again_from_the_run_directory(runs: Path) -> None:
     run = make_run(runs)
     first = publish(run, experiment="study-a", tags={"arm": "x"}, final=True)
     before, (old,) = curves_in_mlflow(run), active_runs(run)
-    second = rebuild(run)
+    client(run).delete_run(first)
+    second = publish(run, final=True)
     (new,) = active_runs(run)
     assert new.info.run_id == second != first
     assert curves_in_mlflow(run) == before
@@ -288,29 +335,17 @@ def test_rebuild_from_the_run_directory_alone_equals_the_view(runs: Path) -> Non
     assert (new.info.start_time, new.info.end_time) == (old.info.start_time, old.info.end_time)
 
 
-def test_rebuild_after_mlflow_was_away_all_along(runs: Path) -> None:
+def test_published_after_mlflow_was_away_all_along(runs: Path) -> None:
     run = make_run(runs, rows=0)
     append(run, 0, 333)
+    (run / "result.json").write_text('{"status": "diverged", "step": 8}')
     view = MLflowView(run, uri=f"http://127.0.0.1:{closed_port()}", tags={"arm": "x"}, experiment="a", total=600)
     assert not view.close("FAILED")
-    rebuild(run, store.default_uri(runs))
+    publish(run, store.default_uri(runs), final=True)
     (shown,) = active_runs(run)
     assert shown.info.status == "FAILED"
     assert shown.data.tags["arm"] == "x"
     assert curves_in_mlflow(run)["loss/total"][-1][0] == 332
-
-
-@pytest.mark.parametrize("loss", ["store", "bookkeeping"])
-def test_rebuild_after_losing_the_store_or_the_bookkeeping(runs: Path, empty_store: Path, loss: str) -> None:
-    run = make_run(runs, rows=300)
-    publish(run, final=True)
-    if loss == "store":
-        shutil.copy(empty_store, runs)
-    else:
-        (run / "mlflow.json").unlink()
-        client(run).delete_run(active_runs(run)[0].info.run_id)
-    rebuild(run)
-    assert curves_in_mlflow(run) == curves_in_log(run, total=300)
 
 
 def test_a_store_that_lost_the_run_gets_all_of_it_again(runs: Path, empty_store: Path) -> None:
@@ -331,8 +366,7 @@ def test_moving_to_another_store_publishes_all_of_it_there(runs: Path, tmp_path:
     moved = mlflow.MlflowClient(store.default_uri(other))
     (shown,) = moved.search_runs([moved.get_experiment_by_name("twinrl").experiment_id])
     assert len(moved.get_metric_history(shown.info.run_id, "opt/lr")) == len(curves_in_log(run, 300)["opt/lr"])
-    assert rebuild(run) != shown.info.run_id
-    assert len(moved.search_runs([shown.info.experiment_id])) == 1
+    assert publish(run, final=True) == shown.info.run_id  # the store is remembered
 
 
 def test_environment_variable_names_the_store(
@@ -403,7 +437,7 @@ def test_store_failing_half_way_is_caught_up_without_duplicates(
     break_once(monkeypatch, mlflow.MlflowClient, "log_batch", MlflowException("server went away"), calls=4)
     assert not view.publish_through(runlog_length(run))
     assert "server went away" in caplog.text
-    assert view.publish_through(runlog_length(run))
+    assert not view.publish_through(runlog_length(run))  # it tries again at the end
     assert view.close()
     assert curves_in_mlflow(run) == curves_in_log(run, total=600)
 
@@ -425,8 +459,6 @@ def test_commands_say_what_is_wrong(runs: Path) -> None:
     run = make_run(runs, rows=10)
     with pytest.raises(InputError, match="MLflow cannot be reached"):
         publish(run, tracking_uri=f"http://127.0.0.1:{closed_port()}")
-    with pytest.raises(InputError, match=r"No such file"):
-        rebuild(runs / "absent")
     with pytest.raises(ValueError, match="status"):
         MLflowView(run).close("DONE")
 
@@ -443,10 +475,27 @@ def test_nothing_global_stays_changed(runs: Path, monkeypatch: pytest.MonkeyPatc
 def test_flattened_configuration_fits_mlflow() -> None:
     config = {"a": {"b": 1, "c": [1, {"d": None}]}, "e": {}, "f": "text", "g": True, "key (odd)": "x" * 7000}
     flat = flatten(config)
+    (odd,) = (name for name in flat if name.startswith("key"))
     assert flat["a.b"] == "1"
     assert flat["a.c"] == '[1, {"d": null}]'
     assert flat["e"] == "{}"
     assert flat["f"] == "text"
     assert flat["g"] == "true"
-    assert len(flat["key _odd_"]) == 6000
+    assert re.fullmatch(r"key _odd_\.[0-9a-f]{8}", odd)
+    assert len(flat[odd]) == 6000
     assert flatten({}) == {}
+
+
+def test_names_that_mlflow_would_cut_or_change_alike_stay_apart(runs: Path) -> None:
+    long = "terms." + 260 * "x"
+    config = {long + "a": 1, long + "b": 2, "a+b": 3, "a*b": 4, "a_b": 5}
+    flat = flatten(config)
+    assert sorted(flat.values()) == ["1", "2", "3", "4", "5"]
+    assert max(map(len, flat)) == 250
+    run = make_run(runs, rows=8)
+    (run / "config.yaml").write_text(json.dumps(config | {"train": {"steps": 8}}))
+    write_log(run, **{f"loss/{long}a": [1.0] * 8, f"loss/{long}b": [2.0] * 8})
+    publish(run, final=True)
+    (shown,) = active_runs(run)
+    assert flat.items() <= shown.data.params.items()
+    assert sorted(shown.data.metrics.values()) == [1.0, 2.0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.tracking import runlog
 from twinrl.tracking.runlog import RunLog, read
 
@@ -172,7 +173,7 @@ def test_frame_and_parquet_hold_the_same_numbers(path: Path) -> None:
     with RunLog(path) as log:
         for iteration, value in enumerate(FLOATS):
             log.append({"iteration": iteration, "step": iteration, "x": value} | ({"y": 1.0} if iteration else {}))
-    frame = pandas.read_parquet(runlog.write_parquet(path.parent))
+    frame = pandas.read_parquet(layout.write_metrics(path.parent))
     assert [bits(value) for value in frame["x"]] == [bits(value) for value in FLOATS]
     assert frame["iteration"].dtype == np.int64
     assert frame["y"].isna().tolist() == [True] + [False] * (len(FLOATS) - 1)

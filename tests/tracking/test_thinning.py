@@ -74,10 +74,22 @@ def test_runs_longer_than_planned_stay_short(factor: float) -> None:
 def test_non_finite_values_are_counted_instead_of_drawn() -> None:
     values = [math.nan if k in (5, 6, 900) else (math.inf if k == 901 else 1.0 * k) for k in range(1400)]
     points = thin(values)
-    assert all(math.isfinite(point.value) for point in points)
+    assert all(math.isfinite(value) for _, value in series(points)), "each is followed by a number in its bucket"
     counts = series(points, "nonfinite/x")
     assert counts[-1] == (901, 4.0)
     assert [count for _, count in counts] == sorted(count for _, count in counts)
+
+
+def test_a_series_that_ends_with_nan_has_no_number_as_its_latest_point() -> None:
+    values = [1.26, *[math.nan] * 4, 3.0, *[math.inf] * 3]
+    found = series(thin(values))
+    assert found[0] == (0, 1.26)
+    assert (5, 3.0) in found
+    assert found[-1][0] == 8
+    assert math.isnan(found[-1][1])
+    wide = series(thin([1.0, math.nan, *[1.0] * 2, math.nan], total=1400))  # in one bucket
+    assert [iteration for iteration, _ in wide][-1] == 4
+    assert math.isnan(wide[-1][1])
 
 
 def test_points_do_not_depend_on_how_the_log_arrives() -> None:

@@ -1,26 +1,20 @@
 """Networks: ``F(x_t, t, r, condition) → velocity``, and the registry that names them.
 
-A network is an ``nn.Module`` class with
-
-- a nested frozen pydantic ``Config`` with a literal field ``kind``, every field documented and bounded,
-- a constructor ``(config, spec)``, where ``Spec`` carries what the data decide: latent shape and condition;
-  it keeps both as attributes ``config`` and ``spec``,
-- ``forward(x_bchw, t_b, r_b, condition)`` with t in [−1, 1] (negative = fake branch) and |r| ≤ |t|.
-
-To add one, write its file and one line in ``NETWORKS``.
+A network is a :class:`VelocityNetwork`, named here or by its dotted path (docs/extending.md).
 """
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
 
 from twinrl.backends.branches import tells_branches_apart
 from twinrl.backends.dit import DiT
-from twinrl.backends.embedding import NetworkConfig, Spec
+from twinrl.backends.embedding import NetworkConfig, Spec, VelocityNetwork
 from twinrl.backends.mlp import MLP
 from twinrl.backends.unet import UNet
-from twinrl.config import resolve
+from twinrl.components import Registry
 from twinrl.data.source import Source
 from twinrl.draws import generator
 
@@ -30,13 +24,14 @@ __all__ = [
     "DiT",
     "NetworkConfig",
     "Spec",
+    "VelocityNetwork",
     "build_network",
     "network_key",
     "spec_of",
     "tells_branches_apart",
 ]
 
-NETWORKS: dict[str, type[nn.Module]] = {"mlp": MLP, "dit": DiT, "unet": UNet}
+NETWORKS: Registry[Any] = Registry("network", VelocityNetwork, {"mlp": MLP, "dit": DiT, "unet": UNet})
 
 
 def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module:
@@ -47,10 +42,9 @@ def build_network(config: NetworkConfig, source: Source, seed: int) -> nn.Module
         source: gives latent shape and condition.
         seed: key of the initial weights; the global random state is left untouched.
     """
-    kind: str = config.kind  # type: ignore[attr-defined]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(generator(seed, "network weights").initial_seed())
-        network: nn.Module = resolve(NETWORKS, kind, "network")(config, spec_of(source))
+        network: nn.Module = NETWORKS.build(config, spec_of(source))
         return network
 
 

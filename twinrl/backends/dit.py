@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, gaussian_velocity
+from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
 from twinrl.conditions import Condition
 
 
-class DiT(nn.Module):
+class DiT(VelocityNetwork):
     """Transformer over latent patches with learnt positions; times and condition modulate every block.
 
     *When to use*: to see whether a finding on the MLP holds for the architecture family of large models.
@@ -42,8 +42,7 @@ class DiT(nn.Module):
             return self
 
     def __init__(self, config: Config, spec: Spec):
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         channels, height, width = spec.latent_shape
         if height % config.patch or width % config.patch:
             raise ValueError(f"patch {config.patch} does not divide latents of {height}×{width}")

@@ -7,7 +7,9 @@ of the sign, zero for t ≥ 0. The last two start at zero, so that they enter on
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,25 @@ class Spec:
         if "label" in condition:
             return cls(latent_shape, classes=classes)
         raise ValueError(f"a condition needs an entry 'text' or 'label', got {sorted(condition)}")
+
+
+class VelocityNetwork(nn.Module, ABC):
+    """``F(x_t, t, r, condition) → velocity``. Subclasses give ``Config`` and :meth:`forward`.
+
+    Arguments:
+        config: an instance of the class's ``Config``.
+        spec: what the data decide.
+    """
+
+    Config: ClassVar[type[NetworkConfig]] = NetworkConfig
+
+    def __init__(self, config: Any, spec: Spec):
+        super().__init__()
+        self.config, self.spec = config, spec
+
+    @abstractmethod
+    def forward(self, x_bchw: Tensor, t_b: Tensor, r_b: Tensor, condition: Condition) -> Tensor:
+        """Latents (B, C, H, W), t in [−1, 1] (negative = fake branch), |r| ≤ |t| → velocity (B, C, H, W)."""
 
 
 def at_least_single(value_b: Tensor) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, gaussian_velocity
+from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
 from twinrl.conditions import Condition
 
 
-class MLP(nn.Module):
+class MLP(VelocityNetwork):
     """Residual blocks of two linear layers, modulated by times and condition.
 
     *When to use*: sweeps on the lab, where thousands of runs count; it ignores the latents' geometry.
@@ -29,8 +29,7 @@ class MLP(nn.Module):
         condition_width: int = Field(128, ge=8, le=4096, description="width of the time and condition vector")
 
     def __init__(self, config: Config, spec: Spec):
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         size = spec.latent_shape[0] * spec.latent_shape[1] * spec.latent_shape[2]
         self.conditioning = Conditioning(spec, config.condition_width)
         self.enter = nn.Linear(size, config.width)

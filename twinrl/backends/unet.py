@@ -13,14 +13,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
-from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, gaussian_velocity
+from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
 from twinrl.conditions import Condition
 
 GROUPS = 8
 """Groups of every group normalisation; divides every number of channels because it divides the width."""
 
 
-class UNet(nn.Module):
+class UNet(VelocityNetwork):
     """Convolutional encoder and decoder with skip connections; times and condition modulate every block.
 
     *When to use*: MNIST and other pixel data. On a CPU take a narrow one: at batch 128 on one thread forward
@@ -58,8 +58,7 @@ class UNet(nn.Module):
             return self
 
     def __init__(self, config: Config, spec: Spec):
-        super().__init__()
-        self.config, self.spec = config, spec
+        super().__init__(config, spec)
         widths, values = config.channels, spec.latent_shape[0]
         finer, lowest = (widths[0], *widths[:-1]), widths[-1]
         self.conditioning = Conditioning(spec, config.condition_width)

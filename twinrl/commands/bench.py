@@ -16,6 +16,7 @@ from twinrl import draws
 from twinrl.commands.inspect import load
 from twinrl.data.source import Source
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.sampling import SamplerConfig, euler, few_step, nfe, sample
 
 LATENCY_BATCH, THROUGHPUT_BATCH = 1, 10
@@ -153,7 +154,7 @@ def bench(path: Path, rounds: int, step: int | None, console: Console) -> int:
     lines = measure(network, cast(Source, source), config.nfe, config.teacher_steps, rounds)
     device = next(network.parameters()).device
     console.print(rich_table(lines, f"{path.name} on {device}, {torch.get_num_threads()} CPU threads"))
-    (run.path / "bench.json").write_text(json.dumps(as_dict(lines), indent=1) + "\n")
+    (run.path / layout.BENCH).write_text(json.dumps(as_dict(lines), indent=1) + "\n")
     return 0
 
 

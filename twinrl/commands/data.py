@@ -38,6 +38,7 @@ from twinrl.data.folders.problems import Problem
 from twinrl.data.folders.settings import PrepareConfig
 from twinrl.data.folders.verify import Pair, verify
 from twinrl.errors import InputError
+from twinrl.fsdp.mesh import device_named
 
 
 @dataclass(frozen=True)
@@ -48,21 +49,21 @@ class Machine:
     dtype: Literal["float32", "bf16"] = "float32"
 
     def torch_device(self) -> torch.device:
-        """The device; auto is a GPU where there is one. Raises InputError where it is not available."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            return torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            message = str(error).splitlines()[0]
-            raise InputError(f"device {self.device!r} is not available", got=message, fix="use auto or cpu") from error
+        """The device. Raises InputError where it is not available."""
+        return device_named(self.device, "--device")
 
 
 STAGES = {"verify": "verifying", "images": "encoding images", "prompts": "encoding prompts"}
 
 
 def prepare_data(
-    path: Path, model: str | None, to: Path | None, overrides: list[str], machine: Machine, console: Console
+    path: Path,
+    model: str | None,
+    to: Path | None,
+    overrides: list[str],
+    machine: Machine,
+    console: Console,
+    family: str | None = None,
 ) -> int:
     """Prepare ``path`` for ``model`` and print what was left out and what there is; 0.
 
@@ -72,6 +73,7 @@ def prepare_data(
         to: the prepared folder; None = ``prepared/<name of path>``, where no other data are.
         overrides: ``key.path=value`` settings of ``PrepareConfig``.
         machine: where and how precisely the model encodes.
+        family: of the model; None finds it by the pipeline's class.
 
     Raises:
         InputError: see ``twinrl.data.folders.prepare.prepare``; an unknown or malformed setting; no such model.
@@ -85,12 +87,12 @@ def prepare_data(
     if model is None:
         _verify(path, config, to, console)
     else:
-        encode(path, load_encoder(model, config, machine), config, to, console)
+        encode(path, load_encoder(model, config, machine, family), config, to, console)
     return 0
 
 
-def load_encoder(model: str, config: PrepareConfig, machine: Machine) -> Encoder:
-    """The encoder of the pipeline at ``model``, whichever family it is of.
+def load_encoder(model: str, config: PrepareConfig, machine: Machine, name: str | None = None) -> Encoder:
+    """The encoder of the pipeline at ``model``, of the family called ``name`` or, by its class, of whichever it is.
 
     Raises:
         InputError: it is of no known family, cannot be loaded, or cannot have a bucket's size.
@@ -101,7 +103,7 @@ def load_encoder(model: str, config: PrepareConfig, machine: Machine) -> Encoder
 
     folder = resolve(model)
     pipeline = read_index(folder)["_class_name"]
-    known = {family_class(name).PIPELINE: family_class(name) for name in FAMILIES}
+    known = {cls.PIPELINE: cls for cls in map(family_class, [name] if name else list(FAMILIES))}
     if pipeline not in known:
         raise InputError(f"{folder} is of no known family", got=pipeline, expected=", ".join(known))
     family = known[pipeline].load(FamilyConfig(path=str(folder), frozen_dtype=machine.dtype)).to(machine.torch_device())

@@ -14,6 +14,7 @@ from twinrl.backends.families.family import DTYPES, Family, FamilyNetwork
 from twinrl.commands.inspect import checkpoint_of
 from twinrl.data.source import Data
 from twinrl.errors import InputError
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
 
@@ -107,7 +108,7 @@ def provenance(settings: RunConfig, run: RunDirectory, checkpoint: Path) -> str:
 
 
 def _step(checkpoint: Path, settings: RunConfig) -> str:
-    return f"step {int(checkpoint.name.removeprefix('step-'))} of {settings.train.steps}"
+    return f"step {layout.step_of(checkpoint)} of {settings.train.steps}"
 
 
 def _token() -> str:

@@ -11,6 +11,7 @@ from twinrl.commands.train import judge
 from twinrl.data.source import Data
 from twinrl.errors import InputError
 from twinrl.evaluation.grids import diversity_grid, sample_grid
+from twinrl.run import layout
 from twinrl.runs import RunDirectory, check_content
 from twinrl.sampling import few_step
 from twinrl.sampling import sample as draw
@@ -43,9 +44,9 @@ def checkpoint_of(run: RunDirectory, step: int | None) -> Path:
     """The folder of a run's checkpoint, the newest if ``step`` is None. Raises InputError where there is none."""
     if step is None:
         return run.newest_checkpoint()
-    folder = run.checkpoints / checkpoints.folder_of(step)
-    if folder not in (found := checkpoints.available(run.checkpoints)):
-        steps = ", ".join(str(int(path.name.removeprefix("step-"))) for path in found)
+    folder = run.checkpoints / layout.of_step(step)
+    if folder not in (found := layout.available(run.checkpoints)):
+        steps = ", ".join(str(layout.step_of(path)) for path in found)
         raise InputError(f"{run.path} has no checkpoint of step {step}", expected=f"one of {steps}" if steps else None)
     return folder
 
@@ -79,10 +80,10 @@ def sample(
 def evaluate(path: Path, step: int | None, console: Console) -> int:
     """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
     settings, run, source, network = load(path, step)
-    folder = run.path / "evaluation" if step is None else run.path / "evaluation" / checkpoints.folder_of(step)
+    folder = run.path / layout.EVALUATION / ("" if step is None else layout.of_step(step))
     folder.mkdir(parents=True, exist_ok=True)
     table, grid = judge(settings, source, network, run, console, folder)
-    table.write(folder / "table.json")
+    table.write(folder / layout.TABLE)
     console.print(*table.rich())
     console.print(f"samples: {grid}")
     return 0

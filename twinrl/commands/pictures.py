@@ -1,6 +1,5 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
-import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from twinrl.assembly import inner_of
 from twinrl.backends.families.family import FamilyNetwork
 from twinrl.evaluation import PromptProtocol, Protocol
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
 from twinrl.tracking import names
@@ -37,7 +37,7 @@ class Validator:
 
     def save_snapshot(self, network: nn.Module, step: int) -> None:
         """The one-step grid of ``step`` as a picture, and one sample of each class for the picture over training."""
-        path = self.run.samples / f"step-{step:08d}.png"
+        path = self.run.samples / f"{layout.of_step(step)}.png"
         images = save_grid(self.protocol, in_single_precision(network), 1, path, f"step {step:,}")
         save_file({"pixels": _as_bytes(images[:, 0])}, path.with_suffix(".safetensors"))
 
@@ -98,14 +98,14 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, 
     """One sample of each class at up to ``most`` validations, noise fixed."""
     from twinrl.evaluation.grids import training_grid
 
-    files = sorted(run.samples.glob("step-*.safetensors"))
+    files = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
     if not files:
         return
     chosen = [
         files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
     ]
     snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
-    steps = [int(file.stem.removeprefix("step-")) for file in chosen]
+    steps = [layout.step_of(file) for file in chosen]
     training_grid(snapshots, steps, list(classes)).save(path)
 
 
@@ -126,8 +126,7 @@ def save_norms(run: RunDirectory, path: Path) -> None:
     rows = runlog.read(run.log)
     if not rows or names.grad("total", "norm_raw") not in rows[0]:
         return
-    events = [json.loads(line) for line in run.events.read_text().splitlines()] if run.events.is_file() else []
-    figures.save(figures.gradient_norms(rows, events, title=run.path.name), path)
+    figures.save(figures.gradient_norms(rows, layout.read_events(run.path), title=run.path.name), path)
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:

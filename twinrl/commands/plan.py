@@ -23,7 +23,6 @@ from twinrl.backends.families.family import DTYPES
 from twinrl.backends.families.loading import check_class, components, quiet, read_index
 from twinrl.commands import footprint
 from twinrl.commands.described import META, Described, described, meta_component, meta_family
-from twinrl.config import resolve
 from twinrl.errors import InputError
 from twinrl.optim import OPTIMIZERS
 from twinrl.rewards.guide import RewardConfig
@@ -160,7 +159,7 @@ def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) ->
             size = "×".join(map(str, source.latent_shape))
             raise InputError(f"the model does not take latents of {size}", got=error) from error
         together = processes == 1 and settings.machine.device != "cpu"  # as torch and FSDP2 do
-        optimizer = resolve(OPTIMIZERS, settings.optim.kind, "optimizer")
+        optimizer = OPTIMIZERS.find(settings.optim.kind)
         update = footprint.update(partial(optimizer.build, settings.optim), network, together)
     phases = ("forward",) if rows == share else ("forward", "backward")
     yield Item("activations", passes, shared=False, exact=False, phases=phases)

@@ -18,9 +18,8 @@ from rich.console import Console
 
 from twinrl import config as configuration
 from twinrl import foreign, text
-from twinrl.backends.families import DIFFUSION_FAMILIES, FAMILIES
-from twinrl.backends.families.diffusion import PREDICTIONS
-from twinrl.backends.families.family import check_bridge
+from twinrl.backends.families import FAMILIES
+from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES, PREDICTIONS, check_bridge
 from twinrl.errors import InputError
 from twinrl.schema import RunConfig
 

@@ -1,4 +1,4 @@
-"""``twinrl train`` and ``twinrl resume``."""
+"""Training in one process of a run, from its start or its newest checkpoint to its final table."""
 
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from twinrl import assembly
 from twinrl.branches import allocate
-from twinrl.commands import pictures, program
+from twinrl.commands import pictures, program, starts
 from twinrl.commands.failures import FAILED, in_one_line
 from twinrl.commands.interrupt import asking
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
@@ -22,9 +22,9 @@ from twinrl.errors import InputError
 from twinrl.evaluation import FinalTable, PromptProtocol, PromptTable, final_table
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.run import layout
 from twinrl.runs import RunDirectory
 from twinrl.schema import RunConfig
-from twinrl.tracking import runlog
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.trainer import Outcome, Row, Trainer
 
@@ -41,10 +41,6 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         stop: training ends with a checkpoint once this file exists, as after Ctrl-C.
     """
     run = RunDirectory(settings.directory)
-    if settings.launch.wanted and not mesh.launched():
-        from twinrl.commands.launch import launch
-
-        return launch(settings, run, fresh, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         launchers = ranks.gathered(restart.launch())
         goes_on = ranks.anywhere(ranks.first and run.begun_by(launchers))
@@ -75,10 +71,6 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
     if (result := run.result) is not None:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
-    if settings.launch.wanted and not mesh.launched():
-        from twinrl.commands.launch import launch
-
-        return launch(settings, run, None, console)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(run.locked()))
         source = ranks.together(lambda: assembly.load_source(settings, device))
@@ -141,12 +133,25 @@ def _trainer(
     trainer = Trainer(settings, run, source, device, validator, ranks=ranks)
     trainer.resume()
     if trainer.step == 0:
+        _take_start(trainer, validator.protocol)
         validator.save_snapshot(trainer.objective.teacher.best, 0)
         pictures.save_times(trainer.times(), shown.samples / "times.png")
         if (renoise := trainer.settings.renoise) is not None:
             times = trainer.feed.renoise_times(trainer.settings.seed)
             pictures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
     return trainer
+
+
+def _take_start(trainer: Trainer, protocol: pictures.AnyProtocol) -> None:
+    """Have the start weights evaluated, or what they were evaluated to before, and the run measured against that."""
+    network = trainer.objective.teacher.best
+    start = starts.evaluated(
+        trainer.settings, trainer.source.content_hash,
+        lambda: protocol.evaluate(pictures.in_single_precision(network)), trainer.ranks,
+    )  # fmt: skip
+    if start is not None:
+        trainer.begin(start)
+        trainer.ranks.on_first(lambda: trainer.run.keep_start(start))
 
 
 def _scratch(stack: ExitStack) -> RunDirectory:
@@ -221,10 +226,13 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(f"samples: {grid}")
     if trainer.ranks.first:
         pictures.save_norms(run, run.samples / "norms.png")
-        runlog.write_parquet(run.path)
+        layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):
         console.print(f"curves and grids: {program()} ui {run.path.parent}")
+    failure = trainer.monitor.divergence.outcome
+    if outcome.status != "diverged" and failure is not None:
+        console.print(Text("failed:", "bold red"), f"{failure.message}{'; it recovered' if failure.recovered else ''}")
     if outcome.status == "diverged":
         console.print(Text("diverged:", "bold red"), f"{outcome.message}; see {run.events}")
         return FAILED

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from twinrl import conditions, draws
+from twinrl.components import checked
 from twinrl.conditions import Condition
 from twinrl.data.source import Source, Split
 from twinrl.errors import InputError
@@ -68,14 +69,15 @@ class InMemory:
         Raises:
             InputError: it has fewer.
         """
-        latents = source.latents(split)
+        here: Split = getattr(source, split)
+        latents = checked(source.latents(split), Tensor, source, "latents", (len(here), *source.latent_shape))
         if rows is not None and rows > len(latents):
             raise InputError(
                 "data.rows is larger than the data",
                 got=rows,
                 expected=f"at most {len(latents)}, the {split} images of {source.name}",
             )
-        return cls(source, getattr(source, split), latents[:rows].to(device, dtype))
+        return cls(source, here, latents[:rows].to(device, dtype))
 
     def rows(self, batch: int, seed: int, step: int) -> Tensor:
         return draws.shuffled_rows(len(self.data), batch, seed, step)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from twinrl.components import checked
 from twinrl.conditions import Condition
 
 
@@ -49,6 +50,11 @@ class Scorer(Protocol):
     def __call__(self, pixels: Tensor, prompts: Sequence[str], /) -> Tensor:
         """(B, C, H, W) pixels in [−1, 1] and B prompts → (B,) scores."""
         ...
+
+
+def scored(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(B,) scores. Raises InputError where the scorer returns anything else: (B, 1) would broadcast silently."""
+    return checked(scorer(images, prompts), Tensor, scorer, "__call__", (len(images),))
 
 
 class Data(Protocol):

@@ -26,7 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from twinrl import draws, transport
 from twinrl.conditions import Condition
-from twinrl.data.source import Scorer
+from twinrl.data.source import Scorer, scored
 from twinrl.errors import InputError
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
@@ -218,7 +218,7 @@ class PromptProtocol:
                 if self.scorers or self.images is not None:
                     pixels = self._pixels(z).clamp(-1, 1)
                     for name, scorer in self.scorers.items():
-                        scores[name].append(scorer(pixels, chunk.prompts).double().cpu())
+                        scores[name].append(scored(scorer, pixels, chunk.prompts).double().cpu())
                     if self.images is not None:
                         seen += [self.images.network(each[None]) for each in pixels]
         found = {} if self.reference is None else {"latent_kid": kernel_distance(self.reference, torch.cat(features))}

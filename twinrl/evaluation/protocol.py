@@ -16,7 +16,7 @@ from torch import Tensor
 from twinrl import conditions, draws, transport
 from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.data.source import Scorer, Source, Split
+from twinrl.data.source import Scorer, Source, Split, scored
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
@@ -280,7 +280,7 @@ class Protocol:
             return torch.where(transport.like(finite, values), values, torch.nan)
 
         correct = judge.logits(shown).argmax(1).cpu() == labels.cpu()
-        scores = {name: valid(scorer(shown, prompts)) for name, scorer in scorers.items()}
+        scores = {name: valid(scored(scorer, shown, prompts)) for name, scorer in scorers.items()}
         return Judged(labels.cpu(), valid(judge.features(shown)), valid(correct), scores, finite)
 
     def distances(self, judged: Judged) -> dict[str, float]:

@@ -2,11 +2,10 @@
 
 A checkpoint is the folder of :mod:`twinrl.checkpoints` with ``shards/`` (torch.distributed.checkpoint) in the place of
 the safetensors files; ``state.json`` is the same. All ranks write beside the final place; when the last one is done,
-rank 0 renames. Both kinds are read by either reader, and :func:`convert` makes one of the other.
+rank 0 renames. Both kinds are read by either reader.
 """
 
 import json
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
@@ -19,10 +18,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from twinrl import checkpoints
+from twinrl import checkpoints, files
 from twinrl.checkpoints import SHARDS, Checkpoint
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
+from twinrl.run import layout
 from twinrl.shards import Reader
 
 
@@ -72,7 +72,7 @@ def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> Pat
             publication.enter_context(checkpoints.publishing(directory, step, keep))
 
     on_first(make)
-    return directory / f".{checkpoints.folder_of(step)}.new"
+    return files.unfinished(directory / layout.of_step(step))
 
 
 def _publish(publication: ExitStack, directory: Path, folder: Path, state: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _saving(directory: Path) -> Iterator[None]:
 
 
 def _describe(folder: Path, state: Mapping[str, Any]) -> None:
-    (folder / checkpoints.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
+    (folder / layout.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
 
 
 def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -155,22 +155,3 @@ def _target(key: str, shape: torch.Size, parameters: list[Tensor], origin: str) 
         return torch.empty_like(parameter.detach())
     dtype = torch.float32 if key.endswith(".step") else parameter.dtype
     return torch.empty(shape, dtype=dtype)
-
-
-def convert(source: Path, target: Path) -> None:
-    """Write a checkpoint of either kind as safetensors files into the folder ``target``, in one process.
-
-    *When to use*: to hand weights on. `twinrl resume`, `sample` and the others read both kinds by themselves.
-    """
-    found = checkpoints.load(source)
-    checkpoints.write(target, found)
-
-
-def shard_checkpoint(source: Path, target: Path) -> None:
-    """Write a checkpoint of either kind as a sharded one into the folder ``target``, in one process."""
-    found = checkpoints.load(source)
-    target.mkdir(parents=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
-        dcp.save(_flat(found.tensors), checkpoint_id=str(target / SHARDS), no_dist=True)
-    _describe(target, {key: value for key, value in found.state.items() if key != "format"})

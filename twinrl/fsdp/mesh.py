@@ -33,6 +33,23 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
+def device_named(wanted: str, key: str) -> torch.device:
+    """The device of that name; auto is a GPU where there is one.
+
+    Raises:
+        InputError: there is none; calls the setting ``key``.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{key} {wanted!r} is not available", got=why, fix="use auto or cpu") from error
+    return device
+
+
 def local_device(device: torch.device) -> torch.device:
     """The device of this process: its own GPU where the run is on GPUs and names none in particular."""
     if device.type != "cuda" or device.index is not None or world_size() == 1:

@@ -12,12 +12,17 @@ import os
 import socket
 from pathlib import Path
 
+LAUNCH = "TWINRL_LAUNCH"
+"""Environment variable that names the launcher to a worker of Ray."""
+
 
 def launch() -> str:
     """A name of this process's launcher on this machine, the same after each of its restarts; "" without one.
 
-    It is the launcher's host, process and time of start.
+    It is the launcher's host, process and time of start; workers of Ray are told theirs.
     """
+    if LAUNCH in os.environ:
+        return os.environ[LAUNCH]
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
     parent = os.getppid()

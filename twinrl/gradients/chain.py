@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from fractions import Fraction
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from twinrl.config import Settings, build, component, resolve
+from twinrl.components import checked
+from twinrl.config import Settings, component
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
 from twinrl.schedules import Schedule
@@ -14,7 +16,7 @@ from twinrl.schedules import Schedule
 if TYPE_CHECKING:
     Rule: TypeAlias = Any
 else:
-    Rule = component(TRANSFORMS, "gradient transform")
+    Rule = component(TRANSFORMS)
 
 
 class TelemetryConfig(Settings):
@@ -68,12 +70,12 @@ class GradientsConfig(Settings):
         chains = [*self.terms.values(), self.each]
         if self.space == "none" and any(chains):
             raise ValueError("rules of single terms need gradients.space=parameter or output, got none")
-        rules = [(name, _class_of(rule)) for chain in chains for name, rule in chain.items()]
+        rules = [(name, TRANSFORMS.find(rule.kind)) for chain in chains for name, rule in chain.items()]
         for name, rule in rules:
             if rule.needs_parameters and self.space == "output":
                 raise ValueError(f"{name} compares with the weights; it needs gradients.space=parameter, got output")
         for name, rule in self.total.items():
-            if _class_of(rule).needs_others:
+            if TRANSFORMS.find(rule.kind).needs_others:
                 raise ValueError(f"total.{name} compares a term with the others; put it under gradients.terms")
         return self
 
@@ -91,7 +93,7 @@ class GradientsConfig(Settings):
             for rule in chain.values():
                 for _, value in rule:
                     if isinstance(value, Schedule):
-                        value.span(steps, renoise_end)
+                        value.check(steps, renoise_end)
 
     def rules(self, term: str) -> Mapping[str, Any]:
         """The chain of a term's gradient."""
@@ -99,20 +101,13 @@ class GradientsConfig(Settings):
 
     def waits(self, term: str) -> bool:
         """Whether the term's rules need the sum of the others first."""
-        return any(_class_of(rule).needs_others for rule in self.rules(term).values())
+        return any(TRANSFORMS.find(rule.kind).needs_others for rule in self.rules(term).values())
 
     @property
     def order(self) -> dict[str, list[str]]:
         """Chain → its rules' names in order: what a hash over sorted keys does not see."""
         chains = {f"terms.{term}": rules for term, rules in self.terms.items()}
         return {name: list(rules) for name, rules in {**chains, "each": self.each, "total": self.total}.items()}
-
-
-def _class_of(rule: Any) -> type[Transform]:
-    found = resolve(TRANSFORMS, rule.kind, "gradient transform")
-    if not issubclass(found, Transform):
-        raise ValueError(f"gradient transform {rule.kind!r} is no rule; derive it from twinrl.gradients.Transform")
-    return found
 
 
 def _named(chain: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,14 +125,13 @@ class Chain:
     """Rules applied one after the other."""
 
     def __init__(self, rules: Mapping[str, Any]):
-        self.rules: dict[str, Transform] = {
-            name: build(TRANSFORMS, rule, "gradient transform") for name, rule in rules.items()
-        }
+        self.rules: dict[str, Transform] = {name: TRANSFORMS.build(rule) for name, rule in rules.items()}
 
     def __call__(self, gradient: Gradient, around: Surroundings) -> None:
         """Change ``gradient`` in place."""
         for rule in self.rules.values():
-            rule(gradient, around)
+            returned: Any = rule(gradient, around)
+            checked(returned, NoneType, rule, "__call__")  # in place: a gradient that is returned would be lost
 
     def state(self) -> dict[str, Any]:
         """State of the rules with memory, by name."""

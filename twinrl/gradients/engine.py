@@ -95,11 +95,11 @@ class Engine:
         space = {"parameter": self._in_parameter_space, "output": self._in_output_space, "none": self._together}
         return space[self.config.space](passes, step)
 
-    def _finish(self, gradient: Gradient | None = None) -> Measures:
+    def _finish(self, step: int, gradient: Gradient | None = None) -> Measures:
         """Apply the rules of the sum, which lies in ``.grad`` unless it is given, and leave it there."""
         gradient = Gradient.take(self.parameters) if gradient is None else gradient
         raw = gradient.norm
-        self.total_chain(gradient, Surroundings(self.parameters))
+        self.total_chain(gradient, Surroundings(self.parameters, None, step, self.steps, self.renoise_end))
         gradient.put(self.parameters)
         return {names.GRAD_TOTAL_RAW: raw, names.GRAD_TOTAL_CLIPPED: gradient.norm}
 
@@ -114,7 +114,7 @@ class Engine:
             _backward(part.loss for part in found.values())
             one.release()
             losses.append(_detached(found))
-        return losses, self._finish()
+        return losses, self._finish(step)
 
     # --- parameter space ----------------------------------------------------------------------------------------
 
@@ -137,7 +137,7 @@ class Engine:
         for one in passes:
             one.release()
         measures = account.measures | self._geometry(account, step)
-        return losses, measures | self._finish(account.sum)
+        return losses, measures | self._finish(step, account.sum)
 
     def _still_needed(self, name: str, one: Pass) -> bool:
         """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
@@ -173,7 +173,7 @@ class Engine:
             pulled = {i: F for i, F in enumerate(one.outputs, start) if i in account.sum.tensors}
             torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
             one.release()
-        return losses, account.measures | self._geometry(account, step) | self._finish()
+        return losses, account.measures | self._geometry(account, step) | self._finish(step)
 
     # --- what they share ----------------------------------------------------------------------------------------
 

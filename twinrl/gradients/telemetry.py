@@ -10,7 +10,7 @@ from twinrl.gradients.gradient import all_over_ranks, over_ranks
 
 @torch.no_grad()
 def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Parameter → RMS_t = √mean(g²/max(v̂, ε²)), just after a step of Adam, AdamW or RAdam.
+    """Parameter → RMS_t = √mean(g²/max(v̂, ε²)), just after a step of Adam, AdamW or RAdam; empty of other optimizers.
 
     ``v̂`` is the bias-corrected second moment. About 1 while gradients look like their past; an RMS spike (≥ 2.3)
     says that the second moment is out of date, and loss spikes follow by 1 to 8 steps (StableAdamW, Wortsman et
@@ -18,11 +18,11 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """
     squares, corrections = {}, []
     for group in optimizer.param_groups:
-        beta, eps = group["betas"][1], group["eps"]
         for parameter in group["params"]:
             state = optimizer.state.get(parameter)
-            if parameter.grad is None or not state:
+            if parameter.grad is None or not state or "exp_avg_sq" not in state:
                 continue
+            beta, eps = group["betas"][1], group["eps"]
             correction = 1 - beta ** float(state["step"])  # taken out of the mean: v̂ = v/correction
             bounded = state["exp_avg_sq"].clamp(min=correction * eps**2)
             squares[parameter] = parameter.grad.square().div_(bounded).sum()

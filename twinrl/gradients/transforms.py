@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from twinrl.components import Registry
 from twinrl.config import Settings
 from twinrl.gradients.gradient import Gradient
 from twinrl.schedules import AnySchedule
@@ -40,7 +41,7 @@ class Surroundings:
 class Transform(ABC):
     """A rule. Subclasses give ``Config`` and ``__call__``; rules with memory also ``state`` and ``load``."""
 
-    Config: ClassVar[type[Settings]]
+    Config: ClassVar[type[Settings]] = Settings
     needs_others: ClassVar[bool] = False  # whether the terms' sum must be there first
     needs_parameters: ClassVar[bool] = False  # whether it makes sense in parameter space alone
 
@@ -253,12 +254,16 @@ class ZClip(Transform):
         )
 
 
-TRANSFORMS: dict[str, type[Transform]] = {
-    "clip": Clip,
-    "zclip": ZClip,
-    "agc": AGC,
-    "relative": Relative,
-    "match": Match,
-    "scale": Scale,
-    "project": Project,
-}
+TRANSFORMS = Registry(
+    "gradient transform",
+    Transform,
+    {
+        "clip": Clip,
+        "zclip": ZClip,
+        "agc": AGC,
+        "relative": Relative,
+        "match": Match,
+        "scale": Scale,
+        "project": Project,
+    },
+)

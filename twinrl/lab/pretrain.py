@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -117,16 +116,3 @@ def fresh(network: nn.Module, seed: int) -> nn.Module:
     """
     with seeded(seed):
         return type(network)(network.config, network.spec)
-
-
-@torch.no_grad()
-def euler(network: nn.Module, z: Tensor, condition: Condition, steps: int = 50) -> Tensor:
-    """Samples by ``steps`` Euler steps of ``dx/dt = F(x, t, t, c)`` from noise ``z`` at t = 1 to t = 0.
-
-    *When to use*: to measure a teacher; students and guidance are sampled by ``twinrl.sampling``.
-    """
-    x, times = z, torch.linspace(1, 0, steps + 1).tolist()
-    for t, following in pairwise(times):
-        t_b = torch.full((len(x),), t, device=x.device)
-        x = x - (t - following) * network(x, t_b, t_b, condition)
-    return x

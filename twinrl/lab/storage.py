@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from twinrl import files
 from twinrl.errors import InputError
 
 
@@ -30,26 +29,19 @@ def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> 
     return digest.hexdigest()
 
 
-def publish(path: Path, write: Callable[[Path], None]) -> None:
+def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; all or nothing.
 
-    Processes that want the same path wait for the first one. A killed process leaves a temporary folder beside
-    ``path``, which the next one removes; its lock dies with it.
+    Processes that want the same path wait for the first one, whose lock dies with it.
     """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.parent / f".{path.name}.lock"):
-        if path.exists():
-            return
-        for abandoned in path.parent.glob(f".building-{path.name}-*"):
-            shutil.rmtree(abandoned)
-        workshop = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".building-{path.name}-"))
-        try:
-            write(workshop / path.name)
-            (workshop / path.name).rename(path)
-        finally:
-            shutil.rmtree(workshop)
+    with (path.parent / f".{path.name}.lock").open("a") as file:
+        files.lock(file, TimeoutError(path), patience=math.inf)
+        if not path.exists():
+            with files.publishing(path) as new:
+                write(new)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

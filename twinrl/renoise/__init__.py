@@ -1,5 +1,6 @@
 """Renoise: families of time distributions with moving parameters. A new family is a class and one line here."""
 
+from twinrl.components import Registry
 from twinrl.renoise.distributions import TimeDistribution
 from twinrl.renoise.families import (
     BetaRenoise,
@@ -10,10 +11,8 @@ from twinrl.renoise.families import (
     UniformRenoise,
 )
 
-RENOISE: dict[str, type[Renoise]] = {
-    "beta": BetaRenoise,
-    "uniform": UniformRenoise,
-    "logit_normal": LogitNormalRenoise,
-}
+RENOISE = Registry(
+    "renoise", Renoise, {"beta": BetaRenoise, "uniform": UniformRenoise, "logit_normal": LogitNormalRenoise}
+)
 
 __all__ = ["RENOISE", "Placement", "Renoise", "RenoiseConfig", "TimeDistribution"]

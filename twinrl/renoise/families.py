@@ -71,7 +71,7 @@ class Renoise(ABC):
     """A family with moving parameters. A subclass gives ``Config`` and :meth:`at`."""
 
     config: Any
-    Config: ClassVar[type[RenoiseConfig]]
+    Config: ClassVar[type[RenoiseConfig]] = RenoiseConfig
 
     @abstractmethod
     def at(self, step: int, steps: int) -> TimeDistribution:

@@ -6,7 +6,6 @@ have its gradient in latent space is the business of :mod:`twinrl.rewards.latent
 
 from typing import Any
 
-from twinrl.config import build
 from twinrl.data.source import Data
 from twinrl.rewards.aesthetic import Aesthetic
 from twinrl.rewards.analytic import Brightness, Compressibility, Quadratic, Sharpness
@@ -17,7 +16,7 @@ from twinrl.rewards.imagereward import ImageReward
 from twinrl.rewards.lab import ClassifierLogProbability, JudgeLogProbability, LabClip, LabHPS, LabJudge
 from twinrl.rewards.per_prompt import PerPrompt
 from twinrl.rewards.pickscore import PickScore
-from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings, nonfinite_images
+from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings
 
 REWARDS.update(
     {
@@ -45,7 +44,7 @@ REWARDS.update(
     }
 )
 
-__all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward", "nonfinite_images"]
+__all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward"]
 
 
 def build_reward(config: Any, source: Data | None = None, key: str = "reward", training: bool = True) -> Reward:
@@ -64,5 +63,5 @@ def build_reward(config: Any, source: Data | None = None, key: str = "reward", t
     if source is not None:
         networks = getattr(source, "networks", None)  # of a family: what is followed is also judged, and large
         around = Surroundings(source.scorers, source.held_out, training, key, networks)
-    reward: Reward = build(REWARDS, config, "reward", around)
+    reward: Reward = REWARDS.build(config, around)
     return reward

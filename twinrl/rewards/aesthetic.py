@@ -14,9 +14,10 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from twinrl.checkpoints import load_module
 from twinrl.rewards.hf_clip import HFClipReward, load_clip
 from twinrl.rewards.model import ModelConfig
-from twinrl.rewards.weights import HubFile, fill, located, located_folder, read_weights
+from twinrl.rewards.weights import PUBLISHED, HubFile, located, located_folder, read_weights
 
 TOWER = "openai/clip-vit-large-patch14"
 HEAD = HubFile("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")
@@ -60,7 +61,7 @@ class Aesthetic(HFClipReward):
         path = located(self.config.checkpoint, HEAD, f"{self.around.key}.checkpoint")
         clip: Any = load_clip(located_folder(self.config.tower, TOWER, f"{self.around.key}.tower"))
         head = ScoreHead(clip.config.projection_dim)
-        fill(head, read_weights(path), path)
+        load_module(head, read_weights(path), path, PUBLISHED)
         del clip.text_model, clip.text_projection  # no prompts: a third of the parameters
         return nn.ModuleDict({"clip": clip, "head": head})
 

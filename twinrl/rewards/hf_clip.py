@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from twinrl.checkpoints import refuse_misfit
 from twinrl.compat import ensure_torchvision
 from twinrl.errors import InputError
 from twinrl.rewards.hpsv2 import clip_tokens
 from twinrl.rewards.model import ModelReward
 from twinrl.rewards.preprocess import centre_crop
-from twinrl.rewards.weights import check_keys
+from twinrl.rewards.weights import PUBLISHED
 
 
 def load_clip(folder: Path) -> nn.Module:
@@ -41,8 +42,8 @@ def load_clip(folder: Path) -> nn.Module:
             expected="config.json and model.safetensors of a transformers.CLIPModel",
             fix="download it again: it is incomplete, truncated or of another kind",
         ) from error
-    reshaped = [f"{name} {tuple(got)} instead of {tuple(own)}" for name, got, own in report["mismatched_keys"]]
-    check_keys(folder, sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), reshaped)
+    reshaped = [(name, own, given) for name, given, own in report["mismatched_keys"]]
+    refuse_misfit(sorted(report["missing_keys"]), sorted(report["unexpected_keys"]), reshaped, folder, PUBLISHED)
     loaded: nn.Module = model
     return loaded
 

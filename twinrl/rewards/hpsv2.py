@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from twinrl.checkpoints import load_module
 from twinrl.compat import ensure_torchvision
 from twinrl.errors import InputError
 from twinrl.rewards.model import ModelConfig, ModelReward
 from twinrl.rewards.preprocess import letterbox
-from twinrl.rewards.weights import HubFile, fill, located, read_weights
+from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -48,7 +49,7 @@ class HPSv2(ModelReward):
         hub = HubFile(REPOSITORY, FILES[self.config.version])
         path = located(self.config.checkpoint, hub, f"{self.around.key}.checkpoint")
         model = open_clip_model(self.config.architecture, f"{self.around.key}.architecture")
-        fill(model, read_weights(path, inside="state_dict"), path)
+        load_module(model, read_weights(path, inside="state_dict"), path, PUBLISHED)
         return model
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -20,13 +20,14 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from twinrl.checkpoints import load_module
 from twinrl.compat import ensure_torchvision
 from twinrl.config import Settings
 from twinrl.rewards.aesthetic import ScoreHead
 from twinrl.rewards.model import ModelConfig, ModelReward
 from twinrl.rewards.preprocess import centre_crop
 from twinrl.rewards.reward import NOWHERE, Surroundings
-from twinrl.rewards.weights import HubFile, fill, located, read_weights
+from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
 
 CHECKPOINT = HubFile("THUDM/ImageReward", "ImageReward.pt")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt")
@@ -110,7 +111,7 @@ class ImageReward(ModelReward):
     def network(self) -> nn.Module:
         path = located(self.config.checkpoint, CHECKPOINT, f"{self.around.key}.checkpoint")
         model = BlipReward(self.config.sizes)
-        fill(model, renamed(read_weights(path)), path)
+        load_module(model, renamed(read_weights(path)), path, PUBLISHED)
         return model
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
+from twinrl.checkpoints import load_module
 from twinrl.compat import ensure_torchvision
 from twinrl.data.folders.files import ending_in
 from twinrl.data.folders.images import SUFFIXES, decode
 from twinrl.data.folders.problems import UnusableError
 from twinrl.data.source import cache_dir
 from twinrl.errors import InputError
-from twinrl.rewards.weights import check_keys, read_weights
+from twinrl.rewards.weights import PUBLISHED, read_weights
 
 ensure_torchvision()
 
@@ -99,12 +100,9 @@ class Inception(nn.Module):
         super().__init__()
         with torch.device("meta"):  # no random numbers are drawn
             self.network = architecture()
-        weights, own = read_weights(file), self.network.state_dict()
+        own = self.network.state_dict()
         counts = {n: torch.tensor(0) for n in own if n.endswith("num_batches_tracked")}  # older files have none
-        weights = counts | weights
-        reshaped = [name for name in own if name in weights and weights[name].shape != own[name].shape]
-        check_keys(file, [n for n in own if n not in weights], [n for n in weights if n not in own], reshaped)
-        self.network.load_state_dict(weights, assign=True)
+        load_module(self.network, counts | read_weights(file), file, PUBLISHED, assign=True)
         self.network.fc = nn.Identity()
         self.requires_grad_(False).eval()
 

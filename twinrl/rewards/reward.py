@@ -17,16 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from twinrl.config import Settings, build, component
+from twinrl.components import Registry
+from twinrl.config import Settings, component
 from twinrl.data.source import Scorer
-
-REWARDS: dict[str, type["Reward"]] = {}
-"""Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
-
-if TYPE_CHECKING:
-    RewardSettings: TypeAlias = Any
-else:
-    RewardSettings = component(REWARDS, "reward")
 
 
 @dataclass(frozen=True)
@@ -100,7 +93,7 @@ class Reward(ABC):
 
         Returns:
             (B,) scores, differentiable in the pixels if ``differentiable``. Non-finite scores are returned as
-            they are (:func:`nonfinite_images` names them).
+            they are.
         """
 
     def keepers(self) -> dict[str, Keeper]:
@@ -127,15 +120,19 @@ class Reward(ABC):
         return self
 
 
+REWARDS: Registry[Reward] = Registry("reward", Reward)
+"""Kind → class; filled in ``twinrl/rewards/__init__.py``. Declared here because composite rewards refer to it."""
+
+if TYPE_CHECKING:
+    RewardSettings: TypeAlias = Any
+else:
+    RewardSettings = component(REWARDS)
+
+
 def build_part(config: Any, around: Surroundings, name: str) -> Reward:
     """The reward that ``config`` describes, as the part ``name`` of another."""
-    part: Reward = build(REWARDS, config, "reward", around.part(name))
+    part: Reward = REWARDS.build(config, around.part(name))
     return part
-
-
-def nonfinite_images(scores: Tensor) -> list[int]:
-    """Indices of the images whose score is NaN or infinite; the scores themselves are left as they are."""
-    return (~torch.isfinite(scores.detach())).nonzero()[:, 0].tolist()
 
 
 def check_batch(images: Tensor, prompts: Sequence[str], needs_prompts: bool) -> None:

@@ -6,17 +6,19 @@ a checkpoint of another architecture differs.
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from twinrl.checkpoints import few
 from twinrl.errors import InputError
 
-SHOWN = 3
+PUBLISHED = "use the published file, or the architecture that it belongs to"
+"""What to do about weights that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,10 @@ def read_weights(path: Path, inside: str | None = None) -> dict[str, Tensor]:
     content = _read(path)
     if inside is not None:
         if inside not in content:
-            raise InputError(f"{path} has no entry {inside!r}", got=_few(content), fix="use the published file")
+            raise InputError(f"{path} has no entry {inside!r}", got=few(content), fix="use the published file")
         content = content[inside]
     if not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} is no state dict", got=_few(content), expected="names and tensors")
+        raise InputError(f"{path} is no state dict", got=few(content), expected="names and tensors")
     return dict(content)
 
 
@@ -125,38 +127,3 @@ def _read(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} is no state dict", got=type(content).__name__, expected="names and tensors")
     return content
-
-
-def fill(module: nn.Module, weights: Mapping[str, Tensor], origin: Path | str) -> None:
-    """Load ``weights`` into ``module``, every name and shape as expected.
-
-    Raises:
-        InputError: some are missing, unexpected or of another shape; names the first few.
-    """
-    own = module.state_dict()
-    reshaped = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    check_keys(origin, [n for n in own if n not in weights], [n for n in weights if n not in own], reshaped)
-    module.load_state_dict(weights)
-
-
-def check_keys(
-    origin: Path | str, missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str] = ()
-) -> None:
-    """Raises InputError in one line unless all three are empty."""
-    differences = {"missing": list(missing), "unexpected": list(unexpected), "other shape": list(reshaped)}
-    found = [f"{len(names)} {what} ({_few(names)})" for what, names in differences.items() if names]
-    if found:
-        raise InputError(
-            f"{origin} holds weights of another architecture",
-            got=", ".join(found),
-            fix="use the published file, or the architecture that it belongs to",
-        )
-
-
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")

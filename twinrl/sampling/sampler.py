@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twinrl import draws
+from twinrl.components import checked
 from twinrl.conditions import Condition
 from twinrl.errors import InputError
 from twinrl.sampling.settings import SamplerConfig
@@ -130,10 +131,7 @@ def _velocity(
 
 
 def _called(network: Network, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
-    F = network(x, t, r, condition)
-    if F.shape != x.shape:
-        raise InputError("the network's velocity has the wrong shape", got=tuple(F.shape), expected=tuple(x.shape))
-    return F
+    return checked(network(x, t, r, condition), Tensor, network, "forward", x.shape)
 
 
 def _noise(evaluation: Evaluation, z: Tensor, noise: StepNoise | None, seed: int) -> Tensor | None:

@@ -1,10 +1,20 @@
-"""Divergence: the absorbing outcome of a run, from its log rows alone. Torch-free.
+"""Divergence: the absorbing outcome of a run, from its evaluations and log rows alone. Torch-free.
 
 A run has diverged when numbers became non-finite, or when its samples got worse and a judge confirms it::
 
     worse:       q > q_best + absolute + relative·max(q_best, 0)             q = val/quality, lower is better
     confirmed:   accuracy < floor   or   recall < floor
     diverged:    worse and confirmed at m evaluations in a row;  the step of divergence is the first of them
+
+The evaluation of pretrained start weights, at step 0, is the first best: a run that broke before its first evaluation
+in training fell from there. A floor that the start is below (a student of guided samples has hardly any recall)
+confirms nothing until an evaluation has met it. All that is known of a fall is that it began after the last evaluation
+that was not bad and by the first one that was: in ``(after, step]``.
+
+A run is *whole* at an evaluation where the judge's accuracy is not below its floor. One that is whole at none of its
+evaluations has failed by its end, whatever its quality: it fell before the first of them if its start was whole, else
+(from random weights, say) it was *never whole*, an outcome of its own. Either counts as failed from the first
+evaluation on, as there is none at which it lived.
 
 ``val/quality`` is a kernel distance (KID, arXiv:1801.01401): unbiased, hence near 0 and at times slightly negative
 for good samples. A factor on the best value alone would be meaningless there, so the margin is absolute *and*
@@ -15,7 +25,7 @@ wavers by a few tenths keeps its accuracy, samples that fell apart lose it, and 
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import Field
@@ -27,19 +37,24 @@ from twinrl.tracking import names, runlog
 Row = Mapping[str, Any]
 NONFINITE_PARAMETERS = names.event("nonfinite_parameters")
 """1 in the row of a step after which a parameter is not finite."""
+NUMBERS, FALL, NEVER_WHOLE = "nonfinite", "quality", "never whole"
+"""Kinds of failure: non-finite numbers; samples that fell apart; samples that never were whole."""
 
 
 @dataclass(frozen=True)
 class Diverged:
-    """That a run has diverged, and from when on.
+    """That a run has failed, how, and from when on.
 
     Attributes:
         step: where it began: the first row of the stretch.
         detected: where it was certain: the last row of the stretch.
-        series: the metric that tells: ``val/quality``, a loss, or ``event/nonfinite_parameters``.
+        series: the metric that tells: ``val/quality``, the judge's accuracy, a loss, ``event/nonfinite_parameters``.
         value: its value at ``step``.
-        reference: the best quality before; None for non-finite numbers.
+        reference: the best before; None for non-finite numbers, and where nothing was before.
         message: one line for people.
+        kind: ``quality``, ``nonfinite`` or ``never whole``; else the kind of event at which a policy stopped the run.
+        after: the last step known to be sound, 0 being the start; the failure began in ``(after, step]``.
+        recovered: whether the last evaluation since was not bad any more, and all numbers since are finite.
     """
 
     step: int
@@ -48,6 +63,14 @@ class Diverged:
     value: float
     reference: float | None
     message: str
+    kind: str = FALL
+    after: int = 0
+    recovered: bool = False
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run ended as a failure: it did not recover."""
+        return not self.recovered
 
     def event(self, iteration: int, rows: tuple[int, ...] = ()) -> Event:
         """The divergence as an event, recorded at ``iteration`` (of the detection)."""
@@ -89,13 +112,32 @@ class Stretch:
         return self.length
 
 
+@dataclass
+class Judged:
+    """What the evaluations so far have shown of a run that has not failed.
+
+    Attributes:
+        start: the judge's accuracy of the start; None where it was not evaluated, or not judged.
+        sound: the last step whose evaluation was not bad; 0 is the start.
+        first: the first step at which the judge was asked; None before.
+        accuracy: what it said there.
+        whole: whether the run was whole at any evaluation.
+        unmet: floors that the start is below, and every evaluation so far.
+    """
+
+    start: float | None = None
+    sound: int = 0
+    first: int | None = None
+    accuracy: float = math.nan
+    whole: bool = False
+    unmet: tuple[str, ...] = ()
+
+
 class Divergence:
-    """Says whether and when a run has diverged. Absorbing: what comes after the first divergence is not looked at.
+    """Says whether and when a run has failed. Absorbing: a failure stays one, and may be told as one that recovered.
 
-    A run that never got good is not found by its quality: nothing is worse than its best. Studies tell such runs
-    from survivors by the final table.
-
-    *When to use*: one for a run, told of every log row; :func:`first_divergence` for a finished log.
+    *When to use*: one for a run: told of its start by :meth:`begin`, of every log row by :meth:`observe`, and of its
+    end by :meth:`conclude`. For the files of a run: :mod:`twinrl.stability.verdict`.
 
     Arguments:
         config: margins and floors.
@@ -120,43 +162,89 @@ class Divergence:
         self.outcome: Diverged | None = None
         floors = {"accuracy": config.accuracy_floor, "recall": config.recall_floor}
         self._floors = {names.val(quantity, nfe): floor for quantity, floor in floors.items() if floor > 0}
-        self._best, self._bad, self._nonfinite = math.inf, Stretch(), Stretch()
+        self._accuracy = names.val("accuracy", nfe)
+        self._best, self._bad, self._nonfinite, self._judged = math.inf, Stretch(), Stretch(), Judged()
+
+    def begin(self, start: Row) -> None:
+        """The metrics of the start weights: the reference at step 0."""
+        quality = float(start[names.VAL_QUALITY])
+        self._best = quality if math.isfinite(quality) else math.inf
+        self._judged.start = start.get(self._accuracy)
+        self._judged.unmet = tuple(name for name in self._floors if name in start and not self._met(name, start))
 
     def observe(self, step: int, row: Row) -> Diverged | None:
-        """The divergence, once, at the row that makes it certain; ``outcome`` keeps it."""
-        if self.outcome is not None:
+        """The failure, once, at the row that makes it certain; ``outcome`` keeps it, and whether it recovered."""
+        if self.outcome is None:
+            self.outcome = self._numbers(step, row) or self._quality(step, row)
+            return self.outcome
+        quality = row.get(names.VAL_QUALITY)
+        if self._numbers(step, row) is not None:
+            self.outcome = replace(self.outcome, recovered=False)
+        elif quality is not None:
+            well = math.isfinite(quality) and not self._is_bad(quality, row)
+            self.outcome = replace(self.outcome, recovered=well)
+        return None
+
+    def conclude(self) -> Diverged | None:
+        """The failure, if only the end of the run makes it certain: it was whole at none of its evaluations."""
+        judged, floor = self._judged, self.config.accuracy_floor
+        if self.outcome is not None or judged.first is None or judged.whole:
             return None
-        self.outcome = self._numbers(step, row) or self._quality(step, row)
+        fell = judged.start is not None and judged.start >= floor
+        message = f"at no evaluation was the judge's accuracy {floor:g} or more; {judged.accuracy:.3g} at the first, "
+        message += f"step {judged.first}" + (f", and {judged.start:.3g} at the start" if fell else "")
+        what = f"samples fell apart by step {judged.first}" if fell else NEVER_WHOLE
+        self.outcome = Diverged(
+            judged.first, judged.first, self._accuracy, judged.accuracy, judged.start, f"{what}: {message}",
+            FALL if fell else NEVER_WHOLE,
+        )  # fmt: skip
         return self.outcome
 
     def _numbers(self, step: int, row: Row) -> Diverged | None:
         """Non-finite parameters at once; non-finite losses after ``nonfinite_steps`` in a row."""
         if row.get(NONFINITE_PARAMETERS):
-            return Diverged(step, step, NONFINITE_PARAMETERS, 1.0, None, f"non-finite parameters after step {step}")
+            message = f"non-finite parameters after step {step}"
+            return Diverged(step, step, NONFINITE_PARAMETERS, 1.0, None, message, NUMBERS, max(0, step - 1))
         losses = {name: row[name] for name in row if name.startswith(names.loss("")) and row[name] is not None}
         bad = [name for name, value in losses.items() if not math.isfinite(value)]
         if losses and not bad:
             self._nonfinite = Stretch()
         if not bad or self._nonfinite.extend(step, float(losses[bad[0]])) < self.config.nonfinite_steps:
             return None
-        start = self._nonfinite
-        return Diverged(start.step, step, bad[0], start.value, None, f"non-finite {bad[0]} at step {start.step}")
+        start, message = self._nonfinite, f"non-finite {bad[0]} at step {self._nonfinite.step}"
+        return Diverged(start.step, step, bad[0], start.value, None, message, NUMBERS, max(0, start.step - 1))
 
     def _quality(self, step: int, row: Row) -> Diverged | None:
         """Quality beyond the margin and the judge's confirmation, at enough evaluations in a row."""
         quality = row.get(names.VAL_QUALITY)
         if quality is None or step <= self.config.after:
             return None
-        if quality <= self.limit or not self._confirmed(row):
-            self._bad = Stretch()
+        self._hear(step, row)
+        if not self._is_bad(quality, row):
+            self._bad, self._judged.sound = Stretch(), step
             self._best = min(self._best, quality) if math.isfinite(quality) else self._best
             return None
         if self._bad.extend(step, float(quality)) < self.config.evaluations:
             return None
         start, best = self._bad, self._best if math.isfinite(self._best) else None
         against = "" if best is None else f", best before {best:.3g}"
-        message = f"samples fell apart at step {start.step}: quality {start.value:.3g}{against}"
-        return Diverged(start.step, step, names.VAL_QUALITY, start.value, best, message)
+        since = "the start" if self._judged.sound == 0 else f"step {self._judged.sound}"
+        message = f"samples fell apart by step {start.step}, after {since}: quality {start.value:.3g}{against}"
+        return Diverged(start.step, step, names.VAL_QUALITY, start.value, best, message, FALL, self._judged.sound)
+
+    def _hear(self, step: int, row: Row) -> None:
+        """Note what the judge says at an evaluation."""
+        accuracy, judged = row.get(self._accuracy), self._judged
+        judged.unmet = tuple(name for name in judged.unmet if name not in row or not self._met(name, row))
+        if accuracy is None or self._accuracy not in self._floors:
+            return
+        if judged.first is None:
+            judged.first, judged.accuracy = step, float(accuracy)
+        judged.whole |= accuracy >= self.config.accuracy_floor
+
+    def _is_bad(self, quality: float, row: Row) -> bool:
+        """Whether an evaluation is worse than the best by more than the margin, and a judge confirms it."""
+        return not quality <= self.limit and self._confirmed(row)
 
     @property
     def limit(self) -> float:
@@ -167,30 +255,51 @@ class Divergence:
 
     def _confirmed(self, row: Row) -> bool:
         """Whether the judge is below a floor, as nan is; or is not asked."""
-        measured = {name: row[name] for name in self._floors if row.get(name) is not None}
-        return not measured or any(not value >= self._floors[name] for name, value in measured.items())
+        measured = [name for name in self._floors if row.get(name) is not None]
+        return not measured or any(name not in self._judged.unmet and not self._met(name, row) for name in measured)
+
+    def _met(self, name: str, row: Row) -> bool:
+        return bool(row[name] >= self._floors[name])
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold, as plain JSON values."""
         stretches = {"bad": self._bad, "nonfinite": self._nonfinite}
         plain = {key: {n: runlog.encode(v) for n, v in vars(stretch).items()} for key, stretch in stretches.items()}
         outcome = None if self.outcome is None else self.outcome.as_dict()
-        return {"best": runlog.encode(self._best), **plain, "outcome": outcome}
+        judged = {name: runlog.encode(value) for name, value in vars(self._judged).items() if name != "unmet"}
+        judged["unmet"] = list(self._judged.unmet)
+        return {"best": runlog.encode(self._best), **plain, "judged": judged, "outcome": outcome}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state` was taken."""
         self._best = float(state["best"])
         for name, stretch in (("_bad", state["bad"]), ("_nonfinite", state["nonfinite"])):
             setattr(self, name, Stretch(stretch["length"], stretch["step"], float(stretch["value"])))
+        judged = state.get("judged", {"whole": True})  # older checkpoints do not say: then the end decides nothing
+        plain = {name: runlog.decode(value) for name, value in judged.items() if name != "unmet"}
+        self._judged = Judged(**plain, unmet=tuple(judged.get("unmet", ())))  # type: ignore[arg-type]
         self.outcome = None if state["outcome"] is None else Diverged.from_dict(state["outcome"])
 
 
-def first_divergence(rows: Iterable[Row], config: Divergence.Config | None = None, nfe: int = 1) -> Diverged | None:
-    """The divergence of a finished log, e.g. of :func:`twinrl.tracking.runlog.rows`; None if it survived.
+def first_divergence(
+    rows: Iterable[Row],
+    config: Divergence.Config | None = None,
+    nfe: int = 1,
+    start: Row | None = None,
+    ended: bool = False,
+) -> Diverged | None:
+    """The failure of a log, e.g. of :func:`twinrl.tracking.runlog.rows`, and whether it recovered; None if it is whole.
 
     Arguments:
         rows: log rows with ``step``, in the order of the log; non-finite numbers as floats.
         config: margins and floors; None = the defaults. nfe: as for :class:`Divergence`.
+        start: metrics of the start weights, where they were evaluated. ended: whether the run is over.
     """
     divergence = Divergence(config or Divergence.Config(), nfe)
-    return next((found for row in rows if (found := divergence.observe(row["step"], row))), None)
+    if start is not None:
+        divergence.begin(start)
+    for row in rows:
+        divergence.observe(row["step"], row)
+    if ended:
+        divergence.conclude()
+    return divergence.outcome

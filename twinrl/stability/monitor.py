@@ -31,6 +31,11 @@ class Monitor:
         found = self.divergence.observe(step, row)
         return None if found is None else found.event(iteration)
 
+    def conclude(self, iteration: int) -> Event | None:
+        """The failure that only the end of the run makes certain."""
+        found = self.divergence.conclude()
+        return None if found is None else found.event(iteration)
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return {"watch": self.watch.state(), "divergence": self.divergence.state()}

@@ -1,5 +1,6 @@
 """Loss terms: one file each, and this registry. A new term is a class with a ``Config`` and one line here."""
 
+from twinrl.components import Registry
 from twinrl.terms.adversarial import Adversarial
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity
@@ -8,14 +9,18 @@ from twinrl.terms.reward import Reward
 from twinrl.terms.simpletuner import SimpleTunerBase
 from twinrl.terms.term import Context, Pull, Query, Target, Term, TermConfig
 
-TERMS: dict[str, type[Term]] = {
-    "base": Base,
-    "real_velocity": RealVelocity,
-    "adversarial": Adversarial,
-    "rectify": Rectify,
-    "one_step_consistency": OneStepConsistency,
-    "simpletuner_base": SimpleTunerBase,
-    "reward": Reward,
-}
+TERMS = Registry(
+    "term",
+    Term,
+    {
+        "base": Base,
+        "real_velocity": RealVelocity,
+        "adversarial": Adversarial,
+        "rectify": Rectify,
+        "one_step_consistency": OneStepConsistency,
+        "simpletuner_base": SimpleTunerBase,
+        "reward": Reward,
+    },
+)
 
 __all__ = ["TERMS", "Context", "Pull", "Query", "Target", "Term", "TermConfig"]

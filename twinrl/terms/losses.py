@@ -1,13 +1,16 @@
 """Per-sample losses and the time weight."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
+from twinrl.components import Registry
 from twinrl.config import Settings
+from twinrl.errors import InputError
 
 
 def mean_square(F: Tensor, target: Tensor) -> Tensor:
@@ -16,7 +19,29 @@ def mean_square(F: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class L2:
+class SampleLoss(ABC):
+    """A loss per sample. Subclasses give ``Config`` and :meth:`__call__`."""
+
+    config: Any
+    Config: ClassVar[type[Settings]] = Settings
+
+    @abstractmethod
+    def __call__(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B, C, H, W) prediction and target → (B,) losses, differentiable in ``F``."""
+
+    def weight(self, F: Tensor, target: Tensor) -> Tensor:
+        """(B,) factor of the mean square in the loss, without gradient; what a reward inside a target is split by.
+
+        Raises:
+            InputError: the loss is no such multiple.
+        """
+        raise InputError(
+            f"loss {self.config.kind} is no multiple of the mean square, so a reward in the target has no part of it",
+            fix="override `weight`, or use l2",
+        )
+
+
+class L2(SampleLoss):
     """Mean square error per sample.
 
     *When to use*: where the size of the residual must stay visible in the loss and its gradient.
@@ -25,19 +50,14 @@ class L2:
     class Config(Settings):
         kind: Literal["l2"] = "l2"
 
-    config: Config
-
     def __call__(self, F: Tensor, target: Tensor) -> Tensor:
-        """(B, C, H, W) prediction and target → (B,) losses."""
         return mean_square(F, target)
 
     def weight(self, F: Tensor, target: Tensor) -> Tensor:
-        """(B,) factor of the mean square in the loss, without gradient: 1."""
         return F.new_ones(len(F))
 
 
-@dataclass(frozen=True)
-class Barron:
+class Barron(SampleLoss):
     """The adaptive robust loss (Barron, arXiv:1701.03077) in TwinFlow's form, with a stop-gradient weight.
 
     ``m·sg[(m/(c² + 1e-8)/|α−2| + 1)^((α−2)/2)]/c`` with ``m`` the mean square of a sample. At α = 1 and
@@ -57,15 +77,12 @@ class Barron:
             description="upper limit of m/c² inside the weight; beyond it the loss is plain MSE again",
         )
 
-    config: Config
     epsilon: ClassVar[float] = 1e-8
 
     def __call__(self, F: Tensor, target: Tensor) -> Tensor:
-        """(B, C, H, W) prediction and target → (B,) losses."""
         return mean_square(F, target) * self.weight(F, target)
 
     def weight(self, F: Tensor, target: Tensor) -> Tensor:
-        """(B,) factor of the mean square in the loss, without gradient."""
         alpha, c = self.config.alpha, self.config.c
         ratio = mean_square(F.detach(), target) / (c * c + self.epsilon)
         if self.config.max_ratio is not None:
@@ -73,7 +90,7 @@ class Barron:
         return (ratio / abs(alpha - 2) + 1) ** ((alpha - 2) / 2) / c
 
 
-LOSSES: dict[str, type] = {"l2": L2, "barron": Barron}
+LOSSES = Registry("loss", SampleLoss, {"l2": L2, "barron": Barron})
 
 
 def time_weight(t: Tensor, r: Tensor, clamped: bool = False) -> Tensor:

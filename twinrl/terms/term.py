@@ -16,14 +16,15 @@ from torch import Tensor
 
 from twinrl import conditions
 from twinrl.branches import BRANCHES, Rows
+from twinrl.components import checked
 from twinrl.conditions import Condition
-from twinrl.config import Settings, build, component
+from twinrl.config import Settings, component
 from twinrl.terms.losses import LOSSES, time_weight
 
 if TYPE_CHECKING:
     LossConfig: TypeAlias = Any
 else:
-    LossConfig = component(LOSSES, "loss")
+    LossConfig = component(LOSSES)
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Term(ABC):
     row_loss: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row_loss", build(LOSSES, self.config.loss, "loss"))
+        object.__setattr__(self, "row_loss", LOSSES.build(self.config.loss))
 
     @abstractmethod
     def query(self, rows: Rows, ctx: Context) -> Query:
@@ -158,7 +159,7 @@ class Term(ABC):
 
     def loss(self, rows: Rows, query: Query, F: Tensor, target: Tensor) -> Tensor:
         """(B,) losses per row; differentiable in ``F``."""
-        per_row = self.row_loss(F, target)
+        per_row = checked(self.row_loss(F, target), Tensor, self.row_loss, "__call__", (len(F),))
         return per_row * self.time_weight(query)
 
     def time_weight(self, query: Query) -> Tensor | float:

@@ -1,28 +1,31 @@
 """The MLflow run of a run directory: found or made, described, and given points and files."""
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from twinrl.errors import InputError
-from twinrl.tracking import runlog, store
+from twinrl.run import layout
+from twinrl.stability.divergence import Diverged
+from twinrl.tracking import store
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Point
 
 KEY_TAG = "twinrl.key"
 POINTS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
-PARAM_NAME_CHARACTERS = 250
+NAME_CHARACTERS = 250
+DIGEST_CHARACTERS = 8
+VERDICT_TAGS = ("diverged.step", "diverged.after", "diverged.kind", "diverged.recovered", "diverged.why")
 PARAM_VALUE_CHARACTERS = 6000
-FILES = ("config.yaml", "env.json", "events.jsonl", "samples/*.png", "figures/*.png")
+FILES = (layout.CONFIG, layout.ENVIRONMENT, layout.EVENTS, f"{layout.SAMPLES}/*.png", "figures/*.png")
 NOTE = (
     "Curves are thinned to few points each, and every spike is kept. `nonfinite/<name>` counts the "
-    "values that were nan or infinite. The time axis counts training time. The exact numbers are in "
+    "values that were nan or infinite; a series that ends with one, or from before the run failed, ends with nan, so "
+    "that no earlier value ranks the run. The time axis counts training time. The exact numbers are in "
     "`log.jsonl` and `metrics.parquet` of the run directory `{run}`."
 )
 
@@ -83,7 +86,7 @@ class MlflowRun:
         """Add the parameters and tags that the run does not have yet, and mark it as running."""
         from mlflow.entities import Param, RunTag
 
-        config = read_config(self._dir)
+        config = layout.read_config(self._dir)
         params = [Param(name, value) for name, value in flatten(config).items() if name not in run.data.params]
         for batch in _batches(params, PARAMS_PER_REQUEST):
             self._client.log_batch(self.id, params=batch)
@@ -97,7 +100,7 @@ class MlflowRun:
         from mlflow.entities import Metric
 
         for batch in _batches(points, POINTS_PER_REQUEST):
-            metrics = [Metric(p.name, p.value, self._time(p.seconds), p.iteration) for p in batch]
+            metrics = [Metric(fitting(p.name), p.value, self._time(p.seconds), p.iteration) for p in batch]
             self._client.log_batch(self.id, metrics=metrics)
 
     def _time(self, seconds: float) -> int:
@@ -111,34 +114,38 @@ class MlflowRun:
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
                 self._client.log_artifact(self.id, str(path), None if folder == "." else folder)
-                if folder == "samples":
+                if folder == layout.SAMPLES:
                     self._log_step_image(path)
                 self._sent[path] = modified
 
     def tag_events(self) -> None:
-        """Say in tags what happened, so that the run table can be searched for it: counts by kind, the divergence.
+        """Say in tags what happened, so that the run table can be searched for it: counts by kind of event.
 
         A divergence that a rollback has taken back is counted, and is no verdict.
         """
+        counts = Counter(event["kind"] for event in layout.read_events(self._dir))
+        self._tag({f"events.{kind}": str(count) for kind, count in counts.items()})
+
+    def tag_verdict(self, failure: Diverged | None) -> None:
+        """Say in tags whether the run has failed, when, how and why; what an earlier verdict said is gone."""
+        if failure is None:
+            stale = self._client.get_run(self.id).data.tags.keys() & set(VERDICT_TAGS)
+            for name in stale:
+                self._client.delete_tag(self.id, name)
+                self._tagged.pop(name, None)
+            self._tag({"diverged": "false"})
+            return
+        said = (failure.step, failure.after, failure.kind, str(failure.recovered).lower(), failure.message)
+        self._tag({"diverged": "true", **dict(zip(VERDICT_TAGS, map(str, said), strict=True))})
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        """Set the tags that are new or have changed."""
         from mlflow.entities import RunTag
 
-        path = self._dir / "events.jsonl"
-        events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        counts = Counter(event["kind"] for event in events)
-        tags = {f"events.{kind}": str(count) for kind, count in counts.items()}
-        diverged = [event for event in events if event["kind"] == "diverged"]
-        lasting = runlog.surviving(diverged, runlog.read(self._dir / runlog.LOG_NAME) if diverged else [])
-        if lasting:
-            first = lasting[0]
-            tags |= {"diverged": "true", "diverged.step": str(first["step"]), "diverged.why": first["message"]}
-        elif events:
-            tags["diverged"] = "false"
-        if tags != self._tagged:
-            self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in tags.items()])
-            if diverged and not lasting:
-                for name in self._client.get_run(self.id).data.tags.keys() & {"diverged.step", "diverged.why"}:
-                    self._client.delete_tag(self.id, name)
-            self._tagged = tags
+        changed = {name: value for name, value in tags.items() if self._tagged.get(name) != value}
+        if changed:
+            self._client.log_batch(self.id, tags=[RunTag(name, value) for name, value in changed.items()])
+            self._tagged |= changed
 
     def _log_step_image(self, path: Path) -> None:
         """Show a grid whose name ends in its step also among the charts, with a slider over the steps, once."""
@@ -160,30 +167,24 @@ class MlflowRun:
         self._client.set_terminated(self.id, status=status, end_time=self._time(seconds))
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """The resolved configuration of a run; empty where there is none.
-
-    Raises:
-        InputError: the file is not YAML.
-    """
-    path = run_dir / "config.yaml"
-    try:
-        config = yaml.safe_load(path.read_text()) if path.exists() else None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML", got=error, fix="restore the resolved configuration") from error
-    return config if isinstance(config, dict) else {}
-
-
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """A nested configuration as MLflow parameters: dotted names, values as text, both cut to the limits."""
+    """A nested configuration as MLflow parameters: dotted names that fit, values as text, cut to the limit."""
     if isinstance(config, dict) and config:
         parts = (flatten(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in config.items())
         return {name: value for part in parts for name, value in part.items()}
     if not prefix:
         return {}
-    name = re.sub(r"[^\w\-. :/]", "_", prefix, flags=re.ASCII)[:PARAM_NAME_CHARACTERS]
     value = config if isinstance(config, str) else json.dumps(config, default=str)
-    return {name: value[:PARAM_VALUE_CHARACTERS]}
+    return {fitting(prefix): value[:PARAM_VALUE_CHARACTERS]}
+
+
+def fitting(name: str) -> str:
+    """The name as MLflow takes it, no two alike: where it had to be changed or cut, it ends with a digest of itself."""
+    allowed = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII)
+    if allowed == name and len(name) <= NAME_CHARACTERS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:DIGEST_CHARACTERS]
+    return f"{allowed[: NAME_CHARACTERS - DIGEST_CHARACTERS - 1]}.{digest}"
 
 
 def _tags(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -200,10 +201,7 @@ def _tags(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
 
 def _revision(run_dir: Path) -> str | None:
     """The git revision noted in ``env.json``."""
-    try:
-        git = json.loads((run_dir / "env.json").read_bytes()).get("git")
-    except (FileNotFoundError, ValueError):
-        return None
+    git = layout.read_environment(run_dir).get("git")
     return git.get("revision") if isinstance(git, dict) else None
 
 

@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from twinrl import files
 from twinrl.errors import InputError
+from twinrl.run.layout import MLFLOW
 
-STATE_NAME = "mlflow.json"
 FINGERPRINT_BYTES = 4096
 
 
@@ -21,7 +21,7 @@ class State:
     Attributes:
         folder: the run directory.
         experiment: name of the MLflow experiment.
-        tags: the caller's tags, kept so that a rebuild has them too.
+        tags: the caller's tags, kept for later publications.
         total: planned iterations, which fix the widths of the thinning; 0 if not known yet.
         key: tag of the MLflow run by which it is found again if a crash lost its id.
         asked_for: URI of the store that a caller asked for; None for the default.
@@ -31,7 +31,6 @@ class State:
         published: bytes of the log that are certainly in MLflow.
         claimed: bytes of the log that may be in MLflow.
         claim: fingerprint of the log's last rows before ``claimed``.
-        status: how the run ended, for a rebuild; None while it goes on.
     """
 
     folder: Path
@@ -46,7 +45,6 @@ class State:
     published: int = 0
     claimed: int = 0
     claim: str = ""
-    status: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "State":
@@ -55,21 +53,20 @@ class State:
         Raises:
             InputError: ``mlflow.json`` is not one that this module wrote.
         """
-        path = folder / STATE_NAME
+        path = folder / MLFLOW
         try:
-            return cls(folder, **json.loads(path.read_bytes()))
+            content = json.loads(path.read_bytes())
+            return cls(folder, **{key: content[key] for key in content.keys() - {"status"}})  # of older versions
         except FileNotFoundError:
             return cls(folder)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is corrupted", got=error, fix="delete it and rebuild the view") from error
+        except (AttributeError, ValueError, TypeError) as error:
+            raise InputError(f"{path} is corrupted", got=error, fix="delete it and publish again") from error
 
     def save(self) -> None:
         """Write the state in one move."""
         content = asdict(self)
         del content["folder"]
-        unfinished = self.folder / f"{STATE_NAME}.tmp"
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(unfinished, self.folder / STATE_NAME)
+        files.write_text(self.folder / MLFLOW, json.dumps(content, indent=1) + "\n")
 
     def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
         """Set where to publish and what to call it; another store or experiment means another MLflow run.
@@ -93,14 +90,9 @@ class State:
 
     def attach(self, run_id: str, fresh: bool) -> None:
         """Publish to ``run_id`` from now on; a ``fresh`` run holds nothing yet."""
-        self.run_id, self.superseded, self.status = run_id, None, None
+        self.run_id, self.superseded = run_id, None
         if fresh:
             self.published = self.claimed = 0
-        self.save()
-
-    def conclude(self, status: str) -> None:
-        """Note how the run ended."""
-        self.status = status
         self.save()
 
     def fits(self, log: Path) -> bool:

@@ -2,7 +2,8 @@
 
 Nothing is logged to MLflow directly. The view reads rows that a checkpoint has made durable and publishes
 their thinned curves (:mod:`twinrl.tracking.thinning`), so a resumed run has neither gap nor repeat, and the
-view can be thrown away and built again from the run directory alone::
+view can be thrown away and built again from the run directory alone. What was not published while training, because
+the store was away, is published by::
 
     twinrl publish runs/<run>
 
@@ -14,20 +15,22 @@ noticed, and the MLflow run replaced.
 """
 
 import logging
+import math
 import os
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from twinrl.errors import InputError
-from twinrl.tracking import runlog, store
-from twinrl.tracking.mlflow_run import MlflowRun, read_config
+from twinrl.run import layout
+from twinrl.stability import verdict
+from twinrl.stability.divergence import Diverged
+from twinrl.tracking import names, runlog, store
+from twinrl.tracking.mlflow_run import MlflowRun
 from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.thinning import Thinner
+from twinrl.tracking.thinning import Point, Thinner
 
-REBUILD_COMMAND = "twinrl publish {run_dir}"
 FINAL = ("FINISHED", "FAILED", "KILLED")
 logger = logging.getLogger(__name__)
 
@@ -35,11 +38,11 @@ logger = logging.getLogger(__name__)
 class Publisher:
     """The connection of a run directory to its MLflow run; raises whatever the store raises.
 
-    *When to use*: through :class:`MLflowView` while training, :func:`publish` and :func:`rebuild` after.
+    *When to use*: through :class:`MLflowView` while training, :func:`publish` after.
     """
 
     def __init__(self, run_dir: Path, uri: str, state: State):
-        self._log = run_dir / runlog.LOG_NAME
+        self._log = run_dir / layout.LOG
         self._uri = uri
         self._state = state
         self._run = MlflowRun(run_dir, uri, state)
@@ -62,27 +65,44 @@ class Publisher:
         self._run.log_points(points)
         self._run.log_files()
         self._run.tag_events()
+        self._run.tag_verdict(self._verdict(offset)[0])
         self._state.advance(offset)
 
-    def finish(self, status: str, to_the_last: bool = True) -> None:
-        """End the MLflow run; ``to_the_last`` publishes what the open bucket holds before."""
-        self._state.conclude(status)
-        if to_the_last:
+    def finish(self, status: str) -> None:
+        """End the MLflow run, FAILED if the run failed, after what the open bucket holds; a KILLED one goes on there.
+
+        An outcome that was measured last before the run failed ends with nan, which ranks behind every number.
+        """
+        failure, rows = self._verdict(self._state.published)
+        self._run.tag_verdict(failure)
+        if status != "KILLED":
             self._run.log_points(self._thinner.flush())
-        self._run.finish(status, self._thinner.seconds)
+            self._run.log_points(self._outdated(rows, failure))
+        self._run.finish("FAILED" if failure is not None and status != "KILLED" else status, self._thinner.seconds)
+
+    def _verdict(self, offset: int) -> tuple[Diverged | None, list[dict[str, Any]]]:
+        """Whether the run has failed by byte ``offset`` of its log, and the rows up to there."""
+        rows = list(runlog.rows(self._log, stop=offset))
+        return verdict.of_run(self._log.parent, rows), rows
+
+    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[Point]:
+        """A last point, nan, for each outcome whose last value is from before the failure."""
+        values = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, failure)
+        last = rows[-1]["iteration"] if rows else 0
+        return [Point(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)]
 
 
 class MLflowView:
     """The view as the trainer uses it: no method raises, whatever MLflow does.
 
-    If MLflow is away, one warning names the command that builds the view later. The view tries again at
-    later checkpoints, ever more rarely, and catches up by itself once MLflow is back.
+    If MLflow is away, one warning names the command that publishes the run later. The view tries again when it is
+    closed.
 
     Arguments:
         run_dir: the run directory, with ``log.jsonl`` and ``config.yaml``.
         uri: the MLflow store; default: ``MLFLOW_TRACKING_URI``, else ``mlflow.db`` beside the run directory.
         experiment: name of the MLflow experiment; default: as before, at first ``twinrl``.
-        tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for a rebuild.
+        tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for later publications.
         total: planned iterations; default: ``train.steps`` of the configuration.
         quiet: no warning when MLflow is away: the caller says it.
 
@@ -102,9 +122,7 @@ class MLflowView:
         self._dir = Path(run_dir)
         self._aim = (uri, experiment, dict(tags or {}), total)
         self._publisher: Publisher | None = None
-        self._failures_in_a_row = 0
-        self._calls_to_skip = 0
-        self._warned = quiet
+        self._away, self._quiet = False, quiet
 
     @property
     def run_id(self) -> str | None:
@@ -113,10 +131,7 @@ class MLflowView:
 
     def publish_through(self, offset: int) -> bool:
         """Publish the rows up to byte ``offset`` of ``RunLog.sync``; False if MLflow does not have them."""
-        if self._calls_to_skip:
-            self._calls_to_skip -= 1
-            return False
-        return self._guarded(offset, None)
+        return not self._away and self._guarded(offset, None)
 
     def close(self, status: str = "FINISHED", offset: int | None = None) -> bool:
         """Publish the rest and end the MLflow run; False if MLflow does not have it.
@@ -141,25 +156,18 @@ class MLflowView:
                 self._publisher = self._publisher or _open(self._dir, *self._aim)
                 self._publisher.advance(_length(self._dir) if offset is None else offset)
                 if status:
-                    self._publisher.finish(status, to_the_last=status != "KILLED")
+                    self._publisher.finish(status)
         except failures as error:
-            self._note_failure(error, status)
+            self._give_up(error)
             return False
-        self._failures_in_a_row = 0
         return True
 
-    def _note_failure(self, error: Exception, status: str | None) -> None:
-        """Warn the first time, drop the connection, and pause for twice as many calls as the last time."""
-        self._publisher = None
-        if status:
-            with suppress(OSError, InputError):  # only a rebuild would want to know
-                State.load(self._dir).conclude(status)
-        self._calls_to_skip = 2**self._failures_in_a_row - 1
-        self._failures_in_a_row += 1
-        if not self._warned:
-            command = REBUILD_COMMAND.format(run_dir=shlex.quote(str(self._dir)))
-            logger.warning("MLflow is away (%s); training goes on. Build the view later: %s", brief(error), command)
-            self._warned = True
+    def _give_up(self, error: Exception) -> None:
+        """Warn the first time, and drop the connection."""
+        if not self._away and not self._quiet:
+            command = f"twinrl publish {shlex.quote(str(self._dir))}"
+            logger.warning("MLflow is away (%s); training goes on. Publish the run later: %s", brief(error), command)
+        self._publisher, self._away = None, True
 
 
 def publish(
@@ -171,44 +179,23 @@ def publish(
 ) -> str:
     """Bring the MLflow run of ``run_dir`` up to date with its log, however often; returns the MLflow run id.
 
+    Experiment, tags and store are those of the last publication, also of one that failed, where none are given.
+
     Arguments:
         run_dir, tracking_uri, experiment, tags: as for :class:`MLflowView`.
-        final: the run will not go on: publish the very last values too and mark it as finished.
-
-    Raises:
-        InputError: there is no log, or MLflow cannot be reached.
-    """
-    return _publish(Path(run_dir), tracking_uri, experiment, tags or {}, "FINISHED" if final else None)
-
-
-def rebuild(run_dir: str | os.PathLike[str], tracking_uri: str | None = None) -> str:
-    """Replace the MLflow run of ``run_dir`` by a new one made from the run directory; returns its id.
-
-    Experiment, tags, store and final status are those of the last publication, also of one that failed. The
-    old run is marked as deleted.
+        final: the run does not go on at present: end the MLflow run, too, as ``result.json`` says.
 
     Raises:
         InputError: there is no log, or MLflow cannot be reached.
     """
     folder = Path(run_dir)
-    rows = _rows(folder)
-    done = bool(rows) and rows[-1]["iteration"] + 1 >= planned(folder)
-    state = State.load(folder)
-    state.start_over()
-    return _publish(folder, tracking_uri, None, {}, state.status or ("FINISHED" if done else "KILLED"))
-
-
-def _publish(
-    folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], status: str | None
-) -> str:
-    """Publish the whole log; what the store raises becomes an InputError."""
     length = _length(folder)
     try:
         with store.impatient():
-            publisher = _open(folder, uri, experiment, tags, None)
+            publisher = _open(folder, tracking_uri, experiment, tags or {}, None)
             publisher.advance(length)
-            if status:
-                publisher.finish(status)
+            if final:
+                publisher.finish(_status(folder))
     except store.failures() as error:
         raise InputError(
             "MLflow cannot be reached", got=brief(error), fix="start its server or name another store"
@@ -216,12 +203,20 @@ def _publish(
     return publisher.run_id
 
 
+def _status(folder: Path) -> str:
+    """MLflow's word for how a run has ended; KILLED where it may be resumed."""
+    result = layout.read_result(folder)
+    if result is None:
+        return "KILLED"
+    return "FAILED" if result["status"] == "diverged" else "FINISHED"
+
+
 def _open(
     folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], total: int | None
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = State.load(folder)
-    if not state.fits(folder / runlog.LOG_NAME):
+    if not state.fits(folder / layout.LOG):
         state.start_over()
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
@@ -231,19 +226,15 @@ def _open(
 
 def planned(folder: Path) -> int:
     """The run's planned iterations: ``train.steps`` of its configuration, else the rows it has."""
-    train = read_config(folder).get("train")
+    train = layout.read_config(folder).get("train")
     steps = train.get("steps") if isinstance(train, dict) else None
-    return steps if isinstance(steps, int) and steps > 0 else max(1, len(_rows(folder)))
+    return steps if isinstance(steps, int) and steps > 0 else max(1, len(layout.read_rows(folder)))
 
 
 def brief(error: Exception) -> str:
     """The first line of an error's message, shortened; its type where there is no message."""
     lines = str(error).strip().splitlines()
     return f"{lines[0]:.160}" if lines else type(error).__name__
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return runlog.read(folder / runlog.LOG_NAME)
 
 
 def _length(folder: Path) -> int:
@@ -253,6 +244,6 @@ def _length(folder: Path) -> int:
         InputError: there is none.
     """
     try:
-        return (folder / runlog.LOG_NAME).stat().st_size
+        return (folder / layout.LOG).stat().st_size
     except OSError as error:
-        raise InputError(f"{folder} has no {runlog.LOG_NAME}", fix="name a run directory") from error
+        raise InputError(f"{folder} has no {layout.LOG}", fix="name a run directory") from error

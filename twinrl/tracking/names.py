@@ -70,6 +70,6 @@ def score(scorer: str, nfe: int, held_out: bool) -> str:
     return f"val/{'held_out_score' if held_out else 'score'}/{scorer}_{nfe}nfe"
 
 
-def floor(quantity: str) -> str:
-    """Real against real images at the protocol's n: what a perfect generator would get."""
-    return f"val/floor/{quantity}"
+def is_outcome(name: str) -> bool:
+    """Whether a series is an outcome: its last value may rank runs."""
+    return name.startswith(("val/", "reward/", LOSS_TOTAL)) or name == GRAD_TOTAL_RAW

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import pandas
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-LOG_NAME = "log.jsonl"
-PARQUET_NAME = "metrics.parquet"
 
 
 def encode(value: object) -> object:
@@ -238,16 +236,3 @@ def to_frame(path: str | os.PathLike[str]) -> "pandas.DataFrame":
     import pandas
 
     return pandas.DataFrame.from_records(read(path))
-
-
-def write_parquet(run_dir: str | os.PathLike[str]) -> Path:
-    """Write ``metrics.parquet`` beside a run's log, replacing it in one move; returns its path.
-
-    Raises:
-        InputError: the log is missing or corrupted.
-    """
-    target = Path(run_dir) / PARQUET_NAME
-    unfinished = target.with_suffix(".tmp")
-    to_frame(Path(run_dir) / LOG_NAME).to_parquet(unfinished, index=False)
-    unfinished.replace(target)
-    return target

@@ -21,7 +21,7 @@ COUNTERS = ("iteration", "step")
 
 
 class Point(NamedTuple):
-    """One point of a thinned series: a finite value, its iteration, and training seconds until then."""
+    """One point of a thinned series: a value, finite or nan, its iteration, and training seconds until then."""
 
     name: str
     iteration: int
@@ -30,15 +30,16 @@ class Point(NamedTuple):
 
 
 class Thinner:
-    """Turns the rows of a log, fed in order, into at most 320 points a series.
+    """Turns the rows of a log, fed in order, into at most 320 numbers a series.
 
     Arguments:
         total: planned number of iterations; positive. Runs that go on for longer (a roll-back repeats steps
             under new iterations) continue in buckets that widen by half each, which lasts for some twenty
             times ``total``.
 
-    A value that is not finite is not a point: ``nonfinite/<name>`` carries, once a bucket, how many there
-    have been so far. Columns that are no numbers are left out.
+    A value that is not finite is not a point, but where a bucket's last one is: it is there as nan, so that the
+    latest point of a series is never a number from before. ``nonfinite/<name>`` carries, once a bucket, how many
+    there have been so far. Columns that are no numbers are left out.
     """
 
     def __init__(self, total: int):
@@ -48,6 +49,7 @@ class Thinner:
         self._lowest: dict[str, Point] = {}
         self._highest: dict[str, Point] = {}
         self._counts: dict[str, Point] = {}
+        self._gaps: dict[str, Point] = {}  # where a series is not finite at the end of the bucket
         self._totals: dict[str, int] = {}
         self._last: dict[str, Point] = {}  # where it is not among the points given out
 
@@ -78,7 +80,9 @@ class Thinner:
             self._totals[name] = self._totals.get(name, 0) + 1
             counter = f"nonfinite/{name}"
             self._counts[counter] = point._replace(name=counter, value=float(self._totals[name]))
+            self._gaps[name] = point._replace(value=math.nan)
             return
+        self._gaps.pop(name, None)
         if name not in self._lowest or point.value < self._lowest[name].value:
             self._lowest[name] = point
         if name not in self._highest or point.value > self._highest[name].value:
@@ -87,7 +91,7 @@ class Thinner:
 
     def _drain(self) -> list[Point]:
         """The open bucket's points, which is empty afterwards."""
-        series = (self._lowest, self._highest, self._counts)
+        series = (self._lowest, self._highest, self._counts, self._gaps)
         points = {point for kind in series for point in kind.values()}
         for kind in series:
             kind.clear()

@@ -10,7 +10,8 @@ import torch
 
 from tests.backends.families import tiny
 from tests.rounding import assert_rounded
-from twinrl.backends.families import DIFFUSION_FAMILIES, FAMILIES, load_family
+from twinrl.backends.families import FAMILIES, load_family
+from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES
 from twinrl.backends.families.family import Family, FamilyConfig
 
 PROMPTS = ["a red cat", "b"]  # of different lengths

@@ -1,10 +1,11 @@
-"""A family that twinrl has not is added by one file (``ovis_image.py`` beside this one) and one entry.
+"""A family that twinrl has not is added by one file, the one of docs/extending.md, named by its dotted path.
 
 Everything that trainers, data and exports ask of a family then works with it.
 """
 
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 
-import twinrl
+from tests import pages
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES, Case, disturbed
 from tests.backends.families.made import assert_alike
@@ -28,7 +29,8 @@ from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.sampling import euler, sample
 
-NAME, MODULE = "ovis_image", "tests.backends.families.ovis_image"
+NAME = "my_family.OvisImage"
+(PAGE,) = (text for title, text in pages.sections("extending").items() if title.startswith("Family"))
 
 
 def pipeline() -> Any:
@@ -48,10 +50,11 @@ def pipeline() -> Any:
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Case:
-    """The new family, registered, with a tiny pipeline on disk."""
-    monkeypatch.setitem(FAMILIES, NAME, f"{MODULE}:OvisImage")
+    """The page's family, with a tiny pipeline on disk."""
+    for name, text in pages.files(PAGE).items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setitem(tiny.BUILDERS, NAME, pipeline)
-    monkeypatch.setitem(twinrl._COMPONENTS, "OvisImageTwinFlowTransformer", MODULE)
     made = tiny.build(NAME)
     made.save_pretrained(tmp_path / "pipeline")
     family = load_family(NAME, FamilyConfig(path=str(tmp_path / "pipeline")))
@@ -79,33 +82,16 @@ def test_a_configuration_takes_whatever_is_registered(name: str) -> None:
     assert schema.load("twinflow", given).model.family == name
 
 
-COMMANDS = """
-import sys
-from pathlib import Path
-
+SMALL = {
+    "data": "--device cpu buckets.sizes=[[32,32]] buckets.multiple=8 validation=0.3",
+    "train": "'train={steps: 2, batch: 4}' tracking.mlflow=false run.dir=runs 'terms.reward={branches: [e2e]}' "
+    "'reward={model: brightness, gradient: {eta: 50}}' "
+    "'evaluation={n: 20, nfe: [1], grid_samples: 2, batch: 4, velocity_rows: 4}'",
+    "export": "",
+}
+STOCK = """
 import twinrl
-from twinrl.backends.families import FAMILIES
-
-FAMILIES["ovis_image"] = "{module}:OvisImage"  # the line in twinrl.backends.families
-twinrl._COMPONENTS["OvisImageTwinFlowTransformer"] = "{module}"  # the one in twinrl/__init__.py
-
-from twinrl.cli import main
-
-def twinrl_does(*arguments):
-    sys.argv = ["twinrl", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, arguments
-
-twinrl_does("data", "prepare", "images", "--model", "pipeline", "--to", "prepared", "--device", "cpu",
-    "buckets.sizes=[[32,32]]", "buckets.multiple=8", "validation=0.3")
-twinrl_does("train", "twinflow", "model={{family: ovis_image, path: pipeline, lora: {{rank: 2}}}}",
-    "data={{source: folder, root: prepared}}", "train={{steps: 2, batch: 4}}", "tracking.mlflow=false", "run.dir=runs",
-    "terms.reward={{branches: [e2e]}}", "reward={{model: brightness, gradient: {{eta: 50}}}}",
-    "evaluation={{n: 20, nfe: [1], grid_samples: 2, batch: 4, velocity_rows: 4}}")
-twinrl_does("export", str(next(Path("runs").glob("*-s0"))), "student")
-
+import my_family
 from diffusers import DiffusionPipeline
 student = DiffusionPipeline.from_pretrained("student")
 image = student("a red cat", num_inference_steps=2, guidance_scale=0, height=32, width=32).images[0]
@@ -116,11 +102,20 @@ assert image.size == (32, 32)
 @pytest.mark.slow
 @pytest.mark.campaign
 def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: Path) -> None:
-    """In a process that knows the family from its start, as after the two lines."""
+    """The page's commands, and a process that knows no more of twinrl than the family's file."""
     write_pairs(tmp_path / "images", [(32, 32)] * 16)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path]), "OMP_NUM_THREADS": "1"}
-    script = [sys.executable, "-c", COMMANDS.format(module=MODULE)]
-    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+
+    def does(*arguments: str) -> None:
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    for command in pages.commands(PAGE):
+        (run,) = (tmp_path / "runs").glob("*-s0") if "<run>" in command else (None,)
+        words = shlex.split(command.replace("runs/<run>", str(run)))[1:]
+        does("-m", "twinrl", *words, *shlex.split(SMALL[words[0]]))
+    does("-c", STOCK)
     (run,) = (tmp_path / "runs").glob("*-s0")
     assert [math.isfinite(row["reward/mean"]) for row in rows(run)] == [True, True]

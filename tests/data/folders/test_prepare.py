@@ -31,6 +31,7 @@ from twinrl.data.folders.problems import (
 )
 from twinrl.data.folders.verify import Pair, divided, verify
 from twinrl.errors import InputError
+from twinrl.files import unfinished
 
 SIZES = [(64, 64), (90, 60), (60, 90), (64, 60), (40, 60), (96, 64), (64, 80)] * 4
 
@@ -307,11 +308,12 @@ def test_interruption_at_any_call_loses_one_shard_and_changes_nothing(
             break
         except Interrupted:
             for shards in (tmp_path / "out").glob("encoder-*/*"):  # as a kill while writing leaves it
-                (shards / f"shard-{len(list(shards.glob('*.safetensors'))):06}.unfinished").write_text("half a shard")
+                number = len(list(shards.glob("*.safetensors")))
+                unfinished(shards / f"shard-{number:06}.safetensors").write_text("half a shard")
             with pytest.raises(InputError, match="not a complete prepared folder"):
                 CachedDataset(tmp_path / "out")
     assert 10 < tries < 60
-    clean = {name: data for name, data in files(tmp_path / "out").items() if not name.endswith("unfinished")}
+    clean = {name: data for name, data in files(tmp_path / "out").items() if not name.endswith(".new")}
     assert clean == files(tmp_path / "undisturbed")
 
 

@@ -7,6 +7,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from twinrl.components import check_class, own
 from twinrl.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,25 +21,35 @@ FAMILIES: dict[str, str] = {
     "flux": "twinrl.backends.families.flux:Flux",
     "stable_diffusion": "twinrl.backends.families.stable_diffusion:StableDiffusion",
 }
-"""``model.family`` → module and class; a class of your own is added here."""
-
-DIFFUSION_FAMILIES = frozenset({"stable_diffusion"})
-"""Those that predict noise or v and need ``model.prediction`` and ``model.diff2flow``."""
+"""``model.family`` → module and class."""
 
 
 def family_class(name: str) -> "type[Family]":
-    """The class of the family called ``name``.
+    """The class of the family called ``name``, or of a user's own at that dotted path.
 
     Raises:
-        InputError: no such family; the message lists the known ones.
+        InputError: no such family, or a class that is none.
     """
     from twinrl.compat import ensure_torchvision
 
-    if name not in FAMILIES:
-        raise InputError(f"unknown family {name!r}", expected=f"one of {', '.join(FAMILIES)}")
     ensure_torchvision()
+    if name not in FAMILIES:
+        return _own_class(name)
     module, _, attribute = FAMILIES[name].partition(":")
     found: type[Family] = getattr(import_module(module), attribute)
+    return found
+
+
+def _own_class(path: str) -> "type[Family]":
+    from twinrl.backends.families.family import Family
+
+    found: type[Family] = own(path, "family", FAMILIES)
+    named = f"family {path!r}"
+    check_class(found, (Family,), "family", named)
+    if lacking := [name for name in Family.__annotations__ if not hasattr(found, name)]:
+        raise InputError(
+            f"{named} lacks {', '.join(lacking)}", fix="set what twinrl.backends.families.family.Family lists"
+        )
     return found
 
 

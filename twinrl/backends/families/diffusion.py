@@ -31,6 +31,9 @@ from torch import Tensor
 
 from twinrl.errors import InputError
 
+DIFFUSION_FAMILIES = frozenset({"stable_diffusion"})
+"""Those that predict noise or v and need ``model.prediction`` and ``model.diff2flow``."""
+
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """Of a diffusers scheduler's configuration, what decides its noise levels."""
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
@@ -136,3 +139,16 @@ def described(scheduler: Mapping[str, Any], prediction: str, where: object) -> d
             fix=f"model.prediction={PREDICTIONS[published]}" if published in PREDICTIONS else None,
         )  # fmt: skip
     return {key: scheduler[key] for key in SCHEDULE if scheduler.get(key) is not None} | {"prediction": prediction}
+
+
+def check_bridge(family: str, prediction: str | None, diff2flow: bool) -> None:
+    """Raises InputError unless a diffusion model, and no other, is asked for as a flow by both switches."""
+    asked = f"model.prediction={prediction or 'null'} model.diff2flow={str(diff2flow).lower()}"
+    if family not in DIFFUSION_FAMILIES:
+        if prediction is not None or diff2flow:
+            raise InputError(f"{family} is a flow already", got=asked, fix="remove both switches")
+    elif prediction is None or not diff2flow:
+        raise InputError(
+            f"{family} is a diffusion model and TwinFlow trains flows", got=asked,
+            fix="model.prediction=epsilon (or v, as the model was trained) and model.diff2flow=true",
+        )  # fmt: skip

@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+import twinrl
 from twinrl.backends.embedding import at_least_single
 from twinrl.backends.families.lora import without_adapters
 from twinrl.errors import InputError
@@ -47,6 +48,10 @@ class TwinTimes(nn.Module):
     config: Any  # diffusers' own
     twin: bool = True
     _times: tuple[Tensor, Tensor] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        twinrl.register(cls)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

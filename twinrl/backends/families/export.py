@@ -2,7 +2,8 @@
 
 The folder holds the pipeline with the student's transformer, which takes r = 0 where nobody says otherwise, and a
 few-step scheduler. diffusers loads components of foreign classes only from modules that are already imported, and looks
-them up by the library's name in ``model_index.json``: that is ``twinrl``, so ``import twinrl`` suffices.
+them up by the library's name in ``model_index.json``: that is ``twinrl``, so ``import twinrl`` suffices. A family of
+one's own is known once its module is imported, too.
 """
 
 import copy
@@ -133,6 +134,8 @@ def _base_model(base: str) -> str:
 
 def card(family: Family, base: str, name: str) -> str:
     """The model card of an exported folder."""
+    module = family.TRANSFORMER.__module__
+    own = "" if module.startswith(f"{LIBRARY}.") else f"\nimport {module}"
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -146,7 +149,7 @@ A few-step student of `{_called(base)}` (pipeline `{family.PIPELINE}`), trained 
 `twinrl`.
 
 ```python
-import twinrl
+import twinrl{own}
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{name}")
 image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).images[0]

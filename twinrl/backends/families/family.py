@@ -21,7 +21,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families import DIFFUSION_FAMILIES, loading
+from twinrl.backends.families import loading
+from twinrl.backends.families.diffusion import check_bridge
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
 from twinrl.conditions import Condition
@@ -31,19 +32,6 @@ from twinrl.errors import InputError
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
 """Where transformers' configurations have the width of the text, the most particular name first."""
-
-
-def check_bridge(family: str, prediction: str | None, diff2flow: bool) -> None:
-    """Raises InputError unless a diffusion model, and no other, is asked for as a flow by both switches."""
-    asked = f"model.prediction={prediction or 'null'} model.diff2flow={str(diff2flow).lower()}"
-    if family not in DIFFUSION_FAMILIES:
-        if prediction is not None or diff2flow:
-            raise InputError(f"{family} is a flow already", got=asked, fix="remove both switches")
-    elif prediction is None or not diff2flow:
-        raise InputError(
-            f"{family} is a diffusion model and TwinFlow trains flows", got=asked,
-            fix="model.prediction=epsilon (or v, as the model was trained) and model.diff2flow=true",
-        )  # fmt: skip
 
 
 class FamilyConfig(Settings):

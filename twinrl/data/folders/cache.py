@@ -11,7 +11,6 @@ set's longest prompt (:func:`longest`, :func:`pad`), so that any two conditions 
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from twinrl import files
 from twinrl.errors import InputError
 
 Record = Mapping[str, Tensor]
@@ -81,49 +80,23 @@ class ShardStore:
         }
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"shard-{self._next:06d}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
-        save_file(flat, unfinished)
-        publish(unfinished, path)
+        with files.publishing(path) as new:
+            save_file(flat, new)
         self._open(path)
-
-
-def publish(unfinished: Path, path: Path) -> None:
-    """Sync a written file and give it its name; the name appears with the whole content or not at all."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.rename(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file, all or nothing."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    publish(unfinished, path)
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace a file of one JSON object per line, all or nothing."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Only one process writes to a cache. Raises InputError at once where another does; a kill frees the cache."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise InputError(f"another process prepares {folder}", fix="wait for it, or choose another --to") from error
-    try:
+    with (folder / ".lock").open("a") as file:
+        files.lock(file, InputError(f"another process prepares {folder}", fix="wait for it, or choose another --to"))
         yield
-    finally:
-        lock.release()
 
 
 # --- records of unequal length ------------------------------------------------------------------------------

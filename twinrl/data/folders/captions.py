@@ -1,7 +1,8 @@
 """Pairs of image and caption from what people have: folders, metadata, tables, tars, data sets, prompt lists.
 
 A reader yields one :class:`Example` for each usable-looking pair and one :class:`Problem` for each that is not; it
-never fails on a single file. Image bytes are read later, one at a time.
+never fails on a single file, as the ``datasets`` package does on a tar of which one caption is missing or unreadable.
+Image bytes are read later, one at a time.
 
 | format | what it is |
 |---|---|

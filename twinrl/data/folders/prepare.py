@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from twinrl import files
 from twinrl.data.folders.buckets import Bucket
-from twinrl.data.folders.cache import ShardStore, longest, write_jsonl, write_text, writing
+from twinrl.data.folders.cache import ShardStore, longest, write_jsonl, writing
 from twinrl.data.folders.encode import EMPTY_PROMPT, Encoder, Failures, encode_images, encode_prompts
 from twinrl.data.folders.identity import digest
 from twinrl.data.folders.problems import Problem
@@ -166,7 +167,7 @@ def _write_data(
         "settings": config.model_dump(mode="json"),
     }
     write_jsonl(to / ENTRIES, [entry._asdict() for entry in entries])
-    write_text(to / MANIFEST, json.dumps(manifest, indent=1))
+    files.write_text(to / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _used(result: Prepared, config: PrepareConfig) -> list[Bucket]:

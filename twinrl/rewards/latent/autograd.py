@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from twinrl.config import Settings
+from twinrl.data.source import scored
 from twinrl.errors import InputError
-from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws, name_of, scored
+from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws, name_of
 
 
 def reward_gradient(y: Tensor, prompts: Sequence[str], reward: Reward, estimator: str) -> Estimate:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from twinrl import draws
 from twinrl.config import Settings
-from twinrl.errors import InputError
 
 
 class Codec(Protocol):
@@ -97,7 +96,7 @@ class PixelEstimator(ABC):
     """Estimates ``g_y = ∂R/∂y``. A subclass gives ``Config`` and :meth:`pixel_gradient`."""
 
     config: Any
-    Config: ClassVar[type[Settings]]
+    Config: ClassVar[type[Settings]] = Settings
 
     @abstractmethod
     def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: Reward, rows: RowDraws) -> Estimate:
@@ -109,25 +108,13 @@ class LatentEstimator(ABC):
     """Estimates ``∇_z R(D(z))`` without the encoder. A subclass gives ``Config`` and :meth:`latent_gradient`."""
 
     config: Any
-    Config: ClassVar[type[Settings]]
+    Config: ClassVar[type[Settings]] = Settings
 
     @abstractmethod
     def latent_gradient(
         self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
     ) -> Estimate:
         """The gradient at latents ``z`` (B, C, h, w)."""
-
-
-def scored(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(B,) scores. Raises InputError where the reward returns anything else: (B, 1) would broadcast silently."""
-    scores = reward(images, prompts)
-    if scores.shape != (len(images),):
-        raise InputError(
-            f"reward {name_of(reward)} returns no score per image",
-            got=f"shape {tuple(scores.shape)}",
-            expected=f"({len(images)},)",
-        )
-    return scores
 
 
 def name_of(reward: Reward) -> str:

@@ -1,8 +1,16 @@
 """Random directions of finite differences, normalised alike: ``E[d dᵀ] = I``, so each has norm √D on average.
 
 Hence ``ĝ = (1/K) Σ d_k·(d_k·g)`` is an unbiased estimate of the gradient g for all three laws, and a step ε moves a
-coordinate by about ε. To first order they differ in how far a single estimate strays
-(:mod:`twinrl.rewards.latent.laws`).
+coordinate by about ε. To first order, in D dimensions,
+
+    directions     E‖ĝ‖²/‖g‖²       alignment E[ĝ·g]/(‖g‖·√E‖ĝ‖²)
+    gaussian       1 + (D+1)/K      √(K/(D+K+1))
+    rademacher     1 + (D−1)/K      √(K/(D+K−1))
+    orthonormal    D/K              √(K/D)
+
+The alignment is the root-mean-square cosine: exactly for orthonormal directions (ĝ is g's projection onto a random
+K-dimensional subspace, scaled by D/K), up to O(1/D) for the others. Four directions at 3×1328×1328 pixels give a cosine
+of 8.7e-4 and 1150 times the norm. Curvature, rounding and the autoencoder only take from it.
 """
 
 from collections.abc import Iterator

@@ -2,7 +2,8 @@
 
 The published run draws 4 Gaussian directions with ε = 0.01 (pixels in [−1, 1]) and passes the images through 8 bits:
 ``{kind: random_direction, directions: 4, epsilon: 0.01, quantise: true}``. One 8-bit level is 0.0078, so most of such
-a perturbation is rounded away; the cosine to the true gradient is tiny in any case (:mod:`twinrl.rewards.latent.laws`).
+a perturbation is rounded away; the cosine to the true gradient is tiny in any case
+(:mod:`twinrl.rewards.latent.directions`).
 """
 
 from abc import abstractmethod
@@ -14,8 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
+from twinrl.data.source import scored
 from twinrl.rewards.latent import differences, directions
-from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws, scored
+from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws
 from twinrl.tracking import names
 
 

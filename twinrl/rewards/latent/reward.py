@@ -8,7 +8,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from twinrl.config import Settings, build, component, resolve
+from twinrl.components import Registry, checked
+from twinrl.config import Settings, component
 from twinrl.errors import InputError
 from twinrl.rewards.latent.autograd import Autograd
 from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, PixelEstimator, Reward, RowDraws
@@ -19,20 +20,24 @@ from twinrl.rewards.latent.spsa import Spsa
 from twinrl.tracking import names
 from twinrl.transport import like
 
-ESTIMATORS: dict[str, type] = {
-    "autograd": Autograd,
-    "random_direction": RandomDirection,
-    "antithetic": Antithetic,
-    "orthogonal": Orthogonal,
-    "spsa": Spsa,
-    "vae_backprop": VaeBackprop,
-}
-"""Estimators of the gradient by name. A new one is a file with a class and one line here."""
+ESTIMATORS: Registry[PixelEstimator | LatentEstimator] = Registry(
+    "gradient estimator",
+    (PixelEstimator, LatentEstimator),
+    {
+        "autograd": Autograd,
+        "random_direction": RandomDirection,
+        "antithetic": Antithetic,
+        "orthogonal": Orthogonal,
+        "spsa": Spsa,
+        "vae_backprop": VaeBackprop,
+    },
+)
+"""Estimators of the gradient by name."""
 
 if TYPE_CHECKING:
     EstimatorConfig: TypeAlias = Any
 else:
-    EstimatorConfig = component(ESTIMATORS, "gradient estimator")
+    EstimatorConfig = component(ESTIMATORS)
 
 
 class LatentRewardConfig(Settings):
@@ -50,7 +55,7 @@ class LatentRewardConfig(Settings):
     @model_validator(mode="after")
     def _baseline_has_an_effect(self) -> "LatentRewardConfig":
         kind = self.estimator.kind
-        if self.baseline and issubclass(resolve(ESTIMATORS, kind, "gradient estimator"), LatentEstimator):
+        if self.baseline and issubclass(ESTIMATORS.find(kind), LatentEstimator):
             raise ValueError(f"baseline has no effect with estimator {kind}, which does not encode; fix: remove it")
         return self
 
@@ -93,7 +98,7 @@ class LatentReward:
 
     def __init__(self, config: LatentRewardConfig):
         self.config = config
-        self.estimator: PixelEstimator | LatentEstimator = build(ESTIMATORS, config.estimator, "gradient estimator")
+        self.estimator: PixelEstimator | LatentEstimator = ESTIMATORS.build(config.estimator)
         self.baseline: Baseline = config.baseline or "decoded"
 
     def gradient(
@@ -122,16 +127,24 @@ class LatentReward:
     def _chunk(self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws) -> Estimate:
         if isinstance(self.estimator, LatentEstimator):
             found = self.estimator.latent_gradient(z, prompts, codec, reward, rows)
+            self._check(found, z, "latent_gradient")
             g, aux = self.config.eta * found.g, dict(found.aux)
         else:
             with torch.no_grad():
                 y = codec.decode(z)
             found = self.estimator.pixel_gradient(y, prompts, reward, rows)
+            self._check(found, y, "pixel_gradient")
             projected = project(codec, z, y, found.g, self.config.eta, self.baseline)
             g, aux = projected.g, dict(found.aux)
             if projected.round_trip is not None:
                 aux[names.REWARD_ROUNDTRIP] = _rms(z - projected.round_trip)
         return Estimate(g, found.scores, aux | {names.REWARD_GRAD_NORM: _norm(g)})
+
+    def _check(self, found: Estimate, at: Tensor, method: str) -> None:
+        """Raises InputError where an estimate is not one for the images ``at`` (B, ...)."""
+        checked(found, Estimate, self.estimator, method)
+        checked(found.g, Tensor, self.estimator, f"{method}.g", at.shape)
+        checked(found.scores, Tensor, self.estimator, f"{method}.scores", at.shape[:1])
 
     def compare(
         self, found: LatentGradient, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward

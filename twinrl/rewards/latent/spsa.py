@@ -14,8 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
+from twinrl.data.source import scored
 from twinrl.rewards.latent import differences, directions
-from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Reward, RowDraws, scored
+from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Reward, RowDraws
 from twinrl.tracking import names
 
 

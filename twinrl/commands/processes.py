@@ -1,0 +1,33 @@
+"""``twinrl train`` and ``twinrl resume``: in this process, or in those that ``launch.workers`` asks for."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from twinrl.commands import train as process
+from twinrl.commands.failures import in_one_line
+from twinrl.commands.launch import launch
+from twinrl.fsdp import mesh
+from twinrl.runs import RunDirectory
+from twinrl.schema import RunConfig
+
+
+@in_one_line
+def train(settings: RunConfig, fresh: bool, console: Console) -> int:
+    """Start a new run and train it to its end; the exit code. ``fresh`` deletes an older one first."""
+    if _launched_from_here(settings):
+        return launch(settings, RunDirectory(settings.directory), fresh, console)
+    return process.train(settings, fresh, console)
+
+
+@in_one_line
+def resume(path: Path, console: Console) -> int:
+    """Continue an unfinished run from its newest checkpoint; the exit code."""
+    run = RunDirectory(path)
+    if _launched_from_here(settings := run.settings()) and run.result is None:
+        return launch(settings, run, None, console)
+    return process.resume(path, console)
+
+
+def _launched_from_here(settings: RunConfig) -> bool:
+    return settings.launch.wanted and not mesh.launched()

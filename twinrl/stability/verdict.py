@@ -1,0 +1,88 @@
+"""The verdict on a run, from its files: whether it failed, how, when, and what may rank it. Torch-free.
+
+Studies, reports, halving, margins and the MLflow view all ask here, so no two of them disagree; the trainer uses the
+same :class:`~twinrl.stability.divergence.Divergence` on its way.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twinrl.run import layout
+from twinrl.stability.divergence import Diverged, Divergence, Row, first_divergence
+from twinrl.tracking import runlog
+
+COMPLETE = ("finished", "stopped")
+"""How a run ends that no failure has ended."""
+
+
+def verdict(
+    config: Mapping[str, Any],
+    rows: Iterable[dict[str, Any]],
+    start: Row | None = None,
+    result: Mapping[str, Any] | None = None,
+    events: Sequence[Mapping[str, Any]] = (),
+) -> Diverged | None:
+    """The failure of a run by its own margins (``stability.divergence``); None if there is none, or none yet.
+
+    What a rollback has taken back is not judged: a run that it rescued has not failed.
+
+    Arguments:
+        config: the resolved configuration, nested; margins and floors that it lacks are the defaults.
+        rows: the whole log. start: metrics of the start weights. result: of ``result.json``; None while it goes on.
+        events: lines of ``events.jsonl``: the last one says at what a policy has stopped the run.
+    """
+    own = (config.get("stability") or {}).get("divergence")
+    nfe = (config.get("evaluation") or {}).get("nfe") or [1]
+    log, status = list(rows), (result or {}).get("status")
+    margins = Divergence.Config.model_validate(own) if own else None
+    found = first_divergence(runlog.surviving(log, log), margins, int(nfe[0]), start, status in COMPLETE)
+    if found is not None or status != "diverged":
+        return found
+    assert result is not None
+    step, kind = int(result["step"]), str(events[-1]["kind"]) if events else "stopped by its policy"
+    return Diverged(step, step, "", math.nan, None, str(result.get("message", "")), kind, max(0, step - 1))
+
+
+def of_run(folder: Path, rows: Sequence[dict[str, Any]]) -> Diverged | None:
+    """:func:`verdict` on a run directory, given its log."""
+    return verdict(
+        layout.read_config(folder),
+        rows,
+        layout.read_start(folder),
+        layout.read_result(folder),
+        runlog.surviving(layout.read_events(folder), rows),
+    )
+
+
+def encoded(start: Row) -> dict[str, object]:
+    """Metrics as strict JSON."""
+    return {name: runlog.encode(value) for name, value in start.items()}
+
+
+def decoded(plain: Mapping[str, object]) -> Row:
+    """The inverse of :func:`encoded`."""
+    return {name: runlog.decode(value) for name, value in plain.items()}
+
+
+def final_values(
+    rows: Iterable[Row], wanted: Callable[[str], bool], failure: Diverged | None = None
+) -> dict[str, float]:
+    """The last value of each series that is ``wanted``; nan where that is from before the run failed.
+
+    Arguments:
+        rows: of the log that no rollback has taken back.
+
+    *When to use*: for every number that ranks a run. A healthy value from before says nothing of what came of it.
+    """
+    found: dict[str, tuple[int, float]] = {}
+    for row in rows:
+        numbers = {name: value for name, value in row.items() if wanted(name) and _is_number(value)}
+        found |= {name: (int(row["step"]), float(value)) for name, value in numbers.items()}
+    failed = -1 if failure is None else failure.step
+    return {name: math.nan if step < failed else value for name, (step, value) in found.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
