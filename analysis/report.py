@@ -13,7 +13,7 @@ from typing import Any
 from analysis import foreign, run_page, study_page
 from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
 from analysis.mlflow_store import FOLDER, from_mlflow, log_report
-from analysis.page import Page
+from analysis.page import Page, Text
 from twinrl.errors import InputError
 from twinrl.run import layout
 
@@ -61,7 +61,10 @@ def report(
             fix="add e.g. --column step=global_step --column grad/total/norm_raw=grad_norm",
         )  # fmt: skip
     if mapping:
-        page = run_page.build(Run(path, {}, foreign.read(path, mapping)), [], _made(figures))
+        log = foreign.read(path, mapping)
+        page = run_page.build(Run(path, {}, log.rows), [], _made(figures))
+        if log.replaced:
+            page.add(Text(f"{log.replaced} values were logged again for their step; the last ones count.", note=True))
     elif path.is_dir() and is_run(path):
         runs = [load_run(path)]
         page = _of_run(runs[0], _made(figures))

@@ -10,17 +10,28 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from twinrl.errors import InputError
+
 Field = tuple[int, int, bytes | int]
 FLOAT, DOUBLE = 1, 2
 """Types of a tensor's elements."""
 
 
 def scalars(path: Path) -> Iterator[tuple[int, str, float]]:
-    """(step, tag, value) of an event file, or of all in a folder and below it."""
-    files = sorted(file for file in path.rglob("*tfevents*") if file.is_file()) if path.is_dir() else [path]
-    for file in files:
-        for message in _records(file.read_bytes()):
-            yield from _of_event(message)
+    """(step, tag, value) of an event file, or of all in a folder and below it that are not hidden.
+
+    Raises:
+        InputError: a file cannot be read, or a record is none of TensorBoard's.
+    """
+    found = path.rglob("*tfevents*") if path.is_dir() else [path]
+    for file in sorted(file for file in found if file.is_file() and not file.name.startswith(".")):
+        try:
+            for message in _records(file.read_bytes()):
+                yield from _of_event(message)
+        except OSError as error:
+            raise InputError(f"{file} cannot be read", got=error.strerror) from error
+        except (ValueError, struct.error) as error:
+            raise InputError(f"{file} is damaged, or no file of TensorBoard's", got=error) from error
 
 
 def _records(content: bytes) -> Iterator[bytes]:
@@ -35,7 +46,8 @@ def _records(content: bytes) -> Iterator[bytes]:
 
 def _of_event(message: bytes) -> Iterator[tuple[int, str, float]]:
     fields = list(_fields(message))
-    step = next((int(value) for number, _, value in fields if number == 2), 0)
+    step = next((int(value) for number, _, value in fields if number == 2 and isinstance(value, int)), 0)
+    step -= (step >> 63) << 64  # a signed integer of 64 bits
     for number, _, summary in fields:
         for inner, _, value in _fields(summary) if number == 5 and isinstance(summary, bytes) else ():
             if inner == 1 and isinstance(value, bytes) and (found := _of_value(value)) is not None:
@@ -86,9 +98,11 @@ def _fields(message: bytes) -> Iterator[Field]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The variable-length integer at ``at``, and where it ends."""
+    """The variable-length integer at ``at``, and where it ends. Raises ValueError where it has more than 64 bits."""
     value = shift = 0
     while at < len(message):
+        if shift > 63:
+            raise ValueError("an integer beyond 64 bits")
         byte, at = message[at], at + 1
         value |= (byte & 0x7F) << shift
         shift += 7

@@ -4,6 +4,7 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 130 interrupted with a checkpoint written.
 """
 
+import io
 import os
 import sys
 import traceback
@@ -254,9 +255,12 @@ def doctor(
 
 
 def _console():  # no return type: it would import rich.console at start
+    """Prints names and messages as they are; what the stream's encoding lacks is escaped."""
     from rich.console import Console
 
-    return Console(soft_wrap=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return Console(soft_wrap=True, markup=False, emoji=False)
 
 
 def _register_subcommands() -> None:

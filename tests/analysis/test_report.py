@@ -254,13 +254,14 @@ def app() -> typer.Typer:
 @pytest.mark.usefixtures("undrawn")
 def test_the_command_prints_where_the_report_is(tmp_path: Path) -> None:
     rows = "\n".join(f"{k},{50 if k == 90 else 1 + 0.01 * (k % 7)}" for k in range(120))
-    (tmp_path / "log.csv").write_text(f"s,norm\n{rows}\n")
+    (tmp_path / "log.csv").write_text(f"s,norm\n{rows}\n119,1.5\n119,1\n")  # as a resumed run may log
     arguments = ["analyze", str(tmp_path / "log.csv"), "--column", "step=s", "--column", "grad/total/norm_raw=norm"]
     done = CliRunner().invoke(app(), arguments)
     assert done.exit_code == 0, done.output
     assert f"report: {tmp_path}/log-report/report.html" in done.output.replace("\n", "")
     assert "1 spikes" not in (page := (tmp_path / "log-report/report.html").read_text())
     assert "1 spike" in page
+    assert "2 values were logged again for their step" in page
 
 
 def test_an_interaction_of_no_factors_is_refused(study_folder: Path, tmp_path: Path) -> None:

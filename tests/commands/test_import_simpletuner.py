@@ -9,7 +9,7 @@ import yaml
 from rich.console import Console
 
 from twinrl import schema
-from twinrl.commands.simpletuner import READ, RENAMED, convert, import_simpletuner
+from twinrl.commands.simpletuner import COUNTS, FLAGS, NUMBERS, READ, RENAMED, TEXTS, convert, import_simpletuner, read
 from twinrl.errors import InputError
 
 DOCUMENTED = {  # documentation/distillation/TWINFLOW.md, "Quick Config"
@@ -84,9 +84,34 @@ def test_values_are_taken_over(tmp_path: Path) -> None:
     assert settings.train.precision == "float32"
 
 
+def test_values_are_what_they_spell(tmp_path: Path) -> None:
+    plain = DOCUMENTED | {"ema_decay": 0.995, "gradient_checkpointing": False, "twinflow_adversarial_enabled": False}
+    plain |= {"seed": 2**60 + 1, "validation_num_inference_steps": 4, "lora_alpha": None, "lora_rank": 8}
+    spelled = {key: "none" if value is None else str(value) for key, value in plain.items()}
+    assert convert(spelled)[0] == convert(plain)[0]
+    assert loaded(tmp_path, spelled).seed == 2**60 + 1
+    assert loaded(tmp_path, plain | {"train_batch_size": " 2 ", "lora_rank": 8.0, "use_ema": 1}).train.batch == 8
+    assert loaded(tmp_path, plain | {"output_dir": "2023"}).run.dir == Path("2023")
+
+
+def test_adapters_of_another_kind_are_said() -> None:
+    _, notes = convert(DOCUMENTED | {"lora_type": "LyCORIS", "lycoris_config": "lycoris.json"})
+    assert any("lycoris becomes a plain LoRA" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"twinflow_enabled": "false"}, "twinflow_enabled is not true"),
+        ({"validation_guidance": "4.0"}, "validation_guidance cannot be combined"),
+        ({"use_ema": "maybe"}, "use_ema is no value of its kind; got 'maybe'; expected true or false"),
+        ({"train_batch_size": "2,222"}, "train_batch_size is no value of its kind; .* a whole number"),
+        ({"train_batch_size": 2.5}, "train_batch_size is no value of its kind"),
+        ({"train_batch_size": True}, "train_batch_size is no value of its kind"),
+        ({"max_train_steps": "9" * 500}, "max_train_steps is no value of its kind"),
+        ({"learning_rate": "1_0"}, "learning_rate is no value of its kind; .* a number"),
+        ({"learning_rate": "nan"}, "learning_rate is no value of its kind"),
+        ({"model_family": ["sd3"]}, r"model_family is no value of its kind; got \['sd3'\]; expected a text"),
         ({"twinflow_new_option": 1}, "twinflow_new_option has no equivalent"),
         ({"twinflow_enabled": False}, "twinflow_enabled is not true"),
         ({"distillation_method": "dmd"}, "distillation_method cannot be combined"),
@@ -129,7 +154,24 @@ def test_the_command_writes_says_what_differs_and_leaves_files_alone(tmp_path: P
     assert schema.load(str(out)).name == "out"
     with pytest.raises(InputError, match="exists"):
         import_simpletuner(source, out, console)
+    odd = source.rename(tmp_path / "a\nb: \udce9.json")
+    assert import_simpletuner(odd, tmp_path / "odd.yaml", console) == 0
+    assert yaml.safe_load((tmp_path / "odd.yaml").read_text()) == yaml.safe_load(out.read_text())
+    for name in ("nowhere/out.yaml", "x" * 300):
+        with pytest.raises(InputError, match="cannot be written"):
+            import_simpletuner(odd, tmp_path / name, console)
+    source.write_text(json.dumps({"--seed": 1, "seed": 2}))
+    with pytest.raises(InputError, match="has a key twice"):
+        read(source)
+    source.write_bytes(json.dumps(DOCUMENTED).encode("utf-16"))
+    assert read(source) == DOCUMENTED
+    source.write_text('{"output_dir": "café"}', encoding="latin-1")
+    with pytest.raises(InputError, match="cannot be read as JSON; got not UTF-8: byte 19 is 0xe9"):
+        read(source)
 
 
 def test_no_key_is_both_renamed_and_read() -> None:
     assert not READ & set(RENAMED)
+    kinds = [FLAGS, COUNTS, NUMBERS, TEXTS]
+    assert set().union(*kinds) == READ | set(RENAMED)
+    assert sum(map(len, kinds)) == len(READ | set(RENAMED))

@@ -95,6 +95,10 @@ def test_what_is_wrong_is_one_line(weights: Path, tmp_path: Path, monkeypatch: p
     cpu, images = torch.device("cpu"), folder(tmp_path / "images", range(2))
     with pytest.raises(InputError, match=r"evaluation\.reference has no images; got 0 in"):
         inception.reference(tmp_path / "none", weights, cpu)
+    (images / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"gone.png cannot be opened; got a broken link"):
+        inception.reference(images, weights, cpu)
+    (images / "gone.png").unlink()
     with pytest.raises(InputError, match=r"evaluation\.inception is no file"):
         inception.reference(images, tmp_path / "no.pth", cpu)
     monkeypatch.setattr(inception, "URL", "http://127.0.0.1:9/x.pth")

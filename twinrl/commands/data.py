@@ -27,6 +27,7 @@ from twinrl.data.folders.encoder import FamilyEncoder
 from twinrl.data.folders.prepare import (
     REPORT,
     check_apart,
+    check_origin,
     check_usable,
     count_buckets,
     count_reasons,
@@ -69,7 +70,7 @@ def prepare_data(
     Arguments:
         path: folder, file, or a data set's name on the hub.
         model: folder or hub name of a diffusers pipeline; None verifies alone and encodes nothing.
-        to: the prepared folder; None = ``prepared/<name of path>``.
+        to: the prepared folder; None = ``prepared/<name of path>``, where no other data are.
         overrides: ``key.path=value`` settings of ``PrepareConfig``.
         machine: where and how precisely the model encodes.
         family: of the model; None finds it by the pipeline's class.
@@ -78,9 +79,11 @@ def prepare_data(
         InputError: see ``twinrl.data.folders.prepare.prepare``; an unknown or malformed setting; no such model.
     """
     config = validate(PrepareConfig, override({}, overrides))
-    to = to or Path("prepared") / path.resolve().stem
-    check_apart(path, to)
     readers.read(path, config.read)  # a wrong path shows before a large model is loaded
+    if to is None:
+        to = Path("prepared") / path.resolve().name
+        check_origin(path, to)
+    check_apart(path, to)
     if model is None:
         _verify(path, config, to, console)
     else:

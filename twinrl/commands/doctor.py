@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from twinrl import config, schema
 from twinrl.backends import NETWORKS
@@ -102,7 +102,7 @@ def _table(shown: Iterable[Key]) -> Table:
     table.add_column(width=DEFAULT_WIDTH, overflow="fold")
     table.add_column()
     for key in shown:
-        table.add_row(*map(escape, key), style=None if key.default else "bold")
+        table.add_row(*map(Text, key), style=None if key.default else "bold")
     return table
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from twinrl import cluster, config
 from twinrl.checkpoints import in_background
@@ -70,7 +71,7 @@ def _exit_code(trained: "Future[Any]", run: RunDirectory, console: Console) -> i
         if isinstance(outcome, str):
             raise InputError(outcome)
         return outcome
-    console.print(f"[bold red]failed[/]: {_said(failure)}; see {run.path / RANKS}")
+    console.print(Text("failed:", "bold red"), f"{_said(failure)}; see {run.path / RANKS}")
     if run.exists:
         console.print(f"continue with: {program()} resume {run.path}")
     return FAILED
@@ -185,7 +186,7 @@ def work(told: dict[str, Any]) -> int | str:
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         try:
             with failures_named():
-                return _work(told, Console(file=output, width=120))
+                return _work(told, Console(file=output, width=120, markup=False, emoji=False))
         except InputError as error:
             return str(error)
         except BaseException:

@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from twinrl.stability.events import Event
 from twinrl.tracking import names
@@ -72,7 +73,7 @@ class ConsoleObserver:
         self.events += 1
         if self.events <= EVENTS_SHOWN:
             last = "; further events are in events.jsonl alone" if self.events == EVENTS_SHOWN else ""
-            self.progress.console.print(f"[bold red]event[/] {event.kind}: {event.message}{last}")
+            self.progress.console.print(Text("event", "bold red"), f"{event.kind}: {event.message}{last}")
 
 
 class MLflowObserver:

@@ -6,6 +6,8 @@ mapped; the rest is listed as left out. Facts about the keys are from SimpleTune
 """
 
 import json
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from twinrl import config as configuration
-from twinrl import foreign
+from twinrl import foreign, text
 from twinrl.backends.families import FAMILIES
 from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES, PREDICTIONS, check_bridge
 from twinrl.errors import InputError
@@ -45,9 +47,28 @@ READ = {
     "twinflow_rectify_weight", "twinflow_require_ema", "twinflow_allow_no_ema_teacher", "twinflow_allow_diff2flow",
     "diff2flow_enabled", "use_ema", "model_family", "model_type", "pretrained_model_name_or_path", "lora_rank",
     "lora_alpha", "lora_dropout", "train_batch_size", "gradient_accumulation_steps", "mixed_precision",
-    "validation_num_inference_steps", "lr_scheduler", "prediction_type",
+    "validation_num_inference_steps", "lr_scheduler", "prediction_type", "lora_type",
 }  # fmt: skip
 """Keys that are read below; with RENAMED and the guards of ``foreign`` all that is understood."""
+
+FLAGS = {
+    "twinflow_enabled", "twinflow_adversarial_enabled", "twinflow_require_ema", "twinflow_allow_no_ema_teacher",
+    "twinflow_allow_diff2flow", "diff2flow_enabled", "use_ema", "gradient_checkpointing",
+}  # fmt: skip
+COUNTS = {
+    "twinflow_target_step_count", "twinflow_estimate_order", "lora_rank", "train_batch_size",
+    "gradient_accumulation_steps", "validation_num_inference_steps", "max_train_steps", "seed", "checkpointing_steps",
+    "checkpoint_step_interval", "validation_steps", "validation_step_interval",
+}  # fmt: skip
+NUMBERS = {
+    "twinflow_enhanced_ratio", "twinflow_delta_t", "twinflow_target_clamp", "twinflow_adversarial_weight",
+    "twinflow_rectify_weight", "ema_decay", "learning_rate", "max_grad_norm", "lora_alpha", "lora_dropout",
+}  # fmt: skip
+TEXTS = (READ | set(RENAMED)) - FLAGS - COUNTS - NUMBERS
+"""Every key that is understood is of one kind, though its files spell values as they please: ``"false"``, ``"2"``."""
+
+SPELLED = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+ABSENT = ("", "none", "null")
 
 NAMES = {"z-image": "z_image", "sd1x": "stable_diffusion", "sd2x": "stable_diffusion"}
 """Its names of families where ours differ."""
@@ -62,7 +83,7 @@ class Imported:
     """A configuration on its way.
 
     Attributes:
-        given: SimpleTuner's keys without leading dashes.
+        given: SimpleTuner's keys without leading dashes, each of its kind (:func:`typed`).
         made: twinrl's mapping.
         notes: what differs, for people.
     """
@@ -92,10 +113,14 @@ def import_simpletuner(path: Path, out: Path | None, console: Console) -> int:
         InputError: the file cannot be read, is not for TwinFlow, has an option that twinrl has not, or ``out`` exists.
     """
     out = out or Path(path.stem + ".yaml")
-    if out.exists():
+    if os.path.exists(out):  # False where the name is too long, which writing says
         raise InputError(f"{out} exists", fix="name another file with -o")
     made, notes = convert(read(path))
-    out.write_text(f"# from SimpleTuner's {path.name}\n{yaml.safe_dump(made, sort_keys=False, allow_unicode=True)}")
+    content = yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
+    try:
+        out.write_text(f"# from SimpleTuner's {text.printable(path.name)}\n{content}", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{out} cannot be written", got=error.strerror, fix="name another file with -o") from error
     console.print(f"written to {out}; what differs:")
     for note in notes:
         console.print(f"- {note}", markup=False)
@@ -103,14 +128,68 @@ def import_simpletuner(path: Path, out: Path | None, console: Console) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The keys of a SimpleTuner file, without leading dashes. Raises InputError where it is no JSON object."""
+    """The keys of a SimpleTuner file, without leading dashes.
+
+    Raises:
+        InputError: it is no JSON object, or has a key in both ways.
+    """
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(text.decode(path.read_bytes()))
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON", got=error) from error
     if not isinstance(found, dict):
         raise InputError(f"{path} is no JSON object", got=type(found).__name__, expected='{"model_family": …}')
-    return {str(key).lstrip("-"): value for key, value in found.items()}
+    keys = {key.lstrip("-"): value for key, value in found.items()}
+    if len(keys) < len(found):
+        raise InputError(f"{path} has a key twice, with dashes and without", fix="keep one of each")
+    return keys
+
+
+def typed(key: str, value: Any) -> Any:
+    """The value of a key as what it is: a flag, a count, a number or a text; of a key that is not understood as given.
+
+    Raises:
+        InputError: it cannot be that.
+    """
+    spelled = value.strip().lower() if isinstance(value, str) else value
+    if value is None or spelled in ABSENT:
+        return None
+    for keys, kind, make in (
+        (FLAGS, "true or false", _flag), (COUNTS, "a whole number", _count), (NUMBERS, "a number", _number),
+        (TEXTS, "a text", _text),
+    ):  # fmt: skip
+        if key in keys:
+            try:
+                return make(spelled if keys is not TEXTS else value)
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise InputError(f"{key} is no value of its kind", got=f"{value!r:.80}", expected=kind) from error
+    return value
+
+
+def _flag(value: Any) -> bool:
+    return SPELLED[str(value).lower()]
+
+
+def _count(value: Any) -> int:
+    number = _number(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(value) if str(value).lstrip("+-").isdigit() else int(number)  # whole digits beyond a float's stay exact
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
+        raise TypeError
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def convert(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -119,6 +198,7 @@ def convert(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         InputError: names the key that has no equivalent.
     """
+    given = {key: typed(key, value) for key, value in given.items()}
     found = Imported(given)
     _guards(found)
     _model(found)
@@ -139,11 +219,20 @@ def _guards(found: Imported) -> None:
     for key, value in found.given.items():
         if key.startswith("twinflow_") and key not in READ | set(RENAMED):
             raise InputError(f"{key} has no equivalent here", fix="remove the key, or describe what it should do")
-        harmless = not value or value == "none" or (key == "prediction_type" and _is_bridged_or_flow(found, value))
+        harmless = _off(value) or (key == "prediction_type" and _is_bridged_or_flow(found, value))
         if not harmless and (reason := foreign.reason(key)):
             raise InputError(f"{key} cannot be combined with TwinFlow: {reason}", got=value, fix="remove the key")
     if not found.get("twinflow_enabled", False):
         raise InputError("twinflow_enabled is not true", fix="only TwinFlow configurations can be imported")
+
+
+def _off(value: object) -> bool:
+    """Whether an option of any kind is switched off, however that is spelled."""
+    spelled = str(value).strip().lower()
+    try:
+        return not value or spelled in ABSENT or not SPELLED.get(spelled, True) or float(spelled) == 0
+    except ValueError:
+        return False
 
 
 def _is_bridged_or_flow(found: Imported, prediction: object) -> bool:
@@ -185,6 +274,8 @@ def _model(found: Imported) -> None:
         found.notes.append(
             f"adapters: rank {rank} on the family's own layers, kept in float32; the second time and the sign train too"
         )
+        if (adapters := found.get("lora_type", "standard").lower()) != "standard":
+            found.notes.append(f"adapters: lora_type {adapters} becomes a plain LoRA; its own settings are left out")
 
 
 def _prediction(found: Imported, family: str) -> None:

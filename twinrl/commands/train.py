@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from twinrl import assembly, pictures
 from twinrl.branches import allocate
@@ -59,7 +60,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
             if ranks.first and not goes_on:
                 run.discard()
             raise
-        console.print(f"run directory [bold]{run.path}[/]")
+        console.print("run directory", Text(str(run.path), "bold"))
         return _continue(trainer, console, stop)
 
 
@@ -218,8 +219,8 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(f"curves and grids: {program()} ui {run.path.parent}")
     failure = trainer.monitor.divergence.outcome
     if outcome.status != "diverged" and failure is not None:
-        console.print(f"[bold red]failed[/]: {failure.message}{'; it recovered' if failure.recovered else ''}")
+        console.print(Text("failed:", "bold red"), f"{failure.message}{'; it recovered' if failure.recovered else ''}")
     if outcome.status == "diverged":
-        console.print(f"[bold red]diverged[/]: {outcome.message}; see {run.events}")
+        console.print(Text("diverged:", "bold red"), f"{outcome.message}; see {run.events}")
         return FAILED
     return 0

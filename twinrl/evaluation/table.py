@@ -16,6 +16,7 @@ from twinrl.sampling import Network, SamplerConfig, euler, few_step, nfe
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 REPEATED_NOISE = "95% t interval of the mean over repeated start noise, network and real images fixed"
 RESPLIT = "middle 95% over random re-splits of the same real images into reference and others"
@@ -90,7 +91,7 @@ class FinalTable:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
         return table
 
-    def _cells(self, metrics: Mapping[str, Estimate]) -> list[str]:
+    def _cells(self, metrics: Mapping[str, Estimate]) -> "list[str | Text]":
         fd, accuracy = metrics["fd"], metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
         return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
@@ -128,11 +129,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(estimate: Estimate, digits: int) -> str:
+def _show(estimate: Estimate, digits: int) -> "str | Text":
+    from rich.text import Text
+
     value = f"{estimate.value:.{digits}f}"
     if math.isnan(estimate.low):
         return value
-    return f"{value}\n[dim]{estimate.low:.{digits}f}–{estimate.high:.{digits}f}[/]"
+    return Text.assemble(f"{value}\n", (f"{estimate.low:.{digits}f}–{estimate.high:.{digits}f}", "dim"))
 
 
 # --- intervals ------------------------------------------------------------------------------------------

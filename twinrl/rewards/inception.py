@@ -22,6 +22,7 @@ from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from twinrl.checkpoints import load_module
 from twinrl.compat import ensure_torchvision
+from twinrl.data.folders.files import ending_in
 from twinrl.data.folders.images import SUFFIXES, decode
 from twinrl.data.folders.problems import UnusableError
 from twinrl.data.source import cache_dir
@@ -133,7 +134,9 @@ def reference(folder: Path, weights: Path | None, device: torch.device) -> Refer
     Raises:
         InputError: fewer than two images, a damaged one, or no weights.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files, problems = ending_in(folder, SUFFIXES) if folder.is_dir() else ([], [])
+    if problems:
+        raise InputError(f"{folder / problems[0].name} {problems[0].reason}", got=problems[0].detail, fix="remove it")
     if len(files) < 2:
         raise InputError(
             "evaluation.reference has no images", got=f"{len(files)} in {folder}", expected="a folder of two or more"

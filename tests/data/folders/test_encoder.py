@@ -13,6 +13,7 @@ from tests.data.folders.tiny import encoded, picture, write_pairs
 from tests.rounding import assert_rounded
 from twinrl.backends.families import load_family
 from twinrl.backends.families.family import FamilyConfig
+from twinrl.cli import _console
 from twinrl.commands.data import Machine, load_encoder, prepare_data
 from twinrl.data.folders import CachedDataset, PrepareConfig
 from twinrl.data.folders.encoder import FamilyEncoder
@@ -124,6 +125,34 @@ def test_another_vocabulary_is_another_encoder(model: Path, tmp_path: Path) -> N
     assert FamilyEncoder(family).key == before
     family.pipeline.tokenizer.add_tokens(["cat"])
     assert FamilyEncoder(family).key != before
+
+
+def test_names_are_printed_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "caf\udce9[/b]"  # a byte that is no UTF-8
+    write_pairs(folder, [(64, 64)])
+    (folder / "odd[").mkdir()
+    (folder / "odd[" / "b]:smile:.png").write_bytes(b"")  # its path reads odd[/b]:smile:.png
+    monkeypatch.chdir(tmp_path)
+    assert prepare_data(folder, None, None, SETTINGS, CPU, _console()) == 0
+    text = capsys.readouterr().out.replace("\n", "")
+    assert r"caf\udce9[/b] read as format text" in text
+    assert "odd[/b]:smile:.png" in text
+    assert (tmp_path / "prepared" / "b]" / REPORT).is_file()
+
+
+def test_two_folders_never_share_a_target(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for year, name in enumerate(["photos.2023", "photos.2024", "old/photos.2024"]):
+        write_pairs(tmp_path / name, [(64, 64)], start=year)
+    for name in ["photos.2023", "photos.2024", "photos.2023"]:
+        prepare_data(Path(name), str(model), None, SETTINGS, CPU, Console(quiet=True))
+    assert {path.parent.name for path in Path("prepared").rglob(MANIFEST)} == {"photos.2023", "photos.2024"}
+    with pytest.raises(
+        InputError, match=r"photos.2024 holds other data; got those of .*/photos.2024; fix: name another"
+    ):
+        prepare_data(Path("old/photos.2024"), str(model), None, SETTINGS, CPU, Console(quiet=True))
 
 
 def test_wrong_models_and_settings_are_one_line(model: Path, pictures: Path, tmp_path: Path) -> None:

@@ -45,15 +45,18 @@ def test_16_bits_become_8() -> None:
     assert np.abs(found[..., 0] - ramp / 257).max() <= 0.5
     assert found.min() == 0
     assert found.max() == 255
+    clear = values(encoded(Image.fromarray(ramp), transparency=int(ramp[0, 3])))
+    assert clear[0, :5, 0].tolist() == [*found[0, :3, 0], 255, found[0, 4, 0]]
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied_and_known_from_the_header(orientation: int) -> None:
+def test_exif_rotation_is_applied_and_known_from_the_header(orientation: int, format: str) -> None:
     image = picture(40, 20)
     image.paste((255, 0, 0), (0, 0, 10, 10))  # the marked corner
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(image, "JPEG", exif=exif, quality=95)
+    data = encoded(image, format, exif=exif, quality=95)
     found = values(data)
     assert found.shape[1::-1] == upright_size(data) == ((40, 20) if orientation < 5 else (20, 40))
     corner = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
@@ -62,7 +65,7 @@ def test_exif_rotation_is_applied_and_known_from_the_header(orientation: int) ->
     assert max(green, blue) < 60
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "AVIF"])
 def test_truncated_files_are_damaged(format: str) -> None:
     data = encoded(picture(64, 64), format)
     decode(data)
@@ -76,7 +79,7 @@ def test_truncated_files_are_damaged(format: str) -> None:
 def test_mangled_files_never_raise_anything_else() -> None:
     generator = np.random.default_rng(0)
     outcomes = {"whole": 0, "damaged": 0}
-    for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF"):
+    for format in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "AVIF"):
         clean = encoded(picture(32, 32), format)
         for _ in range(60):
             data = bytearray(clean)
@@ -96,6 +99,22 @@ def test_other_files_are_no_images(data: bytes) -> None:
     for read in (upright_size, decode):
         with pytest.raises(UnusableError, match="corrupt image"):
             read(data)
+
+
+def test_formats_that_pillow_lacks_are_named() -> None:
+    if "HEIF" not in Image.OPEN:  # its plug-in is not installed
+        with pytest.raises(UnusableError, match="HEIF, which Pillow cannot read here: pip install pillow-heif"):
+            decode(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UnusableError, match="unknown format"):
+        decode(encoded(picture(8, 8), "EPS"))  # Pillow would start another program
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_of_an_animation_the_first_frame_is_taken(format: str) -> None:
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    red, green, blue = values(encoded(first, format, save_all=True, append_images=[second]))[4, 4]
+    assert red > 240
+    assert max(green, blue) < 15
 
 
 def test_pixels_of_unknown_range_are_refused() -> None:

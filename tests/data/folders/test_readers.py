@@ -21,7 +21,9 @@ from twinrl.data.folders.problems import (
     NO_CAPTION,
     NO_IMAGE,
     NOT_AN_IMAGE,
+    SECOND_CAPTION,
     Problem,
+    UnusableError,
 )
 from twinrl.data.folders.readers import read
 from twinrl.errors import InputError
@@ -70,6 +72,55 @@ def test_text_files_beside_images(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_captions_of_other_names_and_encodings(tmp_path: Path) -> None:
+    for image, caption, encoding in (
+        ("0.JPG", "0.caption", "utf-16"), ("1.png", "1.png.txt", "utf-8"), ("2.png", "2.TXT", "utf-8-sig"),
+    ):  # fmt: skip
+        (tmp_path / image).write_bytes(PICTURES[int(image[0])])
+        (tmp_path / caption).write_bytes(CAPTIONS[int(image[0])].encode(encoding))
+    assert found(tmp_path) == ("text", EXPECTED, {})
+    (tmp_path / "1.txt").write_text("of another 1")
+    (tmp_path / "0.json").write_text("{}")
+    assert found(tmp_path) == ("text", EXPECTED, {"0.json": NOT_AN_IMAGE, "1.txt": SECOND_CAPTION})
+
+
+def test_captions_whose_characters_were_lost_are_listed(tmp_path: Path) -> None:
+    for name, data in {
+        "a": "kite".encode("utf-16-le"), "b": "caf\ufffd".encode(), "c": "café".encode("latin-1"), "d": b"a kite",
+    }.items():  # fmt: skip
+        (tmp_path / f"{name}.png").write_bytes(PICTURES[0])
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    _, pairs, problems = found(tmp_path)
+    assert pairs == [("a kite", PICTURES[0])]
+    assert problems == dict.fromkeys(["a.png", "b.png", "c.png"], BAD_CAPTION)
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    (tmp_path / "caf\udce9.png").write_bytes(PICTURES[0])
+    (tmp_path / "b\n.png").write_bytes(PICTURES[0])
+    (tmp_path / "b\n.txt").write_text("a kite")
+    items = list(read(tmp_path, ReadConfig())[1])
+    assert [item.name for item in items] == [r"b\n.png", r"caf\xe9.png"]
+    assert isinstance(items[0], Example)
+
+
+def test_metadata_in_other_encodings(tmp_path: Path) -> None:
+    for number, data in enumerate(PICTURES):
+        (tmp_path / f"{number}.png").write_bytes(data)
+    rows = [json.dumps({"file_name": f"{n}.png", "text": c}, ensure_ascii=False) for n, c in enumerate(CAPTIONS)]
+    for encoding in ("utf-8-sig", "utf-16"):
+        (tmp_path / "Metadata.JSONL").write_bytes("\n".join(rows).encode(encoding))
+        assert found(tmp_path) == ("metadata", EXPECTED, {})
+    latin, lost = rows[1].encode("latin-1"), b'{"file_name": "0.png", "text": "\\ud83d"}'
+    long = json.dumps({"file_name": "x" * 300, "text": "long"}).encode()
+    (tmp_path / "Metadata.JSONL").write_bytes(b"\n".join([rows[0].encode(), latin, long, lost]))
+    (tmp_path / ".trash").mkdir()
+    (tmp_path / ".trash" / "metadata.jsonl").write_text(rows[2])
+    name, pairs, problems = found(tmp_path)
+    assert (name, pairs) == ("metadata", EXPECTED[:1])
+    assert list(problems.values()) == [BAD_ROW, NO_IMAGE, BAD_CAPTION]
+
+
 @pytest.mark.parametrize("key", ["text", "caption", "blip"])
 def test_metadata_lines(tmp_path: Path, key: str) -> None:
     (tmp_path / "images").mkdir()
@@ -107,6 +158,22 @@ def test_parquet_with_bytes_structs_and_paths(tmp_path: Path) -> None:
         found(tmp_path / "b.parquet")
 
 
+def test_captions_in_lists_and_bytes_and_files_of_other_names(tmp_path: Path) -> None:
+    lists = [[CAPTIONS[0], "another"], [CAPTIONS[1]], [CAPTIONS[2]], [], None]
+    table = pyarrow.table({"image": [*PICTURES, PICTURES[0], PICTURES[0]], "text": lists})
+    parquet.write_table(table, tmp_path / "a.PARQUET")
+    (tmp_path / "._a.parquet").write_bytes(b"\0\x05\x16\x07 of a Mac")
+    problems = {"a.PARQUET[3]": EMPTY_CAPTION, "a.PARQUET[4]": EMPTY_CAPTION}
+    assert found(tmp_path) == ("parquet", EXPECTED, problems)
+    latin = pyarrow.array([c.encode("latin-1") for c in CAPTIONS], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"image": PICTURES, "text": latin}), tmp_path / "b.parquet")
+    expected = ("parquet", [EXPECTED[0], EXPECTED[2]], {"b.parquet[1]": BAD_CAPTION})
+    assert found(tmp_path / "b.parquet") == expected
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, latin.buffers())  # said to be UTF-8
+    parquet.write_table(pyarrow.table({"image": PICTURES, "text": text}), tmp_path / "b.parquet")
+    assert found(tmp_path / "b.parquet") == expected
+
+
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     texts = [f"caption {i} " + "x" * 200 for i in range(6)]
     table = pyarrow.table({"image": PICTURES * 2, "text": texts})
@@ -123,8 +190,6 @@ def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
 
 def found_with_bytes(path: Path) -> tuple[str, list[tuple[str, bytes]], dict[str, str]]:
     """As ``found``, where reading bytes may itself be a problem."""
-    from twinrl.data.folders.problems import UnusableError
-
     name, items = read(path, ReadConfig(format="parquet"))  # beside loose images, auto could not tell
     pairs, problems = [], {}
     for item in items:
@@ -156,6 +221,14 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     assert problems == {
         "01.tar/3": NO_CAPTION, "01.tar/4": NO_IMAGE, "01.tar/5": BAD_CAPTION, "01.tar/6": NO_IMAGE
     }  # fmt: skip
+
+
+def test_tars_of_other_names_and_captions(tmp_path: Path) -> None:
+    members = {"./0.png": PICTURES[0], "./0.png.txt": CAPTIONS[0].encode("utf-16"), "1.jpg": PICTURES[1]}
+    members |= {"1.caption": CAPTIONS[1].encode(), "2.png": PICTURES[2], "._2.png": b"of a Mac", ".trash/3.png": b"x"}
+    members["2.json"] = json.dumps({"text": [CAPTIONS[2], "another"]}).encode()
+    write_tar(tmp_path / "00.TAR", members)
+    assert found(tmp_path) == ("webdataset", EXPECTED, {})
 
 
 def test_a_cut_off_tar_keeps_what_comes_before(tmp_path: Path) -> None:
@@ -190,6 +263,14 @@ def test_a_dataset_of_hugging_face_needs_its_package(tmp_path: Path, monkeypatch
         found(tmp_path, format="huggingface")
 
 
+def test_prompt_lists_in_other_encodings(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.TXT"
+    file.write_bytes("a café\r\na dog".encode("utf-16"))
+    assert found(file) == ("prompts", [("a café", None), ("a dog", None)], {})
+    file.write_bytes(b"\xef\xbb\xbfa cat\n" + "a café\n".encode("latin-1"))
+    assert found(file) == ("prompts", [("a cat", None)], {"prompts.TXT:2": BAD_CAPTION})
+
+
 @pytest.mark.parametrize(
     ("files", "says"),
     [
@@ -206,8 +287,9 @@ def test_wrong_folders_are_one_line(tmp_path: Path, files: dict[str, str], says:
 
 
 def test_wrong_paths_and_formats_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no file or folder"):
-        found(tmp_path / "nowhere")
+    for name in ("nowhere", "x" * 300):
+        with pytest.raises(InputError, match="no file or folder"):
+            found(tmp_path / name)
     (tmp_path / "x.csv").write_text("x")
     with pytest.raises(InputError, match=r"of no known format; got \.csv"):
         found(tmp_path / "x.csv")

@@ -6,15 +6,18 @@ Image bytes are read later, one at a time.
 
 | format | what it is |
 |---|---|
-| ``text`` | ``a.png`` with its caption in ``a.txt`` beside it, in any depth of subfolders |
+| ``text`` | ``a.png`` with its caption in ``a.txt``, ``a.caption`` or ``a.png.txt`` beside it, in any subfolder |
 | ``metadata`` | ``metadata.jsonl`` of ``{"file_name": …, "text" or "caption": …}`` lines (Hugging Face imagefolder) |
 | ``parquet`` | tables with an image column (bytes, Hugging Face's struct, or a path) and a caption column |
 | ``webdataset`` | uncompressed tars of ``key.png|jpg|webp`` with ``key.txt`` or ``key.json`` |
 | ``huggingface`` | a data set saved by, or loaded through, the ``datasets`` package |
 | ``prompts`` | a text file with one prompt per line, no images |
+
+Text is UTF-8, or UTF-16 with a byte order mark; suffixes are taken in any case. Of a list of captions the first counts.
 """
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +26,9 @@ from typing import Any, Literal, TypeAlias
 
 from pydantic import Field
 
+from twinrl import text
 from twinrl.config import Settings
+from twinrl.data.folders import files
 from twinrl.data.folders.images import SUFFIXES
 from twinrl.data.folders.problems import (
     BAD_CAPTION,
@@ -32,6 +37,7 @@ from twinrl.data.folders.problems import (
     NO_CAPTION,
     NO_IMAGE,
     NOT_AN_IMAGE,
+    SECOND_CAPTION,
     Problem,
     UnusableError,
 )
@@ -45,7 +51,7 @@ class Example:
     """One pair.
 
     Attributes:
-        name: where it comes from, for reports.
+        name: where it comes from, for reports; what cannot be printed is escaped.
         caption: not empty.
         read: gives the image file's bytes; None in a prompt list. Raises OSError or UnusableError.
     """
@@ -53,6 +59,9 @@ class Example:
     name: str
     caption: str
     read: Read | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", text.printable(self.name))
 
 
 Found: TypeAlias = Example | Problem
@@ -80,31 +89,42 @@ def caption_in(row: Mapping[str, Any], column: str | None) -> str:
     key = next((key for key in keys if key in row), None)
     if key is None:
         raise UnusableError(NO_CAPTION, f"no {' or '.join(keys)} among {', '.join(map(str, row))}")
-    if row[key] is not None and not isinstance(row[key], str):
-        raise UnusableError(BAD_CAPTION, f"{key} is of type {type(row[key]).__name__}")
-    return clean(row[key] or "")
+    value = row[key]
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    if value is not None and not isinstance(value, str):
+        raise UnusableError(BAD_CAPTION, f"{key} is of type {type(value).__name__}")
+    return clean(value or "")
 
 
-def clean(text: str) -> str:
-    """The caption without surrounding white space. Raises UnusableError where nothing is left."""
-    if not text.strip():
+def clean(caption: str) -> str:
+    """The caption without surrounding white space.
+
+    Raises:
+        UnusableError: nothing is left, or characters were lost before.
+    """
+    if not caption.strip():
         raise UnusableError(EMPTY_CAPTION)
-    return text.strip()
+    if flaw := text.flaw(caption):
+        raise UnusableError(BAD_CAPTION, flaw)
+    return caption.strip()
 
 
-def decode_text(data: bytes) -> str:
-    """UTF-8 text, with or without a byte order mark. Raises UnusableError where it is something else."""
+def decode_text(data: bytes, reason: str = BAD_CAPTION) -> str:
+    """The text of a file or line. Raises UnusableError for ``reason`` where its encoding is not known for sure."""
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UnusableError(BAD_CAPTION, f"not UTF-8: byte {error.start}") from error
+        return text.decode(data)
+    except ValueError as error:
+        raise UnusableError(reason, str(error)) from error
 
 
-def decode_json(data: bytes | str, reason: str) -> dict[str, Any]:
+def decode_json(data: bytes, reason: str) -> dict[str, Any]:
     """A JSON object. Raises UnusableError for ``reason`` where it is something else."""
     try:
-        value = json.loads(data)
-    except ValueError as error:
+        value = json.loads(decode_text(data, reason))
+    except (ValueError, RecursionError) as error:
         raise UnusableError(reason, f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise UnusableError(reason, f"not a JSON object but {type(value).__name__}")
@@ -122,63 +142,84 @@ def attempt(name: str, make: Callable[[], Example]) -> Found:
 # --- files in folders -------------------------------------------------------------------------------------
 
 
+CAPTION_SUFFIXES = (".txt", ".caption")
+"""Names of captions beside images, the first that is there first."""
+
+
 def read_text(path: Path, config: ReadConfig) -> Iterator[Found]:
-    """``text``: images with ``.txt`` files beside them; other files are problems, hidden ones are passed over."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-    images = {file.with_suffix("") for file in files if file.suffix.lower() in SUFFIXES}
-    for file in files:
+    """``text``: images with captions beside them; other files are problems, hidden ones are passed over."""
+    found, problems = files.below(path)
+    yield from problems
+    captions: dict[Path, list[Path]] = {}  # what a caption's name begins with → such files
+    for suffix in CAPTION_SUFFIXES:
+        for file in found:
+            if file.suffix.lower() == suffix:
+                captions.setdefault(file.with_suffix(""), []).append(file)
+    taken = set()
+    for file in found:
         name = file.relative_to(path).as_posix()
         if file.suffix.lower() in SUFFIXES:
-            yield attempt(name, partial(_beside, file, name))
-        elif file.suffix.lower() != ".txt":
+            beside = captions.get(file, []) + captions.get(file.with_suffix(""), [])
+            taken |= set(beside[:1])
+            yield attempt(name, partial(_beside, file, beside, name))
+        elif file.suffix.lower() not in CAPTION_SUFFIXES:
             yield Problem(name, NOT_AN_IMAGE, f"suffix {file.suffix or 'missing'}")
-        elif file.with_suffix("") not in images:
-            yield Problem(name, NO_IMAGE, "a caption without an image beside it")
+    images = {base for file in found if file.suffix.lower() in SUFFIXES for base in (file, file.with_suffix(""))}
+    for base, beside in captions.items():
+        reason, detail = (SECOND_CAPTION, "the image has another") if base in images else (NO_IMAGE, "none beside it")
+        for file in beside:
+            if file not in taken:
+                yield Problem(file.relative_to(path).as_posix(), reason, detail)
 
 
-def _beside(file: Path, name: str) -> Example:
-    caption = file.with_suffix(".txt")
+def _beside(file: Path, captions: list[Path], name: str) -> Example:
+    if not captions:
+        raise UnusableError(NO_CAPTION, f"no {file.stem}.txt beside it")
     try:
-        data = caption.read_bytes()
-    except FileNotFoundError:
-        raise UnusableError(NO_CAPTION, f"no {caption.name} beside it") from None
+        data = captions[0].read_bytes()
     except OSError as error:
-        raise UnusableError(BAD_CAPTION, str(error)) from error
+        raise UnusableError(BAD_CAPTION, str(error.strerror)) from error
     return Example(name, clean(decode_text(data)), file.read_bytes)
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+METADATA = "metadata.jsonl"
 
 
 def read_metadata(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``metadata``: every ``metadata.jsonl`` under the folder; ``file_name`` is relative to its own folder."""
-    files = [path] if path.is_file() else sorted(path.rglob("metadata.jsonl"))
-    for file in files:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    name = f"{file.name}:{number}"
-                    yield attempt(name, partial(_listed, file, line, name, config))
+    found, problems = files.ending_in(path, [".jsonl"])
+    yield from problems
+    for file in found if found == [path] else [file for file in found if file.name.lower() == METADATA]:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        for number, line in numbered(file):
+            if line.strip():
+                yield attempt(f"{name}:{number}", partial(_listed, file, line, f"{name}:{number}", config))
+
+
+def numbered(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a text file, from 1 on. Raises InputError where it cannot be read."""
+    try:
+        yield from enumerate(text.lines(file), 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read", got=error) from error
 
 
 def _listed(file: Path, line: bytes, name: str, config: ReadConfig) -> Example:
-    row = decode_json(line.decode("utf-8", "replace"), BAD_ROW)
+    row = decode_json(line, BAD_ROW)
     if not isinstance(row.get("file_name"), str):
         raise UnusableError(BAD_ROW, "no file_name")
     image = file.parent / row["file_name"]
     caption = caption_in(row, config.caption_column)
-    if not image.is_file():
+    if not os.path.isfile(image):  # also where the name is too long, or none
         raise UnusableError(NO_IMAGE, row["file_name"])
     return Example(f"{name} {row['file_name']}", caption, image.read_bytes)
 
 
 def read_prompts(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``prompts``: one prompt per line; there is nothing to read beside them."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            name = f"{path.name}:{number}"
-            yield attempt(name, partial(_prompt, name, line))
+    for number, line in numbered(path):
+        name = f"{path.name}:{number}"
+        yield attempt(name, partial(_prompt, name, line))
 
 
 def _prompt(name: str, line: bytes) -> Example:
@@ -194,17 +235,18 @@ def detect(path: Path) -> str:
     Raises:
         InputError: there is nothing, nothing known, or more than one format.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return _format_of_file(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(
             f"no file or folder {path}", fix="check the path; a data set's name needs read.format=huggingface"
         )
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return "huggingface"
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if not _hidden(file.relative_to(path))}
+    names = {file.name.lower() for file in files.below(path)[0]}
+    suffixes = {Path(name).suffix for name in names}
     found = [name for name, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")) if suffix in suffixes]
-    if any(path.rglob("metadata.jsonl")):
+    if METADATA in names:
         found.append("metadata")
     elif suffixes & SUFFIXES:
         found.append("text")
@@ -227,6 +269,6 @@ def _format_of_file(path: Path) -> str:
 def check_is(path: Path, format: str) -> None:
     """Raises InputError where ``path`` is not what its format is read from."""
     wanted = {"text": "a folder", "prompts": "a text file"}.get(format)
-    fits = {"a folder": path.is_dir(), "a text file": path.is_file()}.get(wanted or "", path.exists())
+    fits = {"a folder": os.path.isdir, "a text file": os.path.isfile}.get(wanted or "", os.path.exists)(path)
     if not fits:
         raise InputError(f"format {format} cannot be read from {path}", expected=wanted or "a file or folder")

@@ -8,6 +8,7 @@ another crop only the images that it changes, another encoder everything.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -72,7 +73,7 @@ def prepare(path: Path, encoder: Encoder, config: PrepareConfig, to: Path, watch
         result = Prepared(found.format, pairs, found.problems + problems, *encoded)
         write_report(to, result.problems)
         check_usable(path, result.pairs, result.problems, to)
-        _write_data(to, result, config, encoder, latents, texts)
+        _write_data(to, origin(path), result, config, encoder, latents, texts)
     return result
 
 
@@ -98,6 +99,21 @@ def check_apart(path: Path, to: Path) -> None:
     """Raises InputError where the prepared folder would be read as data the next time."""
     if to.resolve().is_relative_to(path.resolve()):
         raise InputError(f"the prepared folder {to} would lie inside the data", fix="choose another with --to")
+
+
+def origin(path: Path) -> str:
+    """Where data come from: the whole path of a file or folder, or a name on the hub."""
+    return str(path.resolve()) if os.path.exists(path) else path.as_posix()
+
+
+def check_origin(path: Path, to: Path) -> None:
+    """Raises InputError where ``to`` was prepared from other data, which would be replaced."""
+    try:
+        before = json.loads((to / MANIFEST).read_text())["origin"]
+    except (OSError, ValueError, TypeError, KeyError):  # not prepared, or before origins were kept
+        return
+    if before != origin(path):
+        raise InputError(f"{to} holds other data", got=f"those of {before}", fix="name another folder with --to")
 
 
 def check_usable(path: Path, pairs: Sequence[Pair], problems: Sequence[Problem], to: Path) -> None:
@@ -136,11 +152,13 @@ def content_hash(encoder_key: str, entries: Sequence[Entry]) -> str:
 
 
 def _write_data(
-    to: Path, result: Prepared, config: PrepareConfig, encoder: Encoder, latents: ShardStore, texts: ShardStore
-) -> None:
+    to: Path, where: str, result: Prepared, config: PrepareConfig, encoder: Encoder, latents: ShardStore,
+    texts: ShardStore,
+) -> None:  # fmt: skip
     entries = sorted((pair.entry() for pair in result.pairs), key=identity_of)
     manifest = {
         "format": FORMAT,
+        "origin": where,
         "encoder": encoder.key,
         "content_hash": content_hash(encoder.key, entries),
         "images": result.format != "prompts",

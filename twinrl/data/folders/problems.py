@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from twinrl.text import printable
+
 CORRUPT = "corrupt image"
 NOT_AN_IMAGE = "not an image"
+UNREADABLE = "cannot be opened"
 NO_IMAGE = "image missing"
 NO_CAPTION = "no caption"
 EMPTY_CAPTION = "empty caption"
+SECOND_CAPTION = "second caption"
 BAD_CAPTION = "unreadable caption"
 BAD_ROW = "unreadable row"
 TOO_SMALL = "too small"
@@ -22,11 +26,17 @@ class Problem:
         name: of the pair, e.g. its image's path in the folder.
         reason: one of this module's constants.
         detail: what was found.
+
+    Characters of ``name`` and ``detail`` that cannot be printed are escaped.
     """
 
     name: str
     reason: str
     detail: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+        object.__setattr__(self, "detail", printable(self.detail))
 
 
 class UnusableError(Exception):

@@ -1,6 +1,7 @@
 """Readers of tables: parquet files and Hugging Face data sets."""
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from twinrl.data.folders import files
 from twinrl.data.folders.captions import Example, Found, ReadConfig, attempt, caption_in
 from twinrl.data.folders.problems import BAD_ROW, NO_IMAGE, Problem, UnusableError
 from twinrl.errors import InputError
@@ -18,11 +20,12 @@ from twinrl.errors import InputError
 
 def read_parquet(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``parquet``: one file or all under a folder."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if not files:
+    found, problems = files.ending_in(path, [".parquet"])
+    if not found:
         raise InputError(f"{path} has no parquet file")
-    for file in files:
-        yield from _rows(_Table(file, config), file.name if path.is_file() else file.relative_to(path).as_posix())
+    yield from problems
+    for file in found:
+        yield from _rows(_Table(file, config), file.name if file == path else file.relative_to(path).as_posix())
 
 
 class _Table:
@@ -45,7 +48,10 @@ class _Table:
         self._images = lru_cache(maxsize=1)(self._read_images)
 
     def captions(self, group: int) -> list[Any]:
-        return self.file.read_row_group(group, columns=[self.caption_column])[self.caption_column].to_pylist()
+        column = self.file.read_row_group(group, columns=[self.caption_column])[self.caption_column]
+        if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+            column = column.cast(pyarrow.large_binary())  # one that is not UTF-8 spoils itself alone
+        return column.to_pylist()
 
     def _read_images(self, group: int) -> Any:
         return self.file.read_row_group(group, columns=[self.image_column])[self.image_column]
@@ -65,7 +71,7 @@ def _rows(table: _Table, name: str) -> Iterator[Found]:
     for group in range(table.file.num_row_groups):
         try:
             captions = table.captions(group)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             yield Problem(f"{name}[{number}…]", BAD_ROW, str(error))
             captions = []
         for row, caption in enumerate(captions):
@@ -91,8 +97,8 @@ def image_bytes(cell: Any, folder: Path) -> bytes:
         raise UnusableError(NO_IMAGE, f"the image cell is {type(cell).__name__}")
     try:
         return (folder / cell).read_bytes()
-    except OSError as error:
-        raise UnusableError(NO_IMAGE, f"{cell}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        raise UnusableError(NO_IMAGE, f"{cell}: {getattr(error, 'strerror', error)}") from error
 
 
 def read_huggingface(path: Path, config: ReadConfig) -> Iterator[Found]:
@@ -138,7 +144,7 @@ def _load(path: Path, config: ReadConfig) -> Any:
             "format huggingface needs the datasets package", fix="pip install datasets, or export to parquet"
         ) from error
     try:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             with _without_retries_told():
                 return datasets.load_dataset(path.as_posix(), split=config.split)
         found = datasets.load_from_disk(str(path))

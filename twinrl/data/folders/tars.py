@@ -3,10 +3,12 @@
 import tarfile
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from twinrl.data.folders import files
 from twinrl.data.folders.captions import (
+    CAPTION_SUFFIXES,
     Example,
     Found,
     ReadConfig,
@@ -37,16 +39,18 @@ class Member(NamedTuple):
 
 def read_webdataset(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``webdataset``: one tar or all under a folder."""
-    tars = [path] if path.is_file() else sorted(path.rglob("*.tar"))
+    tars, problems = files.ending_in(path, [".tar"])
     if not tars:
         raise InputError(f"{path} has no .tar file", fix="unpack compressed tars: they cannot be read at random")
+    yield from problems
     for tar in tars:
+        place = tar.name if tar == path else tar.relative_to(path).as_posix()
         samples, damage = _index(tar)
         for key, members in samples.items():
-            name = f"{tar.name}/{key}"
+            name = f"{place}/{key}"
             yield attempt(name, partial(_sample, name, members, config))
         if damage:
-            yield Problem(tar.name, BAD_ROW, damage)
+            yield Problem(place, BAD_ROW, damage)
 
 
 def _index(tar: Path) -> tuple[dict[str, dict[str, Member]], str]:
@@ -57,7 +61,7 @@ def _index(tar: Path) -> tuple[dict[str, dict[str, Member]], str]:
             for info in archive:
                 folder, _, base = info.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                if info.isfile() and stem:
+                if info.isfile() and stem and not files.hidden(PurePosixPath(info.name)):
                     key = f"{folder}/{stem}" if folder else stem
                     samples.setdefault(key, {})[f".{suffix.lower()}"] = Member(tar, info.offset_data, info.size)
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -66,12 +70,13 @@ def _index(tar: Path) -> tuple[dict[str, dict[str, Member]], str]:
 
 
 def _sample(name: str, members: Mapping[str, Member], config: ReadConfig) -> Example:
-    image = next((member for suffix, member in members.items() if suffix in SUFFIXES), None)
+    suffix, image = next(((suffix, member) for suffix, member in members.items() if suffix in SUFFIXES), ("", None))
     if image is None:
         raise UnusableError(NO_IMAGE, f"members {', '.join(sorted(members))}")
-    if ".txt" in members and config.caption_column is None:
-        return Example(name, clean(decode_text(members[".txt"].read())), image.read)
+    texts = [members[end] for ends in CAPTION_SUFFIXES for end in (suffix + ends, ends) if end in members]
+    if texts and config.caption_column is None:
+        return Example(name, clean(decode_text(texts[0].read())), image.read)
     if ".json" not in members:
         raise UnusableError(NO_CAPTION, f"members {', '.join(sorted(members))}")
-    row = decode_json(decode_text(members[".json"].read()), BAD_CAPTION)
+    row = decode_json(members[".json"].read(), BAD_CAPTION)
     return Example(name, caption_in(row, config.caption_column), image.read)
