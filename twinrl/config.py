@@ -42,7 +42,8 @@ LONGEST_NAME = 200
 """Characters of a name or value that are looked at or shown."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
-IDENTITY, STORED = "identity", "stored"
+IDENTITY = "identity"
+STORED = "stored"
 """Contexts: a dump of what tells two configurations apart; the validation of one that an older version has written."""
 
 
