@@ -9,8 +9,8 @@ import ray
 from rich.console import Console
 
 from ablations.study import Resources
-from twinrl import cluster
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import cluster
 
 QUIET = cluster.QUIET | {
     "RAY_AIR_NEW_OUTPUT": "0",

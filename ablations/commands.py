@@ -18,7 +18,7 @@ from ablations.publish import StudyView, following
 from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 FAILED, INTERRUPTED = 1, 130
 

@@ -21,9 +21,9 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from twinrl.components import Registry
 from twinrl.config import Settings, nearest
-from twinrl.errors import InputError
+from twinrl.config.components import Registry
+from twinrl.config.errors import InputError
 
 Factors = Mapping[str, Sequence[str]]
 """Factor → its levels' names, in order."""

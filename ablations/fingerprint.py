@@ -23,14 +23,15 @@ import twinrl
 from twinrl.run import layout
 
 if TYPE_CHECKING:
-    from twinrl.schema import RunConfig
+    from twinrl.training.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
 NOT_NUMERIC = (
-    "tracking", "commands", "cluster.py", "cli.py", "__main__.py", "presets", "opened.py", "pictures.py"
+    "tracking", "run/environment.py", "run/layout.py", "run/names.py", "run/runlog.py", "commands",
+    "machine/cluster.py", "cli.py", "__main__.py", "presets", "training/opened.py", "training/pictures.py"
 )  # fmt: skip
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
-WITHOUT_FAMILY = ("backends/families", "data/folders", "pretrained.py", "described.py")
+WITHOUT_FAMILY = ("backends/families", "data", "training/pretrained.py", "training/described.py")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
 ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from twinrl import files
-from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.config.errors import InputError
+from twinrl.machine import files
+from twinrl.run import runlog
 
 FORMAT = "twinrl-ledger/1"
 FINAL = ("finished", "stopped", "diverged")

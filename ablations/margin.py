@@ -23,9 +23,9 @@ from ablations.ledger import Record
 from ablations.plan import Plan, Trial, Workspace, trial_of
 from ablations.study import Arm, Margin, Study
 from twinrl.config import validate
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.run import layout
-from twinrl.schema import RunConfig
+from twinrl.training.schema import RunConfig
 
 DIGITS = 4
 WARM_UP = "warm-up"

@@ -18,15 +18,14 @@ from ablations.fingerprint import fingerprint, sources, unused
 from ablations.ledger import Ledger, Record
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
-from twinrl.assembly import load_source
 from twinrl.config import validate
-from twinrl.errors import InputError
-from twinrl.run import layout
-from twinrl.runs import RunDirectory, dump
-from twinrl.schedules import ANCHOR, SCHEDULES, position
-from twinrl.schema import RunConfig
-from twinrl.tracking import names
-from twinrl.tracking.environment import git_state
+from twinrl.config.errors import InputError
+from twinrl.flow.schedules import ANCHOR, SCHEDULES, position
+from twinrl.run import layout, names
+from twinrl.run.environment import git_state
+from twinrl.training.assembly import load_source
+from twinrl.training.runs import RunDirectory, dump
+from twinrl.training.schema import RunConfig
 
 DEFAULT_ROOT = Path("runs/ablations")
 LEDGER_NAME = "ledger.jsonl"

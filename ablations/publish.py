@@ -20,8 +20,9 @@ from ablations.plan import Plan, Trial
 from ablations.summary import Point, curves
 from ablations.table import by_arm
 from ablations.trial import durable_log
-from twinrl.errors import InputError
-from twinrl.tracking import mlflow_view, names, store, ui
+from twinrl.config.errors import InputError
+from twinrl.run import names
+from twinrl.tracking import mlflow_view, store, ui
 from twinrl.tracking.mlflow_run import fitting
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.mlflow_view import MLflowView

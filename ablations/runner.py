@@ -28,9 +28,9 @@ from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.table import Board, failure_lines
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
-from twinrl import files
 from twinrl.commands.interrupt import asking
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import files
 
 
 class Runner:

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from ablations.design import DESIGNS, Factors
-from twinrl import schema
 from twinrl.config import PRESETS, Settings, component, nearest, read_yaml, validate
-from twinrl.errors import InputError
-from twinrl.schema import RunConfig
-from twinrl.tracking import names
+from twinrl.config.errors import InputError
+from twinrl.run import names
+from twinrl.training import schema
+from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
     DesignSettings: TypeAlias = Any

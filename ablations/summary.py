@@ -13,7 +13,7 @@ import numpy as np
 
 from ablations.ledger import Record
 from ablations.plan import Plan, Trial
-from twinrl.tracking import names, runlog
+from twinrl.run import names, runlog
 from twinrl.tracking.thinning import MOST_POINTS
 
 BAND = (0.1, 0.9)

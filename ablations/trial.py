@@ -24,10 +24,9 @@ from ray.tune import Trainable
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import Record
-from twinrl import cluster, files
-from twinrl.run import layout
+from twinrl.machine import cluster, files
+from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
-from twinrl.tracking import names, runlog
 
 POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
@@ -149,7 +148,7 @@ def _start(task: Task) -> subprocess.Popen[bytes]:
     """The training process, its output appended to the trial's file."""
     begun = (task.path / layout.CONFIG).is_file()
     twinrl = ["resume", task.directory] if begun else ["train", task.config]
-    command = [sys.executable, "-m", *_launcher(task), "twinrl.lifeline", "twinrl", *twinrl]
+    command = [sys.executable, "-m", *_launcher(task), "twinrl.machine.lifeline", "twinrl", *twinrl]
     output = Path(task.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
@@ -177,7 +176,7 @@ def _launcher(task: Task) -> list[str]:
     others = ",".join(f"{rank}:3" for rank in range(1, task.workers))
     logs = [f"--log-dir={ranks_folder(task.output)}", f"--redirects={others}"]
     return [
-        "twinrl.lifeline",
+        "twinrl.machine.lifeline",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={task.workers}",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.tracking.store import without_password
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from analysis import firth, intervals
 from analysis.intervals import LEVEL, Interval
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd

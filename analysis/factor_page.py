@@ -13,7 +13,7 @@ from analysis.intervals import Interval
 from analysis.leaderboard import values_of
 from analysis.ledger import ENDED
 from analysis.page import Block, Heading, Picture, Table, Text
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from analysis import tfevents
-from twinrl import text
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import text
 
 
 class Log(NamedTuple):

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from analysis import ledger
 from analysis.margins import Critical, from_brackets
-from twinrl.errors import InputError
-from twinrl.run import layout
+from twinrl.config.errors import InputError
+from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
-from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ import numpy as np
 from analysis.frames import Study, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, holm, improvement, iqm, mean_t, mid_p, seeds_needed, wins
 from analysis.ledger import ENDED
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd

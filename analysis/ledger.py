@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.config.errors import InputError
+from twinrl.run import runlog
 
 FORMAT = "twinrl-ledger/1"
 ENDED = ("finished", "stopped", "diverged")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.intervals import Interval, mean_t
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd

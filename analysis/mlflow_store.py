@@ -8,9 +8,9 @@ from typing import Any
 
 from analysis import ledger
 from analysis.frames import BOOKKEEPING, Run, Study, assemble
-from twinrl.errors import InputError
-from twinrl.run import layout
-from twinrl.tracking import names, store, ui
+from twinrl.config.errors import InputError
+from twinrl.run import layout, names
+from twinrl.tracking import store, ui
 
 FACTOR = "factor."
 FOLDER = "report"

@@ -17,8 +17,8 @@ from analysis.intervals import Interval, number
 from analysis.leaderboard import Line
 from analysis.spikes import Spike
 from analysis.survival import Times, kaplan_meier
+from twinrl.run import names
 from twinrl.stability.detectors import terms_in
-from twinrl.tracking import names
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,7 @@ from analysis import foreign, run_page, study_page
 from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
 from analysis.mlflow_store import FOLDER, from_mlflow, log_report
 from analysis.page import Page, Text
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.run import layout
 
 

@@ -12,9 +12,8 @@ from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
 from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
 from analysis.spikes import Spike
-from twinrl.run import layout
+from twinrl.run import layout, names, runlog
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
-from twinrl.tracking import names, runlog
 
 CLOSE_UPS = 3
 MOST_ROWS = 30

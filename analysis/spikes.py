@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from analysis.frames import Run
 from analysis.intervals import number
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.run import names
 from twinrl.stability import detectors
 from twinrl.stability.events import NONFINITE, SPIKE
-from twinrl.tracking import names
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -27,10 +27,9 @@ from analysis.survival import (
     restricted_mean_difference,
     times_of,
 )
-from twinrl.errors import InputError
-from twinrl.run import layout
+from twinrl.config.errors import InputError
+from twinrl.run import layout, names, runlog
 from twinrl.stability.divergence import FALL, NEVER_WHOLE
-from twinrl.tracking import names, runlog
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 Field = tuple[int, int, bytes | int]
 FLOAT, DOUBLE = 1, 2

@@ -35,10 +35,11 @@ from ablations.summary import Point
 from ablations.table import by_arm
 from tests.tracking.conftest import CHROMIUM_OPTIONS
 from tests.tracking.test_pages import drawn, wait_for
-from twinrl.runs import dump
-from twinrl.tracking import names, store, thinning, ui
+from twinrl.run import names
+from twinrl.run.runlog import RunLog
+from twinrl.tracking import store, thinning, ui
 from twinrl.tracking.mlflow_view import publish as publish_run
-from twinrl.tracking.runlog import RunLog
+from twinrl.training.runs import dump
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = (names.VAL_QUALITY, names.LOSS_TOTAL)

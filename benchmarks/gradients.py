@@ -27,10 +27,10 @@ from measuring import Estimate, Seconds
 from step_time import full_step, trainer_of
 from torch.profiler import ProfilerActivity, profile
 
-from twinrl import assembly, schema
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.trainer import Trainer
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Trainer
 
 CASES = ("twinflow", "tutorial", "lab")
 QUIET = "gradients.telemetry={shares_every: 0, cosines_every: 0, rms_every: 0, update_every: 0}"

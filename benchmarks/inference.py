@@ -17,11 +17,11 @@ import torch
 from measuring import Pixels
 from torch import nn
 
-from twinrl import assembly, schema
 from twinrl.commands import bench
-from twinrl.opened import open_run
-from twinrl.provider import Provider
 from twinrl.sampling import timing
+from twinrl.training import assembly, schema
+from twinrl.training.opened import open_run
+from twinrl.training.provider import Provider
 
 MNIST = ("model.network={kind: unet, width: 32}", "data.source=mnist", "train.init=random")
 

@@ -31,15 +31,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from twinrl import assembly, draws, schema
 from twinrl.backends.families import family_class
 from twinrl.backends.families.loading import quiet
 from twinrl.commands.plan import at_the_peak, plan
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.trainer import Trainer
+from twinrl.config.errors import InputError
+from twinrl.flow import draws
+from twinrl.flow.conditions import Condition
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Trainer
 
 SD3 = family_class("sd3")
 MEDIUM = {  # transformer/config.json of stabilityai/stable-diffusion-3.5-medium

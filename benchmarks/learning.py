@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from twinrl import schema
 from twinrl.evaluation.table import Estimate, mean_interval
-from twinrl.runs import RunDirectory
+from twinrl.training import schema
+from twinrl.training.runs import RunDirectory
 
 RESULTS = Path(__file__).parent / "results"
 ACCURACY_MARGIN, FRECHET_RATIO = 0.01, 1.5

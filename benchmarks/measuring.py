@@ -15,10 +15,10 @@ import torch
 from scipy.stats import bootstrap
 from torch import Tensor
 
-from twinrl.data.digits import CLASSES
-from twinrl.data.mnist import MNISTSource
-from twinrl.data.mnist_files import read_splits
-from twinrl.data.source import Split
+from twinrl.flow.source import Split
+from twinrl.lab.digits import CLASSES
+from twinrl.lab.mnist import MNISTSource
+from twinrl.lab.mnist_files import read_splits
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"

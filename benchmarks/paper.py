@@ -21,9 +21,9 @@ import measuring
 from step_time import twinflow_passes
 from torch import nn
 
-from twinrl import schema
 from twinrl.commands.plan import Item, of_training
-from twinrl.described import meta_family
+from twinrl.training import schema
+from twinrl.training.described import meta_family
 
 QWEN_IMAGE = {  # transformer/config.json of Qwen/Qwen-Image
     "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,

@@ -30,13 +30,15 @@ import torch
 from measuring import Estimate
 from torch import Tensor
 
-from twinrl import assembly, config, draws, schema
-from twinrl.data.source import Source
+from twinrl import config
 from twinrl.evaluation.figures import COLOURS, save
+from twinrl.flow import draws
+from twinrl.flow.source import Source
+from twinrl.flow.transport import like
 from twinrl.rewards import REWARDS, Reward, build_reward
 from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
-from twinrl.tracking import names
-from twinrl.transport import like
+from twinrl.run import names
+from twinrl.training import assembly, schema
 
 SWEPT = ("random_direction", "antithetic", "orthogonal", "spsa")
 NOISE = 0.3  # standard deviation of the noise on the latents, whose own is 1

@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinrl import schema
 from twinrl.commands.plan import of_training
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
-from twinrl.runs import RunDirectory
-from twinrl.trainer import Trainer
+from twinrl.training import schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.trainer import Trainer
 
 CLIPPING = {
     "global": ("gradients={space: none, each: {}, total: {clip: {max_norm: 1}}}",),

@@ -22,12 +22,12 @@ import measuring
 import torch
 from measuring import Estimate, Pixels, Seconds
 
-from twinrl import assembly, schema
-from twinrl.branches import allocate
-from twinrl.conditions import Condition
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.trainer import Trainer
+from twinrl.flow.branches import allocate
+from twinrl.flow.conditions import Condition
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Trainer
 
 LIMIT = 1.10
 PRESETS = ("tutorial", "twinflow")

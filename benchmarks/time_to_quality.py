@@ -26,16 +26,16 @@ import measuring
 import numpy as np
 import torch
 
-from twinrl import assembly, schema
-from twinrl.data.source import Source
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.evaluation import Protocol
 from twinrl.evaluation.protocol import HeldOut
-from twinrl.runs import RunDirectory
+from twinrl.flow.source import Source
+from twinrl.run import names, runlog
 from twinrl.sampling import few_step
-from twinrl.schema import RunConfig
-from twinrl.tracking import names, runlog
-from twinrl.trainer import Step, Trainer
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Step, Trainer
 
 REFERENCE, CONTENDER = "tutorial", "twinflow"
 FORMULATIONS = (REFERENCE, CONTENDER)

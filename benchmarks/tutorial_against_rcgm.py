@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 from twinrl.evaluation.table import Estimate, mean_interval
-from twinrl.opened import open_run
-from twinrl.runs import RunDirectory
 from twinrl.sampling import few_step
-from twinrl.schema import load as configure
+from twinrl.training.opened import open_run
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import load as configure
 
 RESULTS = Path(__file__).parent / "results"
 PRESETS = ("tutorial", "rcgm")

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from twinrl import draws, schema
 from twinrl.backends import NETWORKS
 from twinrl.backends.embedding import Spec
-from twinrl.branches import Rows
 from twinrl.config import Settings
-from twinrl.data.source import Split
-from twinrl.schema import RunConfig
-from twinrl.sources import SOURCES
+from twinrl.flow import draws
+from twinrl.flow.branches import Rows
+from twinrl.flow.source import Split
+from twinrl.flow.transport import like
 from twinrl.terms import TERMS
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, instant
-from twinrl.transport import like
+from twinrl.training import schema
+from twinrl.training.schema import RunConfig
+from twinrl.training.sources import SOURCES
 
 CLASSES = ("dark", "bright")
 LATENT_SHAPE = (2, 4, 4)
@@ -67,7 +68,7 @@ def brightness(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @dataclass
 class FakeSource:
-    """Satisfies ``twinrl.data.source.Source``: latents are twice the first two colour channels.
+    """Satisfies ``twinrl.flow.source.Source``: latents are twice the first two colour channels.
 
     Arguments:
         content_hash: to play data that changed.

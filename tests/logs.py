@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from twinrl import checkpoints
-from twinrl.runs import RunDirectory
+from twinrl.run import checkpoints
+from twinrl.training.runs import RunDirectory
 
 
 def rows(run: RunDirectory | Path) -> list[dict[str, Any]]:

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from twinrl import config as configuration
-from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.branches import Batch, BatchDraws, divide
-from twinrl.conditions import Condition
-from twinrl.objective import Objective, TermLoss
-from twinrl.teacher import Teacher
+from twinrl.flow.branches import Batch, BatchDraws, divide
+from twinrl.flow.conditions import Condition
+from twinrl.flow.teacher import Teacher
 from twinrl.terms import TERMS
+from twinrl.terms.objective import Objective, TermLoss
+from twinrl.training import schema
 
 LAB_PRESETS = [name for name in configuration.presets() if schema.load(name).model.family is None]
 """Those with a network of one's own; the others train a pretrained family with the same terms."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 PATH = Path(__file__).parent / "golden" / "reference_values.npz"
 

@@ -19,12 +19,12 @@ import torch
 from tests import logs, pages
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
-from twinrl import checkpoints, cli, pictures
+from twinrl import cli
 from twinrl.commands.progress import ConsoleObserver
-from twinrl.run import layout
-from twinrl.runs import RunDirectory
+from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.stability import verdict
-from twinrl.tracking import names, runlog
+from twinrl.training import pictures
+from twinrl.training.runs import RunDirectory
 
 ROOT = Path(__file__).parents[1]
 TWINFLOW = ("train", "twinflow", *SMALL)
@@ -161,7 +161,7 @@ def test_files_that_are_no_text(twinrl: Any) -> None:
 
 
 def test_missing_data(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from twinrl.data import mnist_files
+    from twinrl.lab import mnist_files
 
     monkeypatch.setattr(mnist_files, "MIRRORS", ("http://127.0.0.1:9/",))
     refused(twinrl(*TWINFLOW, "data.source=mnist", "data.root=none"), "MNIST", "none", "fix: ")

@@ -12,9 +12,10 @@ from ablations.design import DESIGNS
 from tests import pages
 from tests.fake_source import SMALL, register
 from tests.logs import rows
-from twinrl import cli, schema
+from twinrl import cli
 from twinrl.commands import doctor
-from twinrl.components import Registry
+from twinrl.config.components import Registry
+from twinrl.training import schema
 
 SECTIONS = pages.sections("extending")
 TRAINED = [name for name, text in SECTIONS.items() if any("train lab" in line for line in pages.commands(text))]

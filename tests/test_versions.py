@@ -12,13 +12,14 @@ from rich.console import Console
 from ablations import fingerprint
 from ablations import versions as reported
 from tests import logs, versions
-from twinrl import config, first_keys, schema
+from twinrl import config
 from twinrl.commands.train import resume
-from twinrl.components import Registry
-from twinrl.config import Settings
-from twinrl.optim import AdamW, Optimizer
+from twinrl.config import Settings, first_keys
+from twinrl.config.components import Registry
 from twinrl.run.layout import CONFIG
-from twinrl.runs import RunDirectory, check_unchanged, dump
+from twinrl.training import schema
+from twinrl.training.optim import AdamW, Optimizer
+from twinrl.training.runs import RunDirectory, check_unchanged, dump
 
 FIXTURES = sorted(path for path in versions.VERSIONS.iterdir() if path.is_dir())
 VERSION = pytest.mark.parametrize("fixture", FIXTURES, ids=lambda path: path.name)

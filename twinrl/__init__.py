@@ -1,6 +1,6 @@
 """twinrl: an experiment framework for RL-augmented TwinFlow, and the trainer that shows why it diverges."""
 
-from twinrl import compat
+from twinrl.machine import compat
 
 __version__ = "0.2.0"
 

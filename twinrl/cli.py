@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from twinrl.components import ComponentError, failures_named
-from twinrl.errors import InputError
+from twinrl.config.components import ComponentError, failures_named
+from twinrl.config.errors import InputError
 from twinrl.tracking.store import without_password
 
 app = typer.Typer(
@@ -61,7 +61,7 @@ def train(
     It goes to runs/<name>-<hash>-s<seed>/ and ends in a table, sample grids and curves. Ctrl-C writes a
     checkpoint first; `twinrl resume` goes on from there, bit for bit.
     """
-    from twinrl import schema
+    from twinrl.training import schema
 
     settings = schema.load(config, overrides or [])
     from twinrl.commands.processes import train as command
@@ -243,7 +243,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, devices, caches, presets; or plan a run's memory."""
     if plan is not None:
-        from twinrl.schema import load
+        from twinrl.training.schema import load
 
         settings = load(plan, overrides or [])
         from twinrl.commands.plan import print_plan

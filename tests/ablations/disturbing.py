@@ -52,7 +52,7 @@ def processes() -> list[int]:
 
 def trials(root: Path) -> list[int]:
     """Ids of the trial processes of a workspace."""
-    return [pid for pid in processes() if "twinrl.lifeline" in (line := words(pid)) and str(root) in line]
+    return [pid for pid in processes() if "twinrl.machine.lifeline" in (line := words(pid)) and str(root) in line]
 
 
 def parent(pid: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from tests.ablations.tiny import without_figures
 from tests.fake_source import FakeSource
 from twinrl.backends import MLP
-from twinrl.sources import SOURCES
+from twinrl.training.sources import SOURCES
 
 SOURCES["digits"] = lambda root: FakeSource()
 without_figures(pytest.MonkeyPatch())

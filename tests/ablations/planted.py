@@ -20,10 +20,9 @@ from ablations.runner import Runner
 from ablations.table import Board
 from ablations.trial import RayTrial, Task, TrialError
 from twinrl.config import read_yaml, validate
-from twinrl.run import layout
-from twinrl.runs import dump
-from twinrl.schema import RunConfig
-from twinrl.tracking import names, runlog
+from twinrl.run import layout, names, runlog
+from twinrl.training.runs import dump
+from twinrl.training.schema import RunConfig
 
 EVERY = 4
 """Steps between two rows, and two checkpoints."""

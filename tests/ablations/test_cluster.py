@@ -21,8 +21,8 @@ from ablations.trial import checkpointed, ranks_folder
 from tests.ablations.disturbing import REPOSITORY, below, lines, numbers, start, trials, wait_until, words
 from tests.ablations.tiny import TINY, write
 from tests.logs import rows
-from twinrl import cluster
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import cluster
 
 pytestmark = [
     pytest.mark.campaign,
@@ -49,7 +49,7 @@ class Node:
 
     def kill(self) -> None:
         """SIGKILL to the raylet and its workers, as when the machine loses power; trials have to notice."""
-        for pid in [*below(self.process.pid, stop="twinrl.lifeline"), self.process.pid]:
+        for pid in [*below(self.process.pid, stop="twinrl.machine.lifeline"), self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

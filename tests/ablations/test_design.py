@@ -7,7 +7,7 @@ import pytest
 
 from ablations import design
 from ablations.design import Arms, FractionalFactorial, Grid, OneFactorAtATime
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 # runs of the smallest regular fraction: Box, Hunter and Hunter, Statistics for Experimenters, table 6.22 (≤ 11 factors)
 SMALLEST = {

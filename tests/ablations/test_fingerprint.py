@@ -15,9 +15,9 @@ from ablations import fingerprint as prints
 from ablations.fingerprint import fingerprint, source_hash, sources
 from tests.ablations.tiny import without_figures
 from tests.fake_source import register, small
-from twinrl import schema
 from twinrl.commands.train import train
-from twinrl.schema import RunConfig
+from twinrl.training import schema
+from twinrl.training.schema import RunConfig
 
 CODE = 'def f(x):\n    """Doc."""\n    return x * {factor}  # comment\n'
 
@@ -114,9 +114,9 @@ def test_start_weights_keep_their_hash(tmp_path: Path) -> None:
 
 def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
     """A new family of models or a change of sharding leaves trials of one process without a family as they are."""
-    for part in ("backends/families", "data/folders", "fsdp", "terms"):
+    for part in ("backends/families", "data", "fsdp", "terms"):
         (tmp_path / part).mkdir(parents=True)
-    parts = {"backends/families/new.py", "data/folders/tars.py", "fsdp/sharded.py"}
+    parts = {"backends/families/new.py", "data/tars.py", "fsdp/sharded.py"}
     before = sources(tmp_path, prints.unused(settings()))
     for part in parts:
         (tmp_path / part).write_text("x = 1\n")
@@ -168,7 +168,7 @@ def test_a_trial_runs_nothing_of_what_is_left_out(tmp_path: Path, monkeypatch: p
     files = called(lambda: codes.append(train(short, True, Console(quiet=True))))
     reached = {Path(file).relative_to(prints.PACKAGE) for file in files if file.startswith(str(prints.PACKAGE))}
     assert codes == [0]
-    assert {Path("trainer.py"), Path("checkpoints.py"), Path("evaluation/table.py")} <= reached
+    assert {Path("training/trainer.py"), Path("run/checkpoints.py"), Path("evaluation/table.py")} <= reached
     left_out = prints.unused(settings())
     assert [path for path in reached if any(path.is_relative_to(part) for part in left_out)] == []
 

@@ -11,7 +11,7 @@ import pytest
 from ablations import ledger
 from ablations.ledger import Ledger, Record
 from tests.disk import files_of_at_most
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 DONE = Record("12345678", 0, "f" * 16, "finished", 20, metrics={"val/quality": 0.5})
 

@@ -12,11 +12,11 @@ from ablations import study as studies
 from ablations.plan import Plan, Timing, Trial, Workspace, measure, remaining_seconds, shortened
 from tests.ablations.tiny import TINY, without_figures, write
 from tests.fake_source import register
-from twinrl import schema
 from twinrl.cli import app
-from twinrl.errors import InputError
-from twinrl.runs import dump
-from twinrl.schema import RunConfig
+from twinrl.config.errors import InputError
+from twinrl.training import schema
+from twinrl.training.runs import dump
+from twinrl.training.schema import RunConfig
 
 STEPS = 2000
 LONG = (f"train.steps={STEPS}", "checkpoint.every=500", "early_stop.patience=1", "evaluation.every=1")

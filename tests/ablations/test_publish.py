@@ -27,13 +27,14 @@ from tests.ablations.tiny import TINY, write
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
 from tests.tracking.synthetic import SPIKE_AT, make_row
 from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
-from twinrl.errors import InputError
-from twinrl.runs import dump
+from twinrl.config.errors import InputError
+from twinrl.run import names, runlog
+from twinrl.run.runlog import RunLog
 from twinrl.stability import verdict
-from twinrl.tracking import names, runlog, store, thinning, ui
+from twinrl.tracking import store, thinning, ui
 from twinrl.tracking.mlflow_view import MLflowView
-from twinrl.tracking.runlog import RunLog
 from twinrl.tracking.thinning import Thinner
+from twinrl.training.runs import dump
 
 STEPS = 1500
 METRICS = (names.VAL_QUALITY, names.LOSS_TOTAL)

@@ -18,12 +18,12 @@ from tests.ablations.planted import plant
 from tests.ablations.tiny import without_figures, write
 from tests.fake_source import FakeSource
 from tests.logs import rows, tensors
-from twinrl import cluster
 from twinrl.commands.train import train
-from twinrl.errors import InputError
-from twinrl.runs import dump
-from twinrl.sources import SOURCES
-from twinrl.tracking import names
+from twinrl.config.errors import InputError
+from twinrl.machine import cluster
+from twinrl.run import names
+from twinrl.training.runs import dump
+from twinrl.training.sources import SOURCES
 
 pytestmark = [
     pytest.mark.slow,

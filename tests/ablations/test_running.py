@@ -21,9 +21,9 @@ from ablations.study import Resources
 from ablations.trial import TrialError
 from tests.ablations.planted import STEP_SECONDS, Planted
 from tests.ablations.tiny import TINY, write
-from twinrl.errors import InputError
-from twinrl.schema import RunConfig
-from twinrl.tracking import names
+from twinrl.config.errors import InputError
+from twinrl.run import names
+from twinrl.training.schema import RunConfig
 
 Make = Callable[..., Plan]
 Run = Callable[..., tuple[Plan, list[str]]]

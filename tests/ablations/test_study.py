@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from ablations import study as studies
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 RATES = {"small": {"optim.lr": 1e-4}, "large": {"optim.lr": 1e-3}}
 

@@ -19,9 +19,9 @@ from ablations.trial import WORST
 from analysis import frames
 from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
-from tests.test_trainer import make
+from tests.training.test_trainer import make
+from twinrl.run import names, runlog
 from twinrl.stability import verdict
-from twinrl.tracking import names, runlog
 
 SLEEPER = (
     "import subprocess, sys, time; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); time.sleep(60)"
@@ -40,7 +40,7 @@ def test_a_trial_and_what_it_started_die_with_their_starter(tmp_path: Path) -> N
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "twinrl.lifeline", "sleeper"],
+        [sys.executable, "-m", "twinrl.machine.lifeline", "sleeper"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True,
     )  # fmt: skip
     assert process.stdin
@@ -69,7 +69,7 @@ def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher
     task = trial.Task(**values | {"workers": 2, "output": str(tmp_path / "out.txt")})  # type: ignore[arg-type]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-m", *trial._launcher(task), "twinrl.lifeline", "rank"],
+        [sys.executable, "-m", *trial._launcher(task), "twinrl.machine.lifeline", "rank"],
         stdin=subprocess.PIPE, cwd=tmp_path, env=environment, start_new_session=True,
     )  # fmt: skip
     assert process.stdin

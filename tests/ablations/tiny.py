@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twinrl import pictures
+from twinrl.training import pictures
 
 TINY = {
     "train.steps": 20,

@@ -9,7 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from twinrl.tracking.runlog import RunLog
+from twinrl.run.runlog import RunLog
 
 TERMS = ("adversarial", "base", "rectify")
 LEADER, LEAD, GUILTY_ROW = "rectify", 3, 17

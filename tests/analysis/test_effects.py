@@ -9,7 +9,7 @@ from analysis import effects, firth
 from analysis.effects import main_effects, odds_effects
 from analysis.intervals import Interval, holm
 from tests.analysis.simulated import at_least, at_most
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 FACTORS = ("lr", "teacher", "clip")
 SIMULATIONS = 2000

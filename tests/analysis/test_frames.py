@@ -9,8 +9,8 @@ from analysis import frames, run_page, study_page
 from analysis.frames import load_run, load_study
 from analysis.page import Text
 from tests.analysis import simulated
-from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.config.errors import InputError
+from twinrl.run import runlog
 
 
 @pytest.fixture(scope="module")

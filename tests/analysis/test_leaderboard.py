@@ -12,8 +12,8 @@ from analysis.intervals import Interval
 from analysis.leaderboard import _in_range, compare, per_prompt, values_of
 from tests.analysis import simulated
 from tests.analysis.simulated import at_most
-from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.config.errors import InputError
+from twinrl.run import runlog
 
 METRIC = "val/quality"
 

@@ -95,7 +95,7 @@ def test_comparing_arms(run: Run, study_folder: Path, monkeypatch: pytest.Monkey
 
 @WAYS
 def test_published_recipe(run: Run) -> None:
-    """It reads the committed tables of docs/results/autopsy."""
+    """It reads the committed tables of papers/results/autopsy."""
     shown = run("published_recipe")
     assert "log-rank p over all arms" in shown
     assert "live teacher: log₁₀ of the largest norm" in shown

@@ -17,7 +17,7 @@ from analysis.page import Gallery, Heading, Links, Page, Picture, Table, Text, c
 from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking import stores
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.run import layout
 from twinrl.tracking import store
 

@@ -10,7 +10,7 @@ from analysis import foreign, spikes
 from analysis.frames import load_run
 from tests.analysis import simulated
 from tests.analysis.simulated import at_most
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 AT = (120, 200, 260, 330)
 

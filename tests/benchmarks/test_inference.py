@@ -8,12 +8,12 @@ from rich.console import Console
 
 from tests.benchmarks.scripts import script
 from tests.fake_source import FakeSource, register, small
-from twinrl import assembly
 from twinrl.commands import bench
-from twinrl.runs import RunDirectory
+from twinrl.run import names
 from twinrl.sampling import timing
-from twinrl.tracking import names
-from twinrl.trainer import Trainer
+from twinrl.training import assembly
+from twinrl.training.runs import RunDirectory
+from twinrl.training.trainer import Trainer
 
 inference = script("inference")
 TINY = ("model.network={kind: unet, width: 8}", "data.source=mnist", "train.init=random", "evaluation.teacher_steps=3")

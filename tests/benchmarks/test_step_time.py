@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.benchmarks.scripts import script
-from twinrl.trainer import Trainer
+from twinrl.training.trainer import Trainer
 
 step_time = script("step_time")
 Seconds = script("measuring").Seconds

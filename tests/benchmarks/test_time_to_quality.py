@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tests.benchmarks.scripts import script
-from twinrl.data.source import Split
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.source import Split
 
 ttq = script("time_to_quality")
 PLAN = ttq.Plan(width=8, batch=8, lrs=(1e-3, 2e-3), horizons=(10, 20), points=4, n=20, init="random", cost_ratio=2.5)

@@ -9,10 +9,11 @@ from pydantic import BaseModel
 from rich.cells import cell_len
 from rich.console import Console
 
-from twinrl import config, schema
+from twinrl import config
 from twinrl.commands import doctor
 from twinrl.commands.doctor import COMPONENTS, Key
-from twinrl.data.folders.settings import PrepareConfig
+from twinrl.data.settings import PrepareConfig
+from twinrl.training import schema
 
 
 def parts(value: Any) -> Iterator[tuple[str, BaseModel]]:

@@ -4,8 +4,8 @@ import errno
 
 import pytest
 
-from twinrl.checkpoints import SaveError
 from twinrl.commands.failures import in_one_line
+from twinrl.run.checkpoints import SaveError
 
 
 def failing(error: Exception) -> int:

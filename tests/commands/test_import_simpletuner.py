@@ -8,9 +8,9 @@ import pytest
 import yaml
 from rich.console import Console
 
-from twinrl import schema
 from twinrl.commands.simpletuner import COUNTS, FLAGS, NUMBERS, READ, RENAMED, TEXTS, convert, import_simpletuner, read
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.training import schema
 
 DOCUMENTED = {  # documentation/distillation/TWINFLOW.md, "Quick Config"
     "model_family": "sd3", "model_type": "lora",

@@ -12,13 +12,14 @@ import torch
 from tests.backends.families import tiny
 from tests.backends.families.made import SIZES, made, short_prompts
 from tests.fake_source import register, small
-from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES
 from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
-from twinrl.data.folders.prepare import MANIFEST
-from twinrl.errors import InputError
-from twinrl.runs import RunDirectory
-from twinrl.trainer import Trainer
+from twinrl.config.errors import InputError
+from twinrl.data.prepare import MANIFEST
+from twinrl.run import checkpoints
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.trainer import Trainer
 
 
 def held(settings: schema.RunConfig) -> dict[str, int]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from twinrl.commands.export import push
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 
 def test_a_hub_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,8 @@ import pytest
 
 from tests.fake_source import register, small
 from twinrl.commands import starts
-from twinrl.errors import InputError
-from twinrl.tracking import names
+from twinrl.config.errors import InputError
+from twinrl.run import names
 
 METRICS = {names.VAL_QUALITY: 2.5, names.val("accuracy", 1): 0.75, names.val("fd", 1): float("inf")}
 DECIDES = ("model.network.width=24", "evaluation.n=24", "train.precision=float64", "judges.other=lab_clip")

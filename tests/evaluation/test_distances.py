@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinrl import draws
-from twinrl.compat import ensure_torchvision
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
+from twinrl.flow import draws
+from twinrl.machine.compat import ensure_torchvision
 
 
 def exact_gaussian(mean: Tensor, covariance: Tensor, n: int = 50) -> Tensor:

@@ -6,8 +6,8 @@ import torch
 
 from twinrl.evaluation.figures import gradient_norms, save, time_scatter, training_curves
 from twinrl.evaluation.grids import BROKEN, GAP, as_uint8, diversity_grid, sample_grid, training_grid
-from twinrl.tracking import runlog
-from twinrl.tracking.runlog import RunLog
+from twinrl.run import runlog
+from twinrl.run.runlog import RunLog
 
 
 def texts(figure) -> list[str]:

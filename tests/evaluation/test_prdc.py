@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinrl import draws
 from twinrl.evaluation.prdc import NAMES, prdc
+from twinrl.flow import draws
 
 
 def column(*values: float) -> Tensor:

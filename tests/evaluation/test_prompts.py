@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.data.folders.tiny import TinyEncoder, quiet, settings, write_pairs
-from twinrl.data.folders import CachedDataset, prepare
-from twinrl.data.folders.training import FolderRows
-from twinrl.errors import InputError
+from tests.data.tiny import TinyEncoder, quiet, settings, write_pairs
+from twinrl.config.errors import InputError
+from twinrl.data import CachedDataset, prepare
+from twinrl.data.training import FolderRows
 from twinrl.evaluation import EvaluationConfig, PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import GuidedConfig
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from tests.evaluation.toy import CLASSES, SHAPE, Exact, ToySource
 from tests.rounding import assert_rounded
-from twinrl import draws
 from twinrl.evaluation import EvaluationConfig, Protocol
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, balanced_rows
+from twinrl.flow import draws
+from twinrl.run import names
 from twinrl.sampling import euler, few_step
-from twinrl.tracking import names
 
 
 class Broken(Exact):

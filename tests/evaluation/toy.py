@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from twinrl import draws
-from twinrl.data.source import Split
+from twinrl.flow import draws
+from twinrl.flow.source import Split
 
 SHAPE, CLASSES = (3, 4, 4), ("red", "green", "blue", "grey")
 CENTRES = torch.tensor([[0.5, -0.5, -0.5], [-0.5, 0.5, -0.5], [-0.5, -0.5, 0.5], [0.0, 0.0, 0.0]])

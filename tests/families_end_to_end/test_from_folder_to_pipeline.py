@@ -18,20 +18,21 @@ from safetensors.torch import load_file, save_file
 
 from tests.backends.families.conftest import CALL, length
 from tests.backends.families.made import Made, assert_alike, few, made, short_prompts
-from tests.data.folders.tiny import write_pairs
+from tests.data.tiny import write_pairs
 from tests.logs import rows
 from tests.rewards.tiny import hf_clip
-from twinrl import assembly, checkpoints, schema
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.backends.families.family import FrozenTeacher
 from twinrl.commands import data, inspect
 from twinrl.commands.export import export
 from twinrl.commands.train import resume, train
-from twinrl.errors import InputError
-from twinrl.opened import open_run
+from twinrl.config.errors import InputError
 from twinrl.rewards import inception
-from twinrl.runs import RunDirectory
-from twinrl.trainer import Trainer
+from twinrl.run import checkpoints
+from twinrl.training import assembly, schema
+from twinrl.training.opened import open_run
+from twinrl.training.runs import RunDirectory
+from twinrl.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 

@@ -22,14 +22,13 @@ from twinrl.backends.embedding import Spec
 from twinrl.config import Settings
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
-from twinrl.provider import DTYPES
-from twinrl.run import layout
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.sources import SOURCES
+from twinrl.run import layout, names
 from twinrl.terms import TERMS
-from twinrl.tracking import names
-from twinrl.trainer import Outcome, Trainer
+from twinrl.training.provider import DTYPES
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.sources import SOURCES
+from twinrl.training.trainer import Outcome, Trainer
 
 CPU = torch.device("cpu")
 STEPS = 4

@@ -9,10 +9,10 @@ from tests.fsdp import torchrun
 from tests.fsdp.cases import CASES, folder_of, register, run
 from tests.fsdp.torchrun import Ended
 from twinrl.backends import NETWORKS
-from twinrl.schema import RunConfig
-from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
-from twinrl.trainer import Outcome
+from twinrl.training.schema import RunConfig
+from twinrl.training.sources import SOURCES
+from twinrl.training.trainer import Outcome
 
 
 @pytest.fixture(scope="session")

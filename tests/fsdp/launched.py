@@ -3,8 +3,8 @@
 from typing import Literal
 
 from tests.fsdp.cases import register
-from twinrl import pictures
 from twinrl.backends import MLP
+from twinrl.training import pictures
 
 
 def undrawn(*_: object) -> None:

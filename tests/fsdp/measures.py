@@ -13,8 +13,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from twinrl.trainer import Trainer
-from twinrl.visiting import IN_PARTS
+from twinrl.machine.visiting import IN_PARTS
+from twinrl.training.trainer import Trainer
 
 
 def held(tensor: Tensor | None) -> int:

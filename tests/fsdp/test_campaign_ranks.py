@@ -8,8 +8,8 @@ import pytest
 from tests.fsdp import cases
 from tests.fsdp.cases import ELASTIC, FULL, POLICIES, STEPS, folder_of, ranks_of, run
 from tests.fsdp.spawned import spawned
-from twinrl.schema import RunConfig
-from twinrl.trainer import Outcome
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Outcome
 
 pytestmark = [
     pytest.mark.campaign, pytest.mark.processes, pytest.mark.timeout(1500), pytest.mark.usefixtures("known"),

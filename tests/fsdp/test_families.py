@@ -17,23 +17,23 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 
 from tests.backends.families.made import made, short_prompts
-from tests.data.folders.tiny import write_pairs
+from tests.data.tiny import write_pairs
 from tests.fsdp.measures import held, kept, peak_of_reading, whole
 from tests.fsdp.spawned import spawned
 from tests.logs import rows, tensors
 from tests.rewards.tiny import hf_clip
 from tests.rounding import assert_rounded, bound
-from twinrl import assembly, schema
 from twinrl.backends.families import family_class
 from twinrl.commands.plan import plan
 from twinrl.commands.train import train
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
 from twinrl.rewards import inception
-from twinrl.runs import RunDirectory
-from twinrl.tracking import names
-from twinrl.trainer import Trainer
+from twinrl.run import names
+from twinrl.training import assembly, schema
+from twinrl.training.runs import RunDirectory
+from twinrl.training.trainer import Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.timeout(3000)]
 

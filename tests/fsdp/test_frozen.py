@@ -10,7 +10,7 @@ from tests.fsdp.measures import kept
 from tests.fsdp.spawned import spawned
 from twinrl.fsdp.config import FSDPConfig
 from twinrl.fsdp.sharded import Sharded
-from twinrl.visiting import visiting
+from twinrl.machine.visiting import visiting
 
 pytestmark = pytest.mark.processes
 

@@ -14,8 +14,8 @@ from tests.fake_source import FakeSource
 from tests.fsdp.cases import Scaled
 from tests.rounding import assert_rounded
 from twinrl.backends import MLP, DiT, UNet, build_network, spec_of
-from twinrl.branches import BatchDraws, TimeLaw, divide
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.branches import BatchDraws, TimeLaw, divide
 from twinrl.fsdp import wrap
 from twinrl.fsdp.initial import SafetensorsPart, has_hidden_buffers, outline, streamed
 from twinrl.fsdp.sharded import check_equal_shares, shared

@@ -16,9 +16,8 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended
 from tests.logs import rows, tensors, the_run
-from twinrl.run import layout
-from twinrl.runs import RunDirectory
-from twinrl.tracking import names, runlog
+from twinrl.run import layout, names, runlog
+from twinrl.training.runs import RunDirectory
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh
 
 SOON = timedelta(seconds=60)

@@ -10,8 +10,7 @@ from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE
 from tests.logs import the_run
-from twinrl import checkpoints
-from twinrl.tracking import runlog
+from twinrl.run import checkpoints, runlog
 
 STEPS = 60
 pytestmark = [

@@ -18,15 +18,14 @@ from tests.fsdp import cases, measures
 from tests.fsdp.cases import CASES, ELASTIC, HYBRID, QUICK, STEPS, Case, folder_of, ranks_of, rows, run, trainer_of
 from tests.fsdp.spawned import spawned
 from tests.rounding import bound
-from twinrl import assembly, checkpoints
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.fsdp import agreement
 from twinrl.fsdp.ranks import Ranks
-from twinrl.run import layout
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.tracking import names
-from twinrl.trainer import Outcome, Trainer
+from twinrl.run import checkpoints, layout, names
+from twinrl.training import assembly
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Outcome, Trainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes, pytest.mark.usefixtures("known")]
 

@@ -16,13 +16,14 @@ from tests.fake_source import small
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE, Ended
 from tests.logs import rows, tensors, the_run
-from twinrl import cluster, pictures, schema
 from twinrl.backends import NETWORKS
 from twinrl.commands.processes import resume, train
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import cluster
 from twinrl.run.layout import RANKS
-from twinrl.sources import SOURCES
 from twinrl.terms import TERMS
+from twinrl.training import pictures, schema
+from twinrl.training.sources import SOURCES
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 

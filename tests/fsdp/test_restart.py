@@ -9,7 +9,7 @@ import pytest
 from tests.fake_source import small
 from twinrl.fsdp import restart
 from twinrl.run.layout import ENVIRONMENT
-from twinrl.runs import RunDirectory
+from twinrl.training.runs import RunDirectory
 
 
 def begun(folder: Path, *launchers: str) -> RunDirectory:

@@ -11,8 +11,7 @@ import pytest
 from tests import forked
 from tests.fsdp import torchrun
 from tests.fsdp.torchrun import PATIENCE
-from twinrl import checkpoints
-from twinrl.run import layout
+from twinrl.run import checkpoints, layout
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 PRESET, WIDE = "flow_matching", "model.network={kind: mlp, width: 192, depth: 4, condition_width: 32}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tests import forked
 from tests.fake_source import SMALL, Planted
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
 from twinrl.terms import TERMS
 from twinrl.terms.term import Context, Query, Target
 

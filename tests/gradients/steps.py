@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from tests.objectives import batch_of, counts_of, objective_of
 from tests.reference import network
-from twinrl.branches import Batch
-from twinrl.conditions import Condition
+from twinrl.flow.branches import Batch
+from twinrl.flow.conditions import Condition
 from twinrl.gradients import Engine
 from twinrl.gradients.engine import Losses
-from twinrl.objective import Objective, Pass
-from twinrl.schema import RunConfig
+from twinrl.terms.objective import Objective, Pass
+from twinrl.training.schema import RunConfig
 
 BATCH = 16
 PRESETS = ("twinflow", "tutorial", "simpletuner", "lab")

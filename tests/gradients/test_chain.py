@@ -7,11 +7,12 @@ import torch
 
 from tests.fake_source import register
 from tests.gradients.steps import assert_close, step_of
-from twinrl import cli, schema
+from twinrl import cli
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.gradients import Gradient, GradientsConfig, Surroundings, Transform
 from twinrl.gradients.chain import Chain
+from twinrl.training import schema
 
 
 def gradients(*overrides: str, preset: str = "lab") -> GradientsConfig:

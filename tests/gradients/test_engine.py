@@ -12,13 +12,13 @@ from torch import Tensor
 from tests.fake_source import register, small
 from tests.gradients.steps import BATCH, PRESETS, Perceptron, Step, assert_close, flat, step_of
 from tests.rounding import bound
-from tests.test_trainer import assert_same, finish, kill, rows
-from twinrl import schema
-from twinrl.branches import Rows
+from tests.training.test_trainer import assert_same, finish, kill, rows
+from twinrl.flow.branches import Rows
 from twinrl.gradients import Engine
+from twinrl.run import names
 from twinrl.terms import Context, Query, Target, Term, TermConfig
 from twinrl.terms.term import instant
-from twinrl.tracking import names
+from twinrl.training import schema
 
 SPACES = ("none", "parameter", "output")
 LAST = {"twinflow": "rectify", "lab": "rectify", "tutorial": "one_step_consistency", "simpletuner": "rectify"}

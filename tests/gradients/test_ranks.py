@@ -17,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.fsdp.spawned import spawned
 from tests.gradients.steps import BATCH, Perceptron, Step, step_of
-from twinrl.branches import Batch
+from twinrl.flow.branches import Batch
 from twinrl.gradients import telemetry
 from twinrl.gradients.gradient import over_ranks
-from twinrl.tracking import names
+from twinrl.run import names
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twinrl.backends import DiT, build_network, network_key
-from twinrl.data.digits import Warp
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.lab import LabRecipe, load_lab
+from twinrl.lab.digits import Warp
 from twinrl.lab.pretrain import Pretraining
 from twinrl.lab.training import Recipe
 

@@ -5,9 +5,9 @@ import torch
 
 from tests.rounding import assert_rounded
 from twinrl.backends import build_network, network_key
-from twinrl.data.digits import HELD_OUT_TEMPLATES, all_captions
-from twinrl.draws import generator, normal
+from twinrl.flow.draws import generator, normal
 from twinrl.lab.degrade import Degrade
+from twinrl.lab.digits import HELD_OUT_TEMPLATES, all_captions
 from twinrl.lab.recipe import NETWORK
 from twinrl.sampling import euler, sample
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.lab.storage import content_hash, load_json, load_tensors, publish, save_tensors
 
 

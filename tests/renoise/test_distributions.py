@@ -8,9 +8,9 @@ from scipy import stats
 from scipy.integrate import quad
 from scipy.special import expit, logit
 
-from twinrl import draws
+from twinrl.flow import draws
 from twinrl.renoise.distributions import Beta, LogitNormal
-from twinrl.tracking import names
+from twinrl.run import names
 
 N = 20_000
 

@@ -7,9 +7,9 @@ import torch
 import yaml
 from scipy import stats
 
-from twinrl import draws
 from twinrl.config import Settings, component, validate
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow import draws
 from twinrl.renoise import RENOISE, Renoise
 
 RenoiseField: Any = component(RENOISE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import PROMPTS, images, reward
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 SUM = {
     "kind": "ensemble",

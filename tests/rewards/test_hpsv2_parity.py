@@ -16,7 +16,7 @@ import torch
 
 from tests.rewards.tiny import OPEN_CLIP, SIDE, open_clip_folder, reward, shake
 from tests.rounding import bound
-from twinrl.compat import ensure_torchvision
+from twinrl.machine.compat import ensure_torchvision
 
 pytest.importorskip(
     "hpsv2", reason="the optional hpsv2 package is absent: pip install --no-deps hpsv2==1.2.0 clint==0.5.1 args==0.1.0"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.folders.tiny import encoded, picture
-from twinrl.errors import InputError
+from tests.data.tiny import encoded, picture
+from twinrl.config.errors import InputError
 from twinrl.rewards import inception
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import reward
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.rewards import Surroundings
 from twinrl.rewards.lab import JudgeLogProbability
 
@@ -62,7 +62,7 @@ def test_models_stay_the_sources(lab):
 
 
 def test_mnists_judge_takes_its_own_grey_pixels():
-    from twinrl.data.mnist import LabelLogProbability, MNISTJudge
+    from twinrl.lab.mnist import LabelLogProbability, MNISTJudge
 
     scorer = LabelLogProbability(MNISTJudge().eval())
     around = Surroundings({"judge_logprob": scorer}, frozenset({"judge_logprob"}), training=False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import reward
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 LATEST = {"kind": "per_prompt", "decay": 0.0, "least": 2, "reward": "brightness"}
 RUNNING = {"kind": "per_prompt", "least": 4, "decay": 1.0, "reward": "brightness"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import images
-from twinrl.compat import ensure_torchvision
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.preprocess import CLIP_MEAN, CLIP_STD, centre_crop, letterbox, normalise, unit_rgb
 
 SIZES = [(32, 32), (40, 24), (24, 40), (512, 320), (37, 53), (20, 20), (32, 17)]

@@ -8,7 +8,7 @@ import torch
 
 from tests.rewards.tiny import images, reward
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.rewards import REWARDS, Reward
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.rewards.tiny import OPEN_CLIP, hf_clip, open_clip_folder, reward
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 
 def message(value, **options):

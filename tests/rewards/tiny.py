@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twinrl.compat import ensure_torchvision
 from twinrl.config import Settings, component, validate
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards import REWARDS, Reward, build_reward
 from twinrl.rewards.aesthetic import ScoreHead
 from twinrl.rewards.imagereward import BlipReward, BlipSizes

@@ -10,7 +10,7 @@ import pytest
 import ablations
 import analysis
 import twinrl
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.run import layout
 
 NAMES = {name for key, name in vars(layout).items() if key.isupper() and Path(name).suffix}

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from twinrl.conditions import Condition
-from twinrl.transport import like
+from twinrl.flow.conditions import Condition
+from twinrl.flow.transport import like
 
 
 class GaussianFlow:

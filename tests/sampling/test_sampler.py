@@ -6,7 +6,7 @@ import torch
 
 from tests import reference
 from tests.sampling.gaussian import GaussianFlow
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.sampling import (
     SamplerConfig,
     any_step,

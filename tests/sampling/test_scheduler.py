@@ -4,8 +4,8 @@ import torch
 
 from tests import reference
 from tests.sampling.gaussian import GaussianFlow
-from twinrl.compat import ensure_torchvision
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.sampling import SamplerConfig, any_step, euler, few_step, multi_step, nfe, sample, time_grid
 
 ensure_torchvision()

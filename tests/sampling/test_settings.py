@@ -2,7 +2,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.sampling import SamplerConfig, any_step, euler, few_step, multi_step, nfe, plan, time_grid
 
 

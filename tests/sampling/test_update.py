@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.sampling import SamplerConfig, few_step, initial_state, plan, update
 from twinrl.sampling.update import sde_ratio
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from twinrl.tracking import names
+from twinrl.run import names
 
 TERMS = ("base", "real_velocity", "adversarial", "rectify")
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.stability.simulate import TERMS, Simulated, simulate
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.run import names, runlog
 from twinrl.stability.detectors import (
     Finding,
     Leading,
@@ -20,7 +21,6 @@ from twinrl.stability.detectors import (
     terms_in,
 )
 from twinrl.stability.events import Event, Suspects
-from twinrl.tracking import names, runlog
 
 RMS = {"rms_limit": 2.3}
 

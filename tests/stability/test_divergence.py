@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from twinrl.run import names
 from twinrl.stability.divergence import NONFINITE_PARAMETERS, Diverged, Divergence, first_divergence
-from twinrl.tracking import names
 
 GOOD, BROKEN, ALIKE = (0.95, 0.8), (0.1, 0.3), (0.99, 0.0)  # judge accuracy and recall
 

@@ -2,8 +2,8 @@ import json
 import math
 from pathlib import Path
 
+from twinrl.run import runlog
 from twinrl.stability.events import NONFINITE, SPIKE, Event, nonfinite
-from twinrl.tracking import runlog
 
 
 def test_an_event_without_measurements_is_as_short_as_ever() -> None:

@@ -14,10 +14,9 @@ import yaml
 
 from analysis import effects, frames
 from analysis.frames import load_study
-from twinrl.run import layout
+from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
-from twinrl.tracking import names, runlog
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "broken_before_the_first_evaluation.json").read_text())
 CONFIG = {

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.objectives import GivenDraws, batch_of, gradient, losses_of, objective_of
-from twinrl.branches import Rows
-from twinrl.conditions import Condition
+from twinrl.flow.branches import Rows
+from twinrl.flow.conditions import Condition
+from twinrl.flow.transport import interpolate, like
 from twinrl.terms import TERMS, Query, Target
 from twinrl.terms.rcgm import residual
 from twinrl.terms.rectify import Rectify
-from twinrl.transport import interpolate, like
 
 B, SHAPE = 24, (2, 3, 3)
 D = 18

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from tests.objectives import GivenDraws, losses_of, objective_of
 from twinrl import config as configuration
-from twinrl.branches import divide
-from twinrl.conditions import Condition
-from twinrl.objective import TermLoss
+from twinrl.flow.branches import divide
+from twinrl.flow.conditions import Condition
+from twinrl.terms.objective import TermLoss
 
 X = [[0.4, -0.2], [1.0, 0.6], [-0.5, 0.3], [0.2, -0.8]]
 Z = [[-0.6, 0.8], [0.5, -1.0], [1.2, 0.1], [-0.3, 0.9]]

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.reference import case, cases, flat_gradient, network, relative_error
-from twinrl import schema
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.branches import Batch, TimeLaw, divide
-from twinrl.objective import Objective, Pass, TermLoss
-from twinrl.teacher import Teacher
+from twinrl.flow.branches import Batch, TimeLaw, divide
+from twinrl.flow.teacher import Teacher
 from twinrl.terms import TERMS, Pull
+from twinrl.terms.objective import Objective, Pass, TermLoss
+from twinrl.training import schema
 
 TOLERANCE = 1e-6
 EACH = pytest.mark.parametrize("regime", ["big", "small"])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from twinrl import files
+from twinrl.machine import files
 from twinrl.tracking import store
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from twinrl.tracking.runlog import RunLog
+from twinrl.run.runlog import RunLog
 
 SPIKE_AT = 1234
 GRID_STEPS = (0, 1000)

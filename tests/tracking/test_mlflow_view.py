@@ -20,13 +20,13 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
-from twinrl.errors import InputError
-from twinrl.run import layout
-from twinrl.tracking import names, runlog, store
+from twinrl.config.errors import InputError
+from twinrl.run import layout, names, runlog
+from twinrl.run.runlog import RunLog
+from twinrl.tracking import store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.mlflow_view import MLflowView, publish
-from twinrl.tracking.runlog import RunLog
 from twinrl.tracking.thinning import Thinner
 
 pytestmark = pytest.mark.slow  # a store on disk: up to a second each

@@ -14,7 +14,7 @@ import mlflow
 import pytest
 
 from tests.tracking.synthetic import SPIKE_AT, TERMS, make_run
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.tracking import ui
 from twinrl.tracking.mlflow_view import publish
 

@@ -14,9 +14,9 @@ from twinrl.backends.dit import DiT
 from twinrl.backends.embedding import NetworkConfig, Spec, VelocityNetwork
 from twinrl.backends.mlp import MLP
 from twinrl.backends.unet import UNet
-from twinrl.components import Registry
-from twinrl.data.source import Source
-from twinrl.draws import generator
+from twinrl.config.components import Registry
+from twinrl.flow.draws import generator
+from twinrl.flow.source import Source
 
 __all__ = [
     "MLP",

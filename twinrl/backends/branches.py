@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twinrl import conditions
-from twinrl.conditions import Condition
+from twinrl.flow import conditions
+from twinrl.flow.conditions import Condition
 
 
 def tells_branches_apart(

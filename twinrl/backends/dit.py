@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class DiT(VelocityNetwork):

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.transport import like
+from twinrl.flow.conditions import Condition
+from twinrl.flow.transport import like
 
 
 class NetworkConfig(Settings):

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class MLP(VelocityNetwork):

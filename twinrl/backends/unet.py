@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, scaled_dot_product_attention, silu
 
 from twinrl.backends.embedding import Conditioning, NetworkConfig, Spec, VelocityNetwork, gaussian_velocity
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 GROUPS = 8
 """Groups of every group normalisation; divides every number of channels because it divides the width."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class WithoutTargetTime(nn.Module):

@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from twinrl.opened import open_run
 from twinrl.run import layout
 from twinrl.sampling.timing import Line, as_dict
+from twinrl.training.opened import open_run
 
 COLUMNS = ("", "NFE", "latency, batch 1 (ms)", "p95 (ms)", "throughput, batch 10 (images/s)", "against the teacher")
 

@@ -21,10 +21,11 @@ from rich.progress import (
 from rich.table import Table
 
 from twinrl.config import override, validate
-from twinrl.data.folders import readers
-from twinrl.data.folders.encode import Encoder
-from twinrl.data.folders.encoder import FamilyEncoder
-from twinrl.data.folders.prepare import (
+from twinrl.config.errors import InputError
+from twinrl.data import readers
+from twinrl.data.encode import Encoder
+from twinrl.data.encoder import FamilyEncoder
+from twinrl.data.prepare import (
     REPORT,
     check_apart,
     check_origin,
@@ -34,10 +35,9 @@ from twinrl.data.folders.prepare import (
     prepare,
     write_report,
 )
-from twinrl.data.folders.problems import Problem
-from twinrl.data.folders.settings import PrepareConfig
-from twinrl.data.folders.verify import Pair, verify
-from twinrl.errors import InputError
+from twinrl.data.problems import Problem
+from twinrl.data.settings import PrepareConfig
+from twinrl.data.verify import Pair, verify
 from twinrl.fsdp.mesh import device_named
 
 
@@ -76,7 +76,7 @@ def prepare_data(
         family: of the model; None finds it by the pipeline's class.
 
     Raises:
-        InputError: see ``twinrl.data.folders.prepare.prepare``; an unknown or malformed setting; no such model.
+        InputError: see ``twinrl.data.prepare.prepare``; an unknown or malformed setting; no such model.
     """
     config = validate(PrepareConfig, override({}, overrides))
     readers.read(path, config.read)  # a wrong path shows before a large model is loaded

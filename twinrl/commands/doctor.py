@@ -14,19 +14,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from twinrl import config, schema
+from twinrl import config
 from twinrl.backends import NETWORKS
-from twinrl.data.folders.settings import PrepareConfig
-from twinrl.data.source import cache_dir
+from twinrl.data.settings import PrepareConfig
+from twinrl.flow.schedules import SCHEDULES
+from twinrl.flow.source import cache_dir
 from twinrl.gradients.transforms import TRANSFORMS
-from twinrl.optim import LR_POLICIES, OPTIMIZERS
 from twinrl.renoise import RENOISE
 from twinrl.rewards import REWARDS
 from twinrl.rewards.latent import ESTIMATORS
-from twinrl.schedules import SCHEDULES
+from twinrl.run import environment
 from twinrl.terms import TERMS
 from twinrl.terms.losses import LOSSES
-from twinrl.tracking import environment
+from twinrl.training import schema
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS
 
 COMPONENTS: dict[str, Mapping[str, Any]] = {
     "model.network": NETWORKS,

@@ -7,9 +7,9 @@ from typing import Literal
 import yaml
 from rich.console import Console
 
-from twinrl.errors import InputError
-from twinrl.opened import OpenedRun, open_run
+from twinrl.config.errors import InputError
 from twinrl.run import layout
+from twinrl.training.opened import OpenedRun, open_run
 
 TOKEN = "HF_TOKEN"
 

@@ -8,8 +8,8 @@ from typing import ParamSpec
 
 import torch.distributed as dist
 
-from twinrl.checkpoints import SaveError
 from twinrl.fsdp import mesh
+from twinrl.run.checkpoints import SaveError
 
 FAILED = 1
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}

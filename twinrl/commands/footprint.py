@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class Counted(TorchDispatchMode):

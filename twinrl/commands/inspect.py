@@ -4,10 +4,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from twinrl.opened import OpenedRun, open_run
-from twinrl.pictures import save_samples
-from twinrl.provider import Table
 from twinrl.run import layout
+from twinrl.training.opened import OpenedRun, open_run
+from twinrl.training.pictures import save_samples
+from twinrl.training.provider import Table
 
 
 def sample(

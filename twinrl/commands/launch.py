@@ -20,17 +20,18 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from twinrl import cluster, config
-from twinrl.checkpoints import in_background
+from twinrl import config
 from twinrl.commands import program
 from twinrl.commands.interrupt import asking
 from twinrl.commands.train import FAILED, resume, train
-from twinrl.components import failures_named
-from twinrl.errors import InputError
+from twinrl.config.components import failures_named
+from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh, restart
+from twinrl.machine import cluster
+from twinrl.run.checkpoints import in_background
 from twinrl.run.layout import RANKS
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
 
 STOP = "stop"
 """File whose existence ends training."""

@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from twinrl import assembly
 from twinrl.backends.families.family import DTYPES
 from twinrl.backends.families.loading import quiet
 from twinrl.commands import footprint
-from twinrl.errors import InputError
-from twinrl.optim import OPTIMIZERS
+from twinrl.config.errors import InputError
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.latent import LatentReward
 from twinrl.rewards.latent.contract import KeyedRows
-from twinrl.schema import RunConfig
+from twinrl.training import assembly
+from twinrl.training.optim import OPTIMIZERS
+from twinrl.training.schema import RunConfig
 
 PHASES = ("forward", "backward", "update")
 REWARD_PARAMETERS = {

@@ -8,8 +8,8 @@ from twinrl.commands import train as process
 from twinrl.commands.failures import in_one_line
 from twinrl.commands.launch import launch
 from twinrl.fsdp import mesh
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
 
 
 @in_one_line

@@ -16,8 +16,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from twinrl.run import names
 from twinrl.stability.events import Event
-from twinrl.tracking import names
 from twinrl.tracking.mlflow_view import MLflowView
 
 SHOWN = {

@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from twinrl import assembly
-from twinrl.capsules import Capsules
 from twinrl.commands.progress import SHOWN
-from twinrl.data.source import Data
-from twinrl.replay import Judge, Replay, Trace
-from twinrl.replay import replay as run_again
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
-from twinrl.tracking import names, runlog
+from twinrl.flow.source import Data
+from twinrl.run import names, runlog
+from twinrl.training import assembly
+from twinrl.training.capsules import Capsules
+from twinrl.training.replay import Judge, Replay, Trace
+from twinrl.training.replay import replay as run_again
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
 
 SHOWN_BEFORE, SHOWN_AFTER = 8, 12
 

@@ -17,11 +17,12 @@ import yaml
 from rich.console import Console
 
 from twinrl import config as configuration
-from twinrl import foreign, text
 from twinrl.backends.families import FAMILIES
 from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES, PREDICTIONS, check_bridge
-from twinrl.errors import InputError
-from twinrl.schema import RunConfig
+from twinrl.config import foreign
+from twinrl.config.errors import InputError
+from twinrl.machine import text
+from twinrl.training.schema import RunConfig
 
 RENAMED = {
     "twinflow_estimate_order": "terms.base.order",

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.config import canonical_hash
-from twinrl.data.source import cache_dir
+from twinrl.flow.source import cache_dir
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.lab.storage import damaged, load_json, publish
-from twinrl.run import layout
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
+from twinrl.run import layout, names
 from twinrl.stability import verdict
-from twinrl.tracking import names
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
 
 UNUSED = ("every", "objective", "grid_samples", "teacher_steps")
 """Evaluation settings that change no metric of an evaluation."""

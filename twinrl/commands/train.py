@@ -11,23 +11,23 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from twinrl import assembly, pictures
-from twinrl.branches import allocate
 from twinrl.commands import program, starts
 from twinrl.commands.failures import FAILED, in_one_line
 from twinrl.commands.inspect import judge
 from twinrl.commands.interrupt import asking
 from twinrl.commands.progress import ConsoleObserver, MLflowObserver
-from twinrl.data.source import Data
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.branches import allocate
+from twinrl.flow.source import Data
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
-from twinrl.opened import OpenedRun
 from twinrl.run import layout
-from twinrl.runs import RunDirectory
-from twinrl.schema import RunConfig
 from twinrl.tracking.mlflow_view import MLflowView
-from twinrl.trainer import Outcome, Row, Trainer
+from twinrl.training import assembly, pictures
+from twinrl.training.opened import OpenedRun
+from twinrl.training.runs import RunDirectory
+from twinrl.training.schema import RunConfig
+from twinrl.training.trainer import Outcome, Row, Trainer
 
 INTERRUPTED = 130
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from twinrl.tracking import names
+from twinrl.run import names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -119,7 +119,7 @@ def training_curves(rows: Frame, *, floor: Mapping[str, float] | None = None, ti
     Panels without data are left out. Non-finite values are marked at the panel's lower edge.
 
     Arguments:
-        rows: log rows; which columns are drawn follows :mod:`twinrl.tracking.names`.
+        rows: log rows; which columns are drawn follows :mod:`twinrl.run.names`.
         floor: real-against-real values by plain name (``Protocol.floor``), drawn as dotted lines.
         title: above the panels.
     """

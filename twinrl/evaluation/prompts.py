@@ -24,22 +24,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from twinrl import draws, transport
-from twinrl.conditions import Condition
-from twinrl.data.source import Scorer, scored
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, EvaluationConfig
 from twinrl.evaluation.table import write_json
+from twinrl.flow import draws, transport
+from twinrl.flow.conditions import Condition
+from twinrl.flow.source import Scorer, scored
+from twinrl.machine.visiting import visiting
+from twinrl.run import names
 from twinrl.sampling import Network, SamplerConfig, few_step, sample
-from twinrl.tracking import names
-from twinrl.visiting import visiting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twinrl.data.folders.training import FolderRows, FolderSource
+    from twinrl.data.training import FolderRows, FolderSource
 
 REGIONS = 4
 SHOWN = 8
@@ -296,7 +296,7 @@ class PromptTable:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain mappings and lists; non-finite numbers as the strings "nan", "inf", "-inf"."""
-        from twinrl.tracking import runlog
+        from twinrl.run import runlog
 
         rows = {str(n): {k: runlog.encode(v) for k, v in values.items()} for n, values in self.rows.items()}
         return asdict(self) | {"rows": rows}

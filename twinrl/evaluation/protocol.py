@@ -13,15 +13,15 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor
 
-from twinrl import conditions, draws, transport
-from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.data.source import Scorer, Source, Split, scored
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
+from twinrl.flow import conditions, draws, transport
+from twinrl.flow.conditions import Condition
+from twinrl.flow.source import Scorer, Source, Split, scored
+from twinrl.run import names
 from twinrl.sampling import Network, SamplerConfig, few_step, nfe, sample
-from twinrl.tracking import names
 
 HeldOut: TypeAlias = Literal["validation", "test"]
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from twinrl.checkpoints import SaveError
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.gradients import Losses
-from twinrl.objective import TermLoss
+from twinrl.run.checkpoints import SaveError
+from twinrl.terms.objective import TermLoss
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """Sharded checkpoints: every rank writes its part, any number of ranks reads them.
 
-A checkpoint is the folder of :mod:`twinrl.checkpoints` with ``shards/`` (torch.distributed.checkpoint) in the place of
-the safetensors files; ``state.json`` is the same. All ranks write beside the final place; when the last one is done,
+A checkpoint is the folder of :mod:`twinrl.run.checkpoints` with ``shards/`` (torch.distributed.checkpoint) in the place
+of the safetensors files; ``state.json`` is the same. All ranks write beside the final place; when the last one is done,
 rank 0 renames. Both kinds are read by either reader.
 """
 
@@ -18,12 +18,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from twinrl import checkpoints, files
-from twinrl.checkpoints import SHARDS, Checkpoint
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
-from twinrl.run import layout
-from twinrl.shards import Reader
+from twinrl.machine import files
+from twinrl.run import checkpoints, layout
+from twinrl.run.checkpoints import SHARDS, Checkpoint
+from twinrl.run.shards import Reader
 
 
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
@@ -83,7 +83,7 @@ def _publish(publication: ExitStack, directory: Path, folder: Path, state: Mappi
 
 @contextmanager
 def _saving(directory: Path) -> Iterator[None]:
-    """As :func:`twinrl.checkpoints.saving`, of what the ranks tell each other when one of them could not write."""
+    """As :func:`twinrl.run.checkpoints.saving`, of what the ranks tell each other when one of them could not write."""
     with checkpoints.saving(directory):
         try:
             yield
@@ -140,7 +140,7 @@ class ShardedPart(Stored):
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """As :func:`twinrl.checkpoints.load_optimizer`, into state that is sharded as the parameters are."""
+    """As :func:`twinrl.run.checkpoints.load_optimizer`, into state that is sharded as the parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = tensors.shapes() if isinstance(tensors, Stored) else {n: t.shape for n, t in tensors.items()}
     targets = {key: _target(key, shape, parameters, origin) for key, shape in shapes.items()}

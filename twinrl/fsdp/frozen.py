@@ -1,7 +1,7 @@
 """Frozen models of which every process keeps its part, and has the whole while it uses it.
 
 VAE, text encoders and reward models are idle while the student trains. Between uses a process keeps 1/N of each one's
-numbers; :func:`twinrl.visiting.visiting`, inside which they are used anyway, brings the whole together in one
+numbers; :func:`twinrl.machine.visiting.visiting`, inside which they are used anyway, brings the whole together in one
 message for each dtype, and lets go of it afterwards.
 
 Not ``fully_shard``: that gathers whenever a block runs, so every process would have to run it equally often. A reward's

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from twinrl import checkpoints
 from twinrl.fsdp.wrap import local, own_part, part
+from twinrl.run import checkpoints
 
 META = torch.device("meta")
 Build = Callable[[], nn.Module]

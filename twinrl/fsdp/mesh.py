@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.fsdp import watchdog
 
 REPLICATE, SHARD = "replicate", "shard"

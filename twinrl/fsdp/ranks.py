@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twinrl import checkpoints
 from twinrl.backends import tells_branches_apart
-from twinrl.branches import Batch
-from twinrl.checkpoints import Checkpoint
-from twinrl.conditions import Condition
+from twinrl.flow.branches import Batch
+from twinrl.flow.conditions import Condition
+from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
 from twinrl.gradients import Losses
-from twinrl.teacher import copy_of
+from twinrl.run import checkpoints
+from twinrl.run.checkpoints import Checkpoint
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Ranks:
         return copy_of(student)
 
     def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
-        """Keep frozen modules, which are used inside :func:`twinrl.visiting.visiting` alone, as configured."""
+        """Keep frozen modules, which are used inside :func:`twinrl.machine.visiting.visiting` alone, as configured."""
 
     def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
         """See :func:`twinrl.backends.tells_branches_apart`."""
@@ -128,23 +128,23 @@ class Ranks:
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def save(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
-        """See :func:`twinrl.checkpoints.save`."""
+        """See :func:`twinrl.run.checkpoints.save`."""
         checkpoints.save(directory, step, checkpoint, keep)
 
     def save_later(self, directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
-        """See :func:`twinrl.checkpoints.save_later`."""
+        """See :func:`twinrl.run.checkpoints.save_later`."""
         return checkpoints.save_later(directory, step, checkpoint, keep)
 
     def load(self, path: Path) -> Checkpoint:
-        """See :func:`twinrl.checkpoints.load`."""
+        """See :func:`twinrl.run.checkpoints.load`."""
         return checkpoints.load(path)
 
     def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """See :func:`twinrl.checkpoints.load_module`."""
+        """See :func:`twinrl.run.checkpoints.load_module`."""
         checkpoints.load_module(module, tensors, origin)
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """See :func:`twinrl.checkpoints.load_optimizer`."""
+        """See :func:`twinrl.run.checkpoints.load_optimizer`."""
         checkpoints.load_optimizer(optimizer, tensors, origin)
 
 

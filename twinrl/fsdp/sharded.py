@@ -13,10 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from twinrl.backends import tells_branches_apart
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.branches import Batch
-from twinrl.checkpoints import Checkpoint
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.branches import Batch
+from twinrl.flow.conditions import Condition
 from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
 from twinrl.fsdp.config import FSDPConfig
@@ -24,7 +23,8 @@ from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
-from twinrl.visiting import IN_PARTS
+from twinrl.machine.visiting import IN_PARTS
+from twinrl.run.checkpoints import Checkpoint
 
 
 class Sharded(Ranks):

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.fsdp.config import FSDPConfig
 
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from twinrl.components import checked
 from twinrl.config import Settings, component
+from twinrl.config.components import checked
+from twinrl.flow.schedules import Schedule
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
-from twinrl.schedules import Schedule
 
 if TYPE_CHECKING:
     Rule: TypeAlias = Any

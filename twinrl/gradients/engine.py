@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl.branches import Batch
+from twinrl.flow.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import Surroundings
-from twinrl.objective import Objective, Pass, TermLoss
-from twinrl.tracking import names
+from twinrl.run import names
+from twinrl.terms.objective import Objective, Pass, TermLoss
 
 Losses = list[dict[str, TermLoss]]
 Measures = dict[str, Tensor]

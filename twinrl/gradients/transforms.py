@@ -15,10 +15,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from twinrl.components import Registry
 from twinrl.config import Settings
+from twinrl.config.components import Registry
+from twinrl.flow.schedules import AnySchedule
 from twinrl.gradients.gradient import Gradient
-from twinrl.schedules import AnySchedule
 
 
 @dataclass(frozen=True)

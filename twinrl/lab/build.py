@@ -10,10 +10,10 @@ from torch import Tensor
 
 from twinrl.backends import MLP
 from twinrl.backends.embedding import Spec
-from twinrl.data.digits import HELD_OUT_TEMPLATES, TEMPLATES, load_digit_splits
-from twinrl.data.source import Split
+from twinrl.flow.source import Split
 from twinrl.lab.clip import EMBEDDING, train_clip, train_preference
 from twinrl.lab.degrade import Degrade
+from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, load_digit_splits
 from twinrl.lab.judge import train_judge
 from twinrl.lab.models import Models
 from twinrl.lab.pretrain import pretrain

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax, one_hot, softplus
 
-from twinrl.compat import ensure_torchvision
-from twinrl.data.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
-from twinrl.data.source import Split
-from twinrl.draws import generator
+from twinrl.flow.draws import generator
+from twinrl.flow.source import Split
 from twinrl.lab.degrade import Degrade
+from twinrl.lab.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
 from twinrl.lab.training import Recipe, fit
+from twinrl.machine.compat import ensure_torchvision
 
 CONTEXT = 16
 EMBEDDING = 64
@@ -50,7 +50,7 @@ class WordTokenizer:
 
 
 class Clip(nn.Module):
-    """An open_clip model with its tokenizer; satisfies ``twinrl.data.source.Scorer``.
+    """An open_clip model with its tokenizer; satisfies ``twinrl.flow.source.Scorer``.
 
     Arguments:
         width: of both towers, a multiple of 32.

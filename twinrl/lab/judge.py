@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from twinrl.data.source import Split
-from twinrl.draws import normal
+from twinrl.flow.draws import normal
+from twinrl.flow.source import Split
 from twinrl.lab.training import Recipe, fit
 
 FEATURES = 64
@@ -14,7 +14,7 @@ _CLASSES = 10
 
 
 class DigitJudge(nn.Module):
-    """A small convolutional classifier; satisfies ``twinrl.data.source.Judge``.
+    """A small convolutional classifier; satisfies ``twinrl.flow.source.Judge``.
 
     Features are taken before the last nonlinearity: they are then close to Gaussian, as the Fréchet distance
     assumes, and do not have dead dimensions.

@@ -7,7 +7,7 @@ its *content*, which is checked on every load.
 from functools import partial
 from pathlib import Path
 
-from twinrl.data.source import Split, cache_dir
+from twinrl.flow.source import Split, cache_dir
 from twinrl.lab.build import MANIFEST, PARTS, build, hash_of
 from twinrl.lab.models import Models
 from twinrl.lab.recipe import LabRecipe

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twinrl.conditions import Condition
-from twinrl.draws import normal, shuffled_rows, uniform
+from twinrl.flow.conditions import Condition
+from twinrl.flow.draws import normal, shuffled_rows, uniform
+from twinrl.flow.transport import interpolate, like, velocity
 from twinrl.lab.training import seeded
-from twinrl.transport import interpolate, like, velocity
 
 ConditionOf = Callable[[Tensor, int], Condition]
 """(labels (B,), step) → condition of B rows, captions drawn anew at every step."""

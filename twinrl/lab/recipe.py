@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from twinrl.backends import MLP
-from twinrl.data.digits import HELD_OUT_TEMPLATES, TEMPLATES, Warp
+from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, Warp
 from twinrl.lab.pretrain import Pretraining
 from twinrl.lab.training import Recipe
 

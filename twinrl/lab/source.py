@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from twinrl.conditions import Condition
-from twinrl.data.digits import CLASSES, captions
-from twinrl.data.source import Judge, Scorer, Split
+from twinrl.flow.conditions import Condition
+from twinrl.flow.source import Judge, Scorer, Split
 from twinrl.lab.clip import EMBEDDING
+from twinrl.lab.digits import CLASSES, captions
 from twinrl.lab.models import Models
 from twinrl.lab.vae import LATENT_SHAPE
 
@@ -17,7 +17,7 @@ Teachers = Callable[["Lab", nn.Module, str], Mapping[str, Tensor]]
 
 
 class Lab:
-    """The digits source; satisfies ``twinrl.data.source.Source``. Made by ``load_lab``.
+    """The digits source; satisfies ``twinrl.flow.source.Source``. Made by ``load_lab``.
 
     Arguments:
         content_hash: of everything below.

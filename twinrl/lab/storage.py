@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twinrl import files
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import files
 
 
 def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> str:

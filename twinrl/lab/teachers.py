@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from twinrl.backends import network_key
-from twinrl.data.digits import captions
-from twinrl.data.source import cache_dir
+from twinrl.flow.source import cache_dir
 from twinrl.lab.clip import Clip
+from twinrl.lab.digits import captions
 from twinrl.lab.pretrain import FlowData, fresh, pretrain
 from twinrl.lab.progress import stages
 from twinrl.lab.recipe import LabRecipe

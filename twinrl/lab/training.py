@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twinrl.draws import shuffled_rows
+from twinrl.flow.draws import shuffled_rows
 
 
 @dataclass(frozen=True)

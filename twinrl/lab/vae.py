@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl.compat import ensure_torchvision
-from twinrl.draws import normal
+from twinrl.flow.draws import normal
 from twinrl.lab.training import Recipe, fit
+from twinrl.machine.compat import ensure_torchvision
 
 LATENT_SHAPE = (4, 8, 8)
 _CHANNELS = (8, 16, 32)

@@ -1,6 +1,6 @@
 """Renoise: families of time distributions with moving parameters. A new family is a class and one line here."""
 
-from twinrl.components import Registry
+from twinrl.config.components import Registry
 from twinrl.renoise.distributions import TimeDistribution
 from twinrl.renoise.families import (
     BetaRenoise,

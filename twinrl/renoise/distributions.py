@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinrl import draws
-from twinrl.tracking import names
+from twinrl.flow import draws
+from twinrl.run import names
 
 
 class TimeDistribution(ABC):

@@ -1,7 +1,7 @@
 """Renoise: a distribution of times whose shape moves during training, and the times that it shapes.
 
-A *family* names the distribution; each of its parameters is a :mod:`schedule <twinrl.schedules>`, so every shape of
-movement combines with every family. The published run (Qwen-Image-2512) moves Beta(4→1, 1) linearly over 30 % of the
+A *family* names the distribution; each of its parameters is a :mod:`schedule <twinrl.flow.schedules>`, so every shape
+of movement combines with every family. The published run (Qwen-Image-2512) moves Beta(4→1, 1) linearly over 30 % of the
 run and shapes the training times with it. DMDR (arXiv:2511.13649) moves Beta(4→1, 1.5→1) along a cosine and shapes
 the time of the fake model *and* the renoise time τ, the only one that "renoise" means in distribution matching::
 
@@ -27,8 +27,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from twinrl.config import Settings
+from twinrl.flow.schedules import AnySchedule, Schedule
 from twinrl.renoise.distributions import Beta, LogitNormal, TimeDistribution
-from twinrl.schedules import AnySchedule, Schedule
 
 Placement = Literal["training", "rectify", "fake"]
 

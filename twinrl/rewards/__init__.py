@@ -6,7 +6,7 @@ have its gradient in latent space is the business of :mod:`twinrl.rewards.latent
 
 from typing import Any
 
-from twinrl.data.source import Data
+from twinrl.flow.source import Data
 from twinrl.rewards.aesthetic import Aesthetic
 from twinrl.rewards.analytic import Brightness, Compressibility, Quadratic, Sharpness
 from twinrl.rewards.clipscore import CLIPScore

@@ -13,16 +13,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from twinrl.branches import Rows
 from twinrl.config import Settings
-from twinrl.data.source import Data
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.branches import Rows
+from twinrl.flow.schedules import RewardSchedule
+from twinrl.flow.source import Data
+from twinrl.machine.visiting import visiting
 from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
 from twinrl.rewards.reward import Reward, RewardSettings
-from twinrl.schedules import RewardSchedule
+from twinrl.run import names
 from twinrl.terms import Pull
-from twinrl.tracking import names
-from twinrl.visiting import visiting
 
 if TYPE_CHECKING:
     Model: TypeAlias = Any

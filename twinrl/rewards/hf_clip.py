@@ -13,13 +13,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from twinrl.checkpoints import refuse_misfit
-from twinrl.compat import ensure_torchvision
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.hpsv2 import clip_tokens
 from twinrl.rewards.model import ModelReward
 from twinrl.rewards.preprocess import centre_crop
 from twinrl.rewards.weights import PUBLISHED
+from twinrl.run.checkpoints import refuse_misfit
 
 
 def load_clip(folder: Path) -> nn.Module:

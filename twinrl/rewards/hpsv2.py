@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from twinrl.checkpoints import load_module
-from twinrl.compat import ensure_torchvision
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.model import ModelConfig, ModelReward
 from twinrl.rewards.preprocess import letterbox
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
+from twinrl.run.checkpoints import load_module
 
 REPOSITORY = "xswu/HPSv2"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -20,14 +20,14 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from twinrl.checkpoints import load_module
-from twinrl.compat import ensure_torchvision
 from twinrl.config import Settings
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.aesthetic import ScoreHead
 from twinrl.rewards.model import ModelConfig, ModelReward
 from twinrl.rewards.preprocess import centre_crop
 from twinrl.rewards.reward import NOWHERE, Surroundings
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
+from twinrl.run.checkpoints import load_module
 
 CHECKPOINT = HubFile("THUDM/ImageReward", "ImageReward.pt")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt")

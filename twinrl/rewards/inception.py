@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from twinrl.checkpoints import load_module
-from twinrl.compat import ensure_torchvision
-from twinrl.data.folders.files import ending_in
-from twinrl.data.folders.images import SUFFIXES, decode
-from twinrl.data.folders.problems import UnusableError
-from twinrl.data.source import cache_dir
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.data.files import ending_in
+from twinrl.data.images import SUFFIXES, decode
+from twinrl.data.problems import UnusableError
+from twinrl.flow.source import cache_dir
+from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.weights import PUBLISHED, read_weights
+from twinrl.run.checkpoints import load_module
 
 ensure_torchvision()
 

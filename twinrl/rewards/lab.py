@@ -12,8 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.data.digits import SIDE
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.lab.digits import SIDE
 from twinrl.rewards.reward import NOWHERE, Reward, Surroundings, check_batch
 
 

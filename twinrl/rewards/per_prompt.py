@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.rewards.ensemble import Composite
 from twinrl.rewards.reward import NOWHERE, Keeper, RewardSettings, Surroundings, build_part
 

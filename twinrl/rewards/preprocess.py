@@ -14,7 +14,7 @@ Bicubic overshoot beyond [0, 1] is kept, as the packages that work on tensors ke
 import torch
 from torch import Tensor
 
-from twinrl.compat import ensure_torchvision
+from twinrl.machine.compat import ensure_torchvision
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from twinrl.components import Registry
 from twinrl.config import Settings, component
-from twinrl.data.source import Scorer
+from twinrl.config.components import Registry
+from twinrl.flow.source import Scorer
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinrl.checkpoints import few
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.run.checkpoints import few
 
 PUBLISHED = "use the published file, or the architecture that it belongs to"
 """What to do about weights that do not fit."""

@@ -22,10 +22,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from twinrl import files
 from twinrl.config import one_line
-from twinrl.errors import InputError
-from twinrl.tracking import runlog
+from twinrl.config.errors import InputError
+from twinrl.machine import files
+from twinrl.run import runlog
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 LOG, EVENTS, METRICS = "log.jsonl", "events.jsonl", "metrics.parquet"

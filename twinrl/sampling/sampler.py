@@ -6,10 +6,10 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from twinrl import draws
-from twinrl.components import checked
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
+from twinrl.config.components import checked
+from twinrl.config.errors import InputError
+from twinrl.flow import draws
+from twinrl.flow.conditions import Condition
 from twinrl.sampling.settings import SamplerConfig
 from twinrl.sampling.update import Evaluation, State, initial_state, plan, update
 

@@ -17,7 +17,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from pydantic import ValidationError
 from torch import Tensor
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.transport import interpolate
 from twinrl.sampling.sampler import keyed_noise
 from twinrl.sampling.settings import (
     SamplerConfig,
@@ -28,7 +29,6 @@ from twinrl.sampling.settings import (
     time_grid,
 )
 from twinrl.sampling.update import Evaluation, State, high_precision, initial_state, plan, update
-from twinrl.transport import interpolate
 
 PRESETS = {"few": few_step, "any": any_step, "mul": multi_step}
 

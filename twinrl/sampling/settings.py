@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 Style = Literal["few", "any", "mul"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl import draws
-from twinrl.data.source import Data
+from twinrl.flow import draws
+from twinrl.flow.source import Data
 from twinrl.sampling.sampler import sample
 from twinrl.sampling.settings import SamplerConfig, euler, few_step, nfe
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.transport import predicted_data, predicted_noise
 from twinrl.sampling.settings import SamplerConfig, Style, time_grid
-from twinrl.transport import predicted_data, predicted_noise
 
 
 class Prediction(NamedTuple):

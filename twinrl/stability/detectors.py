@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import Field
 
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.run import names, runlog
 from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, Event, Suspects
 from twinrl.stability.rolling import Episode
 from twinrl.stability.series import Detector, Drift, Finding, Limit, NonFinite, Spike, Unscored, Values
-from twinrl.tracking import names, runlog
 
 __all__ = [
     "Detector",
@@ -225,7 +225,7 @@ def terms_in(rows: Iterable[Values]) -> list[str]:
 
 
 def scan(rows: Iterable[Values], config: Watch.Config | None = None) -> list[Finding]:
-    """All findings in the rows of a log, e.g. of :func:`twinrl.tracking.runlog.read`.
+    """All findings in the rows of a log, e.g. of :func:`twinrl.run.runlog.read`.
 
     Arguments:
         rows: log rows with ``step``, in the order of the log; non-finite numbers as floats.

@@ -31,8 +31,8 @@ from typing import Any
 from pydantic import Field
 
 from twinrl.config import Settings
+from twinrl.run import names, runlog
 from twinrl.stability.events import DIVERGED, Event
-from twinrl.tracking import names, runlog
 
 Row = Mapping[str, Any]
 NONFINITE_PARAMETERS = names.event("nonfinite_parameters")
@@ -288,7 +288,7 @@ def first_divergence(
     start: Row | None = None,
     ended: bool = False,
 ) -> Diverged | None:
-    """The failure of a log, e.g. of :func:`twinrl.tracking.runlog.rows`, and whether it recovered; None if it is whole.
+    """The failure of a log, e.g. of :func:`twinrl.run.runlog.rows`, and whether it recovered; None if it is whole.
 
     Arguments:
         rows: log rows with ``step``, in the order of the log; non-finite numbers as floats.

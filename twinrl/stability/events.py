@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from twinrl.tracking import runlog
+from twinrl.run import runlog
 
 NONFINITE = "nonfinite"
 SPIKE = "spike"

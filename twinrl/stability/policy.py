@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.stability.detectors import Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import DIVERGED, DRIFT, NONFINITE, SPIKE, UNSCORED, Event

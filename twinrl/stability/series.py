@@ -22,9 +22,9 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from twinrl.config import Settings
+from twinrl.run import names, runlog
 from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, nonfinite
 from twinrl.stability.rolling import Episode, Rolling
-from twinrl.tracking import names, runlog
 
 Values = Mapping[str, Any]
 

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twinrl.run import layout
+from twinrl.run import layout, runlog
 from twinrl.stability.divergence import Diverged, Divergence, Row, first_divergence
-from twinrl.tracking import runlog
 
 COMPLETE = ("finished", "stopped")
 """How a run ends that no failure has ended."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from twinrl.components import Registry
+from twinrl.config.components import Registry
 from twinrl.terms.adversarial import Adversarial
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity

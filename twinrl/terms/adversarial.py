@@ -18,9 +18,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
+from twinrl.flow.transport import interpolate, predicted_data, velocity
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step
-from twinrl.transport import interpolate, predicted_data, velocity
 
 REWARD = "reward"
 """Name under which the reward's part of this term is measured and clipped."""

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from twinrl.components import Registry
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.components import Registry
+from twinrl.config.errors import InputError
 
 
 def mean_square(F: Tensor, target: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinrl.branches import Rows
-from twinrl.conditions import Condition
+from twinrl.flow.branches import Rows
+from twinrl.flow.conditions import Condition
+from twinrl.flow.transport import like
+from twinrl.run import names
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step, own
-from twinrl.tracking import names
-from twinrl.transport import like
 
 Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 

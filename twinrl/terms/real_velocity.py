@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, instant, own
 
 

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
+from twinrl.flow.transport import interpolate, like, predicted_data
+from twinrl.run import names
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step, own
-from twinrl.tracking import names
-from twinrl.transport import interpolate, like, predicted_data
 
 
 class Rectify(Term):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 from torch import Tensor
 
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step
 
 

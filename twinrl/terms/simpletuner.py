@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from twinrl.branches import Rows
+from twinrl.flow.branches import Rows
 from twinrl.terms.rcgm import RCGMConfig, clamped, recursion
 from twinrl.terms.term import Context, Query, Target, Term, own
 

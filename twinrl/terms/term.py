@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinrl import conditions
-from twinrl.branches import BRANCHES, Rows
-from twinrl.components import checked
-from twinrl.conditions import Condition
 from twinrl.config import Settings, component
+from twinrl.config.components import checked
+from twinrl.flow import conditions
+from twinrl.flow.branches import BRANCHES, Rows
+from twinrl.flow.conditions import Condition
 from twinrl.terms.losses import LOSSES, time_weight
 
 if TYPE_CHECKING:

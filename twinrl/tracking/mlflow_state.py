@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from twinrl import files
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run.layout import MLFLOW
 
 FINGERPRINT_BYTES = 4096

@@ -22,11 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twinrl.errors import InputError
-from twinrl.run import layout
+from twinrl.config.errors import InputError
+from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
-from twinrl.tracking import names, runlog, store
+from twinrl.tracking import store
 from twinrl.tracking.mlflow_run import MlflowRun
 from twinrl.tracking.mlflow_state import State
 from twinrl.tracking.thinning import Point, Thinner

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from twinrl.tracking.names import STEP_SECONDS
+from twinrl.run.names import STEP_SECONDS
 
 MOST_POINTS = 320  # what MLflow's charts ask for; of a longer series they drop points blindly, spikes included
 REGULAR_BUCKETS = 140

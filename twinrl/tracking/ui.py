@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from types import FrameType
 from urllib.parse import quote
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.tracking import store
 from twinrl.tracking.guard import ADDRESSES
 
@@ -110,7 +110,7 @@ def _command(store_uri: str, host: str, port: int) -> list[str]:
     if database := store.sqlite_path(store_uri):
         options["--artifacts-destination"] = str(database.resolve().parent / store.ARTIFACTS_NAME)
     words = [word for pair in options.items() for word in pair]
-    return [sys.executable, "-m", "twinrl.lifeline", "mlflow", "server", *words]
+    return [sys.executable, "-m", "twinrl.machine.lifeline", "mlflow", "server", *words]
 
 
 def _last_complaint(output: str) -> str:

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES
-from tests.data.folders.tiny import write_pairs
+from tests.data.tiny import write_pairs
 from tests.rounding import assert_rounded
 from twinrl.backends.families import FAMILIES, family_class
 from twinrl.backends.families.family import Family
 from twinrl.commands import data
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 from twinrl.sampling import few_step, keyed_noise, sample
 
 TOKENS = {"qwen_image": 192, "z_image": 64}  # templates are long where the tokenizer's tokens are letters

@@ -21,13 +21,13 @@ from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES, Case, disturbed
 from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import at
-from tests.data.folders.tiny import write_pairs
+from tests.data.tiny import write_pairs
 from tests.logs import rows
-from twinrl import schema
 from twinrl.backends.families import FAMILIES, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
 from twinrl.sampling import euler, sample
+from twinrl.training import schema
 
 NAME = "my_family.OvisImage"
 (PAGE,) = (text for title, text in pages.sections("extending").items() if title.startswith("Family"))

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from twinrl.backends.families.diffusion import Bridge
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 MEAN, SPREAD = 0.7, 0.5  # of Gaussian data

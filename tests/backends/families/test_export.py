@@ -15,7 +15,7 @@ from tests.backends.families.test_networks import T, at
 from twinrl.backends.families import load_family
 from twinrl.backends.families.export import export
 from twinrl.backends.families.lora import LoraSettings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.sampling.scheduler import TwinFlowScheduler
 
 SCRIPT = """

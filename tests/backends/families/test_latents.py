@@ -5,7 +5,7 @@ import torch
 
 from tests.backends.families import tiny
 from tests.rounding import assert_rounded
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 
 def pixels(case, seed=0):

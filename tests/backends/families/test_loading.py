@@ -12,7 +12,7 @@ from tests.backends.families.conftest import SWITCHES
 from tests.backends.families.test_networks import T, at
 from twinrl.backends.families import FAMILIES, family_class, load_family
 from twinrl.backends.families.family import FamilyConfig
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -10,7 +10,7 @@ from tests.backends.families.test_networks import T, at
 from twinrl.backends.families.export import export_lora, with_lora
 from twinrl.backends.families.family import FrozenTeacher
 from twinrl.backends.families.lora import TWIN_FILE, LoraSettings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 LORA = LoraSettings(rank=2)
 

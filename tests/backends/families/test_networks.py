@@ -8,9 +8,9 @@ import torch
 from tests.backends.families import tiny
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.made import assert_alike
-from twinrl import conditions
 from twinrl.backends import tells_branches_apart
 from twinrl.backends.families.family import FrozenTeacher
+from twinrl.flow import conditions
 from twinrl.sampling import euler, sample
 
 T = torch.tensor([0.3, 1.0])

@@ -10,10 +10,10 @@ import json
 import pytest
 import torch
 
-from twinrl import schema
 from twinrl.backends.families import family_class
 from twinrl.config import presets
-from twinrl.described import meta_family
+from twinrl.training import schema
+from twinrl.training.described import meta_family
 
 SD35_MEDIUM = {  # stabilityai/stable-diffusion-3.5-medium
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,

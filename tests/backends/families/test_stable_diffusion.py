@@ -13,10 +13,10 @@ from tests.backends.families.conftest import PROMPTS, disturbed
 from tests.backends.families.made import assert_alike
 from tests.backends.families.test_networks import at
 from tests.rounding import assert_rounded
-from twinrl import schema
 from twinrl.backends.families import load_family
 from twinrl.backends.families.family import FamilyConfig
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.training import schema
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from string import ascii_lowercase
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from twinrl.compat import ensure_torchvision
+from twinrl.machine.compat import ensure_torchvision
 
 ensure_torchvision()
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tests.rewards.latent.toys import PROMPTS, Brightness, Toy, latent_reward, latents
 from tests.rounding import assert_rounded
+from twinrl.flow.transport import like
 from twinrl.rewards.latent import KeyedRows
 from twinrl.rewards.latent.projection import project
-from twinrl.tracking import names
-from twinrl.transport import like
+from twinrl.run import names
 
 ROWS = KeyedRows(0, 0, tuple(range(len(PROMPTS))))
 PIXELS = 3 * 8 * 8

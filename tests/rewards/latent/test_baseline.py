@@ -5,7 +5,7 @@ import torch
 
 from tests.rewards.latent.toys import PROMPTS, Brightness, Flat, Toy, latent_reward, latents
 from twinrl.rewards.latent import KeyedRows
-from twinrl.tracking import names
+from twinrl.run import names
 
 ROWS = KeyedRows(0, 0, tuple(range(len(PROMPTS))))
 CODECS = [Toy(), Toy(gain=2.0, bend=False)]  # the second one leaves [−1, 1]

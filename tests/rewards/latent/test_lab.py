@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 
 from tests.rewards.latent.toys import latent_reward
+from twinrl.flow.transport import like
 from twinrl.rewards import REWARDS, build_reward
 from twinrl.rewards.latent import KeyedRows
-from twinrl.tracking import names
-from twinrl.transport import like
+from twinrl.run import names
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 

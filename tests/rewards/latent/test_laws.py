@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.rewards.latent.toys import Identity, Linear, Stream, latent_reward
 from twinrl.rewards.latent.differences import along
 from twinrl.rewards.latent.directions import gaussian, orthonormal, rademacher
-from twinrl.tracking import names
+from twinrl.run import names
 
 IMAGES = 3000
 KINDS = {"random_direction": "gaussian", "antithetic": "gaussian", "orthogonal": "orthonormal", "spsa": "rademacher"}

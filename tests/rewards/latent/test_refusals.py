@@ -7,11 +7,11 @@ import torch
 
 from tests.rewards.latent.toys import PROMPTS, Brightness, Flat, Identity, Toy, latent_reward, latents
 from tests.rounding import assert_rounded
-from twinrl import draws
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow import draws
 from twinrl.rewards.latent import KeyedRows
 from twinrl.rewards.latent.finite_difference import to_8_bit
-from twinrl.tracking import names
+from twinrl.run import names
 
 ROWS = KeyedRows(0, 0, tuple(range(len(PROMPTS))))
 

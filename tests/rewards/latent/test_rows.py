@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.rewards.latent.toys import PROMPTS, Brightness, Toy, latent_reward, latents
-from twinrl import draws
+from twinrl.flow import draws
 from twinrl.rewards.latent import KeyedRows
 
 ROWS = KeyedRows(3, 7, tuple(range(len(PROMPTS))))

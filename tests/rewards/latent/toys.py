@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl import draws
 from twinrl.config import validate
+from twinrl.flow import draws
 from twinrl.rewards.latent import LatentReward, LatentRewardConfig
 
 SHAPE = (2, 4, 4)

@@ -7,8 +7,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from twinrl.components import check_class, own
-from twinrl.errors import InputError
+from twinrl.config.components import check_class, own
+from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     from twinrl.backends.families.family import Family, FamilyConfig
@@ -30,7 +30,7 @@ def family_class(name: str) -> "type[Family]":
     Raises:
         InputError: no such family, or a class that is none.
     """
-    from twinrl.compat import ensure_torchvision
+    from twinrl.machine.compat import ensure_torchvision
 
     ensure_torchvision()
     if name not in FAMILIES:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 DIFFUSION_FAMILIES = frozenset({"stable_diffusion"})
 """Those that predict noise or v and need ``model.prediction`` and ``model.diff2flow``."""

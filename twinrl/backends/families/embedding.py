@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import twinrl
 from twinrl.backends.embedding import at_least_single
 from twinrl.backends.families.lora import without_adapters
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 _log = logging.getLogger(__name__)
 

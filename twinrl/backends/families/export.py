@@ -17,7 +17,7 @@ import torch
 from twinrl.backends.families.family import Family, FamilyNetwork
 from twinrl.backends.families.loading import INDEX, is_hub_name, quiet
 from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 
 LIBRARY = "twinrl"
 

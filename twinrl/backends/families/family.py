@@ -25,9 +25,9 @@ from twinrl.backends.families import loading
 from twinrl.backends.families.diffusion import check_bridge
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
-from twinrl.conditions import Condition
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.conditions import Condition
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")

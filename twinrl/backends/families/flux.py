@@ -14,7 +14,7 @@ from torch import Tensor
 from twinrl.backends.dit import patchify, unpatchify
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork, Packed
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class FluxTwinFlowTransformer(TwinTimes, FluxTransformer2DModel):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from twinrl.compat import ensure_torchvision
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.machine.compat import ensure_torchvision
 
 INDEX = "model_index.json"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")

@@ -14,9 +14,9 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twinrl import draws
 from twinrl.config import Settings
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow import draws
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 TWIN_FILE = "twin_times.safetensors"

@@ -11,8 +11,8 @@ from torch import Tensor
 from twinrl.backends.dit import patchify, unpatchify
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork, Packed, pad_tokens, trimmed
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.conditions import Condition
 
 UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
 

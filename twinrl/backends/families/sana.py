@@ -10,8 +10,8 @@ from torch import Tensor
 
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.conditions import Condition
 
 
 class SanaTwinFlowTransformer(TwinTimes, SanaTransformer2DModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 CLIP_TOKENS = 77
 """Of the two CLIP encoders, before T5's."""

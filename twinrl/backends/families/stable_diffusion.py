@@ -22,8 +22,8 @@ from twinrl.backends.families import loading
 from twinrl.backends.families.diffusion import Bridge, described
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork
-from twinrl.conditions import Condition
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.conditions import Condition
 
 UNSUPPORTED = (
     *("class_embed_type", "num_class_embeds", "addition_embed_type", "encoder_hid_dim_type"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork, pad_tokens
-from twinrl.conditions import Condition
+from twinrl.flow.conditions import Condition
 
 
 class ZImageTwinFlowTransformer(TwinTimes, ZImageTransformer2DModel):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.data.source import scored
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
+from twinrl.flow.source import scored
 from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws, name_of
 
 

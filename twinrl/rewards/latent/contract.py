@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from twinrl import draws
 from twinrl.config import Settings
+from twinrl.flow import draws
 
 
 class Codec(Protocol):
-    """An autoencoder; ``twinrl.data.source.Source`` is one."""
+    """An autoencoder; ``twinrl.flow.source.Source`` is one."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w) → pixels (B, 3, H, W), nominally in [−1, 1] but not clamped."""

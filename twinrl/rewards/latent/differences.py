@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twinrl.transport import like
+from twinrl.flow.transport import like
 
 Score = Callable[[Tensor], Tensor]
 """x (B, ...) → (B,) scores."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from twinrl.errors import InputError
+from twinrl.config.errors import InputError
 from twinrl.rewards.latent.contract import RowDraws
 
 

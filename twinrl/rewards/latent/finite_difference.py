@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.data.source import scored
+from twinrl.flow.source import scored
 from twinrl.rewards.latent import differences, directions
 from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws
-from twinrl.tracking import names
+from twinrl.run import names
 
 
 def to_8_bit(images: Tensor) -> Tensor:

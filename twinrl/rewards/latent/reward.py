@@ -8,17 +8,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from twinrl.components import Registry, checked
 from twinrl.config import Settings, component
-from twinrl.errors import InputError
+from twinrl.config.components import Registry, checked
+from twinrl.config.errors import InputError
+from twinrl.flow.transport import like
 from twinrl.rewards.latent.autograd import Autograd
 from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, PixelEstimator, Reward, RowDraws
 from twinrl.rewards.latent.exact import VaeBackprop, exact_gradient
 from twinrl.rewards.latent.finite_difference import Antithetic, Orthogonal, RandomDirection
 from twinrl.rewards.latent.projection import Baseline, project, round_trip
 from twinrl.rewards.latent.spsa import Spsa
-from twinrl.tracking import names
-from twinrl.transport import like
+from twinrl.run import names
 
 ESTIMATORS: Registry[PixelEstimator | LatentEstimator] = Registry(
     "gradient estimator",

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.data.source import scored
+from twinrl.flow.source import scored
 from twinrl.rewards.latent import differences, directions
 from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Reward, RowDraws
-from twinrl.tracking import names
+from twinrl.run import names
 
 
 class Spsa(LatentEstimator):

@@ -1,0 +1,105 @@
+"""Folders of shards are read, whoever wrote them, and nothing that they say is run."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from tests.states import STATE
+from twinrl.config.errors import InputError
+from twinrl.fsdp import checkpoint as sharded
+from twinrl.run import checkpoints
+from twinrl.run.checkpoints import SHARDS, Checkpoint
+
+TENSORS = {"student": {"weight": torch.arange(6.0).view(2, 3), "half": torch.ones(4, dtype=torch.bfloat16)}}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint with shards."""
+    whole = Checkpoint(TENSORS, {**STATE, "parts": ["student"]})
+    checkpoints.write(tmp_path / "whole", whole)
+    folder = tmp_path / "step-00000000"
+    folder.mkdir()
+    (tmp_path / "whole" / "state.json").rename(folder / "state.json")
+    flat = {f"student/{name}": value for name, value in TENSORS["student"].items()}
+    dcp.save(flat, checkpoint_id=str(folder / SHARDS), no_dist=True)
+    return folder
+
+
+class Attack:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, proof: Path):
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.proof),)
+
+
+def changed(folder: Path, change: Callable[[Any], object]) -> None:
+    """Change the description of the shards."""
+    path = folder / SHARDS / ".metadata"
+    described = pickle.loads(path.read_bytes())
+    path.write_bytes(pickle.dumps(change(described) or described))
+
+
+READERS = {"alone": lambda path: checkpoints.load(path), "in parts": lambda path: sharded.load(path)}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_tensors_are_read(saved: Path, reader: Callable[[Path], Checkpoint]) -> None:
+    found = reader(saved).part("student")
+    for name, value in TENSORS["student"].items():
+        assert torch.equal(found[name], value)
+        assert found[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_description_is_not_run(
+    saved: Path, tmp_path: Path, reader: Callable[[Path], Checkpoint], inside: bool
+) -> None:
+    attack = Attack(tmp_path / "proof")
+    changed(saved, lambda described: setattr(described, "planner_data", attack) if inside else attack)
+    with pytest.raises(InputError, match=r"shards is corrupted.*names posix\.mkdir, which is no description"):
+        reader(saved)
+    assert not attack.proof.exists()
+
+
+def _elsewhere(described: Any) -> None:
+    for stored in described.storage_data.values():
+        stored.relative_path = "../../secret"
+
+
+def _of_bytes(described: Any) -> None:  # torch would unpickle their content
+    described.state_dict_metadata["student/weight"] = BytesStorageMetadata()
+
+
+@pytest.mark.parametrize("change", [_elsewhere, _of_bytes, lambda described: setattr(described, "storage_data", 7)])
+def test_a_description_of_something_else_is_refused(saved: Path, change: Callable[[Any], None]) -> None:
+    changed(saved, change)
+    with pytest.raises(InputError, match="shards is corrupted"):
+        checkpoints.load(saved)
+
+
+def test_a_shard_is_not_run(saved: Path, tmp_path: Path) -> None:
+    (shard,) = (saved / SHARDS).glob("*.distcp")
+    torch.save({"weight": Attack(tmp_path / "proof")}, tmp_path / "bad")
+    content = (tmp_path / "bad").read_bytes()
+    shard.write_bytes(content)
+
+    def all_of_it(described: Any) -> None:
+        for stored in described.storage_data.values():
+            stored.offset, stored.length = 0, len(content)
+
+    changed(saved, all_of_it)
+    with pytest.raises(InputError, match="shards is corrupted"):
+        checkpoints.load(saved)
+    assert not (tmp_path / "proof").exists()

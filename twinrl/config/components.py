@@ -1,0 +1,219 @@
+"""Components: registries, what a class must be to stand in one, and whose fault a failure is.
+
+A component is named by its key in a :class:`Registry`, or, if it is a user's own, by the dotted path of its class. What
+is wrong with an own one is said in one line that names it: on import, as a class, by what its methods return
+(:func:`checked`), and where it raises (:func:`failures_named`).
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from twinrl.config.errors import InputError
+
+T = TypeVar("T")
+
+
+class ComponentError(InputError):
+    """A user's own component has failed, perhaps in one of several processes alone."""
+
+
+_own: set[str] = set()  # modules of what dotted paths have named, twinrl's own aside
+
+
+class Registry(dict[str, type[T]]):
+    """Name → class of one kind of component, and what any class of that kind must be.
+
+    Arguments:
+        what: the kind in words, for messages, e.g. ``"loss term"``.
+        bases: a component derives from one of these, overrides its abstract methods, and has a nested ``Config`` that
+            derives from the base's and has a field ``kind``.
+        known: the classes that come with twinrl.
+    """
+
+    def __init__(self, what: str, bases: type | tuple[type, ...], known: Mapping[str, type[T]] | None = None):
+        super().__init__(known or {})
+        self.what = what
+        self.bases = bases if isinstance(bases, tuple) else (bases,)
+
+    def find(self, kind: str) -> type[T]:
+        """The class registered under ``kind``, or the one that the dotted path ``kind`` names.
+
+        Raises:
+            InputError: the name is unknown, or the path does not lead to a class of this kind.
+        """
+        if kind in self:
+            return self[kind]
+        found: type[T] = own(kind, self.what, self)
+        self._check(found, f"{self.what} {kind!r}")
+        return found
+
+    def build(self, config: Any, *arguments: Any) -> Any:
+        """The component that ``config`` (with its ``kind``) describes, made as ``cls(config, *arguments)``."""
+        cls = self.find(config.kind)
+        if config.kind not in self:
+            _check_call(cls, (config, *arguments), f"{self.what} {config.kind!r}")
+        return cls(config, *arguments)  # type: ignore[call-arg]
+
+    def _check(self, found: Any, named: str) -> None:
+        base = check_class(found, self.bases, self.what, named)
+        settings, expected = getattr(found, "Config", None), base.Config  # type: ignore[attr-defined]
+        if not isinstance(settings, type) or not issubclass(settings, expected):
+            raise InputError(f"{named} has no nested Config class", fix=f"derive it from {_path(expected)}")
+        if "kind" not in getattr(settings, "model_fields", {}):
+            raise InputError(f"{named} has a Config without `kind`", fix="declare `kind: str` in it")
+
+
+def check_class(found: Any, bases: tuple[type, ...], what: str, named: str) -> type:
+    """The base that a class derives from.
+
+    Raises:
+        InputError: it derives from none, leaves abstract methods open, or takes other arguments than these.
+    """
+    base = next((b for b in bases if isinstance(found, type) and issubclass(found, b)), None)
+    if base is None:
+        wanted = " or ".join(map(_path, bases))
+        raise InputError(f"{named} is no {what}", got=told(found), fix=f"derive it from {wanted}")
+    if left := sorted(found.__abstractmethods__ if inspect.isabstract(found) else ()):
+        raise InputError(f"{named} lacks {', '.join(left)}", fix=f"write what {_path(base)} declares abstract")
+    check_methods(found, base, getattr(base, "__abstractmethods__", ()), named)
+    return base
+
+
+def check_methods(found: type, like: type, methods: Iterable[str], named: str) -> None:
+    """Raises InputError where a class lacks ``methods`` of another, or takes other arguments."""
+    if lacking := [name for name in methods if not hasattr(found, name)]:
+        raise InputError(f"{named} lacks {', '.join(lacking)}", fix=f"write what {_path(like)} declares")
+    for name in methods:
+        if callable(method := getattr(like, name)):
+            _check_call(getattr(found, name), tuple(inspect.signature(method).parameters), f"{named}: {name}")
+
+
+def _check_call(function: Any, arguments: tuple[Any, ...], named: str) -> None:
+    """Raises InputError where ``function`` does not take these arguments by position."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError:
+        taken = ", ".join(inspect.signature(function).parameters) if callable(function) else told(function)
+        wanted = ", ".join(a if isinstance(a, str) else type(a).__name__ for a in arguments)
+        raise InputError(f"{named} takes ({taken}){_place(function)}", expected=f"({wanted})") from None
+
+
+def own(path: str, what: str, known: Mapping[str, Any]) -> Any:
+    """The user's own object at a dotted path; ``what`` it is to be, and which names are ``known``, for messages.
+
+    Raises:
+        InputError: it is no dotted path, or cannot be imported, with the line that fails.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        form = "a class of your own by its dotted path, as in kind=my_file.MyClass"
+        raise InputError(f"unknown {what} {path!r}", expected=f"one of {', '.join(known)}; or {form}")
+    try:
+        found = getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:
+        fix = "--debug shows the traceback"
+        if module in sys.modules or (isinstance(error, ModuleNotFoundError) and error.name in _parents(module)):
+            fix = "check the dotted path; it starts in the working directory, or at an installed package"
+        raise InputError(f"{what} {path!r} cannot be imported", got=_why(error, _in_module(module)), fix=fix) from error
+    _own.update(name for name in (module, getattr(found, "__module__", module)) if not name.startswith("twinrl."))
+    return found
+
+
+def _parents(module: str) -> list[str]:
+    """A module and the packages that it lies in."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+# --- what own components return, and where they fail -------------------------------------------------------
+
+
+def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[int, ...] | None = None) -> T:
+    """``value``, which ``owner``'s ``method`` (or a ``method.part`` of it) has returned, if it is what it should be.
+
+    Arguments:
+        kind: type that it must have; a whole number passes for a float.
+        shape: of a tensor.
+
+    Raises:
+        InputError: it is not; the message names the method and its line.
+    """
+    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
+    if fits and (shape is None or value.shape == shape):
+        return value
+    expected = kind.__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+    cls = owner if isinstance(owner, type) else type(owner)
+    place = _place(getattr(cls, method.partition(".")[0], None))
+    raise ComponentError(f"{_path(cls)}.{method} returns {told(value)}{place}", expected=expected)
+
+
+@contextmanager
+def failures_named() -> Iterator[None]:
+    """What a user's own component raises becomes a :class:`ComponentError` that names it; other failures stay."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        found = [(f, line) for f, line in traceback.walk_tb(error.__traceback__) if _is_own(f.f_globals)]
+        if not found:
+            raise
+        frame = found[-1][0]
+        where = f"{frame.f_globals['__name__']}.{frame.f_code.co_qualname}"
+        raise ComponentError(f"{where} fails", got=_why(error, _is_own), fix="--debug shows the traceback") from error
+
+
+def told(value: object) -> str:
+    """A value in a few words: its type, with the shape or the text where it has one."""
+    if value is None or isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shape = getattr(value, "shape", None)
+    detail = f" of shape {tuple(shape)}" if shape is not None else f" {value[:40]!r}" if isinstance(value, str) else ""
+    return type(value).__name__ + detail
+
+
+def _why(error: BaseException, here: Callable[[Mapping[str, Any]], bool]) -> str:
+    """The error with file and line: of a syntax error its own, else the last one ``here``."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{type(error).__name__}: {error.msg} ({_short(error.filename)}:{error.lineno})"
+    lines = [(f.f_code.co_filename, line) for f, line in _frames(error.__traceback__) if here(f.f_globals)]
+    place = f" ({_short(lines[-1][0])}:{lines[-1][1]})" if lines else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
+def _frames(trace: TracebackType | None) -> list[tuple[Any, int]]:
+    return list(traceback.walk_tb(trace))
+
+
+def _is_own(names: Mapping[str, Any]) -> bool:
+    return names.get("__name__") in _own
+
+
+def _in_module(module: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda names: names.get("__name__") == module
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _place(function: Any) -> str:
+    """`` at FILE:LINE`` of a function; nothing of what has none."""
+    code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
+    return f" at {_short(code.co_filename)}:{code.co_firstlineno}" if code else ""
+
+
+def _short(file: str) -> str:
+    """A file relative to the working directory where it lies in it."""
+    path = Path(file)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

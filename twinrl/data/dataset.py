@@ -1,0 +1,152 @@
+"""A prepared folder as training reads it: rows by number, latents and conditions straight from the cache."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twinrl.config.errors import InputError
+from twinrl.data.buckets import Bucket
+from twinrl.data.cache import pad
+from twinrl.data.encode import EMPTY_PROMPT
+from twinrl.data.prepare import ENTRIES, FORMAT, MANIFEST, content_hash, stores
+from twinrl.data.sampler import BucketSampler
+from twinrl.data.verify import Entry
+from twinrl.flow.conditions import Condition
+
+
+class CachedDataset:
+    """One split of what ``twinrl data prepare`` made; memory-mapped, nothing is decoded or encoded here.
+
+    Arguments:
+        folder: the prepared folder.
+        split: train or validation.
+        encoder: key of the encoder that the model needs; None takes the one that the data were prepared with.
+
+    Attributes:
+        content_hash: digest of pairs, splits, buckets and encoder: what decides a run's numbers.
+        has_images: False for a prompt list, whose rows have conditions but no latents.
+        buckets: bucket name → its size, for the buckets of the whole data set.
+        latent_shapes: bucket name → (C, h, w).
+        members: bucket name → (n,) row numbers of this split.
+
+    Raises:
+        InputError: the folder is not a prepared one, or for another encoder.
+    """
+
+    def __init__(self, folder: Path, split: str = "train", encoder: str | None = None):
+        manifest = _manifest(folder)
+        if encoder is not None and manifest["encoder"] != encoder:
+            raise InputError(
+                f"{folder} was prepared with another encoder", got=manifest["encoder"], expected=encoder,
+                fix=_mended(manifest["encoder"], encoder),
+            )  # fmt: skip
+        self.folder, self.split = folder, split
+        self.content_hash: str = manifest["content_hash"]
+        self.has_images: bool = manifest["images"]
+        self.buckets = {row["name"]: Bucket(row["width"], row["height"]) for row in manifest["buckets"]}
+        self.latent_shapes = {row["name"]: tuple(row["latent_shape"]) for row in manifest["buckets"]}
+        self._lengths: dict[str, int] = manifest["lengths"]
+        self._latents, self._prompts = stores(folder, manifest["encoder"])
+        entries = _entries(folder)
+        if content_hash(manifest["encoder"], entries) != self.content_hash:
+            raise _unprepared(folder, f"{ENTRIES} and {MANIFEST} of two different runs")
+        self._entries = [entry for entry in entries if entry.split == split]
+        self.members = {name: self._rows_of(name) for name in self.buckets}
+        self._check_complete()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Bucket name → rows of this split."""
+        return {name: len(rows) for name, rows in self.members.items()}
+
+    def latents(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """(B, C, h, w) normalised latents of rows that are all of one bucket, in the encoder's dtype, on the CPU."""
+        return torch.stack([self._latents[str(entry.latent)]["latents"] for entry in self._at(indices)])
+
+    def conditions(self, indices: Sequence[int] | Tensor) -> Condition:
+        """The rows' prompt embeddings (B, …), filled up with zeros to the data set's longest prompt."""
+        return pad([self._prompts[entry.text] for entry in self._at(indices)], self._lengths)
+
+    def null_condition(self, n: int) -> Condition:
+        """The embeddings of the empty prompt, n rows."""
+        return pad([self._prompts[EMPTY_PROMPT]] * n, self._lengths)
+
+    def bucket_of(self, index: int) -> str:
+        """The bucket of a row."""
+        return self._entries[index].bucket
+
+    def captions(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """The rows' captions."""
+        return [entry.caption for entry in self._at(indices)]
+
+    def names(self, indices: Sequence[int] | Tensor) -> list[str]:
+        """Where the rows come from, for events and error messages."""
+        return [entry.name for entry in self._at(indices)]
+
+    def sampler(self, batch: int, seed: int, multiple: int = 1) -> BucketSampler:
+        """Batches of one bucket each with as many pixels as ``batch`` images of the mean bucket area.
+
+        Arguments:
+            batch: rows of an average batch; batches of larger buckets have fewer, of smaller ones more.
+            seed: the run's.
+            multiple: batches are multiples of this, so that branches and ranks divide them.
+        """
+        area = sum(self.buckets[name].pixels for name in self.buckets) / len(self.buckets)
+        rows = {name: bucket.batch_rows(round(batch * area), multiple) for name, bucket in self.buckets.items()}
+        return BucketSampler(self.members, rows, seed)
+
+    def _at(self, indices: Sequence[int] | Tensor) -> list[Entry]:
+        numbers = indices.tolist() if isinstance(indices, Tensor) else indices
+        return [self._entries[number] for number in numbers]
+
+    def _rows_of(self, bucket: str) -> Tensor:
+        return torch.tensor([i for i, entry in enumerate(self._entries) if entry.bucket == bucket], dtype=torch.long)
+
+    def _check_complete(self) -> None:
+        for entry in self._entries:
+            if entry.text not in self._prompts or (self.has_images and str(entry.latent) not in self._latents):
+                raise _unprepared(self.folder, f"{entry.name} is not in the cache")
+
+
+def _mended(got: str, expected: str) -> str:
+    """How encoders called ``family-precision-digest`` are brought together."""
+    (family, precision), (wanted_family, wanted) = ((*key.split("-"), "")[:2] for key in (got, expected))
+    again = "run `twinrl data prepare` with this model"
+    if family != wanted_family or precision == wanted:
+        return again
+    there, here = (name.replace("bfloat16", "bf16") for name in (precision, wanted))
+    return f"model.frozen_dtype={there}, or {again} and --dtype {here}"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / MANIFEST).is_file():
+        raise _unprepared(folder, f"no {MANIFEST} in it" if folder.is_dir() else "no such folder")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise _unprepared(folder, error) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise _unprepared(folder, f"{MANIFEST} of another format")
+    return manifest
+
+
+def _entries(folder: Path) -> list[Entry]:
+    try:
+        with (folder / ENTRIES).open(encoding="utf-8") as lines:
+            return [Entry(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError) as error:
+        raise _unprepared(folder, error) from error
+
+
+def _unprepared(folder: Path, why: object) -> InputError:
+    return InputError(
+        f"{folder} is not a complete prepared folder", got=why,
+        fix="run `twinrl data prepare IMAGES --model MODEL --to PREPARED` and set data.root=PREPARED",
+    )  # fmt: skip

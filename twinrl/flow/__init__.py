@@ -1,0 +1,1 @@
+"""The flow and its rows: path, times, draws, conditions, branches, guidance, teachers, schedules, data's contracts."""

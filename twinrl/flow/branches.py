@@ -1,0 +1,252 @@
+"""Branches: how the rows of a global batch get their times.
+
+TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix* gives each branch its share:
+
+- ``e2e``: (t, r) = (1, 0), the one-step jump;
+- ``mul``: ``r = t − U·t·min(0.05, λ)``, nearly instantaneous (multi-step sampling);
+- ``any``: ``r = t − U·λ·t``, any jump; with the mix ``{any: 1}`` every term sees the whole batch;
+- ``adv``: rows for the fake ("twin") trajectory; ``t`` is the noise level, the term negates it.
+
+λ is the consistency ratio, U uniform. The *global* batch is divided first, exactly, by largest remainder.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from twinrl.config import Settings
+from twinrl.config.errors import InputError
+from twinrl.flow import conditions, draws, transport
+from twinrl.flow.conditions import Condition
+
+TimeMap = Callable[[Tensor], Tensor]
+"""(B,) uniforms in [0, 1) → (B,) times in [0, 1], increasing."""
+
+
+class Draws(Protocol):
+    """Random numbers for the rows of one global batch; the same purpose always gives the same numbers.
+
+    Attributes:
+        seed, step: the key under which they are drawn.
+    """
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def step(self) -> int: ...
+
+    def normal(self, purpose: str) -> Tensor:
+        """(B, C, H, W) standard normal noise, on the CPU."""
+        ...
+
+    def uniform(self, purpose: str) -> Tensor:
+        """(B,) uniforms in [0, 1), on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class BatchDraws:
+    """Keyed draws of training step ``step`` for a global batch of samples of ``shape`` (B, C, H, W)."""
+
+    seed: int
+    step: int
+    shape: tuple[int, ...]
+
+    def normal(self, purpose: str) -> Tensor:
+        return draws.normal(self.shape, self.seed, purpose, self.step)
+
+    def uniform(self, purpose: str) -> Tensor:
+        return draws.uniform(self.shape[:1], self.seed, purpose, self.step)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one global batch, all of the same branch or of several joined.
+
+    Attributes:
+        index: (B,) positions in the global batch, ascending, on the CPU.
+        x: (B, C, H, W) data (latents).
+        z: (B, C, H, W) noise.
+        t: (B,) source time = noise level, in [0, 1].
+        r: (B,) target time, 0 ≤ r ≤ t.
+        c: condition, B rows.
+        null: the empty condition ∅ of these rows, B rows.
+        draws: further keyed draws of the global batch, taken through :meth:`normal` and :meth:`uniform`.
+        global_batch: rows in the global batch.
+        captions: the prompts of the *global* batch; :attr:`prompts` are these rows'. Empty where there are none.
+        renoise: placement → time law (uniforms to times) that takes the place of the usual one there.
+    """
+
+    index: Tensor
+    x: Tensor
+    z: Tensor
+    t: Tensor
+    r: Tensor
+    c: Condition
+    null: Condition
+    draws: Draws
+    global_batch: int
+    captions: Sequence[str] = ()
+    renoise: Mapping[str, TimeMap] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def x_t(self) -> Tensor:
+        """(B, C, H, W): the point on the path at time ``t``."""
+        return transport.interpolate(self.x, self.z, self.t)
+
+    @property
+    def v(self) -> Tensor:
+        """(B, C, H, W): the path's velocity ``z − x``."""
+        return transport.velocity(self.x, self.z)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each row; empty where the data have none."""
+        return [self.captions[i] for i in self.index.tolist()] if self.captions else []
+
+    def normal(self, purpose: str) -> Tensor:
+        """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
+        return self.draws.normal(purpose)[self.index].to(self.x)
+
+    def uniform(self, purpose: str) -> Tensor:
+        """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
+        return self.draws.uniform(purpose)[self.index].to(self.t)
+
+    def time(self, placement: str, purpose: str) -> Tensor:
+        """(B,) times in [0, 1] for ``purpose``: uniform, or as renoise shapes the times of ``placement``."""
+        return self.renoise.get(placement, lambda u: u)(self.uniform(purpose))
+
+    def select(self, keep: Tensor) -> "Rows":
+        """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them)."""
+        return Rows(
+            self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
+            conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
+            self.captions, self.renoise,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch, divided into branches.
+
+    Attributes:
+        rows: all rows, in the order of the mix.
+        branch: name of each branch → positions of its rows.
+    """
+
+    rows: Rows
+    branch: Mapping[str, Tensor]
+
+    def on(self, branches: tuple[str, ...]) -> Rows:
+        """The rows of the named branches, joined in the order of the batch."""
+        return self.rows.select(torch.cat([self.branch[name] for name in branches]).sort().values)
+
+    def chunks(self, size: int) -> list["Batch"]:
+        """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
+        n = len(self.rows)
+        return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    def _slice(self, start: int, stop: int) -> "Batch":
+        inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
+        return Batch(self.rows.select(torch.arange(start, stop)), inside)
+
+
+class TimeLaw(Settings):
+    """How rows get their times: ``t ~ Beta(alpha, beta)·scale``, and the consistency ratio of the branches."""
+
+    alpha: float = Field(1.0, gt=0, description="θ₁")
+    beta: float = Field(1.0, gt=0, description="θ₂")
+    scale: float = Field(1.0, gt=0, le=1, description="θ₃: largest time")
+    consistency_ratio: float = Field(1.0, ge=0, le=1, description="λ: how far below t the target times reach")
+
+    def source_time(self, u: Tensor) -> Tensor:
+        """(B,) times from (B,) uniforms, by inverse CDF."""
+        return draws.beta(u, self.alpha, self.beta) * self.scale
+
+
+def _one_step(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(t), torch.zeros_like(t)
+
+
+def _multi_step(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    return t, t - u * t * min(0.05, ratio)
+
+
+def _any_step(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    return t, t - u * ratio * t
+
+
+def _fake(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    return t, t
+
+
+TimeRule = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+BRANCHES: dict[str, TimeRule] = {"e2e": _one_step, "mul": _multi_step, "any": _any_step, "adv": _fake}
+"""Branch → rule giving (t, r) from drawn times (B,), uniforms (B,) and the consistency ratio."""
+
+
+def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
+    """Rows per branch, exactly ``batch`` in all, by largest remainder (ties go to the earlier branch).
+
+    Raises:
+        InputError: a branch with a positive share would be left without rows.
+    """
+    shares = {name: Fraction(str(share)) for name, share in mix.items()}  # rounding would decide ties
+    quotas = {name: batch * share / sum(shares.values()) for name, share in shares.items()}
+    rows = {name: int(quota) for name, quota in quotas.items()}
+    by_remainder = sorted(mix, key=lambda name: rows[name] - quotas[name])
+    for name in by_remainder[: batch - sum(rows.values())]:
+        rows[name] += 1
+    empty = [name for name, share in mix.items() if share > 0 and rows[name] == 0]
+    if empty:
+        raise InputError(
+            f"train.batch is too small for the mix: branch {', '.join(empty)} gets no row",
+            got=f"{batch} rows for {', '.join(f'{n}={s:g}' for n, s in mix.items())}",
+            fix="raise train.batch (rows per forward are bounded by train.micro_batch) or change branches",
+        )
+    return rows
+
+
+def divide(
+    mix: Mapping[str, float],
+    law: TimeLaw,
+    x: Tensor,
+    c: Condition,
+    null: Condition,
+    drawn: Draws,
+    captions: Sequence[str] = (),
+    renoise: Mapping[str, TimeMap] | None = None,
+) -> Batch:
+    """The global batch of data ``x`` (B, C, H, W) divided into the branches of ``mix``, with its times and noise.
+
+    Arguments:
+        mix: branch → share.
+        law: how t is drawn where renoise does not shape it.
+        x, c, null: data, condition and empty condition, B rows each.
+        drawn: keyed draws.
+        captions: B prompts, or none.
+        renoise: placement → time law; ``training`` shapes t here, the others are for the terms.
+    """
+    counts, renoise = allocate(mix, len(x)), renoise or {}
+    precision = torch.promote_types(x.dtype, torch.float32)  # times of half-precision data stay in float32
+    shaped = renoise.get("training")
+    u = drawn.uniform("t")
+    t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(x.device, precision)
+    t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
+    for name, count in counts.items():
+        at = torch.arange(start, start + count)
+        u = drawn.uniform(f"r {name}").to(t)
+        t[at], r[at] = BRANCHES[name](t_drawn[at], u[at], law.consistency_ratio)
+        branch[name], start = at, start + count
+    noise = drawn.normal("noise").to(x)
+    rows = Rows(torch.arange(len(x)), x, noise, t, r, c, null, drawn, len(x), captions, renoise)
+    return Batch(rows, branch)

@@ -1,0 +1,139 @@
+"""What a run needs from its data, whatever they are: the contract between data and everything above.
+
+A *source* brings data splits, a codec between pixels and the space in which the flow lives, and the
+conditioning. The digits lab and MNIST are a :class:`Source`: in memory, labelled, with judges that training never
+sees. A prepared folder with a pretrained family is :class:`Data` and no more.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from twinrl.config.components import checked
+from twinrl.flow.conditions import Condition
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set, in memory.
+
+    Attributes:
+        pixels: (N, C, H, W) float32 in [−1, 1].
+        labels: (N,) int64 class labels.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Judge(Protocol):
+    """A classifier that training never sees; its features define the quality metrics."""
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) pixels in [−1, 1] → (B, D) features."""
+        ...
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) pixels in [−1, 1] → (B, K) class logits."""
+        ...
+
+
+class Scorer(Protocol):
+    """A preference or reward model: how good is each image for its prompt? Higher is better."""
+
+    def __call__(self, pixels: Tensor, prompts: Sequence[str], /) -> Tensor:
+        """(B, C, H, W) pixels in [−1, 1] and B prompts → (B,) scores."""
+        ...
+
+
+def scored(scorer: Scorer, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(B,) scores. Raises InputError where the scorer returns anything else: (B, 1) would broadcast silently."""
+    return checked(scorer(images, prompts), Tensor, scorer, "__call__", (len(images),))
+
+
+class Data(Protocol):
+    """What every run needs of its data, wherever they lie: a codec, conditions, an identity.
+
+    Attributes:
+        name: as in ``data.source``.
+        content_hash: hex digest of what decides a run's numbers (pixels, captions, frozen models' weights).
+        latent_shape: (C, H, W) of the space of the flow; of the commonest size where there are several.
+        scorers: reward models that come with the data, by name, the held-out ones included.
+        held_out: names of scorers that training must never use.
+    """
+
+    name: str
+    content_hash: str
+    latent_shape: tuple[int, int, int]
+    scorers: Mapping[str, Scorer]
+    held_out: frozenset[str]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents → pixels, not clamped."""
+        ...
+
+    def condition(self, prompts: Sequence[str]) -> Condition:
+        """The network's condition for B prompts, (B, ...) tensors on the source's device."""
+        ...
+
+    def null_condition(self, n: int) -> Condition:
+        """The empty condition ∅, n rows."""
+        ...
+
+    def to(self, device: str) -> "Data":
+        """Codec, judges and scorers on ``device``."""
+        ...
+
+
+class Source(Data, Protocol):
+    """A labelled data set in memory, with judges: the digits lab, MNIST.
+
+    Attributes:
+        classes: names of the classes, in label order.
+        train, validation, test: the fixed splits.
+        judge: classifier for quality metrics.
+    """
+
+    classes: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    judge: Judge
+
+    def latents(self, split: str) -> Tensor:
+        """(N, C, H, W) latents of a split, encoded once."""
+        ...
+
+    def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
+        """One caption for each label, template drawn by (seed, step); from the held-out templates if asked."""
+        ...
+
+    def teacher_weights(self, network: nn.Module, key: str) -> Mapping[str, Tensor]:
+        """State dict of a flow-matching teacher of this architecture, pretrained on first use and cached.
+
+        ``key`` identifies the architecture (kind and settings) and goes into the cache's name.
+        """
+        ...
+
+    def to(self, device: str) -> "Source":
+        """Codec, judges and scorers on ``device``."""
+        ...
+
+
+def cache_dir() -> Path:
+    """Where built artefacts live: ``$TWINRL_CACHE``, else ``$XDG_CACHE_HOME/twinrl``, else ``~/.cache/twinrl``."""
+    import os
+
+    if explicit := os.environ.get("TWINRL_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinrl"

@@ -1,0 +1,352 @@
+"""Checkpoints: everything that a run needs to go on, in safetensors and one JSON file, published atomically.
+
+A checkpoint is a folder ``step-00000500/`` with one ``<part>.safetensors`` for each part (student, ema, …,
+optimizer) and ``state.json``. It is written beside its final place and renamed, so a kill during a save never
+leaves a half one under its name. No pickle anywhere.
+
+Where several processes train one model, the tensors lie in ``shards/`` instead (:mod:`twinrl.fsdp.checkpoint`); they
+are read here too.
+"""
+
+import json
+import pickle
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from twinrl.config import one_line
+from twinrl.config.errors import InputError
+from twinrl.machine import files
+from twinrl.run.layout import SHARDS, STATE, STEP, available, of_step
+
+FORMAT = 2
+RUN_FIX = "use the model.network settings that they were trained with"
+SHOWN = 3
+"""Names of tensors in a message."""
+T = TypeVar("T")
+
+
+class State(BaseModel):
+    """What ``state.json`` of this format holds; the parts of the run that it is handed to check the rest."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    step: NonNegativeInt
+    iteration: NonNegativeInt
+    attempt: NonNegativeInt
+    event_count: NonNegativeInt
+    log_offset: NonNegativeInt
+    events_offset: NonNegativeInt
+    teacher_decay: Annotated[float, Field(ge=0, le=1)]
+    lr_policy: dict[str, Any]
+    early_stop: dict[str, Any]
+    gradients: dict[str, Any]
+    monitor: dict[str, Any]
+    reward: dict[str, Any]
+    content_hash: str
+    config: dict[str, Any]
+    parts: list[Annotated[str, Field(pattern=r"^\w+$")]]
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; the message is one line with the reason and the remedy."""
+
+
+@contextmanager
+def saving(directory: Path) -> Iterator[None]:
+    """Raises SaveError where the disk under ``directory`` is full, read-only or away."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise SaveError(
+            f"no checkpoint can be written to {directory}; got {' '.join(str(error).split())}; those before are whole; "
+            f"fix: make room or mend the rights and resume, or set checkpoint.on_error=continue to go on without"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: part → name → tensor.
+        state: plain JSON values: step, log offsets, policies' state, configuration.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+    def part(self, name: str) -> Mapping[str, Tensor]:
+        """The tensors of a part. Raises InputError where the checkpoint has none."""
+        if name not in self.tensors:
+            raise InputError(
+                f"the checkpoint of step {self.state['step']} has no part {name}",
+                got=f"parts {', '.join(sorted(self.tensors))}",
+                fix="use the configuration that it was made with",
+            )
+        return self.tensors[name]
+
+    @property
+    def judged(self) -> Mapping[str, Tensor]:
+        """The weights to judge and to start from: the EMA where there is one, else the student."""
+        return self.tensors["ema"] if "ema" in self.tensors else self.part("student")
+
+
+def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint under ``directory`` and remove all but the ``keep`` newest.
+
+    Raises:
+        SaveError: the disk is full or read-only; older checkpoints are untouched.
+    """
+    with saving(directory), publishing(directory, step, keep) as new:
+        write(new, checkpoint)
+    return directory / of_step(step)
+
+
+def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> "Future[None]":
+    """As :func:`save`, in the background and from a copy in memory; the result raises what it would raise."""
+    copied = {
+        part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        for part, tensors in checkpoint.tensors.items()
+    }
+
+    def write_copy() -> None:
+        save(directory, step, Checkpoint(copied, checkpoint.state), keep)
+
+    return in_background(write_copy)
+
+
+def in_background(action: Callable[[], T]) -> "Future[T]":
+    """Do something in a thread; a process that has to end before does not wait for it."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:  # noqa: BLE001  whoever waits for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into ``folder``, which is made if need be."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, tensors in checkpoint.tensors.items():
+        save_file(
+            {name: t.detach().contiguous() for name, t in tensors.items()},
+            folder / f"{part}.safetensors",
+        )
+    (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+
+
+@contextmanager
+def publishing(directory: Path, step: int, keep: int) -> Iterator[Path]:
+    """A folder to write a checkpoint into; at the end of the block it takes its place at once and old ones go."""
+    for leftover in directory.glob(f".{STEP}*"):  # of a process that was killed while saving
+        files.remove(leftover)
+    with files.publishing(directory / of_step(step)) as new:
+        new.mkdir(parents=True)
+        yield new
+    for old in available(directory)[:-keep]:
+        shutil.rmtree(old)
+
+
+def drop_after(directory: Path, step: int) -> None:
+    """Remove the checkpoints of steps after ``step``."""
+    for path in available(directory):
+        if path.name > of_step(step):
+            shutil.rmtree(path)
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in folder ``path``.
+
+    Raises:
+        InputError: a file is missing, truncated or not of a checkpoint; names it and the remedy.
+    """
+    state = load_state(path)
+    if (path / SHARDS).is_dir():
+        tensors = _load_shards(path / SHARDS)
+    else:
+        tensors = {file.stem: _load_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    missing = sorted(set(state["parts"]) - set(tensors))
+    if missing:
+        raise _corrupted(path, f"{missing[0]}.safetensors is missing")
+    return Checkpoint(tensors, state)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The JSON part of the checkpoint in folder ``path``; errors as for :func:`load`."""
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise _corrupted(path / STATE, error) from error
+    try:
+        State.model_validate(state)
+    except ValidationError as error:
+        raise _corrupted(path / STATE, one_line(error.errors())) from error
+    return state
+
+
+def check_place(path: Path, state: Mapping[str, Any], steps: int) -> None:
+    """Raises InputError where the checkpoint in ``path`` is not the one that a run of so many steps wrote there."""
+    if of_step(state["step"]) != path.name or state["step"] > steps:
+        raise _corrupted(path / STATE, f"step {state['step']} in the folder {path.name} of a run of {steps} steps")
+
+
+@contextmanager
+def entry(origin: str, name: str) -> Iterator[None]:
+    """For handing on an entry of a state: raises InputError that names it where its content is not as it was written.
+
+    Arguments:
+        origin: the checkpoint. name: of the entry.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise _corrupted(Path(origin) / STATE, f"{name}: {type(error).__name__} {error}") from error
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _corrupted(path, error) from error
+
+
+def shard_metadata(folder: Path) -> dict[str, Any]:
+    """Key (``<part>/<name>``) → what is known of a tensor in a folder of shards.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    from twinrl.run.shards import Reader
+
+    try:
+        return Reader(folder).read_metadata().state_dict_metadata
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise _corrupted(folder, error) from error
+
+
+def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The whole tensors of a folder of shards, in this process alone, by part and name."""
+    from torch.distributed import checkpoint
+
+    from twinrl.run.shards import Reader
+
+    flat = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in shard_metadata(folder).items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
+            checkpoint.load(flat, storage_reader=Reader(folder), no_dist=True)
+    except (OSError, checkpoint.CheckpointException) as error:
+        raise _corrupted(folder, str(error).splitlines()[0]) from error
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        part, _, name = key.partition("/")
+        tensors.setdefault(part, {})[name] = value
+    return tensors
+
+
+def _corrupted(path: Path, reason: object) -> InputError:
+    return InputError(
+        f"{path} is corrupted or not a twinrl checkpoint",
+        got=reason,
+        fix="delete the checkpoint's folder to resume from the one before it",
+    )
+
+
+# --- modules and optimizers -------------------------------------------------------------------------------
+
+
+def load_module(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path, fix: str = RUN_FIX, assign: bool = False
+) -> None:
+    """Load weights strictly, or let the module take these very tensors.
+
+    Raises:
+        InputError: names or shapes differ; says which, where they came from, and ``fix``.
+    """
+    own = module.state_dict()
+    check_fit({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in tensors.items()}, origin, fix)
+    module.load_state_dict(dict(tensors), assign=assign)
+
+
+def check_fit(
+    own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: str | Path, fix: str = RUN_FIX
+) -> None:
+    """Raises InputError where names or shapes of a module's tensors differ from those given."""
+    missing, unexpected = (sorted(one.keys() - other.keys()) for one, other in ((own, given), (given, own)))
+    reshaped = [(n, shape, given[n]) for n, shape in own.items() if n in given and given[n] != shape]
+    refuse_misfit(missing, unexpected, reshaped, origin, fix)
+
+
+def refuse_misfit(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    reshaped: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    origin: str | Path,
+    fix: str,
+) -> None:
+    """Raises InputError in one line unless all three are empty; ``reshaped``: name, a module's own shape, the other."""
+    shapes = [f"{name} {tuple(given)} instead of {tuple(own)}" for name, own, given in reshaped]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    found = [f"{len(names)} {kind} ({few(names)})" for kind, names in kinds.items() if names]
+    if found:
+        raise InputError(f"the weights of {origin} belong to another network", got=f"keys {'; '.join(found)}", fix=fix)
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names, for a message."""
+    names = list(names)
+    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``"<parameter index>.<name>"`` → tensor."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """The inverse of :func:`optimizer_tensors`; learning rates stay as configured.
+
+    Raises:
+        InputError: the state belongs to other parameters; names the first key and where it came from.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter_of(key, value.shape, parameters, origin)
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], origin: str) -> Tensor:
+    """The parameter to which an entry of an optimizer's state belongs. Raises InputError where there is none."""
+    index, _, _ = key.partition(".")
+    known = index.isdecimal() and int(index) < len(parameters)
+    if not known or (shape and shape != parameters[int(index)].shape):
+        raise InputError(
+            f"the optimizer's state in {origin} belongs to another network",
+            got=f"key {key} of shape {tuple(shape)}",
+            fix=RUN_FIX,
+        )
+    return parameters[int(index)]

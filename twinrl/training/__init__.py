@@ -1,0 +1,1 @@
+"""A run: its configuration, what is assembled from it, the loop, saving, and steps made again."""

@@ -1,0 +1,129 @@
+"""A run that is opened to look at it: one object for samples, the final table, export and timings."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from twinrl.config.errors import InputError
+from twinrl.flow import conditions, draws
+from twinrl.run import checkpoints, layout
+from twinrl.sampling import few_step, sample
+from twinrl.sampling.timing import Line, measure
+from twinrl.training import assembly, pictures
+from twinrl.training.provider import Provider, Table
+from twinrl.training.runs import RunDirectory, check_content
+from twinrl.training.schema import RunConfig
+
+
+@dataclass
+class OpenedRun:
+    """A run's configuration, data, models and judged network (the EMA where there is one), in eval mode.
+
+    Made by :func:`open_run` from a run directory, whose checkpoint and data are read when they are first needed, or by
+    :meth:`trained` from what is in memory at the end of training.
+
+    Attributes:
+        directory: of the run.
+        settings: its configuration.
+        folder: where pictures of :meth:`judge` go.
+        step: of the checkpoint; None = the newest.
+        device: None = the configured one.
+    """
+
+    directory: RunDirectory
+    settings: RunConfig
+    folder: Path
+    step: int | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def trained(cls, directory: RunDirectory, provider: Provider[Any], network: nn.Module, folder: Path) -> "OpenedRun":
+        """The run that has just been trained by ``provider`` to ``network``."""
+        opened = cls(directory, provider.settings, folder)
+        opened.provider, opened.network = provider, network
+        return opened
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The folder of the checkpoint.
+
+        Raises:
+            InputError: there is none (of that step).
+        """
+        if self.step is None:
+            return self.directory.newest_checkpoint()
+        folder = self.directory.checkpoints / layout.of_step(self.step)
+        if folder not in (found := layout.available(self.directory.checkpoints)):
+            steps = ", ".join(str(layout.step_of(path)) for path in found)
+            raise InputError(
+                f"{self.directory.path} has no checkpoint of step {self.step}",
+                expected=f"one of {steps}" if steps else None,
+            )
+        return folder
+
+    @cached_property
+    def provider(self) -> Provider[Any]:
+        """Data and models.
+
+        Raises:
+            InputError: they cannot be loaded, or are others than those of training.
+        """
+        state = checkpoints.load_state(self.checkpoint)
+        provider = assembly.load_provider(self.settings, self.device)
+        check_content(provider.source.content_hash, state, self.settings.data.source)
+        return provider
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The judged network. Raises InputError where the checkpoint is corrupted."""
+        network = self.provider.network()
+        checkpoints.load_module(network, checkpoints.load(self.checkpoint).judged, str(self.checkpoint))
+        return network.to(self.provider.device).eval()
+
+    def sample(self, prompts: Sequence[str], n: int, nfe: int, seed: int) -> list[tuple[str, Tensor]]:
+        """Each prompt (by default some examples) with (n, C, H, W) pixels of its samples, all from the same noise."""
+        source, device = self.provider.source, self.provider.device
+        noise, rows = draws.normal((n, *source.latent_shape), seed, "sample").to(device), []
+        for prompt in prompts or self.provider.example_prompts(seed):
+            c = conditions.rows(source.condition([prompt]), torch.zeros(n, dtype=torch.long))
+            with torch.no_grad():
+                z = sample(self.network, noise, c, few_step(nfe), seed=seed)
+                rows.append((prompt, torch.cat([source.decode(each[None]) for each in z])))
+        return rows
+
+    def judge(self) -> tuple[Table, Path]:
+        """The final table, and the grid at the first NFE; this and other pictures go to :attr:`folder`."""
+        network = self.provider.judged(self.network)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        protocol, table = self.provider.final(network)
+        return table, pictures.save_final(protocol, network, self.directory, self.folder)
+
+    def timings(self, rounds: int) -> list[Line]:
+        """What a sample costs, at every NFE of ``evaluation.nfe`` and by a many-step teacher."""
+        config, prompts = self.settings.evaluation, self.provider.example_prompts(0)
+        return measure(self.network, self.provider.source, prompts, config.nfe, config.teacher_steps, rounds)
+
+    def export(self, folder: Path, lora: bool = False, dtype: Literal["float32", "bf16"] | None = None) -> None:
+        """The student as a diffusers pipeline, see :meth:`Provider.export`; needs no data, which may be gone."""
+        assembly.kind_of(self.settings).export(self.settings, self.checkpoint, folder, lora, dtype)
+
+
+def open_run(path: Path, step: int | None = None, device: torch.device | None = None) -> OpenedRun:
+    """The run in the directory ``path``.
+
+    Arguments:
+        path: of the run.
+        step: of a checkpoint instead of the newest.
+        device: another than the configured one.
+
+    Raises:
+        InputError: no run.
+    """
+    directory, folder = RunDirectory(path), path / layout.EVALUATION
+    folder = folder if step is None else folder / layout.of_step(step)
+    return OpenedRun(directory, directory.settings(), folder, step, device)

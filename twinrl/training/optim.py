@@ -1,0 +1,251 @@
+"""Optimizers, learning-rate policies and early stopping, chosen in configuration."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+import torch
+from pydantic import Field
+
+from twinrl.config import Settings
+from twinrl.config.components import Registry, checked
+
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Settings):
+    """Settings that every optimizer has."""
+
+    lr: float = Field(3e-4, gt=0, allow_inf_nan=False, description="learning rate")
+
+
+class AdamConfig(OptimizerConfig):
+    """Settings of Adam and its kin."""
+
+    betas: tuple[Decay, Decay] = Field((0.9, 0.99), description="decay of the first and second moment")
+    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay (decoupled in adamw)")
+
+
+class Optimizer(ABC):
+    """An optimizer by name. Subclasses give ``Config`` and :meth:`make`."""
+
+    Config: ClassVar[type[OptimizerConfig]] = OptimizerConfig
+
+    @staticmethod
+    @abstractmethod
+    def make(parameters: list[torch.nn.Parameter], config: Any) -> torch.optim.Optimizer:
+        """The torch optimizer over ``parameters``, all of which require gradients."""
+
+    @classmethod
+    def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer over those of ``parameters`` that require gradients."""
+        made = cls.make([p for p in parameters if p.requires_grad], config)
+        return checked(made, torch.optim.Optimizer, cls, "make")
+
+
+class _Adams(Optimizer):
+    algorithm: ClassVar[Callable[..., torch.optim.Optimizer]]
+
+    @classmethod
+    def make(cls, parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
+        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
+
+
+class Adam(_Adams):
+    """Adam (arXiv:1412.6980)."""
+
+    algorithm = torch.optim.Adam
+
+    class Config(AdamConfig):
+        kind: Literal["adam"] = "adam"
+
+
+class AdamW(_Adams):
+    """AdamW (arXiv:1711.05101), the default."""
+
+    algorithm = torch.optim.AdamW
+
+    class Config(AdamConfig):
+        kind: Literal["adamw"] = "adamw"
+
+
+class RAdam(_Adams):
+    """RAdam (arXiv:1908.03265): rectified warm-up of the adaptive rate."""
+
+    algorithm = torch.optim.RAdam
+
+    class Config(AdamConfig):
+        kind: Literal["radam"] = "radam"
+
+
+OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})
+
+
+# --- learning-rate policies -------------------------------------------------------------------------------
+
+
+def _improves(quality: float, best: float, threshold: float) -> bool:
+    """Whether ``quality`` is below ``best`` by more than a share of its size; kernel distances may be negative."""
+    return quality < (best if math.isinf(best) else best - threshold * abs(best))
+
+
+class PolicyConfig(Settings):
+    """Settings that every learning-rate policy has."""
+
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+
+
+class LearningRatePolicy:
+    """Moves the learning rate over a run; by itself it warms up and stays. Subclasses give ``Config`` and what differs.
+
+    Arguments:
+        config: of the policy.
+        steps: optimizer steps of the whole run.
+    """
+
+    Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+
+    def __init__(self, config: Any, steps: int):
+        self.config, self.steps, self.scale = config, steps, 1.0
+
+    def factor(self, step: int) -> float:
+        """Factor of the learning rate at ``step`` (0-based); called once a step."""
+        return self.scale * min(1.0, (step + 1) / (self.config.warmup + 1))
+
+    def observe(self, quality: float) -> None:
+        """A validation found this quality; smaller is better."""
+
+    def spike(self) -> None:
+        """The gradient spiked at this step."""
+
+    def cut(self, factor: float, minimum: float = 0.0) -> None:
+        """Multiply all further rates by ``factor``, but not below ``minimum`` times the configured one."""
+        self.scale = max(self.scale * factor, minimum)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"scale": self.scale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.scale = float(state["scale"])
+
+
+class Constant(LearningRatePolicy):
+    """The configured learning rate, after an optional linear warm-up."""
+
+    class Config(PolicyConfig):
+        kind: Literal["constant"] = "constant"
+
+
+class DecayOnSpike(LearningRatePolicy):
+    """Cuts the rate at every gradient spike and lets it grow back slowly.
+
+    *When to use*: runs that have healthy stretches at a rate which now and then proves too high.
+    """
+
+    class Config(PolicyConfig):
+        kind: Literal["decay_on_spike"] = "decay_on_spike"
+        cut: float = Field(0.5, gt=0, lt=1, description="factor of each cut")
+        minimum: float = Field(0.01, ge=0, le=1, description="smallest factor")
+        recovery: int | None = Field(
+            None, ge=1, description="steps over which half a cut is won back (in logarithms); null = never"
+        )
+
+    def factor(self, step: int) -> float:
+        if self.config.recovery is not None:
+            self.scale = min(1.0, self.scale * self.config.cut ** (-0.5 / self.config.recovery))
+        return super().factor(step)
+
+    def spike(self) -> None:
+        self.cut(self.config.cut, self.config.minimum)
+
+
+class Cosine(LearningRatePolicy):
+    """Falls from the configured rate to ``final`` times it over the run, along half a cosine.
+
+    *When to use*: runs of known length whose last quality counts; the noise of a constant rate is averaged out.
+    """
+
+    class Config(PolicyConfig):
+        kind: Literal["cosine"] = "cosine"
+        final: float = Field(0.02, ge=0, le=1, description="factor of the rate at the end of the run")
+
+    def factor(self, step: int) -> float:
+        fall = (1 + math.cos(math.pi * min(1.0, step / self.steps))) / 2
+        return super().factor(step) * (self.config.final + (1 - self.config.final) * fall)
+
+
+class Plateau(LearningRatePolicy):
+    """Cuts the rate by ``factor`` when validation quality has not improved for ``patience`` validations."""
+
+    class Config(PolicyConfig):
+        kind: Literal["plateau"] = "plateau"
+        cut: float = Field(0.5, gt=0, lt=1, description="factor of each cut")
+        patience: int = Field(3, ge=1, description="validations without improvement before a cut")
+        threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
+        minimum: float = Field(0.0, ge=0, le=1, description="smallest factor")
+        monitor: Literal["quality", "objective"] = Field(
+            "quality", description="what must improve: val/quality, or the training objective on validation rows"
+        )
+
+    def __init__(self, config: Any, steps: int):
+        super().__init__(config, steps)
+        self.best, self.bad = math.inf, 0
+
+    def observe(self, quality: float) -> None:
+        if _improves(quality, self.best, self.config.threshold):
+            self.best, self.bad = quality, 0
+            return
+        self.bad += 1
+        if self.bad >= self.config.patience:
+            self.cut(self.config.cut, self.config.minimum)
+            self.bad = 0
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"best": self.best, "bad": self.bad}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self.best, self.bad = float(state["best"]), int(state["bad"])
+
+
+LR_POLICIES = Registry(
+    "learning-rate policy",
+    LearningRatePolicy,
+    {"constant": Constant, "cosine": Cosine, "plateau": Plateau, "decay_on_spike": DecayOnSpike},
+)
+
+
+class EarlyStop:
+    """Says when validation quality has not improved for a number of validations."""
+
+    class Config(Settings):
+        patience: int | None = Field(None, ge=1, description="validations without improvement; null = never stop")
+        threshold: float = Field(1e-4, ge=0, description="relative improvement that counts")
+
+    def __init__(self, config: Config):
+        self.config, self.best, self.bad = config, math.inf, 0
+
+    def observe(self, quality: float) -> bool:
+        """True when training should stop."""
+        if _improves(quality, self.best, self.config.threshold):
+            self.best, self.bad = quality, 0
+        else:
+            self.bad += 1
+        return self.reached
+
+    @property
+    def reached(self) -> bool:
+        """The last answer of :meth:`observe`; part of the state, so that a resumed run stops where it should have."""
+        return self.config.patience is not None and self.bad >= self.config.patience
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.best, self.bad = float(state["best"]), int(state["bad"])

@@ -1,0 +1,216 @@
+"""Run directories, ``runs/<name>-<hash8>-s<seed>/``: begun, locked, ended. Their files: :mod:`twinrl.run.layout`."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twinrl import config
+from twinrl.config.errors import InputError
+from twinrl.machine import files
+from twinrl.run import environment, layout, runlog
+from twinrl.stability import verdict
+from twinrl.training import schema
+
+
+class EventLog(runlog.RunLog):
+    """``events.jsonl``: as the run log, but of plain JSON values (``Event.as_dict``)."""
+
+    def append(self, row: Mapping[str, object]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+class NoLog:
+    """In the place of a log for processes that do not write: accepts everything, keeps nothing."""
+
+    def append(self, row: Mapping[str, object]) -> None:
+        """Written by the first process."""
+
+    def sync(self) -> int:
+        """Nothing is on disk."""
+        return 0
+
+    def check(self, offset: int) -> None:
+        """There is nothing to check."""
+
+    def trim(self, offset: int) -> None:
+        """There is nothing to cut."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Arguments:
+        path: the directory; need not exist yet.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / layout.CHECKPOINTS
+        self.samples = path / layout.SAMPLES
+        self.log = path / layout.LOG
+        self.events = path / layout.EVENTS
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return layout.is_run(self.path)
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """How the run ended, or None while it is unfinished. Raises InputError where the file is damaged."""
+        return layout.read_result(self.path)
+
+    def begun_by(self, launchers: Iterable[str]) -> bool:
+        """Whether one of these launchers has trained this run; "" is none."""
+        known = layout.read_environment(self.path).get("launchers", [])
+        return self.exists and not set(known).isdisjoint(filter(None, launchers))
+
+    def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
+        """Make the directory of a new run; ``fresh`` deletes an older one first.
+
+        Arguments:
+            settings: the configuration.
+            fresh: whether an older run may be deleted.
+            launchers: names of those that begin it, for their restarts.
+
+        Raises:
+            InputError: a run exists here already (finished, to be resumed, or being trained with ``fresh``), or the
+                folder can't be written.
+        """
+        if not fresh:
+            self.refuse_existing()
+        try:
+            if self.exists:
+                self._clear()
+            self.samples.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
+            self._note(environment.describe(), launchers)
+            files.write_text(self.path / layout.CONFIG, dump(settings))  # last: with it the run exists
+        except OSError as error:
+            raise InputError(
+                f"the run directory {self.path} cannot be written",
+                got=error.strerror,
+                fix="set run.dir to a writable folder",
+            ) from error
+
+    def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
+        described = {**described, "launchers": sorted(filter(None, launchers))}
+        files.write_text(self.path / layout.ENVIRONMENT, json.dumps(described, indent=1))
+
+    def joined_by(self, launchers: Iterable[str]) -> None:
+        """Note who trains a run that is begun already: machines have come in the place of lost ones."""
+        described = json.loads((self.path / layout.ENVIRONMENT).read_text())
+        if new := set(launchers) - {"", *described["launchers"]}:
+            self._note(described, [*described["launchers"], *new])
+
+    @contextmanager
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """For the process that trains the run: a second one would cut the log back under its feet.
+
+        The lock dies with its process.
+
+        Raises:
+            InputError: another process has held it for ``patience`` seconds.
+        """
+        refusal = InputError(f"another process is training this run: {self.path}", fix="wait for it to end, or stop it")
+        with (self.path / layout.CONFIG).open() as file:
+            files.lock(file, refusal, patience)
+            yield
+
+    def _clear(self) -> None:
+        """Delete everything but the name of the MLflow run, which the new run's view is to replace."""
+        view = self.path / layout.MLFLOW
+        published = view.read_bytes() if view.is_file() else None
+        with self.locked():
+            self.discard()
+        if published is not None:
+            self.path.mkdir()
+            view.write_bytes(published)
+
+    def discard(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.path)
+
+    def refuse_existing(self) -> None:
+        """Raises InputError where a run exists: finished, or to be resumed."""
+        if not self.exists:
+            return
+        if (result := self.result) is not None:
+            raise InputError(
+                f"this run exists and has {result['status']} after {result['step']} steps: {self.path}",
+                fix="--fresh starts it over, another seed or name makes a new one",
+            )
+        raise InputError(
+            f"this run was begun and not finished: {self.path}",
+            fix=f"`twinrl resume {self.path}` goes on, --fresh starts over",
+        )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, the mark of a finished run."""
+        files.write_text(self.path / layout.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+    def keep_start(self, start: verdict.Row) -> None:
+        """Write the metrics of the start weights, by which the run is judged wherever it is moved to."""
+        content = json.dumps(verdict.encoded(start), indent=1, allow_nan=False)
+        files.write_text(self.path / layout.START, content + "\n")
+
+    def settings(self) -> schema.RunConfig:
+        """The run's configuration; keys that are newer than the run have the defaults that they came with.
+
+        Raises:
+            InputError: the directory holds no run, or not one of this version or an older one.
+        """
+        if not self.exists:
+            raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
+        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
+
+    def newest_checkpoint(self) -> Path:
+        """The newest checkpoint. Raises InputError where there is none yet."""
+        found = layout.newest(self.checkpoints)
+        if found is None:
+            raise InputError(
+                f"{self.path} has no checkpoint yet", fix="wait for checkpoint.every steps, or resume the run"
+            )
+        return found
+
+
+def dump(settings: schema.RunConfig) -> str:
+    """The configuration as YAML that loads to the same configuration."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mapping[str, Any]) -> None:
+    """Raises InputError naming the keys in which ``settings`` differ from a checkpoint's, or that the data do."""
+    now = settings.numeric() | {"seed": settings.seed}
+    changed = config.differing_keys(state["config"], now)
+    if changed:
+        raise InputError(
+            "the run's configuration has changed since its checkpoint",
+            got=f"other values of {', '.join(changed)}",
+            fix="restore them in config.yaml, or start a new run with train.init=<this run>",
+        )
+    check_content(content_hash, state, settings.data.source)
+
+
+def _short(content_hash: str) -> str:
+    """The beginnings of a hash's parts: of the data, and of the pretrained model where there is one."""
+    return "-".join(part[:12] for part in content_hash.split("-"))
+
+
+def check_content(content_hash: str, state: Mapping[str, Any], source: str) -> None:
+    """Raises InputError where a checkpoint was made with other data (or other frozen models) of ``source``."""
+    if state["content_hash"] != content_hash:
+        raise InputError(
+            f"the data of {source} have changed since the run's checkpoint",
+            got=f"content {_short(content_hash)}",
+            expected=f"content {_short(state['content_hash'])}",
+            fix="restore data.root and the cache, or start a new run with train.init=<this run>",
+        )

@@ -1,0 +1,79 @@
+"""Data sources by name, or a user's own by dotted path. What a source loads is imported when it is asked for."""
+
+from collections.abc import Callable, Mapping
+from inspect import isfunction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinrl.config.components import ComponentError, check_methods, own
+from twinrl.flow.source import Data, Source
+
+if TYPE_CHECKING:
+    from twinrl.backends.families.family import Family
+    from twinrl.data.training import FolderSource
+
+
+def _digits(root: Path | None) -> Source:
+    from twinrl.lab import load_lab
+
+    return load_lab()
+
+
+def _mnist(root: Path | None) -> Source:
+    from twinrl.lab.mnist import MNISTSource
+
+    return MNISTSource(root)
+
+
+def _folder(root: Path | None, family: "Family") -> "FolderSource":
+    from twinrl.data.training import FolderSource
+
+    return FolderSource(root, family)
+
+
+def _prompts(root: Path | None, family: "Family") -> "FolderSource":
+    from twinrl.data.training import FolderSource
+
+    return FolderSource(root, family, images=False)
+
+
+SOURCES: dict[str, Callable[[Path | None], Source]] = {"digits": _digits, "mnist": _mnist}
+"""``data.source`` → function of ``data.root`` that loads it (building what is not cached, with a progress bar)."""
+
+FAMILY_SOURCES: dict[str, Callable[[Path | None, "Family"], "FolderSource"]] = {"folder": _folder, "prompts": _prompts}
+"""``data.source`` of a run with ``model.family`` → function of ``data.root`` and the family."""
+
+
+def find(name: str, trains_family: bool) -> Callable[..., Any]:
+    """What loads the source called ``name``: a function of ``data.root``, and of the family where one is trained.
+
+    A class of one's own is named by its dotted path.
+
+    Raises:
+        InputError: no such source, or a class without a source's methods.
+    """
+    known: Mapping[str, Callable[..., Any]] = FAMILY_SOURCES if trains_family else SOURCES
+    if name in known:
+        return known[name]
+    found: Callable[..., Any] = own(name, "data source", SOURCES | FAMILY_SOURCES)
+    if isinstance(found, type):
+        contract = Data if trains_family else Source
+        methods = [method for kind in contract.__mro__ for method, value in vars(kind).items() if isfunction(value)]
+        check_methods(found, contract, [name for name in methods if name[0] != "_"], f"data source {name!r}")
+    return found
+
+
+def load(name: str, root: Path | None, *family: "Family") -> Any:
+    """The source called ``name``; with the family that is trained, if one is.
+
+    Raises:
+        InputError: see :func:`find`; one's own lacks something that a source has.
+    """
+    source = find(name, bool(family))(root, *family)
+    contract = Data if family else Source
+    attributes = [each for kind in contract.__mro__ for each in vars(kind).get("__annotations__", ())]
+    if lacking := [each for each in attributes if not hasattr(source, each)]:
+        raise ComponentError(
+            f"data source {name!r} has no {', '.join(lacking)}", expected="what docs/extending.md lists"
+        )
+    return source

@@ -1,0 +1,478 @@
+"""The training loop, and nothing else: batch → losses → gradient → optimizer → log row."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from twinrl.config.components import checked
+from twinrl.flow import draws
+from twinrl.flow.source import Data
+from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.gradients import Engine, Losses, is_due, telemetry
+from twinrl.machine.memory import keep_freed_memory
+from twinrl.run import checkpoints, layout, names
+from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.runlog import RunLog
+from twinrl.stability.divergence import NONFINITE_PARAMETERS
+from twinrl.stability.events import SPIKE, Event, nonfinite
+from twinrl.stability.monitor import Monitor
+from twinrl.stability.policy import Decision
+from twinrl.stability.series import Finding
+from twinrl.stability.verdict import COMPLETE
+from twinrl.terms.objective import Objective
+from twinrl.training import assembly
+from twinrl.training.capsules import Capsules
+from twinrl.training.feed import Fed, Feed
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
+from twinrl.training.saving import Informed, Saver
+from twinrl.training.schema import RunConfig
+from twinrl.training.suspects import Behind
+
+Row = dict[str, Any]
+
+
+class Observer(Informed, Protocol):
+    """Is told what happens; the command line shows progress and publishes to MLflow through one."""
+
+    def after_step(self, row: Row) -> None:
+        """A step was logged."""
+
+    def after_event(self, event: Event) -> None:
+        """An event was recorded."""
+
+
+class Validation(Protocol):
+    """Judges the student in training."""
+
+    def __call__(self, network: torch.nn.Module, step: int) -> Mapping[str, float]:
+        """Metrics of the network after ``step`` steps; must not touch any random state."""
+        ...
+
+
+class Step(NamedTuple):
+    """What an optimizer step gave.
+
+    Attributes:
+        row: of the log.
+        event: the event that ends the run or takes it back, if there is one.
+        decision: what to do.
+        kinds: of everything that was found.
+    """
+
+    row: Row
+    event: Event | None
+    decision: Decision
+    kinds: frozenset[str]
+
+
+@dataclass
+class Outcome:
+    """How training ended.
+
+    Attributes:
+        status: finished, stopped (early stop), diverged (a stop policy) or interrupted (to be resumed).
+        step: optimizer steps made.
+        message: why, where the status alone does not say it.
+    """
+
+    status: str
+    step: int
+    message: str = ""
+
+
+@dataclass
+class Trainer:
+    """One run.
+
+    Arguments:
+        settings: the configuration.
+        run: its directory, already made.
+        source: the data, on ``device``.
+        device: where the networks are.
+        validate: called every ``evaluation.every`` steps and at the end.
+        observers: told about steps, checkpoints and events.
+        start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
+        ranks: the processes that train this run together; each has a trainer, of which the first one writes.
+    """
+
+    settings: RunConfig
+    run: RunDirectory
+    source: Data
+    device: torch.device
+    validate: Validation
+    observers: list[Observer] = field(default_factory=list)
+    start_weights: bool = True  # False where a state is restored at once
+    step: int = 0
+    iteration: int = 0
+    attempt: int = 0  # rollbacks so far; each goes on with another data order
+    event_count: int = 0
+    interrupted: bool = False
+    ranks: Ranks = ALONE
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
+        start_weights = self.start_weights and not begun
+        self.provider = assembly.provider_of(settings, self.source, self.device, self.ranks)
+        student = self.provider.student(start_weights)
+        self.guide = self.provider.guide()
+        self.objective: Objective = assembly.objective_of(self.provider, student, self.guide)
+        optimizer = OPTIMIZERS.find(settings.optim.kind)
+        self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
+            optimizer.build(settings.optim, student.parameters())
+        )
+        pulls = settings.pulls
+        self.engine = Engine(
+            settings.gradients, student.parameters(), pulls,
+            total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
+            steps=settings.train.steps, renoise_end=settings.renoise_end(),
+        )  # fmt: skip
+        self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
+        self.early_stop = EarlyStop(settings.early_stop)
+        settings.stability.check_measured(settings.gradients.telemetry.rms_every)
+        self.monitor = Monitor(settings.stability, list(pulls), settings.evaluation.nfe[0])
+        self.feed = self._feed("train")
+        self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
+        self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
+        self.events: EventLog | NoLog = EventLog(self.run.events) if self.ranks.first else NoLog()
+        self.saver = Saver(settings.checkpoint, self.run, self.ranks, self.log, self.events, self.observers)
+
+    def _feed(self, split: str) -> Feed:
+        return Feed(self.settings, self.provider.reader(split), self.objective, self.ranks)
+
+    # --- the loop -----------------------------------------------------------------------------------------
+
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Take the metrics of the start weights as what a fall is measured against."""
+        self.monitor.divergence.begin(start)
+
+    def train(self) -> Outcome:
+        """Train to the end, a stop policy, an early stop or an interruption; the state is on disk afterwards."""
+        outcome = None
+        while outcome is None:
+            outcome = self._advance()
+        self._attempt(self.saver.settle)
+        if outcome.status in COMPLETE and (late := self.monitor.conclude(self.iteration - 1)) is not None:
+            self._record(late, {})  # too late for any policy
+        if outcome.status != "diverged" and self.saver.newest != self.iteration:
+            self._save()
+            self.saver.settle()
+        self.log.close()
+        self.events.close()
+        return outcome
+
+    def _advance(self) -> Outcome | None:
+        """One step with what belongs to it; an outcome if it was the last."""
+        if self.step >= self.settings.train.steps:
+            return Outcome("finished", self.step)
+        if self.early_stop.reached:
+            return Outcome("stopped", self.step, "no improvement in validation quality")
+        if self.ranks.anywhere(self.interrupted):
+            return Outcome("interrupted", self.step)
+        if self.capsules.due(self.step):
+            self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
+        row, event, decision, _ = self.train_step()
+        if (judged := self._validate_if_due(row)) is not None:
+            event, decision = judged, self.settings.stability.decide([judged.kind])
+        self.log.append(row)
+        self._tell("after_step", row)
+        if decision.stop and event is not None:
+            return Outcome("diverged", self.step, event.message)
+        if decision.rollback and event is not None:
+            return self._roll_back(event)
+        if self.step % self.settings.checkpoint.every == 0 and self.step < self.settings.train.steps:
+            self._attempt(self.saver.settle)
+            self._attempt(self._save)
+        return None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the present stretch's data and noise: the run's own until a rollback."""
+        return self.settings.seed + (self.attempt << 32)
+
+    def train_step(self) -> Step:
+        """One optimizer step."""
+        started = time.perf_counter()
+        self.ranks.begin(self.step)
+        draws.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
+        fed = self.feed.batch(self.step, self.seed)
+        self.objective.teacher.update()
+        losses, scalars = self._backward(fed)
+        values = self.ranks.agree(_to_floats(scalars)) | self._schedules(fed)
+        found, decision = self._judge(values)
+        if decision.zero:
+            self.engine.zero()
+        lr = self._set_lr()
+        if decision.skip:
+            values[names.SKIPPED] = 1.0
+        else:
+            values |= (updated := self._update())
+            # what is found now comes too late for this step, not for the rate, a rollback or the end, and a step that
+            # was not dropped had neither of these from before
+            late, decision = self._judge(updated, {finding.kind for finding in found})
+            found += late
+        if self.guide is not None:
+            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], fed.batch.rows.captions)
+        behind = Behind(losses, fed.data_rows, fed.batch, self.ranks.total)
+        events = self.monitor.watch.events(found, self.iteration, values, behind)
+        self.step, self.iteration = self.step + 1, self.iteration + 1
+        row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
+        for event in events:
+            self._record(event, row)
+        row[names.STEP_SECONDS] = time.perf_counter() - started
+        return Step(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
+
+    def _judge(self, values: Mapping[str, float], known: Set[str] = frozenset()) -> tuple[list[Finding], Decision]:
+        """Findings among values of this step, and what to do about kinds that are not known yet; the learning rate's
+        part is done."""
+        found = self.monitor.watch.observe(self.step + 1, values)
+        new = {finding.kind for finding in found} - known
+        config = self.settings.stability
+        decision = config.decide(new)
+        if SPIKE in new and self.monitor.watch.begins(SPIKE):
+            self.lr_policy.spike()
+        if decision.cut:
+            self.lr_policy.cut(config.lr_cut, config.lr_minimum)
+        return found, decision
+
+    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, Tensor]]:
+        """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
+        chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
+        passes = self.engine.passes(self.objective, chunks, fed.counts)
+        own, measures = self.engine.backward(passes, self.step)
+        losses = self.ranks.merge(own)
+        return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
+
+    def _update(self) -> dict[str, float]:
+        """The optimizer's step, and what it says about the step's health."""
+        due, parameters = self.settings.gradients.telemetry, self.engine.parameters
+        before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
+        self.optimizer.step()
+        measures = {}
+        if is_due(due.rms_every, self.step) and (rms := telemetry.rms(self.optimizer)):
+            measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
+        if before is not None:
+            measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
+        values = self.ranks.agree(_to_floats(measures)) if measures else {}
+        if nonfinite(values) and not telemetry.all_finite(parameters):
+            values[NONFINITE_PARAMETERS] = 1.0
+        return values
+
+    def _schedules(self, fed: Fed) -> dict[str, float]:
+        """Where the moving parts stand at this step."""
+        values = fed.renoise.metrics() if fed.renoise else {}
+        return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
+
+    def _set_lr(self) -> float:
+        lr = self.settings.optim.lr * checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
+        if self.guide is not None:
+            lr *= self.guide.lr_factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    @torch.no_grad()
+    def times(self, batches: int = 4) -> tuple[Tensor, Tensor]:
+        """(N,) signed t and r at which the terms ask for the student in the next batches; for a picture.
+
+        Leaves the state of training and every random stream as they were.
+        """
+        step, asked = self.step, []
+        for self.step in range(step, step + batches):
+            fed = self.feed.batch(self.step, self.seed)
+            evaluation = self.objective.evaluate(fed.batch, fed.counts)
+            with evaluation.random_state.replayed():
+                asked += [query for _, query in evaluation.queries().values()]
+        self.step = step
+        return torch.cat([q.t for q in asked]).cpu(), torch.cat([q.r for q in asked]).cpu()
+
+    # --- validation, events, checkpoints ----------------------------------------------------------------------
+
+    def _validate_if_due(self, row: Row) -> Event | None:
+        """Add validation metrics to the row when due; the divergence if this row makes it certain.
+
+        Learning-rate policy and early stopping see the quality.
+        """
+        every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
+        if last or (every > 0 and self.step % every == 0):
+            row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
+            if self.settings.evaluation.objective:
+                row[names.VAL_OBJECTIVE] = self.objective_on_validation()
+            quality = float(row[names.VAL_QUALITY])
+            by_objective = getattr(self.settings.lr_policy, "monitor", "quality") == "objective"
+            self.lr_policy.observe(row[names.VAL_OBJECTIVE] if by_objective else quality)
+            self.early_stop.observe(quality)
+        found = self.monitor.judge(self.step, self.iteration - 1, row)
+        if found is None:
+            return None
+        self._record(found, row)
+        return found
+
+    @torch.no_grad()
+    def objective_on_validation(self, batches: int = 4) -> float:
+        """The training objective on validation rows, as the published run validated: at the present renoise and
+        reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
+        quality; ``val/quality`` is.
+        """
+        values, feed = [], self._feed("validation")
+        for number in range(batches):
+            fed = feed.batch(self.step, self.settings.evaluation.seed + number)
+            evaluation = self.objective.evaluate(fed.batch, fed.counts)
+            with evaluation.random_state.replayed():
+                total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
+            values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        return float(torch.stack(values).mean())
+
+    def _record(self, event: Event, row: Row) -> None:
+        """Write an event down, mark its row, keep its capsule."""
+        self.event_count += 1
+        row[names.event(event.kind)] = 1
+        self.events.append(event.as_dict())
+        self.capsules.keep(self.event_count, event)
+        self._tell("after_event", event)
+
+    def _roll_back(self, event: Event) -> Outcome | None:
+        """Return to the last healthy checkpoint; an outcome if there is none or it happened too often."""
+        config = self.settings.stability
+        self._attempt(self.saver.settle)
+        healthy = [
+            path
+            for path in layout.available(self.run.checkpoints)
+            if checkpoints.load_state(path)["step"] <= event.step - config.rollback_margin
+        ]
+        if not healthy:
+            return Outcome("diverged", self.step, f"{event.message}; no healthy checkpoint to roll back to")
+        if self.attempt >= config.rollbacks:
+            return Outcome("diverged", self.step, f"{event.message}; {self.attempt} rollbacks did not help")
+        kept, seen = (self.iteration, self.attempt + 1, self.event_count), self.monitor.watch.state()
+        self.restore(self.ranks.load(healthy[-1]), str(healthy[-1]))
+        self.iteration, self.attempt, self.event_count = kept
+        self.monitor.watch.load(seen)
+        self.monitor.watch.end_episodes()
+        self.ranks.on_first(lambda: checkpoints.drop_after(self.run.checkpoints, self.step))
+        self.capsules.forget_after(self.step)
+        self._attempt(self._save)
+        return None
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        self.saver.attempt(action, self.step)
+
+    def _tell(self, what: str, *arguments: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, what)(*arguments)
+
+    def _save(self) -> None:
+        self.saver.save(self.step, self.iteration, self.state)
+
+    def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
+        """Everything that training needs to go on from here, given the length of the logs so far."""
+        tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
+        tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)
+        state = {
+            "step": self.step,
+            "iteration": self.iteration,
+            "attempt": self.attempt,
+            "event_count": self.event_count,
+            "log_offset": log_offset,
+            "events_offset": events_offset,
+            "teacher_decay": self.objective.teacher.decay,
+            "lr_policy": _plain(self.lr_policy.state()),
+            "early_stop": _plain(self.early_stop.state()),
+            "gradients": self.engine.state(),
+            "monitor": self.monitor.state(),
+            "reward": self.guide.state() if self.guide else {},
+            "content_hash": self.source.content_hash,
+            "config": self.settings.numeric() | {"seed": self.settings.seed},
+            "parts": sorted(tensors),
+        }
+        return Checkpoint(tensors, state)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, or from the start if there is none; logs are cut back to it.
+
+        Raises:
+            InputError: the checkpoint is corrupted, foreign, or made with another configuration or other data.
+        """
+        newest = layout.newest(self.run.checkpoints)
+        if newest is None:
+            self.log.trim(0)
+            self.events.trim(0)
+            return
+        checkpoint = self.ranks.load(newest)
+        checkpoints.check_place(newest, checkpoint.state, self.settings.train.steps)
+        check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
+        self.restore(checkpoint, str(newest))
+        self.log.check(checkpoint.state["log_offset"])
+        self.events.check(checkpoint.state["events_offset"])
+        self.saver.newest = self.iteration  # from here on nothing is refused any more
+        self.capsules.forget_after(self.step)
+        self.log.trim(checkpoint.state["log_offset"])
+        self.events.trim(checkpoint.state["events_offset"])
+
+    def restore(self, checkpoint: Checkpoint, origin: str, strict: bool = True) -> None:
+        """Be in the state of a checkpoint; the logs stay as they are.
+
+        Arguments:
+            checkpoint: the state.
+            origin: where it is from, for messages.
+            strict: refuse the state of a run with other terms or another teacher; else what the state lacks starts
+                from it: a detector empty, an average or a frozen copy as the student, at its full decay.
+
+        Raises:
+            InputError: it is of another network or optimizer; ``origin`` names it.
+        """
+        state = checkpoint.state
+        lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
+        for name, module in assembly.parts_of(self.objective).items():
+            part = "student" if name in lacking else name
+            self.ranks.load_module(module, checkpoint.part(part), f"{origin}/{part}.safetensors")
+        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
+        decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
+        self.objective.teacher.decay = decay
+        loading: dict[str, Callable[[Any], None]] = {
+            "lr_policy": self.lr_policy.load, "early_stop": self.early_stop.load, "gradients": self.engine.load,
+            "monitor": partial(self.monitor.load, strict=strict),
+        }  # fmt: skip
+        if self.guide is not None:
+            loading["reward"] = self.guide.load
+        for name, load in loading.items():
+            with checkpoints.entry(origin, name):
+                load(state[name])
+        self.step, self.iteration = state["step"], state["iteration"]
+        self.attempt, self.event_count = state["attempt"], state["event_count"]
+
+
+def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Losses by term, their weighted total, and aux metrics averaged over all rows of the global batch."""
+    scalars: dict[str, Tensor] = {}
+    for name in weights:
+        scalars[names.loss(name)] = torch.stack([p[name].unweighted for p in parts if name in p]).sum()
+    scalars[names.LOSS_TOTAL] = sum(weights[name] * scalars[names.loss(name)] for name in weights)  # type: ignore[assignment]
+    aux: dict[str, list[Tensor]] = {}
+    for losses in parts:
+        for part in losses.values():
+            for metric, values in part.aux.items():
+                aux.setdefault(metric, []).append(values)
+    means = {metric: torch.cat(values).mean() for metric, values in aux.items()}
+    if len(aux.get(names.REWARD_STD, ())) > 1:  # the spread over parts of the batch is not that over the whole
+        means[names.REWARD_STD] = torch.cat(aux[names.REWARD_MEAN]).std(unbiased=False)
+    return scalars | means
+
+
+def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """All scalars in one transfer from the device."""
+    return dict(zip(scalars, torch.stack([s.double() for s in scalars.values()]).tolist(), strict=True))
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: as a string, which ``float()`` reads back."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in state.items()}
