@@ -34,7 +34,7 @@ from ablations.publish import StudyView
 from ablations.summary import Point
 from ablations.table import by_arm
 from tests.tracking.conftest import CHROMIUM_OPTIONS
-from tests.tracking.test_pages import drawn, wait_for
+from tests.tracking.pages import drawn, wait_for
 from twinrl.run import names
 from twinrl.run.runlog import RunLog
 from twinrl.tracking import store, thinning, ui

@@ -25,8 +25,8 @@ from analysis.frames import load_study
 from analysis.mlflow_store import from_mlflow
 from tests.ablations.tiny import TINY, write
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
+from tests.tracking.pages import drawn, keep_screenshot, wait_for
 from tests.tracking.synthetic import SPIKE_AT, make_row
-from tests.tracking.test_pages import drawn, keep_screenshot, wait_for
 from twinrl.config.errors import InputError
 from twinrl.run import names, runlog
 from twinrl.run.runlog import RunLog

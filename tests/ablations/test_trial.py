@@ -19,7 +19,7 @@ from ablations.trial import WORST
 from analysis import frames
 from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
-from tests.training.test_trainer import make
+from tests.training.trainers import make
 from twinrl.run import names, runlog
 from twinrl.stability import verdict
 

@@ -12,7 +12,7 @@ from analysis.intervals import Interval
 from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
-from tests.tracking.test_pages import keep_screenshot, wait_for
+from tests.tracking.pages import keep_screenshot, wait_for
 from twinrl.tracking import mlflow_view, store
 
 pytestmark = pytest.mark.browser

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.fake_source import register, small
 from tests.gradients.steps import BATCH, PRESETS, Perceptron, Step, assert_close, flat, step_of
 from tests.rounding import bound
-from tests.training.test_trainer import assert_same, finish, kill, rows
+from tests.training.trainers import assert_same, finish, kill, rows
 from twinrl.flow.branches import Rows
 from twinrl.gradients import Engine
 from twinrl.run import names

@@ -1,10 +1,8 @@
 """The MLflow pages of a published run, opened in a real browser against a real server."""
 
-import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -13,34 +11,13 @@ from urllib.request import Request, urlopen
 import mlflow
 import pytest
 
+from tests.tracking.pages import WAIT_SECONDS, drawn, keep_screenshot, wait_for
 from tests.tracking.synthetic import SPIKE_AT, TERMS, make_run
 from twinrl.config.errors import InputError
 from twinrl.tracking import ui
 from twinrl.tracking.mlflow_view import publish
 
-WAIT_SECONDS = 120
 EMPTY_WAIT_SECONDS = 5
-CURVES = """return [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => plot.data
-    .filter(trace => plot.querySelector('.js-line'))
-    .map(trace => [`${trace.name} (${trace.metricKey})`, [...trace.x], [...trace.y]]))"""
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = WAIT_SECONDS) -> Any:
-    """The first truthy value of ``condition``; its last value if there is none in time."""
-    from selenium.common.exceptions import TimeoutException, WebDriverException
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    try:
-        waiting = WebDriverWait(None, seconds, ignored_exceptions=[WebDriverException])
-        return waiting.until(lambda _: condition())
-    except TimeoutException:
-        return condition()
-
-
-def drawn(browser: Any) -> dict[str, tuple[list[float], list[float]]]:
-    """Every curve that has a line on the page: its name, steps and values."""
-    traces = sorted(browser.execute_script(CURVES), key=lambda trace: len(trace[1]))  # markers have fewer points
-    return {name: (steps, values) for name, steps, values in traces}
 
 
 def assert_as_stored(published: dict[str, Any], curves: dict[str, Any], metrics: list[str]) -> None:
@@ -58,12 +35,6 @@ def page_text(browser: Any) -> str:
 
 def experiment_of(published: dict[str, Any]) -> str:
     return mlflow.MlflowClient(published["uri"]).get_run(published["runs"][0]).info.experiment_id
-
-
-def keep_screenshot(browser: Any, name: str) -> None:
-    """Save what the browser shows where TWINRL_SCREENSHOTS says, if it says so."""
-    if folder := os.environ.get("TWINRL_SCREENSHOTS"):
-        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
 @pytest.mark.campaign

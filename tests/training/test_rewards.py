@@ -14,7 +14,7 @@ from torch import Tensor
 from tests import logs
 from tests.fake_source import FakeSource, register, small
 from tests.rounding import assert_rounded, bound
-from tests.training.test_trainer import CPU, assert_same, finish, kill, make, rows, state
+from tests.training.trainers import CPU, assert_same, finish, kill, make, rows, state
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.rewards import REWARDS, Reward

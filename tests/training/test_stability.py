@@ -11,7 +11,7 @@ import torch
 
 from tests import logs
 from tests.fake_source import FakeSource, register, small
-from tests.training.test_trainer import At, finish, kill, make, rows, state
+from tests.training.trainers import At, finish, kill, make, rows, state
 from twinrl.commands.replay import verdict
 from twinrl.config.errors import InputError
 from twinrl.flow import draws

@@ -19,8 +19,8 @@ import transformers
 from tests import pages
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES, Case, disturbed
+from tests.backends.families.forward import at
 from tests.backends.families.made import assert_alike
-from tests.backends.families.test_networks import at
 from tests.data.tiny import write_pairs
 from tests.logs import rows
 from twinrl.backends.families import FAMILIES, load_family

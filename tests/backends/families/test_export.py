@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.backends.families.conftest import disturbed
+from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike, few
-from tests.backends.families.test_networks import T, at
 from twinrl.backends.families import load_family
 from twinrl.backends.families.export import export
 from twinrl.backends.families.lora import LoraSettings

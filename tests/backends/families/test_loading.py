@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.backends.families.conftest import SWITCHES
-from tests.backends.families.test_networks import T, at
+from tests.backends.families.forward import T, at
 from twinrl.backends.families import FAMILIES, family_class, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.config.errors import InputError

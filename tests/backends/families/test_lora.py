@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
+from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike
-from tests.backends.families.test_networks import T, at
 from twinrl.backends.families.export import export_lora, with_lora
 from twinrl.backends.families.family import FrozenTeacher
 from twinrl.backends.families.lora import TWIN_FILE, LoraSettings

@@ -7,18 +7,12 @@ import torch
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
+from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike
 from twinrl.backends import tells_branches_apart
 from twinrl.backends.families.family import FrozenTeacher
 from twinrl.flow import conditions
 from twinrl.sampling import euler, sample
-
-T = torch.tensor([0.3, 1.0])
-
-
-@torch.no_grad()
-def at(network, case, t=T, r=None, condition=None):
-    return network(case.noise(), t, t if r is None else r, condition or case.condition)
 
 
 def test_multi_step_sampling_equals_the_familys_own_pipeline(flow):

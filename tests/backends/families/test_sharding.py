@@ -7,8 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
+from tests.backends.families.forward import T
 from tests.backends.families.made import assert_alike
-from tests.backends.families.test_networks import T
 
 
 @pytest.fixture(scope="module")

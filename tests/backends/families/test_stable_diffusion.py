@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import PROMPTS, disturbed
+from tests.backends.families.forward import at
 from tests.backends.families.made import assert_alike
-from tests.backends.families.test_networks import at
 from tests.rounding import assert_rounded
 from twinrl.backends.families import load_family
 from twinrl.backends.families.family import FamilyConfig
