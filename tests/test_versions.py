@@ -16,6 +16,7 @@ from twinrl import config
 from twinrl.commands.train import resume
 from twinrl.config import Settings, first_keys
 from twinrl.config.components import Registry
+from twinrl.config.errors import InputError
 from twinrl.run.layout import CONFIG
 from twinrl.training import schema
 from twinrl.training.optim import AdamW, Optimizer
@@ -183,7 +184,7 @@ def test_a_later_key_with_another_value_counts(later: None, tmp_path: Path) -> N
     assert len({plain.hash, *(settings.hash for settings in found)}) == 1 + len(KEYS)
     state = {"config": plain.numeric() | {"seed": 0}, "content_hash": "data"}
     for key, settings in zip(KEYS, found, strict=True):
-        with pytest.raises(config.InputError, match="other values of " + key.partition(".")[0]):
+        with pytest.raises(InputError, match="other values of " + key.partition(".")[0]):
             check_unchanged(settings, "data", state)
         again = {"config": settings.numeric() | {"seed": 0}, "content_hash": "data"}
         check_unchanged(stored(settings, tmp_path / key), "data", again)
