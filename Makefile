@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
 
-test: install  ## everything that protects users: 13 minutes on two slow cores
+test: install  ## everything that protects users: five minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: install lint types imports fast  ## the developer's quick loop
