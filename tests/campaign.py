@@ -7,8 +7,9 @@
 
 Two kinds of rows: the test files marked ``campaign`` (many kills, all ranks × presets, coverage, browsers), and the
 whole suite of ``make test`` under variations that must not matter: other instruction sets, numbers of threads, orders,
-a busy machine. A row that has passed with the same sources is not run again. The table goes to ``docs/campaign.md``,
-what rows printed to ``runs/campaign/``. Exit code 0 if every row has passed, 1 if not, 2 for wrong input.
+a busy machine. A row that has passed with the same sources is not run again. Results go to ``tests/campaign.json`` and,
+as a table, to ``docs/campaign.md``; what rows printed to ``runs/campaign/``. Exit code 0 if every row has passed, 1 if
+not, 2 for wrong input.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-STATE = REPOSITORY / "runs" / "campaign"
+PRINTED = REPOSITORY / "runs" / "campaign"
+"""Folder of what the rows printed."""
+RESULTS = REPOSITORY / "tests" / "campaign.json"
+"""How each row ended when it last ran; the table is made from it."""
 TABLE = REPOSITORY / "docs" / "campaign.md"
 LIMIT = 3 * 3600
 """Seconds after which a row has failed."""
@@ -132,7 +136,7 @@ def run(row: Row, revision: str, sources: str) -> Outcome:
     """The row's command; what it prints goes to a file, and is kept."""
     environment = os.environ | row.environment
     began = time.monotonic()
-    with (STATE / f"{row.key}.txt").open("w") as output, _busy(row.busy):
+    with (PRINTED / f"{row.key}.txt").open("w") as output, _busy(row.busy):
         command = [sys.executable, "-m", "pytest", "--durations=20", *row.arguments]
         try:
             done = subprocess.run(
@@ -203,28 +207,30 @@ def digest() -> str:
 
 
 def revision_and_sources() -> tuple[str, str]:
-    """The commit, and a digest of all tracked files as they are now but the table."""
+    """The commit, and a digest of all tracked files as they are now but the results."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
-    others = ("--", ".", f":!{TABLE.relative_to(REPOSITORY)}")
+    others = ("--", ".", *(f":!{made.relative_to(REPOSITORY)}" for made in (TABLE, RESULTS)))
     changed = git("diff", "HEAD", *others)
     told = git("ls-files", "-s", *others) + changed
     revision = git("rev-parse", "--short", "HEAD").strip() + (" and changes" if changed else "")
     return revision, hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
 
 
-def known(row: Row) -> Outcome | None:
-    """How the row ended when it last ran."""
-    path = STATE / f"{row.key}.json"
-    return Outcome(**json.loads(path.read_text())) if path.exists() else None
+def known() -> dict[str, Outcome]:
+    """Name → how the row ended when it last ran."""
+    return {told["row"]: Outcome(**told) for told in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
 
 
-def keep(row: Row, outcome: Outcome) -> None:
-    path = STATE / f"{row.key}.json"
-    path.with_suffix(".new").write_text(json.dumps(asdict(outcome), indent=1))
-    path.with_suffix(".new").replace(path)
+def keep(outcome: Outcome, everything: Sequence[Row]) -> None:
+    """Into the results and the table; rows that are no more leave both."""
+    outcomes = known() | {outcome.row: outcome}
+    told = [asdict(outcomes[row.name]) for row in everything if row.name in outcomes]
+    RESULTS.with_suffix(".new").write_text(json.dumps(told, indent=1) + "\n")
+    RESULTS.with_suffix(".new").replace(RESULTS)
+    TABLE.write_text(table(everything))
 
 
 def table(everything: Sequence[Row]) -> str:
@@ -237,15 +243,15 @@ def table(everything: Sequence[Row]) -> str:
         "| row | what it proves | result | tests | losses | minutes | date | revision |",
         "|---|---|---|---|---|--:|---|---|",
     ]  # fmt: skip
-    outcomes = [(row, known(row)) for row in everything]
-    for row, o in outcomes:
-        if o is None:
+    outcomes = known()
+    for row in everything:
+        if (o := outcomes.get(row.name)) is None:
             continue
         verdict = "passed" if o.passed else "**failed**"
         proves = f"`{row.proves}`" if row.environment else row.proves
         told = (row.name, proves, verdict, o.counts, f"`{o.digest}`", f"{o.seconds / 60:.1f}", o.date, o.revision)
         lines.append(f"| {' | '.join(told)} |")
-    missing = [row.name for row, o in outcomes if o is None]
+    missing = [row.name for row in everything if row.name not in outcomes]
     if missing:
         lines += ["", "Not run yet:", "", *(f"- {name}" for name in missing)]
     return "\n".join(lines) + "\n"
@@ -275,10 +281,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not wanted:
         parser.error(f"--only {' '.join(chosen.only)} names no row; see --list")
     revision, sources = revision_and_sources()
-    STATE.mkdir(parents=True, exist_ok=True)
+    PRINTED.mkdir(parents=True, exist_ok=True)
 
     def done(row: Row) -> bool:
-        outcome = known(row)
+        outcome = known().get(row.name)
         return outcome is not None and outcome.passed and outcome.sources == sources
 
     if chosen.list:
@@ -290,14 +296,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         print(f"[{number}/{len(wanted)}] {row.name} … ", end="", flush=True)
         outcome = run(row, revision, sources)
-        keep(row, outcome)
+        keep(outcome, everything)
         print(
             f"{'passed' if outcome.passed else 'FAILED'}: {outcome.counts}, {outcome.seconds / 60:.1f} min", flush=True
         )
         if not outcome.passed:
-            print(f"    {STATE / row.key}.txt")
-        TABLE.write_text(table(everything))
-    return 0 if all(outcome.passed for row in wanted if (outcome := known(row))) else 1
+            print(f"    {PRINTED / row.key}.txt")
+    outcomes = known()
+    return 0 if all(outcomes[row.name].passed for row in wanted) else 1
 
 
 if __name__ == "__main__":
