@@ -12,7 +12,7 @@ from ablations.study import Resources
 from twinrl.config.errors import InputError
 from twinrl.machine import cluster
 
-QUIET = cluster.QUIET | {
+QUIET_TUNE = cluster.QUIET | {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -48,7 +48,7 @@ def connect(machine: Machine, console: Console) -> None:
     if machine.address is not None and machine.cpus is not None:
         raise InputError("--cpus is for this machine; a cluster has the cores that `ray start` gave it",
                          got=f"--address {machine.address}", fix="leave --cpus out")  # fmt: skip
-    cluster.connect(machine.address, machine.cpus or usable_cores(), "--address", QUIET)
+    cluster.connect(machine.address, machine.cpus or usable_cores(), "--address", QUIET_TUNE)
     if machine.address is not None:
         nodes = sum(node["Alive"] for node in ray.nodes())
         console.print(f"joined the Ray cluster at {machine.address}: {nodes} machines, "

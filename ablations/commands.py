@@ -8,9 +8,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ablations import display, runner, versions
 from ablations import margin as margins
 from ablations import plan as plans
-from ablations import runner, table, versions
 from ablations import study as studies
 from ablations.cluster import Machine, usable_cores
 from ablations.plan import Plan, Workspace
@@ -32,7 +32,7 @@ def plan(
     if study.config.question:
         console.print(f"[italic]{escape(study.config.question)}[/]")
     console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
-    console.print(table.arms_table(made))
+    console.print(display.arms_table(made))
     _print_hint(made, console)
     missing, seeds_each = len(made.missing), len(study.config.seeds)
     console.print(
@@ -52,7 +52,7 @@ def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
     total = plans.remaining_seconds(made, timing, slots)
     console.print(
         f"measured on this machine: {timing.step:.3f} s a step, {timing.fixed:.1f} s besides; about "
-        f"{table.duration(total)} with {slots} at a time (validations during training not counted)",
+        f"{display.duration(total)} with {slots} at a time (validations during training not counted)",
         soft_wrap=True,
     )
 
@@ -84,7 +84,7 @@ def run(
 
 def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console) -> int:
     """The table, what failed and how to go on; the exit code."""
-    console.print(table.arms_table(made))
+    console.print(display.arms_table(made))
     for line in failures:
         console.print(line, soft_wrap=True)
     again = f"{program()} ablate run {shlex.quote(name)}"
@@ -99,7 +99,7 @@ def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console) 
 def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> int:
     """``twinrl ablate status``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
-    console.print(table.arms_table(made))
+    console.print(display.arms_table(made))
     _print_hint(made, console)
     for trial in made.trials:
         if made.state(trial) == "failed":

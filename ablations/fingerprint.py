@@ -26,17 +26,19 @@ if TYPE_CHECKING:
     from twinrl.training.schema import RunConfig
 
 PACKAGE = Path(twinrl.__file__).parent
-NOT_NUMERIC = (
+NOT_NUMERIC_FILES = (
     "tracking", "run/environment.py", "run/layout.py", "run/names.py", "run/runlog.py", "commands",
     "machine/cluster.py", "cli.py", "__main__.py", "presets", "training/opened.py", "training/pictures.py"
 )  # fmt: skip
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
 WITHOUT_FAMILY = ("backends/families", "data", "training/pretrained.py", "training/described.py")
 """Of no use without ``model.family``: pretrained models, and the data that only they can be trained on."""
-ALONE = tuple(f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap"))
+WITHOUT_RANKS = tuple(
+    f"fsdp/{name}.py" for name in ("agreement", "checkpoint", "frozen", "sharded", "watchdog", "wrap")
+)
 """Of no use to a single process; the rest of ``fsdp`` is what one process does, too."""
 RELEASES = Path(__file__).parent / "releases.yaml"
-DIGITS = 16
+HEX_DIGITS = 16
 
 
 def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) -> str:
@@ -56,17 +58,17 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
         "device": settings.machine.device.partition(":")[0],
         "torch": metadata.version("torch").partition("+")[0],
     }
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:DIGITS]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:HEX_DIGITS]
 
 
 def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
     """Files and folders of the package, relative to it, that a trial with ``settings`` runs nothing of."""
-    return (() if settings.model.is_pretrained else WITHOUT_FAMILY) + (ALONE if processes == 1 else ())
+    return (() if settings.model.is_pretrained else WITHOUT_FAMILY) + (WITHOUT_RANKS if processes == 1 else ())
 
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
     """Hash of the package's numeric sources as they are on disk now, but for what is ``unused``."""
-    left_out = (*NOT_NUMERIC, *unused)
+    left_out = (*NOT_NUMERIC_FILES, *unused)
     modules = {path.relative_to(package).as_posix(): path for path in sorted(package.rglob("*.py"))}
     return _digest(
         f"{name} {source_hash(path)}" for name, path in modules.items()
@@ -76,7 +78,7 @@ def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
 
 def digests() -> list[str]:
     """:func:`sources` for every set of parts that a trial may leave unused, in one order for all releases."""
-    return [sources(unused=family + alone) for family in ((), WITHOUT_FAMILY) for alone in ((), ALONE)]
+    return [sources(unused=family + alone) for family in ((), WITHOUT_FAMILY) for alone in ((), WITHOUT_RANKS)]
 
 
 def first_with_its_numbers(digest: str) -> str:

@@ -24,15 +24,15 @@ from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import runlog
 
-FORMAT = "twinrl-ledger/1"
+LEDGER_FORMAT = "twinrl-ledger/1"
 FINAL = ("finished", "stopped", "diverged")
 """How a run ends by its own rules; also what the study's halving prunes and what failed is on record."""
 RANK = {"failed": 0, "pruned": 1} | dict.fromkeys(FINAL, 2)
-PATIENCE_SECONDS = 30
+LEDGER_PATIENCE_SECONDS = 30
 
 
 @dataclass(frozen=True)
-class Record:
+class TrialRecord:
     """The outcome of a trial.
 
     Attributes:
@@ -76,11 +76,11 @@ class Record:
     def line(self) -> str:
         """The record as strict JSON without newline."""
         content = asdict(self) | {"metrics": {name: runlog.encode(value) for name, value in self.metrics.items()}}
-        return json.dumps({"format": FORMAT, **content}, allow_nan=False)
+        return json.dumps({"format": LEDGER_FORMAT, **content}, allow_nan=False)
 
 
 def provenance(directory: Path, revision: str | None) -> dict[str, Any]:
-    """Where and when a trial ended, for :attr:`Record.where`."""
+    """Where and when a trial ended, for :attr:`TrialRecord.where`."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     return {"host": socket.gethostname(), "revision": revision, "directory": str(directory), "at": now}
 
@@ -101,9 +101,9 @@ class Ledger:
         first = paths[0]
         self.own = first if first.suffix == ".jsonl" else first / f"{socket.gethostname()}.jsonl"
 
-    def read(self) -> dict[str, Record]:
+    def read(self) -> dict[str, TrialRecord]:
         """Key → record, of all files; a final record goes before a pruned and that before a failed one."""
-        found: dict[str, Record] = {}
+        found: dict[str, TrialRecord] = {}
         for path in self._files():
             for record in _records(path):
                 known = found.get(record.key)
@@ -120,7 +120,7 @@ class Ledger:
             elif path != self.own:
                 raise InputError(f"no ledger at {path}", expected="a .jsonl file or a folder of them")
 
-    def append(self, record: Record) -> None:
+    def append(self, record: TrialRecord) -> None:
         """Write one record to the first file, durably.
 
         Raises:
@@ -139,7 +139,7 @@ class Ledger:
             raise InputError(f"the ledger {self.own} can't be written", got=error.strerror) from error
 
 
-def append(path: Path, record: Record) -> None:
+def append(path: Path, record: TrialRecord) -> None:
     """:meth:`Ledger.append` for a process that only knows the file."""
     line = record.line().encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
@@ -168,10 +168,10 @@ def write_line(file: io.FileIO, line: bytes, length: int) -> None:
 def _lock(file: IO[bytes], path: Path) -> None:
     """Take the file's lock, waiting for other writers, who hold it for milliseconds."""
     refusal = InputError(f"the ledger {path} is locked by another process", fix="end that process")
-    files.lock(file, refusal, PATIENCE_SECONDS)
+    files.lock(file, refusal, LEDGER_PATIENCE_SECONDS)
 
 
-def _records(path: Path) -> Iterable[Record]:
+def _records(path: Path) -> Iterable[TrialRecord]:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -180,18 +180,18 @@ def _records(path: Path) -> Iterable[Record]:
         yield _parse(line, path, number)
 
 
-def _parse(line: bytes, path: Path, number: int) -> Record:
+def _parse(line: bytes, path: Path, number: int) -> TrialRecord:
     try:
         content = json.loads(line)
-        if content.pop("format") != FORMAT:
+        if content.pop("format") != LEDGER_FORMAT:
             raise ValueError("another format")
         content["metrics"] = {name: runlog.decode(value) for name, value in content["metrics"].items()}
-        record = Record(**content)
+        record = TrialRecord(**content)
         if record.status not in RANK:
             raise ValueError(f"unknown status {record.status}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path}, line {number}, is not a ledger's", got=repr(line[:60]), expected=f"a record of {FORMAT}",
+            f"{path}, line {number}, is not a ledger's", got=repr(line[:60]), expected=f"a record of {LEDGER_FORMAT}",
             fix="name another --ledger, or delete the line",
         ) from error  # fmt: skip
     return record

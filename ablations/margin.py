@@ -19,7 +19,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, Workspace, trial_of
 from ablations.study import Arm, Margin, Study
 from twinrl.config import validate
@@ -27,10 +27,10 @@ from twinrl.config.errors import InputError
 from twinrl.run import layout
 from twinrl.training.schema import RunConfig
 
-DIGITS = 4
+SIGNIFICANT_DIGITS = 4
 WARM_UP = "warm-up"
 
-Run = Callable[[Plan], tuple[Plan, list[str]]]
+PlanRunner = Callable[[Plan], tuple[Plan, list[str]]]
 """Runs what is missing of a plan; the plan after that and a line for each failure."""
 
 
@@ -59,7 +59,7 @@ class Bracket:
 
 def rounded(rate: float) -> float:
     """To four digits, so that a rate has one hash wherever it is computed."""
-    return float(f"{rate:.{DIGITS - 1}e}")
+    return float(f"{rate:.{SIGNIFICANT_DIGITS - 1}e}")
 
 
 def bisect(margin: Margin, healthy: Callable[[float], bool | None]) -> tuple[float | None, float | None, float | None]:
@@ -113,7 +113,7 @@ class Search:
 
     study: Study
     workspace: Workspace
-    run: Run
+    run: PlanRunner
 
     def complete(self) -> tuple[list[Bracket], list[str]]:
         """Probe until every bracket is narrow, or a probe failed, the budget is used up or the study was stopped.
@@ -145,7 +145,7 @@ class Search:
                     probes.append(self.probe(arm, seed, bracket.next))
         return probes, brackets
 
-    def _bracket(self, arm: Arm, seed: int, records: Mapping[str, Record]) -> Bracket:
+    def _bracket(self, arm: Arm, seed: int, records: Mapping[str, TrialRecord]) -> Bracket:
         def healthy(rate: float) -> bool | None:
             record = records.get(self.probe(arm, seed, rate).key)
             if record is None or not record.final:

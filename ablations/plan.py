@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ablations.fingerprint import fingerprint, sources, unused
-from ablations.ledger import Ledger, Record
+from ablations.ledger import Ledger, TrialRecord
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
 from twinrl.config import validate
@@ -105,14 +105,14 @@ class Plan:
     study: Study
     workspace: Workspace
     trials: list[Trial]
-    records: Mapping[str, Record] = field(default_factory=dict)
+    records: Mapping[str, TrialRecord] = field(default_factory=dict)
 
-    def record(self, trial: Trial) -> Record | None:
+    def record(self, trial: Trial) -> TrialRecord | None:
         """The outcome of a trial, if it needs no further running."""
         found = self.records.get(trial.key)
         return found if found is not None and self.counts(found) else None
 
-    def counts(self, record: Record) -> bool:
+    def counts(self, record: TrialRecord) -> bool:
         """Whether a record is an outcome for this study; a pruned one is where the study prunes."""
         return record.final or (record.status == "pruned" and self.study.config.stop.kind == "asha")
 
@@ -206,7 +206,7 @@ def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
 
 
 @dataclass(frozen=True)
-class Timing:
+class MeasuredCost:
     """Measured cost of the base configuration on this machine.
 
     Attributes:
@@ -222,7 +222,7 @@ class Timing:
         return self.fixed + steps * self.step
 
 
-def measure(plan: Plan) -> Timing:
+def measure(plan: Plan) -> MeasuredCost:
     """Train the first arm for a few steps in a throw-away folder.
 
     Raises:
@@ -249,7 +249,7 @@ def measure(plan: Plan) -> Timing:
         if RunDirectory(short.directory).result is None:
             raise InputError(f"arm {trial.arm} can't be trained", got=last_line(output))
         seconds = [row[names.STEP_SECONDS] for row in layout.read_rows(short.directory)]
-    return Timing(statistics.median(seconds[1:]), elapsed - sum(seconds))
+    return MeasuredCost(statistics.median(seconds[1:]), elapsed - sum(seconds))
 
 
 def shortened(settings: RunConfig, steps: int, folder: Path) -> RunConfig:
@@ -281,6 +281,6 @@ def _share(moment: int | str, steps: int) -> str:
     return f"{ANCHOR}+{share}" if str(moment).startswith(ANCHOR) else share
 
 
-def remaining_seconds(plan: Plan, timing: Timing, slots: int) -> float:
+def remaining_seconds(plan: Plan, timing: MeasuredCost, slots: int) -> float:
     """Wall-clock seconds for what is missing, ``slots`` trials at a time."""
     return sum(timing.trial(trial.settings.train.steps) for trial in plan.missing) / max(1, slots)

@@ -15,25 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from ablations.ledger import Record
+from ablations.display import by_arm
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
-from ablations.summary import Point, curves
-from ablations.table import by_arm
+from ablations.summary import BandPoint, curves
 from ablations.trial import durable_log
 from twinrl.config.errors import InputError
 from twinrl.run import names
 from twinrl.tracking import mlflow_view, store, ui
-from twinrl.tracking.mlflow_run import fitting
-from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.mlflow_run import POINTS_PER_REQUEST, fitting
+from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.mlflow_view import MLflowView
 
 EXPERIMENT = "ablations"
-KEY_TAG = "twinrl.study_key"
-PARENT_TAG = "mlflow.parentRunId"
+STUDY_KEY_TAG = "twinrl.study_key"
 NOTE_TAG = "mlflow.note.content"
 SERVER = "http://127.0.0.1:5000"
 """Where ``twinrl ui`` serves by default."""
-POINTS_PER_REQUEST = 1000
 LIVE_SECONDS = 10
 PAUSE_SECONDS = 60
 """How long nothing is shown live after the store did not answer; the end of the study catches up."""
@@ -138,14 +136,14 @@ class StudyView:
 
     def _mine(self, trial: Trial) -> bool:
         """Whether no other study has published the trial's run first."""
-        return State.load(trial.run.path).tags.get("study", self.plan.study.name) == self.plan.study.name
+        return ViewState.load(trial.run.path).tags.get("study", self.plan.study.name) == self.plan.study.name
 
     def _tags(self, trial: Trial, arm: str, mine: bool) -> dict[str, object]:
         """A seed run's tags. A run that another study published first only learns that this one uses it, too."""
         name, seed = self.plan.study.name, trial.settings.seed
         if not mine:
             return {f"study.{name}": trial.arm}
-        place = {"study": name, "arm": trial.arm, "seed": seed, PARENT_TAG: arm}
+        place = {"study": name, "arm": trial.arm, "seed": seed, store.PARENT_TAG: arm}
         return place | {"config_hash": trial.settings.hash, "fingerprint": trial.fingerprint}
 
     def _place(self, trial: Trial, run: str) -> None:
@@ -158,7 +156,7 @@ class StudyView:
         self._runs.setdefault(trial.arm, {})[trial.key] = run
         self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
 
-    def _outcome(self, run: str, record: Record) -> None:
+    def _outcome(self, run: str, record: TrialRecord) -> None:
         """Steps made, and a failure as the ledger has it, its step also as a number that sorts."""
         self._tag(run, {"step": record.step, "diverged": str(record.diverged is not None).lower()})
         if record.diverged is None:
@@ -174,16 +172,16 @@ class StudyView:
         """Id of the arm's parent run."""
         study = self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
         key = f"arm/{self.plan.study.name}/{trial.arm}"
-        run = self._parent(key, trial.arm, {"level": "arm", "arm": trial.arm, PARENT_TAG: study})
+        run = self._parent(key, trial.arm, {"level": "arm", "arm": trial.arm, store.PARENT_TAG: study})
         self._levels(run, trial)
         return run
 
     def _parent(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """Id of the run with ``key``, made if need be."""
-        found = self.client.search_runs([self.experiment], filter_string=f"tags.`{KEY_TAG}` = '{_quoted(key)}'")
+        found = self.client.search_runs([self.experiment], filter_string=f"tags.`{STUDY_KEY_TAG}` = '{_quoted(key)}'")
         if found:
             return found[0].info.run_id
-        tags = {KEY_TAG: _quoted(key), "study": self.plan.study.name, **tags}
+        tags = {STUDY_KEY_TAG: _quoted(key), "study": self.plan.study.name, **tags}
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         self.client.set_terminated(run)
         return run
@@ -213,20 +211,20 @@ class StudyView:
         study = self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
         return self._note(study, "the arms of this study, medians over seeds", summaries)
 
-    def summary(self, trial: Trial, curves: Mapping[str, Sequence[Point]]) -> str:
+    def summary(self, trial: Trial, curves: Mapping[str, Sequence[BandPoint]]) -> str:
         """A new summary run of the arm of ``trial`` with curves by metric; the one before is deleted."""
         arm, name = self._arm(trial), f"{trial.arm} (summary)"
-        older = f"tags.`{PARENT_TAG}` = '{arm}' and tags.level = 'summary'"
+        older = f"tags.`{store.PARENT_TAG}` = '{arm}' and tags.level = 'summary'"
         for run in self.client.search_runs([self.experiment], filter_string=older):
             self.client.delete_run(run.info.run_id)
-        tags = {"level": "summary", "study": self.plan.study.name, "arm": trial.arm, PARENT_TAG: arm}
+        tags = {"level": "summary", "study": self.plan.study.name, "arm": trial.arm, store.PARENT_TAG: arm}
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         self._levels(run, trial)
         self._log(run, curves)
         self.client.set_terminated(run)
         return run
 
-    def _log(self, run: str, curves: Mapping[str, Sequence[Point]]) -> None:
+    def _log(self, run: str, curves: Mapping[str, Sequence[BandPoint]]) -> None:
         from mlflow.entities import Metric
 
         metrics = [
@@ -283,7 +281,7 @@ def following(view: StudyView) -> Iterator[Callable[[Trial], object]]:
         thread.join()
 
 
-def _whereabouts(record: Record | None) -> str:
+def _whereabouts(record: TrialRecord | None) -> str:
     return "unknown" if record is None else f"{record.where.get('host', '?')}:{record.where.get('directory', '?')}"
 
 

@@ -23,10 +23,10 @@ from rich.live import Live
 
 from ablations import cluster, ledger
 from ablations.cluster import Machine
-from ablations.ledger import Record
+from ablations.display import Board, failure_lines
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
-from ablations.table import Board, failure_lines
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking
 from twinrl.config.errors import InputError
@@ -43,7 +43,7 @@ class Runner:
     """
 
     def __init__(self, machine: Machine, console: Console):
-        os.environ.update(cluster.QUIET)
+        os.environ.update(cluster.QUIET_TUNE)
         self.machine, self.console = machine, console
         self.began, self.started, self.owns_session = time.time(), 0, False
 
@@ -207,7 +207,7 @@ class Follow(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         task, message = Task(**trial.config["task"]), _message(trial.pickled_error_file)
         where = ledger.provenance(Path(task.directory), task.revision)
-        failed = Record(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
+        failed = TrialRecord(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
         _note(self.plan, task, failed)
         self.board.fail(task.key, message)
 
@@ -224,7 +224,7 @@ def _message(file: str | None) -> str:
     return (lines[-1] if isinstance(cause, TrialError) else f"{type(cause).__name__}: {lines[0]}")[:300]
 
 
-def _note(plan: Plan, task: Task, outcome: Record) -> None:
+def _note(plan: Plan, task: Task, outcome: TrialRecord) -> None:
     """A ledger line for a trial without a result; a full disk must not end the study."""
     try:
         plan.workspace.ledger.append(outcome)

@@ -42,7 +42,7 @@ else:
 STUDIES = Path(__file__).parent / "studies"
 MOST_TRIALS = 100_000
 LONGEST_NAME = 100
-BOOKKEEPING = ("seed", "name", "run", "tracking", "machine", "launch")
+SET_BY_STUDY = ("seed", "name", "run", "tracking", "machine", "launch")
 """First keys of the configuration that a study sets by itself."""
 
 
@@ -290,7 +290,7 @@ def _check_distinct(arms: list[Arm]) -> None:
 
 def _assignment(key: str, value: Any) -> str:
     """``key.path=value`` as the command line takes it; JSON is YAML."""
-    if key.split(".")[0] in BOOKKEEPING:
+    if key.split(".")[0] in SET_BY_STUDY:
         raise InputError(f"a study can't set {key}", fix="use seeds, resources and the command line's options")
     try:
         return f"{key}={json.dumps(value, allow_nan=False)}"

@@ -5,24 +5,23 @@ which any seed is lowest and highest, so that neither a spike of the arm nor one
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from twinrl.run import names, runlog
+from twinrl.run.runlog import LogRow
 from twinrl.tracking.thinning import MOST_POINTS
 
 BAND = (0.1, 0.9)
 STEPS_PER_BUCKET = 4
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Point:
+class BandPoint:
     """One step of an arm's curve, over the seeds that have a finite value there.
 
     Attributes:
@@ -41,14 +40,14 @@ class Point:
     alive: int
 
 
-def curves(plan: Plan, trials: Sequence[Trial]) -> dict[str, list[Point]]:
+def curves(plan: Plan, trials: Sequence[Trial]) -> dict[str, list[BandPoint]]:
     """The study's metric and the total loss over the seeds of an arm, as far as their logs are on this machine."""
     wanted = dict.fromkeys([plan.study.config.metric, names.LOSS_TOTAL])
     logs = [(runlog.read(t.run.log), plan.record(t)) for t in trials if t.run.log.exists()]
     return {metric: [*thinned(list(curve(logs, metric))), *_broken_end(logs, metric)] for metric in wanted}
 
 
-def _broken_end(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> list[Point]:
+def _broken_end(logs: Sequence[tuple[Sequence[LogRow], TrialRecord | None]], metric: str) -> list[BandPoint]:
     """The nan at the end of a curve whose median has none."""
     records = [record for _, record in logs if record is not None and (record.lost or metric in record.metrics)]
     ends = [record.metrics.get(metric, math.nan) for record in records]
@@ -56,10 +55,10 @@ def _broken_end(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str
         return []
     last = max((int(rows[-1]["step"]) for rows, _ in logs if rows), default=0)
     nowhere, alive = math.nan, sum(last <= _end(rows, record) for rows, record in logs)
-    return [Point(last + 1, nowhere, nowhere, nowhere, nowhere, nowhere, alive)]
+    return [BandPoint(last + 1, nowhere, nowhere, nowhere, nowhere, nowhere, alive)]
 
 
-def curve(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> Iterator[Point]:
+def curve(logs: Sequence[tuple[Sequence[LogRow], TrialRecord | None]], metric: str) -> Iterator[BandPoint]:
     """A metric at each step at which a seed has a finite value of it.
 
     A seed is alive up to its divergence, or to its last step. How many seeds stand behind a point is what ``alive``
@@ -74,10 +73,10 @@ def curve(logs: Sequence[tuple[Sequence[Row], Record | None]], metric: str) -> I
         everything = [value for values in found[step] for value in values]
         low, median, high = np.quantile([values[-1] for values in found[step]], (BAND[0], 0.5, BAND[1])).tolist()
         alive = sum(step <= end for end in ends)
-        yield Point(step, median, low, high, min(everything), max(everything), alive)
+        yield BandPoint(step, median, low, high, min(everything), max(everything), alive)
 
 
-def _by_step(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
+def _by_step(rows: Sequence[LogRow], metric: str) -> dict[int, list[float]]:
     """Step → one seed's finite values there."""
     found: dict[int, list[float]] = {}
     for row in rows:
@@ -86,14 +85,14 @@ def _by_step(rows: Sequence[Row], metric: str) -> dict[int, list[float]]:
     return found
 
 
-def _end(rows: Sequence[Row], record: Record | None) -> int:
+def _end(rows: Sequence[LogRow], record: TrialRecord | None) -> int:
     """The last step at which a seed was alive."""
     if record is not None and record.diverged is not None:
         return int(record.diverged["step"]) - 1
     return int(rows[-1]["step"]) if rows else -1
 
 
-def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
+def thinned(points: Sequence[BandPoint], most: int = MOST_POINTS) -> list[BandPoint]:
     """At most ``most`` of the points, with every bucket's extremes and the last point."""
     if len(points) <= most:
         return list(points)

@@ -23,7 +23,7 @@ from ray.tune import Trainable
 
 from ablations import ledger
 from ablations.fingerprint import sources
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from twinrl.machine import cluster, files
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
@@ -32,7 +32,7 @@ POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
 WORST = 1e30
 """Stands for a metric that is not finite or missing: smaller is better, and halving can't order NaN."""
-KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
+METRICS_KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
 """Last values of these go into the ledger beside the final table."""
 FAILURE = ("step", "kind", "after", "recovered")
 """What the ledger keeps of a failure."""
@@ -236,23 +236,25 @@ def last_line(path: Path) -> str:
 # --- the record -------------------------------------------------------------------------------------------
 
 
-def record(task: Task) -> Record:
+def record(task: Task) -> TrialRecord:
     """The ledger's line for a run that has ended."""
     result = layout.read_result(task.path)
     assert result is not None
     return _record(task, result)
 
 
-def pruned(task: Task, rung: int) -> Record:
+def pruned(task: Task, rung: int) -> TrialRecord:
     """The ledger's line for a run that successive halving ended: censored there, unless it had diverged before."""
     return _record(task, {"status": "pruned", "step": rung, "message": f"halved at step {rung}"})
 
 
-def _record(task: Task, result: Mapping[str, Any]) -> Record:
+def _record(task: Task, result: Mapping[str, Any]) -> TrialRecord:
     rows = layout.read_rows(task.path)
     failure = verdict.of_run(task.path, rows)
-    metrics = verdict.final_values(runlog.surviving(rows, rows), lambda name: name in (*KEPT, task.metric), failure)
-    return Record(
+    metrics = verdict.final_values(
+        runlog.surviving(rows, rows), lambda name: name in (*METRICS_KEPT, task.metric), failure
+    )
+    return TrialRecord(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
         metrics=metrics | table_metrics(result.get("table")),
         diverged=None if failure is None else {name: getattr(failure, name) for name in FAILURE},

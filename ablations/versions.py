@@ -8,7 +8,7 @@ is still worth reading, as long as it says whose they are and does not mix versi
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan
 
 
@@ -49,10 +49,10 @@ def hint(plan: Plan) -> str:
     )
 
 
-def _most(plan: Plan, config: str, today: str) -> Sequence[Record]:
+def _most(plan: Plan, config: str, today: str) -> Sequence[TrialRecord]:
     """The finished trials of an arm by the other version that has most of them, of several the latest."""
     seeds = {trial.settings.seed for trial in plan.trials}
-    found: dict[str, list[Record]] = {}
+    found: dict[str, list[TrialRecord]] = {}
     for record in plan.records.values():
         mine = record.config_hash == config and record.seed in seeds
         if mine and record.fingerprint != today and plan.counts(record):
@@ -60,11 +60,11 @@ def _most(plan: Plan, config: str, today: str) -> Sequence[Record]:
     return max(found.values(), key=lambda records: (len(records), max(map(_at, records))), default=[])
 
 
-def _at(record: Record) -> str:
+def _at(record: TrialRecord) -> str:
     return str(record.where.get("at", ""))
 
 
-def _note(plan: Plan, made: Sequence[Record], own: int) -> str:
+def _note(plan: Plan, made: Sequence[TrialRecord], own: int) -> str:
     revisions = _distinct(str(r.where.get("revision") or "unknown") for r in made)
     names = ", ".join(revision[:8] + revision[40:] for revision in revisions)
     text = (

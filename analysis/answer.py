@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.effects import Effect
-from analysis.factor_page import Factors, match, ratio
-from analysis.frames import Study, higher_is_better
+from analysis.factor_page import FactorSection, match, ratio
+from analysis.frames import StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, fewest_seeds, mean_t, number, seeds_needed
-from analysis.leaderboard import PAIRED_FROM, Line
+from analysis.leaderboard import PAIRED_FROM, ArmLine
 from analysis.ledger import ENDED
-from analysis.page import Block, Facts, Heading, Table, Text, percent
+from analysis.page import Facts, Heading, PageBlock, Table, Text, percent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,14 +23,16 @@ SMALLEST_P = 0.001
 MOST_NAMED = 4  # contrasts that a sentence names
 
 
-def blocks(study: Study, metric: str, lines: Sequence[Line], factors: Factors, effect: float) -> list[Block]:
+def blocks(
+    study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float
+) -> list[PageBlock]:
     """The answer's blocks.
 
     Arguments:
         lines: of the leaderboard; empty where there is no ranking. factors: their effects.
         effect: difference worth finding, in standard deviations of paired differences.
     """
-    question: list[Block] = [Text(study.question)] if study.question else []
+    question: list[PageBlock] = [Text(study.question)] if study.question else []
     facts = [
         ("Which factor?", which(study, metric, lines, factors)),
         ("How sure?", sure(study, metric, lines, factors, effect)),
@@ -39,17 +41,24 @@ def blocks(study: Study, metric: str, lines: Sequence[Line], factors: Factors, e
     if study.note:
         facts.append(("Made by what?", study.note))
     glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
-    table: list[Block] = [Table(glance)] if glance is not None else []
-    return [*question, Facts(facts), *table, Text(NOTE, note=True), *_left_out(study), Heading("The evidence")]
+    table: list[PageBlock] = [Table(glance)] if glance is not None else []
+    return [
+        *question,
+        Facts(facts),
+        *table,
+        Text(INTERVALS_NOTE, note=True),
+        *_left_out(study),
+        Heading("The evidence"),
+    ]
 
 
-NOTE = (
+INTERVALS_NOTE = (
     "Intervals: 95 %. ★: found at 5 %, over all factors (or arms) together (Holm), each outcome by itself. Time a "
     "step: training alone, without validation; compare it only between runs of one machine."
 )
 
 
-def _left_out(study: Study) -> list[Block]:
+def _left_out(study: StudyFrame) -> list[PageBlock]:
     left = study.trials[~study.trials["status"].isin(ENDED)]["status"].value_counts()
     if not len(left):
         return []
@@ -60,13 +69,13 @@ def _left_out(study: Study) -> list[Block]:
 # --- which ------------------------------------------------------------------------------------------------
 
 
-def which(study: Study, metric: str, lines: Sequence[Line], factors: Factors) -> str:
+def which(study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection) -> str:
     """What was found to change the metric and the divergence."""
     by_metric = _by_factors(metric, factors) if factors.metric else _by_arms(study, metric, lines)
     return f"{by_metric} {_divergence(study, factors)}{_first(study, lines)}"
 
 
-def _first(study: Study, lines: Sequence[Line]) -> str:
+def _first(study: StudyFrame, lines: Sequence[ArmLine]) -> str:
     """The arm that leads the ranking, beside the base."""
     if not lines:
         return ""
@@ -76,7 +85,7 @@ def _first(study: Study, lines: Sequence[Line]) -> str:
     return f" First of the arms is {lines[0].arm}: {lines[0].interval}; the base has {base.interval}."
 
 
-def _by_factors(metric: str, factors: Factors) -> str:
+def _by_factors(metric: str, factors: FactorSection) -> str:
     if not any(effect.named for effect in factors.metric):
         first = factors.metric[0]
         if first.seeds == 1:
@@ -107,7 +116,7 @@ def _contrast(effect: Effect) -> str:
     return f"{effect.factor} ({words})"
 
 
-def _change(effect: Effect, metric: str, factors: Factors) -> str:
+def _change(effect: Effect, metric: str, factors: FactorSection) -> str:
     if effect.scale == "ranks":
         ends = [factors.medians.get((effect.factor, level), math.nan) for level in effect.contrast.split(" − ")]
         medians = "" if any(map(math.isnan, ends)) else f", medians {' against '.join(map(number, ends))}"
@@ -119,7 +128,7 @@ def _verdict(interval: Interval, higher: bool) -> str:
     return "better" if bool(interval.estimate > 0) == higher else "worse"
 
 
-def _by_arms(study: Study, metric: str, lines: Sequence[Line]) -> str:
+def _by_arms(study: StudyFrame, metric: str, lines: Sequence[ArmLine]) -> str:
     if not lines:
         return f"There is no ranking by {metric} yet."
     found = [line for line in lines if line.p_holm < 0.05 and line.better]
@@ -129,7 +138,7 @@ def _by_arms(study: Study, metric: str, lines: Sequence[Line]) -> str:
     return f"{'; '.join(texts)}."
 
 
-def _divergence(study: Study, factors: Factors) -> str:
+def _divergence(study: StudyFrame, factors: FactorSection) -> str:
     diverged, n = int(study.trials["diverged"].sum()), len(study.trials)
     if not diverged:
         return f"No run diverged; of all {n}, rates above {percent(clopper_pearson(0, n).high)} are excluded."
@@ -146,7 +155,7 @@ def _divergence(study: Study, factors: Factors) -> str:
 # --- how sure ---------------------------------------------------------------------------------------------
 
 
-def sure(study: Study, metric: str, lines: Sequence[Line], factors: Factors, effect: float) -> str:
+def sure(study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float) -> str:
     """What stands behind the answer, and what it leaves possible."""
     trials = study.trials
     seeds = trials.groupby("arm")["seed"].nunique()
@@ -163,7 +172,7 @@ def sure(study: Study, metric: str, lines: Sequence[Line], factors: Factors, eff
     return text + _seeds(study, effect, int(seeds.min()))
 
 
-def _seeds(study: Study, effect: float, have: int) -> str:
+def _seeds(study: StudyFrame, effect: float, have: int) -> str:
     """Whether the seeds are enough for the difference that is worth finding."""
     tests = len(study.arms) - 1
     need, least = seeds_needed(effect, tests), fewest_seeds(tests)
@@ -182,7 +191,7 @@ def _seeds(study: Study, effect: float, have: int) -> str:
 # --- cost -------------------------------------------------------------------------------------------------
 
 
-def costs(study: Study, factors: Factors) -> str:
+def costs(study: StudyFrame, factors: FactorSection) -> str:
     """Time and recall that go with the factors that were found, or with the arms."""
     seconds = float(study.trials["seconds"].sum())
     if not seconds > 0:
@@ -215,7 +224,7 @@ def _p(value: float) -> str:
     return number(value, 2) if value >= SMALLEST_P else f"< {SMALLEST_P:g}"
 
 
-def time_ratio(study: Study, arm: str) -> Interval | None:
+def time_ratio(study: StudyFrame, arm: str) -> Interval | None:
     """Time a step over that of the base, paired by seed (geometric mean); None where it is not known."""
     import numpy as np
 
@@ -229,7 +238,7 @@ def time_ratio(study: Study, arm: str) -> Interval | None:
 # --- at a glance ------------------------------------------------------------------------------------------
 
 
-def factor_table(study: Study, metric: str, factors: Factors) -> "pd.DataFrame":
+def factor_table(study: StudyFrame, metric: str, factors: FactorSection) -> "pd.DataFrame":
     """One line a contrast: metric, odds of diverging, time and recall."""
     import pandas as pd
 
@@ -255,7 +264,7 @@ def _starred(effect: Effect, interval: Interval) -> str:
     return f"{'★ ' if effect.named else ''}{interval}"
 
 
-def arm_table(study: Study, lines: Sequence[Line]) -> "pd.DataFrame | None":
+def arm_table(study: StudyFrame, lines: Sequence[ArmLine]) -> "pd.DataFrame | None":
     """One line an arm: metric, chance to be better, divergence and time; None without a ranking."""
     import pandas as pd
 

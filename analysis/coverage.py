@@ -19,7 +19,7 @@ import numpy as np
 
 from analysis.intervals import LEVEL, critical, trimmed_moments
 from analysis.survival import restricted_mean_difference
-from analysis.validity import CHECKS, COVERS, STEPS, Finding, arms, inside, table
+from analysis.validity import CHECKS, COVERS, STEPS, ValidityRow, arms, inside, table
 
 Law = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 LAWS: dict[str, Law] = {
@@ -116,11 +116,11 @@ def coverage(method: Callable[[np.ndarray], Ends], law: Law, n: int, simulations
     return float(((low <= truth) & (truth <= high)).mean())
 
 
-def findings(studies: int) -> Iterator[Finding]:
+def findings(studies: int) -> Iterator[ValidityRow]:
     """Coverage of the interval in use, law by law."""
     for n, (name, law) in itertools.product((10, 20), LAWS.items()):
         share = coverage(calibrated_t, law, n, 10 * studies)
-        yield Finding("interquartile mean", name, n, COVERS, share, 10 * studies)
+        yield ValidityRow("interquartile mean", name, n, COVERS, share, 10 * studies)
 
 
 def alternatives(studies: int) -> str:
@@ -159,7 +159,7 @@ def few_events(studies: int) -> str:
         rng = np.random.default_rng([12, n])
         pairs = zip(arms(rng, studies, n, rate), arms(rng, studies, n, rate), strict=True)
         covered = inside([restricted_mean_difference(a, b, STEPS) for a, b in pairs], 0.0)
-        finding = Finding("", "", n, COVERS, covered, studies)
+        finding = ValidityRow("", "", n, COVERS, covered, studies)
         lines.append(
             f"| {rate:g} | {n} | {-n * math.expm1(-rate):.1f} | {100 * least_exact(rate, n):.1f} % "
             f"| {100 * covered:.1f} % | {100 * finding.error:.1f} |"
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=2000, help="simulated studies of each kind")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/coverage.md"))
     arguments = parser.parse_args()
-    found: list[Finding] = []
+    found: list[ValidityRow] = []
     studies, worst, few = arguments.studies, alternatives(2 * arguments.studies), few_events(arguments.studies)
     for name, check in {"interquartile mean": findings, **CHECKS}.items():
         started = time.perf_counter()

@@ -51,7 +51,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Block:
+class FactorColumns:
     """The columns (n, k) of one factor or interaction, each with its contrast in words."""
 
     name: str
@@ -108,7 +108,7 @@ def design(
     factors: Sequence[str],
     interactions: Sequence[tuple[str, str]],
     reference: dict[str, object],
-) -> list[Block]:
+) -> list[FactorColumns]:
     """The blocks of all factors and interactions, checked to be estimable."""
     for name in (*outcomes, *factors, *(f for pair in interactions for f in pair)):
         if name not in trials.columns:
@@ -126,7 +126,7 @@ def design(
     return blocks
 
 
-def factor_block(name: str, levels: "pd.Series", reference: object = None) -> Block:
+def factor_block(name: str, levels: "pd.Series", reference: object = None) -> FactorColumns:
     """Centred indicator columns of all levels but the reference."""
     values = [str(level) for level in levels]
     present = list(dict.fromkeys(values))
@@ -134,16 +134,16 @@ def factor_block(name: str, levels: "pd.Series", reference: object = None) -> Bl
     others = [level for level in present if level != base]
     indicators = np.array([[value == level for level in others] for value in values], dtype=float)
     columns = indicators.reshape(len(values), len(others)) - 1 / max(1, len(present))
-    return Block(name, columns, tuple(f"{level} − {base}" for level in others))
+    return FactorColumns(name, columns, tuple(f"{level} − {base}" for level in others))
 
 
-def _interaction(a: Block, b: Block) -> Block:
+def _interaction(a: FactorColumns, b: FactorColumns) -> FactorColumns:
     columns = np.einsum("ni,nj->nij", a.columns, b.columns).reshape(len(a.columns), -1)
     contrasts = tuple(f"({left}) × ({right})" for left in a.contrasts for right in b.contrasts)
-    return Block(f"{a.name} × {b.name}", columns, contrasts)
+    return FactorColumns(f"{a.name} × {b.name}", columns, contrasts)
 
 
-def _check_estimable(blocks: Sequence[Block], n: int) -> None:
+def _check_estimable(blocks: Sequence[FactorColumns], n: int) -> None:
     """Raises InputError naming the first factor that the ones before it already determine."""
     seen = np.ones((n, 1))
     for block in blocks:
@@ -156,7 +156,7 @@ def _check_estimable(blocks: Sequence[Block], n: int) -> None:
         seen = joined
 
 
-def _seed_block(trials: "pd.DataFrame", blocks: Sequence[Block]) -> np.ndarray:
+def _seed_block(trials: "pd.DataFrame", blocks: Sequence[FactorColumns]) -> np.ndarray:
     """Centred seed indicators, as many as the factors leave room for; none if no seed is in two runs."""
     columns = factor_block("seed", trials["seed"]).columns
     if columns.shape[1] + 1 >= len(trials):
@@ -183,7 +183,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 # --- tests ------------------------------------------------------------------------------------------------
 
 
-def _least_squares(blocks: Sequence[Block], seeds: np.ndarray, y: np.ndarray, scale: str) -> list[Effect]:
+def _least_squares(blocks: Sequence[FactorColumns], seeds: np.ndarray, y: np.ndarray, scale: str) -> list[Effect]:
     import statsmodels.api as sm
 
     x = np.concatenate([np.ones((len(y), 1)), *(block.columns for block in blocks), seeds], axis=1)
@@ -210,7 +210,7 @@ def _least_squares(blocks: Sequence[Block], seeds: np.ndarray, y: np.ndarray, sc
     return effects
 
 
-def _logistic(blocks: Sequence[Block], y: np.ndarray) -> list[Effect]:
+def _logistic(blocks: Sequence[FactorColumns], y: np.ndarray) -> list[Effect]:
     x = np.concatenate([np.ones((len(y), 1)), *(block.columns for block in blocks)], axis=1)
     full = firth.fit(x, y)
     effects, first = [], 1

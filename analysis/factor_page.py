@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
-from analysis.frames import Study
+from analysis.frames import StudyFrame
 from analysis.intervals import Interval
 from analysis.leaderboard import values_of
 from analysis.ledger import ENDED
-from analysis.page import Block, Heading, Picture, Table, Text
+from analysis.page import Heading, PageBlock, Picture, Table, Text
 from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ LARGEST_EXPONENT = 700.0
 
 
 @dataclass(frozen=True)
-class Factors:
+class FactorSection:
     """Effects of a study's factors, each list sorted by p; empty where there is nothing to estimate.
 
     Attributes:
@@ -46,10 +46,10 @@ class Factors:
         return list(dict.fromkeys(effect.factor for effect in (*self.metric, *self.odds)))
 
 
-def estimate(study: Study, metric: str, interactions: Sequence[tuple[str, str]]) -> Factors:
+def estimate(study: StudyFrame, metric: str, interactions: Sequence[tuple[str, str]]) -> FactorSection:
     """All effects of a study."""
     if not study.factors:
-        return Factors()
+        return FactorSection()
     reference = study.arm(study.base).iloc[0][list(study.factors)].to_dict()
     ended = study.trials[study.trials["status"].isin(ENDED)].copy()
     try:
@@ -57,10 +57,10 @@ def estimate(study: Study, metric: str, interactions: Sequence[tuple[str, str]])
         found = main_effects(ended, metric, study.factors, interactions, reference, bool(ended["diverged"].any()))
         odds = odds_effects(study.trials, study.factors, "diverged", interactions, reference)
     except InputError as error:
-        return Factors(problem=str(error))
+        return FactorSection(problem=str(error))
     recall = next((name for name in study.metrics if name.startswith("val/recall")), None)
     recalled = ended[ended[recall].notna()] if recall else ended[:0]
-    return Factors(
+    return FactorSection(
         found, odds, _further(_timed(ended), STEP_TIME, study, interactions, reference),
         _further(recalled, recall or "", study, interactions, reference),
         {(factor, str(level)): float(median) for factor in study.factors
@@ -77,7 +77,7 @@ def _timed(trials: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def _further(
-    trials: "pd.DataFrame", outcome: str, study: Study, interactions: Sequence[tuple[str, str]],
+    trials: "pd.DataFrame", outcome: str, study: StudyFrame, interactions: Sequence[tuple[str, str]],
     reference: dict[str, object],
 ) -> list[Effect]:  # fmt: skip
     """Effects on a by-product; none where the runs that have it cannot tell the factors apart."""
@@ -102,7 +102,7 @@ def match(effects: Sequence[Effect], factor: str, contrast: str) -> Effect | Non
     return next((e for e in effects if (e.factor, e.contrast) == (factor, contrast)), None)
 
 
-def section(factors: Factors, metric: str, figures: Path) -> list[Block]:
+def section(factors: FactorSection, metric: str, figures: Path) -> list[PageBlock]:
     """The section of the page."""
     if factors.problem:
         return [Heading("Factors"), Text(f"No effects: {factors.problem}.")]
@@ -110,17 +110,17 @@ def section(factors: Factors, metric: str, figures: Path) -> list[Block]:
         return []
     blocks = [Heading("Factors"), *_effects(factors.metric, f"change of {metric}", "effects", figures)]
     blocks += _effects(factors.odds, "log odds ratio of diverging", "odds", figures) if factors.odds else []
-    return [*blocks, Text(NOTE, note=True)]
+    return [*blocks, Text(EFFECTS_NOTE, note=True)]
 
 
-NOTE = (
+EFFECTS_NOTE = (
     "Each factor's effect averaged over the others; least squares with the seed as a block (on the runs' ranks where "
     "some diverged, so that one broken run does not hide the others), Firth's logistic regression for yes or no. "
     "Holm's correction over the factors; ★ below 5 %."
 )
 
 
-def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> list[Block]:
+def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> list[PageBlock]:
     import pandas as pd
 
     label += " (ranks)" if found[0].scale == "ranks" else ""

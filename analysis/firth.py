@@ -16,11 +16,11 @@ import numpy as np
 ITERATIONS = 50
 TOLERANCE = 1e-7
 LARGEST_STEP = 4.0
-WIDEST = 15.0  # |log odds ratio| beyond which nothing is told apart from infinity
+WIDEST_ODDS = 15.0  # |log odds ratio| beyond which nothing is told apart from infinity
 
 
 @dataclass(frozen=True)
-class Fit:
+class FirthFit:
     """Coefficients (k,) and the penalised log-likelihood there."""
 
     beta: np.ndarray
@@ -38,7 +38,7 @@ def _state(x: np.ndarray, y: np.ndarray, beta: np.ndarray) -> tuple[float, np.nd
     return value, x.T @ (y - p + hat * (0.5 - p)), information
 
 
-def fit(x: np.ndarray, y: np.ndarray, fixed: dict[int, float] | None = None) -> Fit:
+def fit(x: np.ndarray, y: np.ndarray, fixed: dict[int, float] | None = None) -> FirthFit:
     """Maximum of the penalised likelihood, by Newton's method with halved steps.
 
     Arguments:
@@ -62,10 +62,10 @@ def fit(x: np.ndarray, y: np.ndarray, fixed: dict[int, float] | None = None) -> 
                 break
             step /= 2
         beta, (value, score, information) = beta + step, trial
-    return Fit(beta, value)
+    return FirthFit(beta, value)
 
 
-def p_value(x: np.ndarray, y: np.ndarray, columns: list[int], full: Fit | None = None) -> float:
+def p_value(x: np.ndarray, y: np.ndarray, columns: list[int], full: FirthFit | None = None) -> float:
     """p-value that the coefficients of ``columns`` are all 0, by the penalised likelihood ratio."""
     from scipy import stats
 
@@ -74,7 +74,7 @@ def p_value(x: np.ndarray, y: np.ndarray, columns: list[int], full: Fit | None =
     return float(stats.chi2.sf(max(0.0, 2 * (full.value - restricted.value)), len(columns)))
 
 
-def profile_interval(x: np.ndarray, y: np.ndarray, column: int, full: Fit, level: float) -> tuple[float, float]:
+def profile_interval(x: np.ndarray, y: np.ndarray, column: int, full: FirthFit, level: float) -> tuple[float, float]:
     """The values of one coefficient that the penalised likelihood ratio does not reject; ±∞ beyond ±15."""
     from scipy import optimize, stats
 
@@ -84,6 +84,6 @@ def profile_interval(x: np.ndarray, y: np.ndarray, column: int, full: Fit, level
         return full.value - fit(x, y, {column: value}).value - drop
 
     best = float(full.beta[column])
-    low = optimize.brentq(excess, -WIDEST, best, xtol=1e-4) if excess(-WIDEST) > 0 else -math.inf
-    high = optimize.brentq(excess, best, WIDEST, xtol=1e-4) if excess(WIDEST) > 0 else math.inf
+    low = optimize.brentq(excess, -WIDEST_ODDS, best, xtol=1e-4) if excess(-WIDEST_ODDS) > 0 else -math.inf
+    high = optimize.brentq(excess, best, WIDEST_ODDS, xtol=1e-4) if excess(WIDEST_ODDS) > 0 else math.inf
     return low, high

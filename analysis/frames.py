@@ -88,7 +88,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFrame:
     """The trials of a study.
 
     Attributes:
@@ -195,7 +195,7 @@ def run_divergence(run: Run) -> Diverged | None:
 # --- studies ----------------------------------------------------------------------------------------------
 
 
-def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | None = None) -> Study:
+def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | None = None) -> StudyFrame:
     """Read a study from a folder or a ledger file.
 
     Arguments:
@@ -234,7 +234,7 @@ def assemble(
     runs: Iterable[Run] = (),
     base: str | None = None,
     index: Mapping[str, Any] | None = None,
-) -> Study:
+) -> StudyFrame:
     """A study from its trials' lines (with ``arm``); fills what is missing and orders by arm and seed."""
     import pandas as pd
 
@@ -246,7 +246,7 @@ def assemble(
     found = {k: directories[d] for k, d in enumerate(trials["directory"]) if d in directories}
     question, metric, note = (str((index or {}).get(key, "")) for key in ("question", "metric", "note"))
     critical = tuple(rate for rate in from_brackets((index or {}).get("critical", [])) if rate.arm in order)
-    return Study(name, trials, tuple(factors), _base(list(order), base), found, question, metric, note, critical)
+    return StudyFrame(name, trials, tuple(factors), _base(list(order), base), found, question, metric, note, critical)
 
 
 def _arm_order(lines: list[dict[str, Any]], index: Mapping[str, Any]) -> list[str]:

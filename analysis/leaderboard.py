@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.frames import Study, higher_is_better
+from analysis.frames import StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, holm, improvement, iqm, mean_t, mid_p, seeds_needed, wins
 from analysis.ledger import ENDED
 from twinrl.config.errors import InputError
@@ -32,7 +32,7 @@ PAIRED_FROM = 5
 
 
 @dataclass(frozen=True)
-class Line:
+class ArmLine:
     """One arm of the leaderboard.
 
     Attributes:
@@ -90,7 +90,7 @@ def check_units(metric: str, values: "pd.Series") -> None:
         )  # fmt: skip
 
 
-def leaderboard(study: Study, metric: str, effect: float = 1.0) -> list[Line]:
+def leaderboard(study: StudyFrame, metric: str, effect: float = 1.0) -> list[ArmLine]:
     """The arms, best first.
 
     Arguments:
@@ -107,7 +107,7 @@ def leaderboard(study: Study, metric: str, effect: float = 1.0) -> list[Line]:
     return sorted(_with_holm(lines), key=lambda line: (sign * line.interval.estimate, line.diverged))
 
 
-def check_rankable(study: Study, metric: str, effect: float = 1.0) -> None:
+def check_rankable(study: StudyFrame, metric: str, effect: float = 1.0) -> None:
     """Raises InputError where a ranking would not mean anything, saying how many seeds it would take."""
     if len(study.arms) < 2:
         raise InputError("a leaderboard compares arms", got=f"one arm, {study.arms[0]}", expected="two or more")
@@ -144,11 +144,11 @@ def _quantity(metric: str) -> str:
     return re.sub(r"_\d+nfe$", "", metric.split("/")[1]) if "/" in metric else metric
 
 
-def _line(study: Study, arm: str, values: "pd.Series", base: "pd.Series", metric: str) -> Line:
+def _line(study: StudyFrame, arm: str, values: "pd.Series", base: "pd.Series", metric: str) -> ArmLine:
     higher = higher_is_better(metric)
     trials = study.arm(arm)
     better, difference, p = (None, None, math.nan) if arm == study.base else compare(values, base, higher)
-    return Line(
+    return ArmLine(
         arm, _in_range(iqm(values.to_numpy()), metric, values), len(values), better, difference, p, p,
         int(trials["diverged"].sum()), len(trials) - len(values),
     )  # fmt: skip
@@ -186,7 +186,7 @@ def signed_rank_p(mine: np.ndarray, other: np.ndarray) -> float:
     return float(stats.wilcoxon(np.clip(difference, -largest, largest), zero_method="pratt").pvalue)
 
 
-def _with_holm(lines: Sequence[Line]) -> list[Line]:
+def _with_holm(lines: Sequence[ArmLine]) -> list[ArmLine]:
     tested = [line for line in lines if not math.isnan(line.p)]
     corrected = holm([line.p for line in tested])
     p = {line.arm: float(value) for line, value in zip(tested, corrected, strict=True)}
@@ -196,23 +196,23 @@ def _with_holm(lines: Sequence[Line]) -> list[Line]:
 # --- prompts, cost ----------------------------------------------------------------------------------------
 
 
-ACCURACY = re.compile(r"val/accuracy/(?P<prompt>.+)_(?P<nfe>\d+)nfe")
+PROMPT_ACCURACY = re.compile(r"val/accuracy/(?P<prompt>.+)_(?P<nfe>\d+)nfe")
 
 
-def accuracies(study: Study) -> "pd.DataFrame":
+def accuracies(study: StudyFrame) -> "pd.DataFrame":
     """Judge accuracy by prompt (columns) of the study's trials (rows), at the fewest evaluations that were logged."""
     columns = _prompts(study)
     return study.trials[list(columns)].rename(columns=columns)
 
 
-def _prompts(study: Study) -> dict[str, str]:
+def _prompts(study: StudyFrame) -> dict[str, str]:
     """Column → prompt."""
-    named = {name: found for name in study.metrics if (found := ACCURACY.fullmatch(str(name)))}
+    named = {name: found for name in study.metrics if (found := PROMPT_ACCURACY.fullmatch(str(name)))}
     fewest = min((int(found["nfe"]) for found in named.values()), default=1)
     return {name: found["prompt"] for name, found in named.items() if int(found["nfe"]) == fewest}
 
 
-def judged(study: Study) -> "pd.Series":
+def judged(study: StudyFrame) -> "pd.Series":
     """Whether a trial did not diverge and has accuracies by prompt, be they NaN: its log tells that from none."""
     known = accuracies(study).notna().any(axis=1)
     columns = _prompts(study)
@@ -221,7 +221,7 @@ def judged(study: Study) -> "pd.Series":
     return known & ~study.trials["diverged"]
 
 
-def per_prompt(study: Study) -> "pd.DataFrame":
+def per_prompt(study: StudyFrame) -> "pd.DataFrame":
     """Judge accuracy of each prompt (rows) in each arm (columns): the mean over runs that did not diverge.
 
     NaN where it is for one of them: samples of that prompt were not finite.
@@ -234,7 +234,7 @@ def per_prompt(study: Study) -> "pd.DataFrame":
     return means[[arm for arm in study.arms if arm in means.columns]]
 
 
-def collapses(study: Study, floor: float = COLLAPSED) -> "pd.DataFrame":
+def collapses(study: StudyFrame, floor: float = COLLAPSED) -> "pd.DataFrame":
     """By arm: runs in which a prompt collapsed though the run did not diverge, which prompts, and how many a run.
 
     In every run another prompt may be gone, which means over seeds do not show; so runs are counted.

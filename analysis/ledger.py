@@ -8,7 +8,7 @@ from typing import Any
 from twinrl.config.errors import InputError
 from twinrl.run import runlog
 
-FORMAT = "twinrl-ledger/1"
+LEDGER_FORMAT = "twinrl-ledger/1"
 ENDED = ("finished", "stopped", "diverged")
 """How a run ends by its own rules."""
 
@@ -26,8 +26,8 @@ def read(path: Path, belongs: Callable[[str, str], bool]) -> list[dict[str, Any]
     found: dict[tuple[str, int], dict[str, Any]] = {}
     for file in files:
         for record in runlog.rows(file):
-            if record.get("format") != FORMAT:
-                raise InputError(f"{file} is no ledger", got=record.get("format"), expected=FORMAT,
+            if record.get("format") != LEDGER_FORMAT:
+                raise InputError(f"{file} is no ledger", got=record.get("format"), expected=LEDGER_FORMAT,
                                  fix="name another program's columns with --column")  # fmt: skip
             mine = belongs(record["config_hash"], record["fingerprint"])
             if mine and record["status"] in (*ENDED, "pruned"):

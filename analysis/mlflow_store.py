@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from analysis import ledger
-from analysis.frames import BOOKKEEPING, Run, Study, assemble
+from analysis.frames import BOOKKEEPING, Run, StudyFrame, assemble
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names
 from twinrl.tracking import store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
-PARENT_TAG = "mlflow.parentRunId"
 REPORT_TAG = "twinrl.report"
-NONFINITE = "nonfinite/"
+NONFINITE_PREFIX = "nonfinite/"
 """Before a metric's name: how many of its values were not finite."""
 STATUS = {"FINISHED": "finished", "FAILED": "diverged"}
 """How a run ended by MLflow's status, where no tag says it."""
@@ -79,7 +78,7 @@ def _above(client: Any, runs: Sequence[Any]) -> Any | None:
     """The topmost run that all ``runs`` are below of, by their parent tags; None if there is none."""
     tops = []
     for run in runs:
-        while parent := run.data.tags.get(PARENT_TAG):
+        while parent := run.data.tags.get(store.PARENT_TAG):
             run = client.get_run(parent)
         tops.append(run)
     same = len({top.info.run_id for top in tops}) == 1
@@ -110,7 +109,7 @@ def _state(run: Run) -> dict[str, str] | None:
 # --- reading ----------------------------------------------------------------------------------------------
 
 
-def from_mlflow(uri: str, experiment: str, base: str | None = None) -> Study:
+def from_mlflow(uri: str, experiment: str, base: str | None = None) -> StudyFrame:
     """A study from an MLflow experiment: finished runs with tags ``arm`` and ``seed``, last metrics, params.
 
     Arguments:
@@ -176,7 +175,9 @@ def _steps_made(client: Any, run: Any) -> int:
 def _outcomes(client: Any, run: Any) -> dict[str, float]:
     """The last values. The store holds finite ones alone: where its counter of others is ahead, the last was one."""
     values = {name: float(value) for name, value in run.data.metrics.items() if names.is_outcome(name)}
-    counters = {name.removeprefix(NONFINITE): name for name in run.data.metrics if name.startswith(NONFINITE)}
+    counters = {
+        name.removeprefix(NONFINITE_PREFIX): name for name in run.data.metrics if name.startswith(NONFINITE_PREFIX)
+    }
     for name, counter in ((name, counter) for name, counter in counters.items() if names.is_outcome(name)):
         if _last_iteration(client, run, counter) > _last_iteration(client, run, name, default=-1):
             values[name] = math.nan

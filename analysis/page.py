@@ -87,7 +87,7 @@ class Facts:
     pairs: Sequence[tuple[str, str]]
 
 
-Block: TypeAlias = Heading | Text | Table | Picture | Gallery | Links | Facts
+PageBlock: TypeAlias = Heading | Text | Table | Picture | Gallery | Links | Facts
 
 
 @dataclass
@@ -95,9 +95,9 @@ class Page:
     """A titled list of blocks."""
 
     title: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[PageBlock] = field(default_factory=list)
 
-    def add(self, *blocks: Block) -> None:
+    def add(self, *blocks: PageBlock) -> None:
         """Append blocks."""
         self.blocks.extend(blocks)
 
@@ -143,7 +143,7 @@ def _is_numeric(column: "pd.Series") -> bool:
 # --- Markdown ---------------------------------------------------------------------------------------------
 
 
-def _markdown(block: Block, folder: Path) -> str:
+def _markdown(block: PageBlock, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {text}"
@@ -179,7 +179,7 @@ def _relative(path: Path, folder: Path) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------
 
 
-def _html(block: Block) -> str:
+def _html(block: PageBlock) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{html.escape(text)}</h{level}>"

@@ -14,8 +14,8 @@ from analysis.clusters import Placed
 from analysis.effects import Effect
 from analysis.frames import Run
 from analysis.intervals import Interval, number
-from analysis.leaderboard import Line
-from analysis.spikes import Spike
+from analysis.leaderboard import ArmLine
+from analysis.spikes import SpikeEpisode
 from analysis.survival import Times, kaplan_meier
 from twinrl.run import names
 from twinrl.stability.detectors import terms_in
@@ -129,7 +129,7 @@ def _whisker(axis: "Axes", at: int, interval: Interval, low: float, high: float)
     axis.annotate(text, (0.99, at), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7, color=GREY)
 
 
-def arms(lines: Sequence[Line], values: Mapping[str, "pd.Series"], metric: str, better: str) -> "Figure":
+def arms(lines: Sequence[ArmLine], values: Mapping[str, "pd.Series"], metric: str, better: str) -> "Figure":
     """Every seed as a dot, the interquartile mean and its interval over it; diverged seeds at the edge."""
     figure, axes = _figure(size=(6.4, 1.0 + 0.42 * len(lines)))
     axis = axes[0, 0]
@@ -220,7 +220,7 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
 # --- runs -------------------------------------------------------------------------------------------------
 
 
-def norms(run: Run, spikes: Sequence[Spike]) -> "Figure":
+def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
     """Gradient norms of the total and of every term before clipping, with the spikes marked."""
     frame = run.frame()
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
@@ -240,7 +240,7 @@ def norms(run: Run, spikes: Sequence[Spike]) -> "Figure":
     return figure
 
 
-def close_up(run: Run, spike: Spike, before: int = 30, after: int = 15) -> "Figure":
+def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -> "Figure":
     """The steps around one spike: each term's norm over its median there, and the shares."""
     frame = run.frame()
     near = frame[(frame["step"] >= spike.step - before) & (frame["step"] <= spike.step + after)]

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis import foreign, run_page, study_page
-from analysis.frames import Run, Study, is_run, load_run, load_study, siblings
+from analysis import other_logs, run_page, study_page
+from analysis.frames import Run, StudyFrame, is_run, load_run, load_study, siblings
 from analysis.mlflow_store import FOLDER, from_mlflow, log_report
 from analysis.page import Page, Text
 from twinrl.config.errors import InputError
@@ -55,13 +55,13 @@ def report(
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
     figures, runs = folder / "figures", []
-    if not mapping and (kind := foreign.kind_of(path)):
+    if not mapping and (kind := other_logs.kind_of(path)):
         raise InputError(
             f"{path} is {kind} of another program", expected="names for its columns",
             fix="add e.g. --column step=global_step --column grad/total/norm_raw=grad_norm",
         )  # fmt: skip
     if mapping:
-        log = foreign.read(path, mapping)
+        log = other_logs.read(path, mapping)
         page = run_page.build(Run(path, {}, log.rows), [], _made(figures))
         if log.replaced:
             page.add(Text(f"{log.replaced} values were logged again for their step; the last ones count.", note=True))
@@ -92,7 +92,7 @@ def _of_run(run: Run, figures: Path) -> Page:
 
 
 def _of_study(
-    study: Study, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
+    study: StudyFrame, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
     for run in study.runs.values():
         layout.write_metrics(run.path)

@@ -10,8 +10,8 @@ from analysis import clusters, plots, spikes
 from analysis.frames import Run, run_divergence
 from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
-from analysis.page import Block, Facts, Gallery, Heading, Links, Page, Picture, Table, Text
-from analysis.spikes import Spike
+from analysis.page import Facts, Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text
+from analysis.spikes import SpikeEpisode
 from twinrl.run import layout, names, runlog
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
 
@@ -42,7 +42,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     return page
 
 
-def _answers(run: Run, found: Sequence[Spike]) -> list[tuple[str, str]]:
+def _answers(run: Run, found: Sequence[SpikeEpisode]) -> list[tuple[str, str]]:
     """What a reader in a hurry asks."""
     answers = [("What happened?", _what(run, found))]
     if found:
@@ -50,7 +50,7 @@ def _answers(run: Run, found: Sequence[Spike]) -> list[tuple[str, str]]:
     return answers
 
 
-def _who(found: Sequence[Spike]) -> str:
+def _who(found: Sequence[SpikeEpisode]) -> str:
     """Which terms led, and which carried the gradient when it stood out."""
     texts = []
     for term, count in Counter(spike.leader for spike in found if spike.leader).most_common():
@@ -68,7 +68,7 @@ def _counted(counts: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name} ({count})" for name, count in counts)
 
 
-def _before(run: Run, found: Sequence[Spike]) -> str:
+def _before(run: Run, found: Sequence[SpikeEpisode]) -> str:
     """How far the indicators rose before spikes, against quiet steps."""
     rises, quiet = spikes.median_rises(found), spikes.quiet_rises(run.rows, found)
     if not rises:
@@ -80,7 +80,7 @@ def _before(run: Run, found: Sequence[Spike]) -> str:
     return f"In the {spikes.LEAD} steps before (median of all spikes): {'; '.join(texts)}.{few}"
 
 
-def _what(run: Run, found: Sequence[Spike]) -> str:
+def _what(run: Run, found: Sequence[SpikeEpisode]) -> str:
     status = f"It {run.status} after" if run.result else "It is unfinished, at" if run.config else "Its log ends at"
     text = f"{status} {run.rows[-1]['step']:,} steps. "
     text += f"{_failed(failure)} " if (failure := run_divergence(run)) else "It has not diverged. "
@@ -100,9 +100,9 @@ def _failed(failure: Diverged) -> str:
     return f"{when} ({failure.message or failure.kind}){', and recovered' if failure.recovered else ''}."
 
 
-def _anatomy(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
+def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[PageBlock]:
     worst = _largest(found)
-    blocks: list[Block] = [Heading("Spikes"), Table(spikes.table(_chosen(found)))]
+    blocks: list[PageBlock] = [Heading("Spikes"), Table(spikes.table(_chosen(found)))]
     if len(found) > MOST_ROWS:
         half = MOST_ROWS // 2
         blocks.append(Text(f"The first {half} of {len(found)}, and the {half} largest of the others.", note=True))
@@ -119,7 +119,7 @@ def _anatomy(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
     return [*blocks, Heading("The largest, step by step", 3), *pictures]
 
 
-def _chosen(found: Sequence[Spike]) -> list[Spike]:
+def _chosen(found: Sequence[SpikeEpisode]) -> list[SpikeEpisode]:
     """The first spikes, which may be causes, and the largest of the others, in order."""
     half = MOST_ROWS // 2
     if len(found) <= MOST_ROWS:
@@ -127,11 +127,11 @@ def _chosen(found: Sequence[Spike]) -> list[Spike]:
     return sorted([*found[:half], *_largest(found[half:])[:half]], key=lambda s: s.step)
 
 
-def _largest(found: Sequence[Spike]) -> list[Spike]:
+def _largest(found: Sequence[SpikeEpisode]) -> list[SpikeEpisode]:
     return sorted(found, key=lambda s: -s.value if math.isfinite(s.value) else -math.inf)
 
 
-def _caption(spike: Spike) -> str:
+def _caption(spike: SpikeEpisode) -> str:
     text = f"Step {spike.step:,}. "
     if spike.leader:
         text += f"{spike.leader} led{_lead(spike.lead)}. "
@@ -148,16 +148,16 @@ def _lead(steps: float) -> str:
     return f", {steps:.0f} steps before the total" if steps else ", in one step with the total"
 
 
-def _clusters(run: Run, found: Sequence[Spike], figures: Path) -> list[Block]:
+def _clusters(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[PageBlock]:
     if not found and not run.events:
         return []
-    blocks: list[Block] = [Heading("What comes back")]
+    blocks: list[PageBlock] = [Heading("What comes back")]
     if found:
         blocks.append(Table(spikes.leaders(found, run.config)))
     return [*blocks, *_recurring(run), *_places(run, figures)]
 
 
-def _recurring(run: Run) -> list[Block]:
+def _recurring(run: Run) -> list[PageBlock]:
     import pandas as pd
 
     if recurring := spikes.recurring_rows(run):
@@ -168,7 +168,7 @@ def _recurring(run: Run) -> list[Block]:
     return [Text(f"No data row is in the batches of {batches} events more often than chance would have it.")]
 
 
-def _places(run: Run, figures: Path) -> list[Block]:
+def _places(run: Run, figures: Path) -> list[PageBlock]:
     """Where in t and in which branches the worst rows lie."""
     import pandas as pd
 
@@ -193,7 +193,7 @@ PLACES_NOTE = (
 )
 
 
-def _arm(run: Run, others: Sequence[Run], figures: Path) -> list[Block]:
+def _arm(run: Run, others: Sequence[Run], figures: Path) -> list[PageBlock]:
     if not others:
         return []
     import pandas as pd
@@ -210,7 +210,7 @@ def _finite(run: Run) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def _samples(run: Run) -> list[Block]:
+def _samples(run: Run) -> list[PageBlock]:
     """The first, a middle and the last grid of the run."""
     grids = layout.grids(run.path)
     chosen = [grids[k] for k in sorted({0, len(grids) // 2, len(grids) - 1})] if grids else []

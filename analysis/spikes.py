@@ -16,6 +16,7 @@ from analysis.frames import Run
 from analysis.intervals import number
 from twinrl.config.errors import InputError
 from twinrl.run import names
+from twinrl.run.runlog import LogRow
 from twinrl.stability import detectors
 from twinrl.stability.events import NONFINITE, SPIKE
 
@@ -38,11 +39,9 @@ SHORT = {
 """Indicators, with what they are called on a page."""
 INDICATORS = tuple(SHORT)
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
-class Spike:
+class SpikeEpisode:
     """One episode.
 
     Attributes:
@@ -72,7 +71,7 @@ class Spike:
     indicators: Mapping[str, float] = field(default_factory=dict)
 
 
-def find(rows: Sequence[Row]) -> list[Spike]:
+def find(rows: Sequence[LogRow]) -> list[SpikeEpisode]:
     """All spikes of a log, in order.
 
     Raises:
@@ -86,7 +85,7 @@ def find(rows: Sequence[Row]) -> list[Spike]:
     return [_dissect(episode, rows) for episode in detectors.episodes(detectors.scan(numbered))]
 
 
-def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike:
+def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[LogRow]) -> SpikeEpisode:
     """The spike that an episode is; its findings' steps are positions in ``rows``."""
     totals = [finding for finding in episode if finding.series == names.GRAD_TOTAL_RAW]
     shown = totals or [finding for finding in episode if finding.series == episode[0].series]
@@ -94,7 +93,7 @@ def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike
     leading = detectors.leading_term(episode)
     window, usual = _windows(rows, at)
     carrier, carried = _largest_share(rows[at])
-    return Spike(
+    return SpikeEpisode(
         step=int(rows[at]["step"]),
         kind=NONFINITE if any(finding.kind == NONFINITE for finding in episode) else SPIKE,
         series=shown[0].series,
@@ -110,12 +109,12 @@ def _dissect(episode: Sequence[detectors.Finding], rows: Sequence[Row]) -> Spike
     )
 
 
-def _windows(rows: Sequence[Row], at: int) -> tuple[Sequence[Row], Sequence[Row]]:
+def _windows(rows: Sequence[LogRow], at: int) -> tuple[Sequence[LogRow], Sequence[LogRow]]:
     """The rows in which causes are looked for, and those that say what is usual."""
     return rows[max(0, at - LEAD) : at], rows[max(0, at - LEAD - BEFORE) : max(0, at - LEAD)]
 
 
-def _largest_share(row: Row) -> tuple[str, float]:
+def _largest_share(row: LogRow) -> tuple[str, float]:
     """The term that makes up most of the gradient, and its share; nothing where shares were not measured."""
     shares = {term: float(row.get(names.grad(term, "share"), math.nan)) for term in detectors.terms_in([row])}
     finite = {term: share for term, share in shares.items() if math.isfinite(share)}
@@ -123,7 +122,7 @@ def _largest_share(row: Row) -> tuple[str, float]:
     return best, finite.get(best, math.nan)
 
 
-def quiet_rises(rows: Sequence[Row], spikes: Sequence[Spike]) -> dict[str, float]:
+def quiet_rises(rows: Sequence[LogRow], spikes: Sequence[SpikeEpisode]) -> dict[str, float]:
     """The median rise of each indicator where no spike follows or went before: what :func:`find`'s are to beat.
 
     Empty where fewer than :data:`FEWEST_QUIET` places are quiet.
@@ -141,7 +140,7 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(known) if known else math.nan
 
 
-def median_rises(spikes: Sequence[Spike]) -> dict[str, float]:
+def median_rises(spikes: Sequence[SpikeEpisode]) -> dict[str, float]:
     """The median rise of each indicator over spikes; those that were not measured are left out."""
     rises = {name: _median([spike.indicators.get(name, math.nan) for spike in spikes]) for name in INDICATORS}
     return {name: median for name, median in rises.items() if not math.isnan(median)}
@@ -151,7 +150,7 @@ def _height(value: float) -> float:
     return value if math.isfinite(value) else math.inf
 
 
-def _means(window: Sequence[Row]) -> dict[str, float]:
+def _means(window: Sequence[LogRow]) -> dict[str, float]:
     """Mean of each logged cosine, ``a·b`` → value; non-finite ones make the mean NaN."""
     columns: dict[str, list[float]] = {}
     for row in window:
@@ -161,7 +160,7 @@ def _means(window: Sequence[Row]) -> dict[str, float]:
     return {pair: sum(values) / len(values) for pair, values in columns.items()}
 
 
-def _rise(window: Sequence[Row], usual: Sequence[Row], name: str) -> float:
+def _rise(window: Sequence[LogRow], usual: Sequence[LogRow], name: str) -> float:
     """Largest value before the spike over the median of what was usual; NaN where either was not measured."""
     import numpy as np
 
@@ -173,7 +172,7 @@ def _rise(window: Sequence[Row], usual: Sequence[Row], name: str) -> float:
     return max(before) / middle if middle else math.nan
 
 
-def table(spikes: Sequence[Spike]) -> "pd.DataFrame":
+def table(spikes: Sequence[SpikeEpisode]) -> "pd.DataFrame":
     """One row a spike, for the report; indicators that were never measured are left out."""
     import pandas as pd
 
@@ -232,7 +231,7 @@ def recurring_rows(run: Run, kinds: Sequence[str] = (SPIKE, NONFINITE)) -> list[
     return sorted((r for r in found if r.p < 0.05), key=lambda r: (r.p, r.row))
 
 
-def leaders(spikes: Sequence[Spike], config: Mapping[str, Any]) -> "pd.DataFrame":
+def leaders(spikes: Sequence[SpikeEpisode], config: Mapping[str, Any]) -> "pd.DataFrame":
     """How often each term led, its median lead in steps, and the branches whose rows it sees."""
     import pandas as pd
 
@@ -246,7 +245,7 @@ def leaders(spikes: Sequence[Spike], config: Mapping[str, Any]) -> "pd.DataFrame
     return pd.DataFrame(lines, columns=["leader", "spikes", "median lead (steps)", "branches"])
 
 
-def gaps(spikes: Sequence[Spike]) -> float:
+def gaps(spikes: Sequence[SpikeEpisode]) -> float:
     """Coefficient of variation of the steps between spikes: 1 if they come at random, above if in bursts.
 
     NaN with fewer than three spikes.

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis import answer, factor_page, margins, plots
-from analysis.frames import Run, Study, higher_is_better
+from analysis.frames import Run, StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, number
 from analysis.leaderboard import (
     COLLAPSED,
-    Line,
+    ArmLine,
     TooFewSeedsError,
     collapses,
     leaderboard,
@@ -18,7 +18,7 @@ from analysis.leaderboard import (
     values_of,
 )
 from analysis.mlflow_store import mlflow_links
-from analysis.page import Block, Gallery, Heading, Links, Page, Picture, Table, Text, percent
+from analysis.page import Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text, percent
 from analysis.survival import (
     Times,
     hazard_ratio,
@@ -34,14 +34,14 @@ from twinrl.stability.divergence import FALL, NEVER_WHOLE
 if TYPE_CHECKING:
     import pandas as pd
 
-REWARDS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
+REWARD_METRICS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
 MOST_REWARDS = 4
-LR = "optim.lr"
+LR_KEY = "optim.lr"
 GRIDS = ("final-1nfe.png", f"{layout.STEP}*.png", "*.png")
 
 
 def build(
-    study: Study, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
+    study: StudyFrame, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
     """The page; figures are written into ``figures``.
 
@@ -72,7 +72,7 @@ def build(
 # --- ranking ----------------------------------------------------------------------------------------------
 
 
-def _ranking(study: Study, metric: str, effect: float, figures: Path) -> tuple[list[Line], list[Block]]:
+def _ranking(study: StudyFrame, metric: str, effect: float, figures: Path) -> tuple[list[ArmLine], list[PageBlock]]:
     try:
         lines = leaderboard(study, metric, effect)
     except TooFewSeedsError as error:
@@ -80,7 +80,7 @@ def _ranking(study: Study, metric: str, effect: float, figures: Path) -> tuple[l
     direction = "higher" if higher_is_better(metric) else "lower"
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
-    blocks: list[Block] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base))]
+    blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base))]
     blocks.append(Picture(figure, "Dot: a seed; line: interquartile mean with its 95 % interval."))
     return lines, [*blocks, Text(RANKING_NOTE, note=True)]
 
@@ -93,7 +93,7 @@ RANKING_NOTE = (
 )
 
 
-def _ranking_table(lines: Sequence[Line], base: str) -> "pd.DataFrame":
+def _ranking_table(lines: Sequence[ArmLine], base: str) -> "pd.DataFrame":
     import pandas as pd
 
     return pd.DataFrame(
@@ -114,11 +114,11 @@ def _ranking_table(lines: Sequence[Line], base: str) -> "pd.DataFrame":
 # --- divergence -------------------------------------------------------------------------------------------
 
 
-def _survival(study: Study, figures: Path) -> list[Block]:
+def _survival(study: StudyFrame, figures: Path) -> list[PageBlock]:
     arms = {arm: times_of(study.arm(arm)) for arm in study.arms}
     horizon = float(study.trials["planned"].max())
     table = survival_table(arms, study.base, horizon)
-    blocks: list[Block] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table)]
+    blocks: list[PageBlock] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table)]
     if rescued := sum(runlog.rollbacks(run.rows) > 0 for k, run in study.runs.items() if not study.trials.diverged[k]):
         blocks.append(Text(f"Rolled back to a checkpoint on the way, and not diverged: {rescued} of the runs."))
     blocks += [Text(line) for line in told(study.trials)]
@@ -195,7 +195,7 @@ def survival_table(arms: dict[str, Times], base: str, horizon: float) -> "pd.Dat
 # --- critical learning rates ------------------------------------------------------------------------------
 
 
-def _critical(study: Study, figures: Path) -> list[Block]:
+def _critical(study: StudyFrame, figures: Path) -> list[PageBlock]:
     """Critical learning rates: of ``twinrl ablate margin``, else where the learning rate is a factor of the study."""
     rates, base = (study.critical, study.base) if study.critical else _from_factor(study)
     if not any(rate.bracketed for rate in rates):
@@ -205,7 +205,7 @@ def _critical(study: Study, figures: Path) -> list[Block]:
     names = list(dict.fromkeys(rate.arm for rate in rates))
     found = {name: critical_margin(rates, name, base) for name in names if name != base}
     rows = [_critical_row(name, rates, base, found.get(name)) for name in names]
-    blocks: list[Block] = [Heading("Critical learning rate"), Table(pd.DataFrame(rows))]
+    blocks: list[PageBlock] = [Heading("Critical learning rate"), Table(pd.DataFrame(rows))]
     if shown := {name: margin for name, margin in found.items() if margin is not None}:
         figure = plots.forest(shown, f"margin over {base} (doublings of the learning rate)", reference=0.0)
         blocks.append(Picture(plots.save(figure, figures / "margins.svg")))
@@ -219,14 +219,14 @@ CRITICAL_NOTE = (
 )
 
 
-def _from_factor(study: Study) -> tuple[Sequence[margins.Critical], str]:
+def _from_factor(study: StudyFrame) -> tuple[Sequence[margins.Critical], str]:
     """Critical rates where the learning rate is a factor beside others, arms being the others' levels."""
-    if LR not in study.factors:
+    if LR_KEY not in study.factors:
         return [], ""
-    others = [factor for factor in study.factors if factor != LR]
+    others = [factor for factor in study.factors if factor != LR_KEY]
     trials = study.trials.copy()
     trials["arm"] = [" ".join(f"{f}={row[f]}" for f in others) or "all" for _, row in trials.iterrows()]
-    return margins.critical_rates(trials, LR), trials.loc[study.trials["arm"] == study.base, "arm"].iloc[0]
+    return margins.critical_rates(trials, LR_KEY), trials.loc[study.trials["arm"] == study.base, "arm"].iloc[0]
 
 
 def critical_margin(rates: Sequence[margins.Critical], arm: str, base: str) -> Interval | None:
@@ -256,20 +256,20 @@ def _critical_row(arm: str, rates: Sequence[margins.Critical], base: str, margin
 # --- reward, prompts, cost --------------------------------------------------------------------------------
 
 
-def _reward(study: Study, figures: Path) -> list[Block]:
+def _reward(study: StudyFrame, figures: Path) -> list[PageBlock]:
     known = [name for name in study.metrics if study.trials[name].notna().any()]
-    rewards = [name for prefix in REWARDS for name in known if name.startswith(prefix)]
+    rewards = [name for prefix in REWARD_METRICS for name in known if name.startswith(prefix)]
     recalls = [name for name in study.metrics if name.startswith("val/recall")]
     if not rewards or not recalls:
         return []
-    blocks: list[Block] = [Heading("Reward against recall")]
+    blocks: list[PageBlock] = [Heading("Reward against recall")]
     for k, reward in enumerate(rewards[:MOST_REWARDS]):
         figure = plots.trade_off(study.trials, reward, recalls[0], study.arms)
         blocks.append(Picture(plots.save(figure, figures / f"reward-{k}.svg")))
     return [*blocks, Text("A reward that rises while recall falls was bought with diversity.", note=True)]
 
 
-def _prompts(study: Study, figures: Path) -> list[Block]:
+def _prompts(study: StudyFrame, figures: Path) -> list[PageBlock]:
     """Prompts (classes) that the judge no longer recognises in runs that did not diverge as a whole."""
     accuracy = per_prompt(study)
     if accuracy.empty:
@@ -287,7 +287,7 @@ def _prompts(study: Study, figures: Path) -> list[Block]:
     return [Heading("Prompts"), Table(table), Picture(figure, caption), Text(note, note=True)]
 
 
-def _cost(study: Study) -> list[Block]:
+def _cost(study: StudyFrame) -> list[PageBlock]:
     """Time of each arm, as such and against the base."""
     import pandas as pd
 
@@ -319,7 +319,7 @@ def newest_grid(run: Run) -> Path | None:
     return None
 
 
-def _samples(study: Study) -> list[Block]:
+def _samples(study: StudyFrame) -> list[PageBlock]:
     """The grids of one seed that all arms have, side by side."""
     grids = {(study.trials.loc[k, "arm"], study.trials.loc[k, "seed"]): newest_grid(r) for k, r in study.runs.items()}
     with_grid = {key: path for key, path in grids.items() if path is not None}
@@ -333,7 +333,7 @@ def _samples(study: Study) -> list[Block]:
     return [Heading("Samples"), Text(f"Seed {chosen} of every arm, the same noise."), Gallery(pictures)]
 
 
-def _links(study: Study) -> list[Block]:
+def _links(study: StudyFrame) -> list[PageBlock]:
     links = mlflow_links(list(study.runs.values()))
     if not links:
         return []

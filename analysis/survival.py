@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 WEIGHTS = 4000
 EXCESS = 0.1  # what the added runs widen an arm's interval by, in coverage times n
 SHORTFALL = 0.05  # what an interval of a difference lacks, in the same unit
-WIDEST = 12.0  # |log hazard ratio| beyond which nothing is told apart from infinity
+WIDEST_HAZARD = 12.0  # |log hazard ratio| beyond which nothing is told apart from infinity
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def hazard_ratio(arm: Times, base: Times, level: float = LEVEL) -> Interval:
     def objective(beta: float) -> float:
         return float(penalised(np.array([beta]), a, b, d)[0])
 
-    best = optimize.minimize_scalar(lambda x: -objective(x), bounds=(-WIDEST, WIDEST), method="bounded").x
+    best = optimize.minimize_scalar(lambda x: -objective(x), bounds=(-WIDEST_HAZARD, WIDEST_HAZARD), method="bounded").x
     drop = float(stats.chi2.ppf(level, 1)) / 2
 
     def excess(beta: float) -> float:
         return objective(best) - objective(beta) - drop
 
-    low = optimize.brentq(excess, -WIDEST, best) if excess(-WIDEST) > 0 else -math.inf
-    high = optimize.brentq(excess, best, WIDEST) if excess(WIDEST) > 0 else math.inf
+    low = optimize.brentq(excess, -WIDEST_HAZARD, best) if excess(-WIDEST_HAZARD) > 0 else -math.inf
+    high = optimize.brentq(excess, best, WIDEST_HAZARD) if excess(WIDEST_HAZARD) > 0 else math.inf
     return Interval(math.exp(best), math.exp(low), math.exp(high), n, "Firth, penalised likelihood ratio", level)
 
 

@@ -23,7 +23,7 @@ BANDS = {COVERS: (0.93, 0.97), LEVEL: (0.0, 0.05), POWER: (0.8, 1.0)}
 
 
 @dataclass(frozen=True)
-class Finding:
+class ValidityRow:
     """One line of the table.
 
     Attributes:
@@ -50,7 +50,7 @@ class Finding:
         return low - 2 * self.error <= self.share <= high + 2 * self.error
 
 
-Check = Callable[[int], Iterator[Finding]]
+Check = Callable[[int], Iterator[ValidityRow]]
 
 
 def inside(found: Sequence[Interval], truth: float) -> float:
@@ -78,42 +78,42 @@ def mean_time(rate: float) -> float:
     return float(EVERY * np.exp(-rate * edges / STEPS).sum())
 
 
-def hazard_ratios(studies: int) -> Iterator[Finding]:
+def hazard_ratios(studies: int) -> Iterator[ValidityRow]:
     """Coverage of the penalised interval."""
     for n, ratio, base in itertools.product((10, 20), (1.0, 3.0), (0.2, 0.8)):
         rng = np.random.default_rng([1, n])
         pairs = zip(arms(rng, studies, n, base * ratio), arms(rng, studies, n, base), strict=True)
         found = [survival.hazard_ratio(a, b) for a, b in pairs]
-        yield Finding("hazard ratio", f"{ratio:g}, base {base:g}", n, COVERS, inside(found, ratio), studies)
+        yield ValidityRow("hazard ratio", f"{ratio:g}, base {base:g}", n, COVERS, inside(found, ratio), studies)
 
 
-def restricted_means(studies: int) -> Iterator[Finding]:
+def restricted_means(studies: int) -> Iterator[ValidityRow]:
     """Coverage of the restricted mean and of a difference of two."""
     for n, rate in itertools.product((10, 20), (0.2, 0.5, 1.0, 2.0, 5.0)):
         found = [survival.restricted_mean(a, STEPS) for a in arms(np.random.default_rng([2, n]), studies, n, rate)]
-        yield Finding("restricted mean", f"rate {rate:g}", n, COVERS, inside(found, mean_time(rate)), studies)
+        yield ValidityRow("restricted mean", f"rate {rate:g}", n, COVERS, inside(found, mean_time(rate)), studies)
     for n, (high, low) in itertools.product((10, 20), ((1.0, 1.0), (2.0, 0.7), (1.0, 0.1), (0.2, 0.2))):
         rng = np.random.default_rng([3, n])
         pairs = zip(arms(rng, studies, n, high), arms(rng, studies, n, low), strict=True)
         found = [survival.restricted_mean_difference(a, b, STEPS) for a, b in pairs]
         share = inside(found, mean_time(high) - mean_time(low))
-        yield Finding("difference of restricted means", f"rates {high:g}, {low:g}", n, COVERS, share, studies)
+        yield ValidityRow("difference of restricted means", f"rates {high:g}, {low:g}", n, COVERS, share, studies)
 
 
-def log_ranks(studies: int) -> Iterator[Finding]:
+def log_ranks(studies: int) -> Iterator[ValidityRow]:
     """How often the log-rank test finds a difference that is, or is not, there."""
     for n, ratio in ((10, 1.0), (20, 1.0), (20, 6.0)):
         rng = np.random.default_rng([4, n])
         pairs = zip(arms(rng, studies, n, 0.8 * ratio), arms(rng, studies, n, 0.8), strict=True)
         found = np.mean([survival.log_rank({"a": a, "b": b}) < 0.05 for a, b in pairs])
         kind = LEVEL if ratio == 1 else POWER
-        yield Finding("log-rank", f"hazard ratio {ratio:g}", n, kind, float(found), studies)
+        yield ValidityRow("log-rank", f"hazard ratio {ratio:g}", n, kind, float(found), studies)
 
 
 # --- ranking ----------------------------------------------------------------------------------------------
 
 
-def rankings(studies: int) -> Iterator[Finding]:
+def rankings(studies: int) -> Iterator[ValidityRow]:
     """Family-wise error of three arms that are the base's equals, and power for one that is better."""
     for n, shift in ((10, 0.0), (20, 0.0), (20, 1.2)):
         rng, named, better = np.random.default_rng([5, n]), 0, 0
@@ -123,13 +123,13 @@ def rankings(studies: int) -> Iterator[Finding]:
             base = seeds + rng.standard_normal(n)
             p = intervals.holm([leaderboard.signed_rank_p(seeds + arm, base) for arm in other]) < 0.05
             named, better = named + bool(p[1 if shift else 0 :].any()), better + bool(p[0])
-        yield Finding("ranking, Holm", f"3 arms, {shift:g} σ in one" if shift else "3 equal arms", n, LEVEL,
+        yield ValidityRow("ranking, Holm", f"3 arms, {shift:g} σ in one" if shift else "3 equal arms", n, LEVEL,
                       named / studies, studies)  # fmt: skip
         if shift:
-            yield Finding("ranking, Holm", f"3 arms, {shift:g} σ in one", n, POWER, better / studies, studies)
+            yield ValidityRow("ranking, Holm", f"3 arms, {shift:g} σ in one", n, POWER, better / studies, studies)
 
 
-def chances(studies: int) -> Iterator[Finding]:
+def chances(studies: int) -> Iterator[ValidityRow]:
     """Coverage of the probability of improvement over all pairs, and of the share of seeds won."""
     from scipy import stats
 
@@ -138,16 +138,16 @@ def chances(studies: int) -> Iterator[Finding]:
         better, base = rng.standard_normal((studies, n)) + shift, rng.standard_normal((studies, n))
         truth = float(stats.norm.cdf(shift / math.sqrt(2)))
         found = [intervals.improvement(a, b) for a, b in zip(better, base, strict=True)]
-        yield Finding("P(better), all pairs", f"shift {shift:g} σ", n, COVERS, inside(found, truth), studies)
+        yield ValidityRow("P(better), all pairs", f"shift {shift:g} σ", n, COVERS, inside(found, truth), studies)
     for n in (10, 20):  # few seeds have few outcomes, so coverage waves with the chance: on average over chances
         rng = np.random.default_rng([11, n])
         chance, by_wins = rng.uniform(0.02, 0.98, studies), [intervals.mid_p(k, n) for k in range(n + 1)]
         found = [by_wins[k] for k in rng.binomial(n, chance)]
         covered = float(np.mean([i.low <= p <= i.high for i, p in zip(found, chance, strict=True)]))
-        yield Finding("P(better), by seed", "chances from 2 to 98 %", n, COVERS, covered, studies)
+        yield ValidityRow("P(better), by seed", "chances from 2 to 98 %", n, COVERS, covered, studies)
 
 
-def critical_rates(studies: int) -> Iterator[Finding]:
+def critical_rates(studies: int) -> Iterator[ValidityRow]:
     """Coverage of a margin in doublings, brackets 0.3 wide, for several spreads of the seeds."""
     for n, spread in itertools.product((10, 20), (0.0, 0.15, 0.3, 1.0)):
         rng, covered = np.random.default_rng([7, n]), 0
@@ -157,13 +157,15 @@ def critical_rates(studies: int) -> Iterator[Finding]:
                 low = 0.3 * np.floor((center + spread * rng.standard_normal(n)) / 0.3)
                 rates += [margins.Critical(arm, k, 2.0**e, 2.0 ** (e + 0.3)) for k, e in enumerate(low)]
             covered += inside([margins.margin(rates, "arm", "base")], truth) > 0
-        yield Finding("critical-rate margin", f"seeds ± {spread:g} doublings", n, COVERS, covered / studies, studies)
+        yield ValidityRow(
+            "critical-rate margin", f"seeds ± {spread:g} doublings", n, COVERS, covered / studies, studies
+        )
 
 
 # --- factors ----------------------------------------------------------------------------------------------
 
 
-def factorial(seeds: int) -> "tuple[list[effects.Block], np.ndarray, np.ndarray]":
+def factorial(seeds: int) -> "tuple[list[effects.FactorColumns], np.ndarray, np.ndarray]":
     """A full 2³ design crossed with seeds: its blocks, (n,) whether the teacher is changed, (n,) seeds."""
     import pandas as pd
 
@@ -174,7 +176,7 @@ def factorial(seeds: int) -> "tuple[list[effects.Block], np.ndarray, np.ndarray]
     return blocks, (trials["teacher"] == "b").to_numpy(float), trials["seed"].to_numpy()
 
 
-def main_effects(studies: int) -> Iterator[Finding]:
+def main_effects(studies: int) -> Iterator[ValidityRow]:
     """Main effects with the seed as a block: coverage, family-wise error, power."""
     from scipy import stats
 
@@ -191,10 +193,10 @@ def main_effects(studies: int) -> Iterator[Finding]:
         half = stats.t.ppf(0.975, freedom) * error[:, 1]
         covered = float((np.abs(beta[:, 2] - planted) <= half).mean())
         others = named[:, [0, 2]] if planted else named
-        yield Finding("main effect", law, n, COVERS, covered, studies)
-        yield Finding("main effects, Holm", law, n, LEVEL, float(others.any(1).mean()), studies)
+        yield ValidityRow("main effect", law, n, COVERS, covered, studies)
+        yield ValidityRow("main effects, Holm", law, n, LEVEL, float(others.any(1).mean()), studies)
         if planted:
-            yield Finding("main effects, Holm", law, n, POWER, float(named[:, 1].mean()), studies)
+            yield ValidityRow("main effects, Holm", law, n, POWER, float(named[:, 1].mean()), studies)
 
 
 def _series(values: np.ndarray) -> "effects.pd.Series":
@@ -203,7 +205,7 @@ def _series(values: np.ndarray) -> "effects.pd.Series":
     return pd.Series(values)
 
 
-def odds(studies: int) -> Iterator[Finding]:
+def odds(studies: int) -> Iterator[ValidityRow]:
     """Factors of divergence by Firth's regression: family-wise error with shared seeds, power, coverage."""
     for n, planted in ((10, 0.0), (10, 2.0)):
         (blocks, teacher, seed), rng = factorial(n), np.random.default_rng([9, n])
@@ -216,19 +218,19 @@ def odds(studies: int) -> Iterator[Finding]:
                       for y, fit in zip(outcomes, fits, strict=True)])  # fmt: skip
         named, law = intervals.holm(p) < 0.05, f"2³, teacher {planted:g}" if planted else "2³, nothing planted"
         others = named[:, [0, 2]] if planted else named
-        yield Finding("odds of divergence, Holm", law, n, LEVEL, float(others.any(1).mean()), studies)
+        yield ValidityRow("odds of divergence, Holm", law, n, LEVEL, float(others.any(1).mean()), studies)
         if planted:
-            yield Finding("odds of divergence, Holm", law, n, POWER, float(named[:, 1].mean()), studies)
+            yield ValidityRow("odds of divergence, Holm", law, n, POWER, float(named[:, 1].mean()), studies)
             ends = [firth.profile_interval(x, y, 2, fit, intervals.LEVEL)
                     for y, fit in zip(outcomes, fits, strict=True)]  # fmt: skip
             covered = float(np.mean([low <= planted <= high for low, high in ends]))
-            yield Finding("log odds ratio", law, n, COVERS, covered, studies)
+            yield ValidityRow("log odds ratio", law, n, COVERS, covered, studies)
 
 
 # --- spikes -----------------------------------------------------------------------------------------------
 
 
-def recurrences(studies: int) -> Iterator[Finding]:
+def recurrences(studies: int) -> Iterator[ValidityRow]:
     """How often data rows, times or branches of random batches are named."""
     from pathlib import Path
 
@@ -243,8 +245,8 @@ def recurrences(studies: int) -> Iterator[Finding]:
         ]  # fmt: skip
         rows += bool(spikes.recurring_rows(Run(Path(), {}, [], events)))
         places += bool(clusters.clusters(events, draws=200, seed=int(rng.integers(1 << 30))))
-    yield Finding("recurring data rows", "random batches", 12, LEVEL, rows / studies, studies)
-    yield Finding("clusters in t and branches", "random batches", 12, LEVEL, places / studies, studies)
+    yield ValidityRow("recurring data rows", "random batches", 12, LEVEL, rows / studies, studies)
+    yield ValidityRow("clusters in t and branches", "random batches", 12, LEVEL, places / studies, studies)
 
 
 CHECKS: dict[str, Check] = {
@@ -260,7 +262,7 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def table(findings: Sequence[Finding]) -> str:
+def table(findings: Sequence[ValidityRow]) -> str:
     """The findings as Markdown."""
     head = ["| statistic | simulated studies | n | | share | ± | of | |", "|---|---|--:|---|--:|--:|--:|---|"]
     rows = [

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ablations import plan as plans
 from ablations import publish
 from ablations import study as studies
+from ablations.display import by_arm
 from ablations.plan import Plan, Workspace
 from ablations.publish import StudyView
-from ablations.summary import Point
-from ablations.table import by_arm
+from ablations.summary import BandPoint
 from tests.tracking.conftest import CHROMIUM_OPTIONS
 from tests.tracking.pages import drawn, wait_for
 from twinrl.run import names
@@ -93,12 +93,12 @@ def copy(database: Path, run: str, names: list[str]) -> None:
             )
 
 
-def arm_curves(arm: int, points: int) -> dict[str, list[Point]]:
+def arm_curves(arm: int, points: int) -> dict[str, list[BandPoint]]:
     """A falling curve with a band for each metric."""
     found = []
     for step in np.linspace(1, STEPS, points).astype(int).tolist():
         middle = 0.3 + 0.02 * arm + math.exp(-step / 300)
-        found.append(Point(step, middle, 0.9 * middle, 1.1 * middle, 0.8 * middle, 1.5 * middle, 50))
+        found.append(BandPoint(step, middle, 0.9 * middle, 1.1 * middle, 0.8 * middle, 1.5 * middle, 50))
     return dict.fromkeys(METRICS, found)
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from twinrl.backends.families import family_class
-from twinrl.backends.families.loading import quiet
-from twinrl.commands.plan import at_the_peak, plan
+from twinrl.backends.families.pipelines import quiet
+from twinrl.commands.memory_plan import at_the_peak, plan
 from twinrl.config.errors import InputError
 from twinrl.flow import draws
 from twinrl.flow.conditions import Condition

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from twinrl.evaluation.table import Estimate, mean_interval
+from twinrl.evaluation.table import IntervalEstimate, mean_interval
 from twinrl.training import schema
 from twinrl.training.runs import RunDirectory
 
@@ -46,7 +46,7 @@ def value(metrics: dict[str, Any], quantity: str) -> float:
     return float(metrics[quantity]["value"])
 
 
-def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Estimate]]:
+def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, IntervalEstimate]]:
     """For each student row: accuracy, its gap to round-tripped digits, and the Fréchet ratio, over seeds."""
     rows = {}
     for name in (n for n in tables[0] if n.startswith("student")):
@@ -66,7 +66,7 @@ def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Es
     return rows
 
 
-def report(rows: dict[str, dict[str, Estimate]], tables: list[dict[str, Any]], command: str) -> str:
+def report(rows: dict[str, dict[str, IntervalEstimate]], tables: list[dict[str, Any]], command: str) -> str:
     """The Markdown page."""
     quantities = list(next(iter(rows.values())))
     lines = [

@@ -21,7 +21,7 @@ import measuring
 from step_time import twinflow_passes
 from torch import nn
 
-from twinrl.commands.plan import Item, of_training
+from twinrl.commands.memory_plan import Item, of_training
 from twinrl.training import schema
 from twinrl.training.described import meta_family
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from twinrl.commands.plan import of_training
+from twinrl.commands.memory_plan import of_training
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
 from twinrl.training import schema

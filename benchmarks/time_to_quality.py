@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from twinrl.config.errors import InputError
-from twinrl.evaluation import Protocol
+from twinrl.evaluation import LabelProtocol
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.flow.source import Source
 from twinrl.run import names, runlog
@@ -35,7 +35,7 @@ from twinrl.sampling import few_step
 from twinrl.training import assembly, schema
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
-from twinrl.training.trainer import Step, Trainer
+from twinrl.training.trainer import StepOutcome, Trainer
 
 REFERENCE, CONTENDER = "tutorial", "twinflow"
 FORMULATIONS = (REFERENCE, CONTENDER)
@@ -102,13 +102,13 @@ class Plan:
 class TimedTrainer(Trainer):
     """A trainer that also logs the CPU time of every step, which other processes hardly change."""
 
-    def train_step(self) -> Step:
+    def train_step(self) -> StepOutcome:
         started = time.process_time()
         made = super().train_step()
         return made._replace(row=made.row | {CPU_SECONDS: time.process_time() - started})
 
 
-def trained(settings: RunConfig, source: Source, protocol: Protocol) -> RunDirectory:
+def trained(settings: RunConfig, source: Source, protocol: LabelProtocol) -> RunDirectory:
     """The finished run of ``settings``: there already, resumed, or trained now."""
     run = RunDirectory(settings.directory)
     if run.result is not None:
@@ -179,13 +179,13 @@ class Study:
 
     def __init__(self, plan: Plan, folder: Path, source: Source):
         self.plan, self.folder, self.source = plan, folder, source
-        self.protocols: dict[str, Protocol] = {}
+        self.protocols: dict[str, LabelProtocol] = {}
 
-    def protocol(self, split: HeldOut) -> Protocol:
+    def protocol(self, split: HeldOut) -> LabelProtocol:
         """The fixed protocol on a split, made once."""
         if split not in self.protocols:
             settings = self.plan.settings(REFERENCE, self.plan.lrs[0], 0, self.plan.horizons[0], self.folder)
-            self.protocols[split] = Protocol(self.source, settings.evaluation, split)
+            self.protocols[split] = LabelProtocol(self.source, settings.evaluation, split)
         return self.protocols[split]
 
     def tune(self) -> dict[str, dict[float, float]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from twinrl.evaluation.table import Estimate, mean_interval
+from twinrl.evaluation.table import IntervalEstimate, mean_interval
 from twinrl.sampling import few_step
 from twinrl.training.opened import open_run
 from twinrl.training.runs import RunDirectory
@@ -64,7 +64,7 @@ def measure(run: RunDirectory) -> dict[str, float]:
 
 def table(measured: dict[str, list[dict[str, float]]], command: str) -> str:
     """The Markdown page."""
-    rows: dict[str, dict[str, Estimate]] = {
+    rows: dict[str, dict[str, IntervalEstimate]] = {
         preset: {q: mean_interval([m[q] for m in values]) for q in values[0]} for preset, values in measured.items()
     }
     quantities = list(next(iter(rows.values())))

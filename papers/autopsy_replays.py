@@ -21,7 +21,7 @@ from twinrl.stability.events import SPIKE
 from twinrl.training import schema
 from twinrl.training.assembly import load_source, provider_of
 from twinrl.training.capsules import Capsules
-from twinrl.training.replay import Judge, Replay, Trace, changed, replay_each
+from twinrl.training.replay import Replay, ReplayValidation, Trace, changed, replay_each
 from twinrl.training.runs import RunDirectory
 
 # --- spikes -----------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def falls(roots: Sequence[Path]) -> None:
                 continue
             settings = RunDirectory(run.path).settings()
             protocol = provider_of(settings, source, device).protocol("validation")
-            judge = Judge(EVERY, lambda network, step, protocol=protocol: protocol.evaluate(network))
+            judge = ReplayValidation(EVERY, lambda network, step, protocol=protocol: protocol.evaluate(network))
             event, _ = Capsules(run.path, settings.stability.capsules).load(number)
             after = well + PAST - event.step
             tried = {name: change for name, change in left.items() if changed(settings, change) != settings}

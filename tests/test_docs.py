@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from ablations import study as studies
 from ablations.design import DESIGNS
-from ablations.study import BOOKKEEPING, StudyConfig
+from ablations.study import SET_BY_STUDY, StudyConfig
 from twinrl import cli, config
 from twinrl.commands import doctor
 
@@ -44,7 +44,7 @@ def test_studies_explains_the_keys_of_a_study(key: str) -> None:
 
 def test_studies_names_designs_and_what_a_study_sets_by_itself() -> None:
     shown = page("studies")
-    assert [word for word in (*DESIGNS, *BOOKKEEPING) if f"`{word}`" not in shown and f": {word}}}" not in shown] == []
+    assert [word for word in (*DESIGNS, *SET_BY_STUDY) if f"`{word}`" not in shown and f": {word}}}" not in shown] == []
 
 
 def test_the_study_of_the_page_loads_with_either_design(tmp_path: Path) -> None:

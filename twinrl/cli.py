@@ -39,8 +39,8 @@ PrepareOverrides = Annotated[
         help="overrides, e.g. buckets.sizes=qwen-image read.caption_column=text batch=8",
     ),
 ]
-Run = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/lab-1a2b3c4d-s0")]
-Step = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
+RunArgument = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/lab-1a2b3c4d-s0")]
+StepOption = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
 
 
 @app.callback()
@@ -70,7 +70,7 @@ def train(
 
 
 @app.command()
-def resume(run: Run) -> None:
+def resume(run: RunArgument) -> None:
     """Continue an unfinished run from its newest checkpoint."""
     from twinrl.commands.processes import resume as command
 
@@ -79,7 +79,7 @@ def resume(run: Run) -> None:
 
 @app.command()
 def sample(
-    run: Run,
+    run: RunArgument,
     nfe: Annotated[int, typer.Option(min=1, help="network evaluations per sample")] = 1,
     prompt: Annotated[
         list[str] | None,
@@ -88,7 +88,7 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="samples per prompt, each from its own noise")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("samples.png"),
-    step: Step = None,
+    step: StepOption = None,
 ) -> None:
     """Draw samples of a run into a picture."""
     from twinrl.commands.inspect import sample as command
@@ -97,7 +97,7 @@ def sample(
 
 
 @app.command()
-def evaluate(run: Run, step: Step = None) -> None:
+def evaluate(run: RunArgument, step: StepOption = None) -> None:
     """Judge a run's samples, at every NFE of its evaluation.nfe, beside real images.
 
     On the test split, beside the teacher that it started from; a family's run on the validation split, without teacher.
@@ -109,9 +109,9 @@ def evaluate(run: Run, step: Step = None) -> None:
 
 @app.command()
 def bench(
-    run: Run,
+    run: RunArgument,
     rounds: Annotated[int, typer.Option(min=1, help="timed calls of each kind")] = 20,
-    step: Step = None,
+    step: StepOption = None,
 ) -> None:
     """Time a run's sampling: latency at batch 1 and throughput at batch 10, per NFE."""
     from twinrl.commands.bench import bench as command
@@ -121,7 +121,7 @@ def bench(
 
 @app.command()
 def replay(
-    run: Run,
+    run: RunArgument,
     overrides: Overrides = None,
     event: Annotated[int | None, typer.Option(min=1, help="number of the event; without it they are listed")] = None,
     after: Annotated[int, typer.Option(min=0, help="steps after the event")] = 20,
@@ -141,7 +141,7 @@ def replay(
 
 @app.command()
 def publish(
-    run: Run,
+    run: RunArgument,
     uri: Annotated[
         str | None, typer.Option("--tracking-uri", help="MLflow store; default: as before", callback=without_password)
     ] = None,
@@ -170,7 +170,7 @@ def ui(
 
 @app.command()
 def export(
-    run: Run,
+    run: RunArgument,
     folder: Annotated[Path, typer.Argument(help="folder to write; new or empty")],
     lora: Annotated[bool, typer.Option("--lora", help="write the adapters alone, for a run with model.lora")] = False,
     dtype: Annotated[
@@ -179,7 +179,7 @@ def export(
     push_to: Annotated[
         str | None, typer.Option("--push-to", metavar="OWNER/NAME", help="also upload, with the token in $HF_TOKEN")
     ] = None,
-    step: Step = None,
+    step: StepOption = None,
 ) -> None:
     """Write a run's student as a diffusers pipeline that stock code samples, with a model card.
 
@@ -196,7 +196,7 @@ def import_simpletuner(
     out: Annotated[Path | None, typer.Option("-o", help="YAML file to write; default: CONFIG's name here")] = None,
 ) -> None:
     """Turn a SimpleTuner configuration into one of twinrl, and say what differs."""
-    from twinrl.commands.simpletuner import import_simpletuner as command
+    from twinrl.commands.import_simpletuner import import_simpletuner as command
 
     raise typer.Exit(command(config, out, _console()))
 
@@ -227,9 +227,9 @@ def data_prepare(
 
     Skipped files are listed with reasons in report.jsonl. May be stopped at any time and started again.
     """
-    from twinrl.commands.data import Machine, prepare_data
+    from twinrl.commands.data import EncodingOptions, prepare_data
 
-    raise typer.Exit(prepare_data(path, model, to, overrides or [], Machine(device, dtype), _console(), family))
+    raise typer.Exit(prepare_data(path, model, to, overrides or [], EncodingOptions(device, dtype), _console(), family))
 
 
 @app.command()
@@ -246,7 +246,7 @@ def doctor(
         from twinrl.training.schema import load
 
         settings = load(plan, overrides or [])
-        from twinrl.commands.plan import print_plan
+        from twinrl.commands.memory_plan import print_plan
 
         raise typer.Exit(print_plan(settings, processes, _console()))
     from twinrl.commands.doctor import doctor as command

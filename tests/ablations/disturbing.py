@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.trial import checkpointed
 
 COMMAND = [sys.executable, "-c", "from ablations.cli import app; app()", "run"]
@@ -72,7 +72,7 @@ def below(pid: int, stop: str | None = None) -> list[int]:
     return own + [further for child in own for further in below(child, stop)]
 
 
-def numbers(record: Record) -> tuple[object, ...]:
+def numbers(record: TrialRecord) -> tuple[object, ...]:
     """All of a record but when and where."""
     return record.key, record.status, record.step, dict(record.metrics), record.diverged
 

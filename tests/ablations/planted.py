@@ -15,9 +15,9 @@ from ray.tune.schedulers import TrialScheduler
 
 from ablations import fingerprint, runner, trial
 from ablations import plan as plans
+from ablations.display import Board
 from ablations.plan import Plan, Trial
 from ablations.runner import Runner
-from ablations.table import Board
 from ablations.trial import RayTrial, Task, TrialError
 from twinrl.config import read_yaml, validate
 from twinrl.run import layout, names, runlog

@@ -124,7 +124,7 @@ def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
     several, family = prints.unused(settings(), processes=2), RunConfig.model_construct(
         model=settings().model.model_copy(update={"family": "sd3"})
     )  # fmt: skip
-    assert (set(several), set(prints.unused(family))) == (set(prints.WITHOUT_FAMILY), set(prints.ALONE))
+    assert (set(several), set(prints.unused(family))) == (set(prints.WITHOUT_FAMILY), set(prints.WITHOUT_RANKS))
     assert prints.unused(family, processes=2) == ()
     for unused in (several, prints.unused(family), ()):
         assert sources(tmp_path, unused) != before
@@ -134,7 +134,8 @@ def test_what_a_trial_cannot_reach_does_not_count(tmp_path: Path) -> None:
 
 def test_what_is_left_out_exists() -> None:
     assert all(
-        (prints.PACKAGE / part).exists() for part in (*prints.NOT_NUMERIC, *prints.WITHOUT_FAMILY, *prints.ALONE)
+        (prints.PACKAGE / part).exists()
+        for part in (*prints.NOT_NUMERIC_FILES, *prints.WITHOUT_FAMILY, *prints.WITHOUT_RANKS)
     )
 
 

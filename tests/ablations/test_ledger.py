@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from ablations import ledger
-from ablations.ledger import Ledger, Record
+from ablations.ledger import Ledger, TrialRecord
 from tests.disk import files_of_at_most
 from twinrl.config.errors import InputError
 
-DONE = Record("12345678", 0, "f" * 16, "finished", 20, metrics={"val/quality": 0.5})
+DONE = TrialRecord("12345678", 0, "f" * 16, "finished", 20, metrics={"val/quality": 0.5})
 
 WRITER = """
 import sys
 from pathlib import Path
-from ablations.ledger import Record, append
+from ablations.ledger import TrialRecord, append
 for i in range(50):
-    append(Path(sys.argv[1]), Record(sys.argv[2], i, "f" * 16, "finished", message="x" * 3000))
+    append(Path(sys.argv[1]), TrialRecord(sys.argv[2], i, "f" * 16, "finished", message="x" * 3000))
 """
 
 
@@ -93,7 +93,7 @@ def test_foreign_and_missing_ledgers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_held_lock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(ledger, "LEDGER_PATIENCE_SECONDS", 0.05)
     path = tmp_path / "a.jsonl"
     with path.open("ab") as file:
         ledger._lock(file.fileno(), path)

@@ -9,7 +9,7 @@ import pytest
 
 from ablations import plan as plans
 from ablations import study as studies
-from ablations.plan import Plan, Timing, Trial, Workspace, measure, remaining_seconds, shortened
+from ablations.plan import MeasuredCost, Plan, Trial, Workspace, measure, remaining_seconds, shortened
 from tests.ablations.tiny import TINY, without_figures, write
 from tests.fake_source import register
 from twinrl.cli import app
@@ -104,6 +104,6 @@ def test_an_arm_that_rolls_back_and_ramps_is_timed(
 
 
 def test_the_cost_of_a_trial_is_what_is_fixed_and_its_steps(plan_of: Callable[..., Plan]) -> None:
-    timing, made = Timing(step=0.5, fixed=10), plan_of("train.steps=100")
+    timing, made = MeasuredCost(step=0.5, fixed=10), plan_of("train.steps=100")
     assert timing.trial(100) == 60
     assert [remaining_seconds(made, timing, slots) for slots in (1, 2)] == [60, 30]

@@ -16,7 +16,7 @@ import pytest
 from ablations import plan as plans
 from ablations import publish
 from ablations import study as studies
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, Workspace
 from ablations.publish import StudyView, following
 from ablations.summary import curves
@@ -82,11 +82,11 @@ def _checkpoint(trial: Trial, step: int, offset: int) -> None:
 def end(plan: Plan, trial: Trial, diverged: dict[str, Any] | None = None) -> None:
     metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
     who = trial.settings.hash, trial.settings.seed, trial.fingerprint
-    record = Record(*who, "finished", STEPS, metrics=metrics, diverged=diverged)
+    record = TrialRecord(*who, "finished", STEPS, metrics=metrics, diverged=diverged)
     note(plan, trial, replace(record, status="diverged") if diverged else record)
 
 
-def note(plan: Plan, trial: Trial, record: Record) -> None:
+def note(plan: Plan, trial: Trial, record: TrialRecord) -> None:
     """A trial's end, in its run directory and in the ledger."""
     (trial.run.path / "result.json").write_text(json.dumps({"status": record.status, "step": record.step}))
     plan.workspace.ledger.append(record)
@@ -196,7 +196,9 @@ def test_a_study_reads_back_as_its_ledger_has_it(workspace: Workspace) -> None:
             with RunLog(trial.run.log) as log:
                 log.append({"iteration": STEPS, "step": STEPS, names.VAL_QUALITY: math.nan})
         metrics = verdict.final_values(runlog.read(trial.run.log), METRICS.__contains__)
-        record = Record(trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics)
+        record = TrialRecord(
+            trial.settings.hash, trial.settings.seed, trial.fingerprint, "finished", STEPS, metrics=metrics
+        )
         note(plan, trial, replace(record, **ended))
     view = StudyView(plan)
     assert view.try_summaries() is None

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.summary import curve, thinned
 from twinrl.tracking.thinning import MOST_POINTS
 
@@ -15,8 +15,8 @@ def log(*values: float) -> list[dict[str, float]]:
     return [{"step": step, "m": value} for step, value in enumerate(values, start=1)]
 
 
-def record(step: int | None = None) -> Record:
-    return Record("c", 0, "f", "finished", diverged=None if step is None else {"step": step, "kind": "x"})
+def record(step: int | None = None) -> TrialRecord:
+    return TrialRecord("c", 0, "f", "finished", diverged=None if step is None else {"step": step, "kind": "x"})
 
 
 def test_it_is_the_median_of_the_living() -> None:

@@ -9,7 +9,7 @@ import pytest
 from ablations import commands, versions
 from ablations import plan as plans
 from ablations import study as studies
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, Workspace
 from tests.ablations.tiny import TINY, write
 from tests.analysis import simulated
@@ -32,13 +32,13 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
     return plans.make(study, Workspace(folder / "work"))
 
 
-def record(trial: Trial, fingerprint: str | None = None, status: str = "finished", **where: str) -> Record:
+def record(trial: Trial, fingerprint: str | None = None, status: str = "finished", **where: str) -> TrialRecord:
     provenance = {"revision": "a" * 40, "at": "2026-01-02T03:04:05Z"} | where
     made = fingerprint or trial.fingerprint
-    return Record(trial.settings.hash, trial.settings.seed, made, status, STEPS, where=provenance)
+    return TrialRecord(trial.settings.hash, trial.settings.seed, made, status, STEPS, where=provenance)
 
 
-def with_records(plan: Plan, *records: Record) -> Plan:
+def with_records(plan: Plan, *records: TrialRecord) -> Plan:
     return replace(plan, records={found.key: found for found in records})
 
 

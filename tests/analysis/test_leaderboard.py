@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from analysis import leaderboard, margins, plots
-from analysis.frames import Study, assemble, load_study
+from analysis.frames import StudyFrame, assemble, load_study
 from analysis.intervals import Interval
 from analysis.leaderboard import _in_range, compare, per_prompt, values_of
 from tests.analysis import simulated
@@ -18,7 +18,7 @@ from twinrl.run import runlog
 METRIC = "val/quality"
 
 
-def study(values: dict[str, list[float]], **columns: object) -> Study:
+def study(values: dict[str, list[float]], **columns: object) -> StudyFrame:
     """Finished trials with the given qualities, seeds in order; infinite values are runs that diverged early."""
     lines = [
         {"arm": arm, "seed": seed, "config_hash": arm, "status": "diverged" if math.isinf(value) else "finished",

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis import foreign, spikes
+from analysis import other_logs, spikes
 from analysis.frames import load_run
 from tests.analysis import simulated
 from tests.analysis.simulated import at_most
@@ -130,7 +130,7 @@ def as_json_lines(path: Path) -> Path:
     ("write", "name"), [(as_csv, "log.csv"), (as_wandb_json, "history.json"), (as_json_lines, "history.jsonl")]
 )
 def test_foreign_logs_are_analyzed_like_ours(write, name: str, tmp_path: Path) -> None:
-    rows, replaced = foreign.read(write(tmp_path / name), MAPPING)
+    rows, replaced = other_logs.read(write(tmp_path / name), MAPPING)
     assert replaced == 0
     assert [row["step"] for row in rows] == list(range(200))
     found = spikes.find(rows)
@@ -141,11 +141,11 @@ def test_foreign_logs_are_analyzed_like_ours(write, name: str, tmp_path: Path) -
 def test_foreign_bad_input_is_one_line(tmp_path: Path) -> None:
     path = as_csv(tmp_path / "log.csv")
     with pytest.raises(InputError, match="which column is the step"):
-        foreign.read(path, {"loss/total": "train/loss"})
+        other_logs.read(path, {"loss/total": "train/loss"})
     with pytest.raises(InputError, match="no column grads; expected one of eval/loss, global_step"):
-        foreign.read(path, {"step": "global_step", "grad/total/norm_raw": "grads"})
+        other_logs.read(path, {"step": "global_step", "grad/total/norm_raw": "grads"})
     with pytest.raises(InputError, match="unknown format"):
-        foreign.read(path.rename(tmp_path / "log.xml"), MAPPING)
+        other_logs.read(path.rename(tmp_path / "log.xml"), MAPPING)
 
 
 def test_tensorboard_events_are_read_without_tensorboard(tmp_path: Path) -> None:
@@ -157,16 +157,16 @@ def test_tensorboard_events_are_read_without_tensorboard(tmp_path: Path) -> None
             writer.add_scalar("train/grad_norm", 50.0 if k == 150 else 1.0 + 0.1 * math.sin(k), k)
     columns = {"step": "step", "loss/total": "train/loss", "grad/total/norm_raw": "train/grad_norm"}
     (tmp_path / "._events.tfevents").write_bytes(b"\x05\x16\x07 of a Mac")
-    rows, _ = foreign.read(tmp_path, columns)
+    rows, _ = other_logs.read(tmp_path, columns)
     assert [row["step"] for row in rows] == list(range(300))
     assert rows[4]["loss/total"] == pytest.approx(0.2)
     assert math.isnan(rows[7]["loss/total"])
     assert [(s.step, s.kind) for s in spikes.find(rows)] == [(7, "nonfinite"), (150, "spike")]
     (file,) = tmp_path.glob("events*")
     file.write_bytes(file.read_bytes()[:-5])  # its writer is still at it
-    assert "norm" not in foreign.read(file, {"step": "step", "norm": "train/grad_norm"}).rows[-1]
+    assert "norm" not in other_logs.read(file, {"step": "step", "norm": "train/grad_norm"}).rows[-1]
     with pytest.raises(InputError, match="no column loss; expected one of step, train/grad_norm, train/loss"):
-        foreign.read(tmp_path, {"step": "step", "loss/total": "loss"})
+        other_logs.read(tmp_path, {"step": "step", "loss/total": "loss"})
 
 
 def test_a_tensor_of_one_element_is_a_scalar(tmp_path: Path) -> None:
@@ -179,12 +179,12 @@ def test_a_tensor_of_one_element_is_a_scalar(tmp_path: Path) -> None:
         event = b"\x10\x03" + field(5, field(1, field(1, b"a") + field(8, tensor)))
         path = tmp_path / "events.out.tfevents.1"
         path.write_bytes(struct.pack("<Q", len(event)) + b"...." + event + b"....")
-        assert foreign.read(path, {"step": "step", "x": "a"}).rows == [{"iteration": 3, "step": 3, "x": 2.5}]
+        assert other_logs.read(path, {"step": "step", "x": "a"}).rows == [{"iteration": 3, "step": 3, "x": 2.5}]
 
 
 def test_a_folder_without_scalars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no scalars"):
-        foreign.read(tmp_path, MAPPING)
+        other_logs.read(tmp_path, MAPPING)
 
 
 ROWS = [{"step": k, "norm": 60.0 if k == 25 else 1.0} for k in range(40)]
@@ -211,29 +211,29 @@ LINES = [json.dumps(row) for row in ROWS]
 )
 def test_logs_as_people_have_them(name: str, content: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content.encode(encoding))
-    assert foreign.read(tmp_path / name, STEPS) == (OURS, 0)
+    assert other_logs.read(tmp_path / name, STEPS) == (OURS, 0)
 
 
 def test_a_log_that_ends_inside_a_character(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_bytes("\n".join([*LINES, '{"step": 40, "note": "é']).encode()[:-1])
-    assert foreign.read(tmp_path / "log.jsonl", STEPS) == (OURS, 0)
+    assert other_logs.read(tmp_path / "log.jsonl", STEPS) == (OURS, 0)
 
 
 def test_numbers_of_any_length_and_spelling(tmp_path: Path) -> None:
     values = ["9" * 300, "-Infinity", "inf", "NaN", " 1.5 ", ".5", "1e-3", "", "N/A"]
     expected = [1e300, -math.inf, math.inf, math.nan, 1.5, 0.5, 1e-3, None, None]
     (tmp_path / "log.csv").write_text("step,norm\n" + "".join(f"{k},{v}\n" for k, v in enumerate(values)))
-    rows, _ = foreign.read(tmp_path / "log.csv", STEPS)
+    rows, _ = other_logs.read(tmp_path / "log.csv", STEPS)
     np.testing.assert_equal([row.get("norm") for row in rows], expected)
     huge = "9" * 6000  # more digits than Python's integers take from text
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "norm": {values[0]}, "id": {huge}}}\n')
-    assert [row["norm"] for row in foreign.read(tmp_path / "log.jsonl", STEPS).rows] == [1e300]
+    assert [row["norm"] for row in other_logs.read(tmp_path / "log.jsonl", STEPS).rows] == [1e300]
     for value in ("9" * 400, huge, "-1e999"):
         (tmp_path / "log.jsonl").write_text(f'{{"step": 1, "norm": {value}}}\n')
         (tmp_path / "log.csv").write_text(f"step,norm\n1,{value}\n")
         for name in ("log.jsonl", "log.csv"):
             with pytest.raises(InputError, match=r"in the column norm; expected a number below 1.8e308"):
-                foreign.read(tmp_path / name, STEPS)
+                other_logs.read(tmp_path / name, STEPS)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_numbers_of_any_length_and_spelling(tmp_path: Path) -> None:
 def test_no_cell_is_dropped_or_joined_without_a_word(content: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(content)
     with pytest.raises(InputError, match=says):
-        foreign.read(tmp_path / "log.csv", STEPS)
+        other_logs.read(tmp_path / "log.csv", STEPS)
 
 
 def test_damaged_logs_name_their_line(tmp_path: Path) -> None:
@@ -267,12 +267,12 @@ def test_damaged_logs_name_their_line(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=says):
-            foreign.read(tmp_path / name, STEPS)
+            other_logs.read(tmp_path / name, STEPS)
 
 
 def test_values_that_come_twice_are_counted(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(f"{CSV}\n5,2.5\n")
-    rows, replaced = foreign.read(tmp_path / "log.csv", STEPS)
+    rows, replaced = other_logs.read(tmp_path / "log.csv", STEPS)
     assert (rows[5]["norm"], replaced) == (2.5, 1)
 
 
@@ -289,7 +289,7 @@ def test_mangled_logs_are_read_or_refused(name: str, tmp_path: Path) -> None:
             data[at] = rng.integers(256)
         (tmp_path / name).write_bytes(data)
         try:
-            foreign.read(tmp_path / name, {"step": "step", "norm": "a"} if name == "tfevents" else STEPS)
+            other_logs.read(tmp_path / name, {"step": "step", "norm": "a"} if name == "tfevents" else STEPS)
         except InputError:
             refused += 1
     assert refused > 20

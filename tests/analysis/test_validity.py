@@ -8,13 +8,13 @@ import pytest
 from scipy import stats
 
 from analysis import coverage, validity
-from analysis.validity import COVERS, LEVEL, Finding
+from analysis.validity import COVERS, LEVEL, ValidityRow
 from tests.analysis.simulated import at_least, at_most
 
 FULL = 2000
 
 
-def outside(check: str, studies: int) -> list[Finding]:
+def outside(check: str, studies: int) -> list[ValidityRow]:
     """What is further from its band than four Monte-Carlo errors."""
     found = list(validity.CHECKS[check](studies))
     assert found
@@ -49,10 +49,10 @@ def test_what_an_exact_interval_covers_at_least_is_that_of_all_permutations(rate
 
 
 def test_a_share_is_outside_only_beyond_its_monte_carlo_error() -> None:
-    good, wide, lax = (Finding("x", "y", 10, kind, share, 2000) for kind, share in
+    good, wide, lax = (ValidityRow("x", "y", 10, kind, share, 2000) for kind, share in
                        ((COVERS, 0.975), (COVERS, 0.99), (LEVEL, 0.08)))  # fmt: skip
     assert (good.within, wide.within, lax.within) == (True, False, False)
-    assert Finding("x", "y", 10, COVERS, 1.0, 2000).error > 0
+    assert ValidityRow("x", "y", 10, COVERS, 1.0, 2000).error > 0
     rows = validity.table([good, wide]).splitlines()
     assert rows[2].startswith("| x | y | 10 | covers | 97.5 % | 0.3 | 2,000 |  |")
     assert rows[3].endswith("| outside |")

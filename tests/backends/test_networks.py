@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from tests.rounding import assert_rounded
-from twinrl.backends import MLP, NETWORKS, DiT, Spec, build_network, network_key, tells_branches_apart
+from twinrl.backends import MLP, NETWORKS, DiT, Spec, build_network, network_key, tells_trajectories_apart
 from twinrl.backends.dit import patchify, unpatchify
 
 SHAPE = (4, 8, 8)
@@ -202,7 +202,7 @@ class Blind(nn.Module):
 def test_registered_networks_tell_branches_apart(kind):
     net = network(kind)
     before = copy.deepcopy(net.state_dict())
-    assert tells_branches_apart(net, SHAPE, {"text": torch.zeros(1, 6)})
+    assert tells_trajectories_apart(net, SHAPE, {"text": torch.zeros(1, 6)})
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
@@ -217,4 +217,4 @@ def test_registered_networks_tell_branches_apart(kind):
     ],
 )
 def test_networks_that_cannot_tell_branches_apart_are_found(see, answer):
-    assert tells_branches_apart(Blind(see), SHAPE, {"text": torch.zeros(1, 6)}) is answer
+    assert tells_trajectories_apart(Blind(see), SHAPE, {"text": torch.zeros(1, 6)}) is answer

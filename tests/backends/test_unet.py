@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from tests.rounding import assert_rounded
-from twinrl.backends import NETWORKS, tells_branches_apart
+from twinrl.backends import NETWORKS, tells_trajectories_apart
 from twinrl.backends.embedding import Spec, gaussian_velocity
 from twinrl.backends.unet import UNet
 
@@ -66,7 +66,7 @@ def test_starts_at_the_velocity_of_gaussian_data():
 
 
 def test_branches_can_be_told_apart():
-    assert tells_branches_apart(network(), (1, 28, 28), {"label": torch.tensor([3])})
+    assert tells_trajectories_apart(network(), (1, 28, 28), {"label": torch.tensor([3])})
 
 
 def test_label_and_both_times_change_the_output():

@@ -8,7 +8,17 @@ import pytest
 import yaml
 from rich.console import Console
 
-from twinrl.commands.simpletuner import COUNTS, FLAGS, NUMBERS, READ, RENAMED, TEXTS, convert, import_simpletuner, read
+from twinrl.commands.import_simpletuner import (
+    COUNTS,
+    FLAGS,
+    NUMBERS,
+    READ,
+    RENAMED,
+    TEXTS,
+    convert,
+    import_simpletuner,
+    read,
+)
 from twinrl.config.errors import InputError
 from twinrl.training import schema
 

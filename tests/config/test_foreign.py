@@ -23,7 +23,7 @@ def test_keys_that_contradict_twinflow_are_refused_by_name_with_the_reason(key: 
 
 
 def test_every_refusal_has_a_reason() -> None:
-    assert all(len(reason) > 20 for reason in foreign.REFUSED.values())
+    assert all(len(reason) > 20 for reason in foreign.REFUSED_KEYS.values())
 
 
 def test_simpletuner_is_validated_at_one_to_four_steps() -> None:

@@ -14,7 +14,7 @@ from tests.rounding import assert_rounded
 from twinrl.backends.families import load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.cli import _console
-from twinrl.commands.data import Machine, load_encoder, prepare_data
+from twinrl.commands.data import EncodingOptions, load_encoder, prepare_data
 from twinrl.config.errors import InputError
 from twinrl.data import CachedDataset, PrepareConfig
 from twinrl.data.encoder import FamilyEncoder
@@ -23,7 +23,7 @@ from twinrl.data.prepare import MANIFEST, REPORT
 from twinrl.data.verify import verify
 
 SETTINGS = ["buckets.ratios=['1:1', '3:2']", "buckets.area=1024", "buckets.multiple=8", "batch=2", "validation=0"]
-CPU = Machine("cpu")
+CPU = EncodingOptions("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_wrong_models_and_settings_are_one_line(model: Path, pictures: Path, tmp
     with pytest.raises(InputError, match="size does not fit qwen_image"):
         load_encoder(str(model), PrepareConfig.model_validate({"buckets": {"sizes": [[34, 34]], "multiple": 2}}), CPU)
     with pytest.raises(InputError, match="device 'cuda:99' is not available"):
-        load_encoder(str(model), _config(), Machine("cuda:99"))
+        load_encoder(str(model), _config(), EncodingOptions("cuda:99"))
     (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
     with pytest.raises(InputError, match="of no known family; got WanPipeline; expected StableDiffusion3Pipeline"):
         load_encoder(str(tmp_path), _config(), CPU)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from tests.data.tiny import encoded, picture
-from twinrl.data.buckets import Bucket, Fit
+from twinrl.data.buckets import Bucket, BucketFit
 from twinrl.data.images import decode, pixels, upright_size
 from twinrl.data.problems import CORRUPT, UnusableError
 
@@ -126,9 +126,9 @@ def test_pixels_of_unknown_range_are_refused() -> None:
 def test_pixels_are_in_range_and_the_box_is_what_is_seen() -> None:
     image = Image.new("RGB", (40, 20), (0, 0, 0))
     image.paste((255, 255, 255), (20, 0, 40, 20))
-    whole = pixels(image, Fit(Bucket(20, 10), WHOLE))
+    whole = pixels(image, BucketFit(Bucket(20, 10), WHOLE))
     assert whole.shape == (3, 10, 20)
     assert whole.dtype == torch.float32
     assert (whole.min(), whole.max()) == (-1, 1)
-    assert bool((pixels(image, Fit(Bucket(10, 10), (30.0, 0.0, 40.0, 20.0))) == 1).all())
-    assert bool((pixels(image, Fit(Bucket(10, 10), (0.0, 0.0, 10.0, 20.0))) == -1).all())
+    assert bool((pixels(image, BucketFit(Bucket(10, 10), (30.0, 0.0, 40.0, 20.0))) == 1).all())
+    assert bool((pixels(image, BucketFit(Bucket(10, 10), (0.0, 0.0, 10.0, 20.0))) == -1).all())

@@ -16,7 +16,7 @@ from tests.data.tiny import TinyEncoder, encoded, picture, quiet, settings, writ
 from tests.rounding import assert_rounded
 from twinrl.config.errors import InputError
 from twinrl.data import CachedDataset, PrepareConfig
-from twinrl.data.buckets import Bucket, Fit
+from twinrl.data.buckets import Bucket, BucketFit
 from twinrl.data.cache import writing
 from twinrl.data.captions import Example
 from twinrl.data.images import decode, pixels
@@ -158,7 +158,9 @@ def test_every_bucket_of_some_images_has_one_for_validation() -> None:
     places = {small: [0.5, 0.9, 0.4, 0.4, 0.8, 0.7], large: [0.05, 0.3, 0.09, 0.2, 0.6], few: [0.11, 0.2]}
     example, box = Example("a", "a", None), (0.0, 0.0, 1.0, 1.0)
     pairs = [
-        Pair(example, "key", "text", Fit(bucket, box), place) for bucket, found in places.items() for place in found
+        Pair(example, "key", "text", BucketFit(bucket, box), place)
+        for bucket, found in places.items()
+        for place in found
     ]
     chosen = [(pair.fit.bucket, pair.place) for pair in divided(pairs, 0.1) if pair.split == "validation"]
     assert chosen == [(small, 0.4), (small, 0.4), (large, 0.05), (large, 0.09)]

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.evaluation.toy import Exact, ToySource
-from twinrl.evaluation import EvaluationConfig, Protocol
+from twinrl.evaluation import EvaluationConfig, LabelProtocol
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,8 @@ def config() -> EvaluationConfig:
 
 
 @pytest.fixture(scope="session")
-def protocol(source: ToySource, config: EvaluationConfig) -> Protocol:
-    return Protocol(source, config)
+def protocol(source: ToySource, config: EvaluationConfig) -> LabelProtocol:
+    return LabelProtocol(source, config)
 
 
 @pytest.fixture

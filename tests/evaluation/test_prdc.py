@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinrl.evaluation.prdc import NAMES, prdc
+from twinrl.evaluation.prdc import PRDC, prdc
 from twinrl.flow import draws
 
 
@@ -23,7 +23,7 @@ def test_equal_sets():
 
 
 def test_far_apart():
-    assert prdc(column(0, 1, 2), column(100, 101, 102), k=1) == dict.fromkeys(NAMES, 0.0)
+    assert prdc(column(0, 1, 2), column(100, 101, 102), k=1) == dict.fromkeys(PRDC, 0.0)
 
 
 def test_collapsed_samples_are_precise_without_diversity():

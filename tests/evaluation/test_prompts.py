@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.data.tiny import TinyEncoder, quiet, settings, write_pairs
 from twinrl.config.errors import InputError
 from twinrl.data import CachedDataset, prepare
-from twinrl.data.training import FolderRows
+from twinrl.data.prepared import FolderRows
 from twinrl.evaluation import EvaluationConfig, PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import GuidedConfig
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.evaluation.toy import CLASSES, SHAPE, Exact, ToySource
 from tests.rounding import assert_rounded
-from twinrl.evaluation import EvaluationConfig, Protocol
+from twinrl.evaluation import EvaluationConfig, LabelProtocol
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, balanced_rows
 from twinrl.flow import draws
@@ -62,40 +62,40 @@ class TestBalancedRows:
 class TestWhatIsFixed:
     def test_all_sets_have_n_images(self, source: ToySource):
         # 120 validation and 160 test images: two sets of at most 140 real images
-        sizes = [Protocol(source, EvaluationConfig(n=500), split).n for split in ("validation", "test")]
+        sizes = [LabelProtocol(source, EvaluationConfig(n=500), split).n for split in ("validation", "test")]
         assert sizes == [120, 140]
 
     def test_reference_and_floor_images_are_disjoint(self, source: ToySource, config: EvaluationConfig):
-        protocol = Protocol(source, config, "test")
+        protocol = LabelProtocol(source, config, "test")
         together = torch.cat([protocol.reference.features, protocol.other.features])
         assert len(together.unique(dim=0)) == 2 * protocol.n
 
-    def test_labels_are_balanced_and_prompts_follow(self, protocol: Protocol):
+    def test_labels_are_balanced_and_prompts_follow(self, protocol: LabelProtocol):
         assert protocol.labels.bincount().tolist() == [25] * 4
         assert protocol.prompts == [CLASSES[label] for label in protocol.labels]
 
-    def test_validation_judges_no_test_reference(self, protocol: Protocol, source: ToySource):
+    def test_validation_judges_no_test_reference(self, protocol: LabelProtocol, source: ToySource):
         pixels = source.validation.pixels[protocol.rows]
         assert torch.equal(protocol.reference.features, source.judge.features(pixels).double())
 
     def test_the_run_decides_nothing(
-        self, source: ToySource, config: EvaluationConfig, protocol: Protocol, network: Exact
+        self, source: ToySource, config: EvaluationConfig, protocol: LabelProtocol, network: Exact
     ):
         torch.manual_seed(99)
-        again = Protocol(source, config)
+        again = LabelProtocol(source, config)
         assert again.evaluate(network) == protocol.evaluate(network)
 
-    def test_the_protocol_seed_decides(self, source: ToySource, config: EvaluationConfig, protocol: Protocol):
-        other = Protocol(source, config.model_copy(update={"seed": 1}))
+    def test_the_protocol_seed_decides(self, source: ToySource, config: EvaluationConfig, protocol: LabelProtocol):
+        other = LabelProtocol(source, config.model_copy(update={"seed": 1}))
         assert not torch.equal(other.noise(4, "x"), protocol.noise(4, "x"))
         assert other.floor != protocol.floor
 
-    def test_draws_of_noise_differ(self, protocol: Protocol, network: Exact):
+    def test_draws_of_noise_differ(self, protocol: LabelProtocol, network: Exact):
         first, again, second = (protocol.samples(network, few_step(1), draw) for draw in (0, 0, 1))
         assert torch.equal(first, again)
         assert not torch.isclose(first, second).flatten(1).all(1).any()
 
-    def test_no_step_noise_is_shared_between_chunks(self, protocol: Protocol, config: EvaluationConfig):
+    def test_no_step_noise_is_shared_between_chunks(self, protocol: LabelProtocol, config: EvaluationConfig):
         def data_is_zero(x: Tensor, t: Tensor, r: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
             return x if float(t[0]) > 0.9 else torch.zeros_like(x)
 
@@ -106,7 +106,7 @@ class TestWhatIsFixed:
 
 
 class TestQuality:
-    def test_a_perfect_generator_reaches_the_floor(self, protocol: Protocol, network: Exact):
+    def test_a_perfect_generator_reaches_the_floor(self, protocol: LabelProtocol, network: Exact):
         metrics = protocol.quality(network, few_step(1))
         assert metrics["val/fd_1nfe"] < 3 * protocol.floor["fd"]
         assert abs(metrics["val/kid_1nfe"]) < 1e-3
@@ -114,7 +114,7 @@ class TestQuality:
         assert metrics["val/recall_1nfe"] > 0.8
         assert metrics["val/nonfinite_frac_1nfe"] == 0
 
-    def test_the_wrong_class_is_seen_by_accuracy_alone(self, protocol: Protocol):
+    def test_the_wrong_class_is_seen_by_accuracy_alone(self, protocol: LabelProtocol):
         class Confused(Exact):
             def forward(self, x: Tensor, t: Tensor, r: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
                 label = condition["label"]
@@ -126,7 +126,7 @@ class TestQuality:
         assert [metrics[names.accuracy(name, 1)] for name in CLASSES] == [0, 0, 1, 1]
         assert abs(metrics["val/kid_1nfe"]) < 1e-3
 
-    def test_a_shift_worsens_the_distances_only_by_degrees(self, protocol: Protocol, network: Exact):
+    def test_a_shift_worsens_the_distances_only_by_degrees(self, protocol: LabelProtocol, network: Exact):
         values = []
         for shift in (0.0, 0.1, 0.2):
             nn.init.constant_(network.shift, shift)
@@ -134,22 +134,22 @@ class TestQuality:
         assert values == sorted(values)
         assert values[2] > 4 * abs(values[1]) / 2 > 0
 
-    def test_names(self, protocol: Protocol, network: Exact):
+    def test_names(self, protocol: LabelProtocol, network: Exact):
         metrics = protocol.quality(network, euler(3))
         assert {"val/kid_3nfe", "val/score/bright_3nfe", "val/held_out_score/other_3nfe"} <= set(metrics)
 
-    def test_evaluate_puts_quality_first(self, protocol: Protocol, network: Exact):
+    def test_evaluate_puts_quality_first(self, protocol: LabelProtocol, network: Exact):
         metrics = protocol.evaluate(network)
         assert metrics[names.VAL_QUALITY] == metrics["val/kid_1nfe"]
         assert metrics[names.VAL_VELOCITY_MSE] == protocol.velocity_mse(network)
         assert {"val/fd_1nfe", "val/fd_2nfe"} <= set(metrics)
 
-    def test_other_samplers_for_other_networks(self, protocol: Protocol, network: Exact):
+    def test_other_samplers_for_other_networks(self, protocol: LabelProtocol, network: Exact):
         metrics = protocol.evaluate(network, [euler(3)])
         assert metrics[names.VAL_QUALITY] == metrics["val/kid_3nfe"]
         assert "val/kid_1nfe" not in metrics
 
-    def test_guidance_reaches_the_sampler(self, protocol: Protocol, network: Exact):
+    def test_guidance_reaches_the_sampler(self, protocol: LabelProtocol, network: Exact):
         plain = protocol.samples(network, euler(1))
         grey = protocol.samples(network, euler(1), guidance=-1.0)  # F(c) − (F(c) − F(∅)) = F(∅)
         assert protocol.judge(plain).correct.mean() == 1
@@ -157,7 +157,7 @@ class TestQuality:
 
 
 class TestVelocity:
-    def test_the_exact_velocity_at_known_data_has_no_error(self, protocol: Protocol, source: ToySource):
+    def test_the_exact_velocity_at_known_data_has_no_error(self, protocol: LabelProtocol, source: ToySource):
         x, z, _, _ = protocol._velocity_batch
 
         def exact(x_t: Tensor, t_b: Tensor, r: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
@@ -171,14 +171,14 @@ class TestVelocity:
         assert exact.seen == len(x) == 20 * len(VELOCITY_TIMES)
         assert torch.equal(x[:20], source.latents("validation")[protocol.rows[:20]])
 
-    def test_a_constant_error_is_its_square(self, protocol: Protocol):
+    def test_a_constant_error_is_its_square(self, protocol: LabelProtocol):
         x, z, _, _ = protocol._velocity_batch
         mse = protocol.velocity_mse(lambda x_t, t, r, c: torch.zeros_like(x_t))
         assert mse == pytest.approx((z - x).double().square().mean().item(), rel=1e-9)
 
 
 class TestNoTrace:
-    def test_the_global_stream_is_where_it_was(self, protocol: Protocol, network: Exact):
+    def test_the_global_stream_is_where_it_was(self, protocol: LabelProtocol, network: Exact):
         torch.manual_seed(5)
         before = torch.get_rng_state()
         protocol.evaluate(network)
@@ -186,7 +186,7 @@ class TestNoTrace:
         protocol.round_trip()
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_modes_return_to_what_each_part_had(self, protocol: Protocol, network: Exact):
+    def test_modes_return_to_what_each_part_had(self, protocol: LabelProtocol, network: Exact):
         modes = [module.training for module in network.modules()]
         assert len(set(modes)) == 2
         protocol.evaluate(network)
@@ -204,7 +204,7 @@ class TestNoTrace:
         assert network.training
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_training_is_unchanged_by_evaluating(self, protocol: Protocol):
+    def test_training_is_unchanged_by_evaluating(self, protocol: LabelProtocol):
         def train(evaluate: bool) -> Tensor:
             torch.manual_seed(0)
             network = nn.Sequential(nn.Flatten(), nn.Linear(48, 48), nn.Dropout(0.3), nn.Unflatten(1, SHAPE))
@@ -232,33 +232,33 @@ class _Wrapped(nn.Module):
 
 class TestDivergence:
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_some_samples_not_finite(self, protocol: Protocol, value: float):
+    def test_some_samples_not_finite(self, protocol: LabelProtocol, value: float):
         metrics = protocol.quality(Broken(2, value), few_step(1))  # 4 chunks of at most 32
         assert metrics["val/nonfinite_frac_1nfe"] == pytest.approx(8 / 100)
         for quantity in ("kid", "fd", "precision", "recall", "density", "coverage", "accuracy"):
             assert math.isnan(metrics[names.val(quantity, 1)])
         assert math.isnan(metrics["val/score/bright_1nfe"])
 
-    def test_classes_without_bad_samples_keep_their_accuracy(self, protocol: Protocol):
+    def test_classes_without_bad_samples_keep_their_accuracy(self, protocol: LabelProtocol):
         metrics = protocol.quality(Broken(1), few_step(1))
         affected = {CLASSES[protocol.labels[start]] for start in range(0, 100, 32)}
         for name in CLASSES:
             assert math.isnan(metrics[names.accuracy(name, 1)]) == (name in affected)
 
-    def test_all_samples_not_finite(self, protocol: Protocol):
+    def test_all_samples_not_finite(self, protocol: LabelProtocol):
         metrics = protocol.evaluate(Broken(100))
         assert metrics["val/nonfinite_frac_1nfe"] == 1
         assert math.isnan(metrics[names.VAL_QUALITY])
         assert math.isnan(metrics[names.VAL_VELOCITY_MSE])
 
-    def test_huge_but_finite_samples_are_judged_as_clamped(self, protocol: Protocol):
+    def test_huge_but_finite_samples_are_judged_as_clamped(self, protocol: LabelProtocol):
         metrics = protocol.quality(Broken(100, 1e30), few_step(1))
         assert metrics["val/nonfinite_frac_1nfe"] == 0
         assert math.isfinite(metrics["val/kid_1nfe"])
 
 
 class TestGrid:
-    def test_rows_are_classes_and_columns_share_noise(self, protocol: Protocol, network: Exact):
+    def test_rows_are_classes_and_columns_share_noise(self, protocol: LabelProtocol, network: Exact):
         pixels = protocol.grid(network, few_step(2))  # with injected noise
         assert pixels.shape == (4, 3, *SHAPE)
         offset = pixels - pixels.mean((3, 4), keepdim=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.evaluation.toy import Exact, ToySource
-from twinrl.evaluation import EvaluationConfig, FinalTable, Protocol, final_table
+from twinrl.evaluation import EvaluationConfig, FinalTable, LabelProtocol, final_table
 from twinrl.evaluation.table import mean_interval, proportion_interval, resplit_interval
 
 
 @pytest.fixture(scope="module")
 def table(source: ToySource, config: EvaluationConfig) -> FinalTable:
-    return final_table(Protocol(source, config, "test"), Exact(), Exact(), repeats=3)
+    return final_table(LabelProtocol(source, config, "test"), Exact(), Exact(), repeats=3)
 
 
 def test_rows(table: FinalTable):
@@ -24,13 +24,13 @@ def test_rows(table: FinalTable):
 
 
 def test_no_teacher_no_row(source: ToySource, config: EvaluationConfig):
-    table = final_table(Protocol(source, config), Exact(), repeats=1)
+    table = final_table(LabelProtocol(source, config), Exact(), repeats=1)
     assert [row.name for row in table.rows][:2] == ["student", "student"]
     assert math.isnan(table.rows[0].metrics["fd"].low)
 
 
 def test_guidance_counts_twice(source: ToySource, config: EvaluationConfig):
-    table = final_table(Protocol(source, config), Exact(), Exact(), repeats=1, teacher_guidance=1.0)
+    table = final_table(LabelProtocol(source, config), Exact(), Exact(), repeats=1, teacher_guidance=1.0)
     assert table.rows[2].nfe == 6
 
 
@@ -82,7 +82,7 @@ class TestIntervals:
         assert math.isnan(mean_interval([1.0, math.nan]).value)
         assert math.isnan(proportion_interval(torch.tensor([1.0, math.nan])).value)
 
-    def test_resplits_of_one_distribution_enclose_the_floor(self, protocol: Protocol):
+    def test_resplits_of_one_distribution_enclose_the_floor(self, protocol: LabelProtocol):
         together = type(protocol.other).joined([protocol.reference, protocol.other])
         estimate = resplit_interval(protocol.floor["fd"], together, together, seed=0)
         assert 0 < estimate.low < estimate.high < 10 * protocol.floor["fd"]

@@ -212,7 +212,7 @@ def test_prompts_alone(sd3: Made, tmp_path: Path, quiet: Console) -> None:
     prompts.write_text("\n".join(f"prompt number {n}" for n in "abcdefghijklmnopqrst"))
     to = tmp_path / "prompts"
     overrides = ["buckets.sizes=[[32,32]]", "buckets.multiple=8", "validation=0.3"]
-    data.prepare_data(prompts, str(sd3.pipeline), to, overrides, data.Machine("cpu"), quiet)
+    data.prepare_data(prompts, str(sd3.pipeline), to, overrides, data.EncodingOptions("cpu"), quiet)
     more = [
         "model.lora={rank: 2}", f"data={{source: prompts, root: {to}}}", "teacher.kind=frozen",
         "guidance={form: teacher, strength: 4}", "train.steps=2", "evaluation.nfe=[1]",

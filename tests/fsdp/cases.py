@@ -22,9 +22,9 @@ from twinrl.backends.embedding import Spec
 from twinrl.config import Settings
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
+from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.run import layout, names
 from twinrl.terms import TERMS
-from twinrl.training.provider import DTYPES
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
 from twinrl.training.sources import SOURCES
@@ -176,7 +176,7 @@ def trainer_of(settings: RunConfig, ranks: Ranks = ALONE) -> Trainer:
 
 
 def ranks_of(settings: RunConfig) -> Sharded:
-    return Sharded(settings.fsdp, CPU, DTYPES[settings.train.precision])
+    return Sharded(settings.fsdp, CPU, MASTER_DTYPES[settings.train.precision])
 
 
 class StopAt:

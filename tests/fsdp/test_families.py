@@ -24,7 +24,7 @@ from tests.logs import rows, tensors
 from tests.rewards.tiny import hf_clip
 from tests.rounding import assert_rounded, bound
 from twinrl.backends.families import family_class
-from twinrl.commands.plan import plan
+from twinrl.commands.memory_plan import plan
 from twinrl.commands.train import train
 from twinrl.config.errors import InputError
 from twinrl.fsdp.ranks import ALONE, Ranks
@@ -240,7 +240,7 @@ def test_frozen_models_in_parts_say_the_same_and_take_what_is_planned(
     found = sharded("few")
     settings = settings_of(base, FROZEN, "sharded")
     expected = of_frozen(settings, assembly.load_source(settings, CPU), ALONE)
-    monkeypatch.setattr("twinrl.commands.plan.of_a_step", lambda *_: [])  # seconds, and it says nothing of these
+    monkeypatch.setattr("twinrl.commands.memory_plan.of_a_step", lambda *_: [])  # seconds, and it says nothing of these
     planned = {item.name: item.each(WORLD) for item in plan(settings, WORLD)}
     for frozen in (rank["frozen"] for rank in found):
         assert_rounded(frozen["pixels"], expected["pixels"], 1000, msg="pixels")

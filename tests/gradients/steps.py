@@ -71,7 +71,7 @@ class Step:
         return flat(self.student)
 
     def engine(self, total: Callable[[Tensor], Tensor] = lambda value: value) -> Engine:
-        return Engine(self.config.gradients, self.student.parameters(), self.config.pulls, total)
+        return Engine(self.config.gradients, self.student.parameters(), self.config.gradient_owners, total)
 
     def run(self, engine: Engine | None = None, step: int = 0) -> tuple[Tensor, Losses, Measures]:
         """The engine's gradient, losses and measures."""

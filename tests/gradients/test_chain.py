@@ -10,7 +10,7 @@ from tests.gradients.steps import assert_close, step_of
 from twinrl import cli
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
-from twinrl.gradients import Gradient, GradientsConfig, Surroundings, Transform
+from twinrl.gradients import Gradient, GradientsConfig, RuleContext, Transform
 from twinrl.gradients.chain import Chain
 from twinrl.training import schema
 
@@ -22,7 +22,7 @@ def gradients(*overrides: str, preset: str = "lab") -> GradientsConfig:
 def after(config: GradientsConfig, term: str) -> list[float]:
     """What the term's chain makes of (3, 4)."""
     gradient = Gradient({0: torch.tensor([3.0, 4.0], dtype=torch.float64)})
-    Chain(config.rules(term))(gradient, Surroundings())
+    Chain(config.rules(term))(gradient, RuleContext())
     return gradient.tensors[0].tolist()
 
 
@@ -37,7 +37,7 @@ class Halve(Transform):
         super().__init__(config)
         self.calls = 0
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         self.calls += 1
         gradient.scale_(0.5**self.config.times)
 
@@ -179,4 +179,4 @@ def test_a_mistake_is_exit_code_2(
 
 def test_what_relative_needs_is_there_where_one_term_has_none() -> None:
     config = gradients("gradients.each.relative={}", "gradients.terms.base={}")
-    assert [config.waits(term) for term in ("base", "adversarial", "rectify")] == [False, True, True]
+    assert [config.needs_others(term) for term in ("base", "adversarial", "rectify")] == [False, True, True]

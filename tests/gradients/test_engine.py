@@ -318,11 +318,11 @@ class Forced(Term):
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
         return Target(rows.v + self.config.strength)
 
-    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+    def loss_parts(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
         return {"force": -2 * self.config.strength * F.flatten(1).mean(1).sum()}
 
     @classmethod
-    def others(cls, config: Any) -> tuple[str, ...]:
+    def part_names(cls, config: Any) -> tuple[str, ...]:
         return ("force",)
 
 
@@ -332,7 +332,7 @@ class Flat(Forced):
     def loss(self, rows: Rows, query: Query, F: Tensor, target: Tensor) -> Tensor:
         return F.flatten(1).sum(1)
 
-    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+    def loss_parts(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
         return {}
 
 

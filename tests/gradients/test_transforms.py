@@ -8,9 +8,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from twinrl.gradients import TRANSFORMS, Gradient, Surroundings, Transform
+from twinrl.gradients import TRANSFORMS, Gradient, RuleContext, Transform
 
-NOTHING = Surroundings()
+NOTHING = RuleContext()
 
 
 def rule(kind: str, **settings: float) -> Transform:
@@ -26,8 +26,8 @@ def numbers(gradient: Gradient) -> list[float]:
     return [value for tensor in gradient.tensors.values() for value in tensor.flatten().tolist()]
 
 
-def beside(*parts: list[float]) -> Surroundings:
-    return Surroundings(others=vector(*parts))
+def beside(*parts: list[float]) -> RuleContext:
+    return RuleContext(others=vector(*parts))
 
 
 # --- clip, scale ------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_project_at_random_never_works_against_the_others() -> None:
     for _ in range(20):
         g, s = (torch.randn(6, generator=generator, dtype=torch.float64) for _ in range(2))
         gradient, others = Gradient({0: g[:2].clone(), 1: g[2:].clone()}), Gradient({0: s[:2], 1: s[2:]})
-        rule("project")(gradient, Surroundings(others=others))
+        rule("project")(gradient, RuleContext(others=others))
         expected = g - min(0.0, float(g @ s)) / float(s @ s) * s
         assert numbers(gradient) == pytest.approx(expected.tolist(), abs=1e-12)
         assert gradient.dot(others) > -1e-12
@@ -95,7 +95,7 @@ def test_project_at_random_never_works_against_the_others() -> None:
 
 def test_project_where_the_others_reach_other_parameters() -> None:
     gradient = Gradient({0: torch.tensor([-1.0]), 2: torch.tensor([5.0])})
-    rule("project")(gradient, Surroundings(others=Gradient({0: torch.tensor([1.0]), 1: torch.tensor([1.0])})))
+    rule("project")(gradient, RuleContext(others=Gradient({0: torch.tensor([1.0]), 1: torch.tensor([1.0])})))
     assert numbers(gradient) == [-0.5, 5]  # g·s = −1, ‖s‖² = 2; parameter 1 is none of this term's
 
 
@@ -107,7 +107,7 @@ def test_agc_of_a_matrix_and_a_vector() -> None:
     weight = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]], dtype=torch.float64)
     bias = torch.tensor([2.0, 0.0, 0.0], dtype=torch.float64)
     gradient = Gradient({0: torch.tensor([[3.0, 4.0], [0.6, 0.8], [0.0, 2.0]], dtype=torch.float64), 1: bias.flip(0)})
-    rule("agc", ratio=0.1, eps=1)(gradient, Surroundings([weight, bias]))
+    rule("agc", ratio=0.1, eps=1)(gradient, RuleContext([weight, bias]))
     assert numbers(gradient) == pytest.approx([0.3, 0.4, 0.6, 0.8, 0, 0.1, 0, 0, 0.2], rel=1e-12)
     assert gradient.norm.item() == pytest.approx(math.sqrt(0.25 + 1 + 0.01 + 0.04), rel=1e-12)
 
@@ -115,14 +115,14 @@ def test_agc_of_a_matrix_and_a_vector() -> None:
 def test_agc_of_a_convolution_looks_at_output_channels() -> None:
     weight = torch.ones(2, 3, 2, 2).double()  # norm √12 per channel
     gradient = Gradient({0: weight * torch.tensor([1.0, 0.001]).double()[:, None, None, None]})
-    rule("agc", ratio=0.1)(gradient, Surroundings([weight]))
+    rule("agc", ratio=0.1)(gradient, RuleContext([weight]))
     assert gradient.tensors[0].flatten(1).norm(dim=1).tolist() == pytest.approx([0.1 * 12**0.5, 0.001 * 12**0.5])
 
 
 def test_agc_leaves_a_broken_unit_to_the_policy() -> None:
     gradient = vector([math.inf, 1.0], [5.0])
     gradient.tensors[0] = gradient.tensors[0][:, None]
-    rule("agc", ratio=0.1)(gradient, Surroundings([torch.ones(2, 1).double(), torch.ones(1).double()]))
+    rule("agc", ratio=0.1)(gradient, RuleContext([torch.ones(2, 1).double(), torch.ones(1).double()]))
     assert numbers(gradient) == pytest.approx([math.inf, 0.1, 0.1])
 
 
@@ -201,10 +201,10 @@ def test_match_brings_to_a_scheduled_share_of_the_others() -> None:
     match = rule("match", ratio=ratio)
     for size in (1e-9, 1.0, 1e9):
         gradient = vector([3.0 * size, 0.0], [4.0 * size])
-        match(gradient, Surroundings(others=vector([6.0, 0.0], [8.0]), step=25, steps=100))
+        match(gradient, RuleContext(others=vector([6.0, 0.0], [8.0]), step=25, steps=100))
         assert numbers(gradient) == pytest.approx([0.6, 0, 0.8], rel=1e-12)
     silent = vector([0.0], [0.0])
-    match(silent, Surroundings(others=vector([6.0], [8.0]), step=25, steps=100))
+    match(silent, RuleContext(others=vector([6.0], [8.0]), step=25, steps=100))
     assert numbers(silent) == [0, 0]
 
 
@@ -223,8 +223,8 @@ INFINITE = {
 }  # fmt: skip
 
 
-def surroundings(like: Gradient) -> Surroundings:
-    return Surroundings([torch.ones_like(t) for t in like.tensors.values()], like.clone())
+def surroundings(like: Gradient) -> RuleContext:
+    return RuleContext([torch.ones_like(t) for t in like.tensors.values()], like.clone())
 
 
 def test_every_rule_is_tried() -> None:
@@ -247,7 +247,7 @@ def test_what_is_not_finite_is_left_for_the_policy(kind: str, bad: float) -> Non
     """Every entry of the gradient, the finite ones too: scaled by 1/inf they would turn to zero unnoticed."""
     made, gradient = rule(kind), Gradient({0: torch.tensor([[bad, 2.0]], dtype=torch.float64)})
     others = Gradient({0: torch.tensor([[-1.0, -1.0]], dtype=torch.float64)})
-    made(gradient, Surroundings([torch.ones(1, 2)], others))
+    made(gradient, RuleContext([torch.ones(1, 2)], others))
     torch.testing.assert_close(gradient.tensors[0], torch.tensor([[bad, 2.0]]).double(), equal_nan=True)
     assert not gradient.norm.isfinite()
 
@@ -266,7 +266,7 @@ def test_a_gradient_of_zero_stays(kind: str) -> None:
     made = rule(kind)
     for _ in range(3):
         gradient = vector([0.0, 0.0], [0.0])
-        made(gradient, Surroundings([torch.ones(2), torch.ones(1)], vector([1.0, 0.0], [0.0])))
+        made(gradient, RuleContext([torch.ones(2), torch.ones(1)], vector([1.0, 0.0], [0.0])))
         assert numbers(gradient) == [0, 0, 0]
 
 
@@ -285,7 +285,7 @@ def test_the_remembered_norm_is_the_measured_one(kind: str) -> None:
         tensors: list[Tensor] = [size * torch.randn(3, 2, generator=generator, dtype=torch.float64) for _ in range(2)]
         gradient, others = Gradient(dict(enumerate(tensors))), Gradient(dict(enumerate(-t for t in tensors)))
         assert gradient.norm > 0
-        made(gradient, Surroundings([torch.ones(3, 2)] * 2, others))
+        made(gradient, RuleContext([torch.ones(3, 2)] * 2, others))
         assert gradient.norm.item() == pytest.approx(Gradient(gradient.tensors).norm.item(), rel=1e-12, abs=1e-12)
 
 

@@ -10,8 +10,8 @@ from twinrl.backends import DiT, build_network, network_key
 from twinrl.config.errors import InputError
 from twinrl.lab import LabRecipe, load_lab
 from twinrl.lab.digits import Warp
+from twinrl.lab.fitting import Recipe
 from twinrl.lab.pretrain import Pretraining
-from twinrl.lab.training import Recipe
 
 SHORT = Recipe(steps=2, batch=8, lr=1e-3, seed=1)
 TINY = LabRecipe(

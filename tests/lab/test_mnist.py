@@ -16,10 +16,10 @@ from twinrl.backends.unet import UNet
 from twinrl.config.errors import InputError
 from twinrl.flow.source import Source
 from twinrl.lab import mnist, mnist_files
+from twinrl.lab.fitting import Recipe
 from twinrl.lab.mnist import MNISTSource, parse_label
 from twinrl.lab.mnist_files import read_idx, read_splits
 from twinrl.lab.pretrain import Pretraining
-from twinrl.lab.training import Recipe
 
 REAL = Path(os.environ.get("TWINRL_MNIST_ROOT", "nowhere"))
 needs_real_digits = pytest.mark.skipif(

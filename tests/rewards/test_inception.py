@@ -13,7 +13,7 @@ from twinrl.rewards import inception
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the published architecture, in a file like the published one."""
-    file = tmp_path_factory.mktemp("inception") / inception.FILE
+    file = tmp_path_factory.mktemp("inception") / inception.WEIGHTS_FILE
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = inception.architecture().state_dict()

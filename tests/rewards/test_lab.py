@@ -5,7 +5,7 @@ import torch
 
 from tests.rewards.tiny import reward
 from twinrl.config.errors import InputError
-from twinrl.rewards import Surroundings
+from twinrl.rewards import RewardContext
 from twinrl.rewards.lab import JudgeLogProbability
 
 
@@ -65,7 +65,7 @@ def test_mnists_judge_takes_its_own_grey_pixels():
     from twinrl.lab.mnist import LabelLogProbability, MNISTJudge
 
     scorer = LabelLogProbability(MNISTJudge().eval())
-    around = Surroundings({"judge_logprob": scorer}, frozenset({"judge_logprob"}), training=False)
+    context = RewardContext({"judge_logprob": scorer}, frozenset({"judge_logprob"}), training=False)
     x, prompts = torch.rand(2, 1, 28, 28), ["the digit three", "the digit nine"]
-    judge = JudgeLogProbability(JudgeLogProbability.Config(), around)
+    judge = JudgeLogProbability(JudgeLogProbability.Config(), context)
     assert torch.equal(judge(x, prompts), scorer(x, prompts))

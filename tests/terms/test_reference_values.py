@@ -15,7 +15,7 @@ from tests.reference import case, cases, flat_gradient, network, relative_error
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.flow.branches import Batch, TimeLaw, divide
 from twinrl.flow.teacher import Teacher
-from twinrl.terms import TERMS, Pull
+from twinrl.terms import TERMS, Ascent
 from twinrl.terms.objective import Objective, Pass, TermLoss
 from twinrl.training import schema
 
@@ -135,7 +135,7 @@ PUBLISHED = [
 def test_published(regime: str) -> None:
     v = case("published", regime)
     made, config = objective("twinflow", regime, PUBLISHED)
-    made = dataclasses.replace(made, reward=lambda samples, rows: Pull(v["g"]))
+    made = dataclasses.replace(made, reward=lambda samples, rows: Ascent(v["g"]))
     batch = large_batch(v, config.branches, config.time)
     losses = evaluate(made, batch)
     assert relative_error(total(losses), v["loss"]) < TOLERANCE

@@ -25,7 +25,7 @@ from twinrl.run import layout, names, runlog
 from twinrl.run.runlog import RunLog
 from twinrl.tracking import store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
-from twinrl.tracking.mlflow_state import State
+from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.mlflow_view import MLflowView, publish
 from twinrl.tracking.thinning import Thinner
 
@@ -186,7 +186,7 @@ def test_a_replacement_that_was_killed_leaves_one_run_in_the_end(runs: Path, mon
     (run / "log.jsonl").unlink()
     append(run, 0, 300, shift=1.0)
     with monkeypatch.context() as patch:
-        break_once(patch, State, "start_over", Killed())
+        break_once(patch, ViewState, "start_over", Killed())
         with pytest.raises(Killed):
             publish(run)
     publish(run, final=True)
@@ -377,7 +377,7 @@ def test_environment_variable_names_the_store(
     run = make_run(runs, rows=10)
     publish(run)
     assert not active_runs(run)
-    assert State.load(run).store == store.default_uri(tmp_path)
+    assert ViewState.load(run).store == store.default_uri(tmp_path)
 
 
 def closed_port() -> int:
@@ -416,7 +416,7 @@ def test_silent_server_costs_one_short_wait(runs: Path, monkeypatch: pytest.Monk
 def test_locked_database_costs_one_warning_and_is_caught_up(
     runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(store, "STORE_PATIENCE_SECONDS", 0.1)
     run = make_run(runs, rows=0)
     view = MLflowView(run, total=300)
     with closing(sqlite3.connect(runs / "mlflow.db", isolation_level=None)) as other:

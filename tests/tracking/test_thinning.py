@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from twinrl.tracking.thinning import MOST_POINTS, Point, Thinner
+from twinrl.tracking.thinning import MOST_POINTS, MetricPoint, Thinner
 
 
-def thin(values: list[float], total: int | None = None, every: int = 1, name: str = "x") -> list[Point]:
+def thin(values: list[float], total: int | None = None, every: int = 1, name: str = "x") -> list[MetricPoint]:
     """The points of one series that has a value every so many iterations."""
     thinner = Thinner(total or len(values) * every)
     points = []
@@ -17,7 +17,7 @@ def thin(values: list[float], total: int | None = None, every: int = 1, name: st
     return points + thinner.flush()
 
 
-def series(points: list[Point], name: str = "x") -> list[tuple[int, float]]:
+def series(points: list[MetricPoint], name: str = "x") -> list[tuple[int, float]]:
     return [(point.iteration, point.value) for point in points if point.name == name]
 
 
@@ -106,6 +106,6 @@ def test_words_and_counters_are_no_series_and_time_adds_up() -> None:
     thinner = Thinner(2)
     thinner.feed({"iteration": 0, "step": 0, "perf/step_seconds": 0.5, "phase": "warm-up", "x": 1})
     (point,) = [p for p in thinner.feed({"iteration": 1, "step": 1, "perf/step_seconds": 2.0}) if p.name == "x"]
-    assert point == Point("x", 0, 1.0, 0.5)
+    assert point == MetricPoint("x", 0, 1.0, 0.5)
     assert thinner.seconds == 2.5
     assert {p.name for p in thinner.flush()} == {"perf/step_seconds"}

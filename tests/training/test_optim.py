@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinrl.config import component
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, Constant, Cosine, EarlyStop, Plateau
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, ConstantLR, CosineLR, EarlyStop, Plateau
 
 NAN = math.nan
 QUALITIES = [1.0, 0.5, 0.6, NAN, 0.4999999, 0.3, NAN, NAN, 0.4, 0.31, 0.29, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -55,9 +55,9 @@ def test_impossible_betas_are_refused_before_torch_sees_them(betas: tuple[float,
 
 
 def test_constant_warms_up_linearly_and_then_stays() -> None:
-    policy = Constant(Constant.Config(warmup=3), 100)
+    policy = ConstantLR(ConstantLR.Config(warmup=3), 100)
     assert [policy.factor(step) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    assert Constant(Constant.Config(), 100).factor(0) == 1
+    assert ConstantLR(ConstantLR.Config(), 100).factor(0) == 1
     policy.observe(NAN)
     policy.load(policy.state())
     assert policy.factor(100) == 1
@@ -126,17 +126,17 @@ def test_policies_by_name_and_their_defaults() -> None:
     from pydantic import TypeAdapter
 
     adapter = TypeAdapter(component(LR_POLICIES))
-    assert isinstance(LR_POLICIES.build(adapter.validate_python("constant"), 100), Constant)
+    assert isinstance(LR_POLICIES.build(adapter.validate_python("constant"), 100), ConstantLR)
     made = LR_POLICIES.build(adapter.validate_python({"kind": "plateau", "patience": 7}), 100)
     assert isinstance(made, Plateau)
     assert made.config.patience == 7
 
 
 def test_cosine_falls_from_the_full_rate_to_the_final_one() -> None:
-    policy = Cosine(Cosine.Config(final=0.1), 100)
+    policy = CosineLR(CosineLR.Config(final=0.1), 100)
     factors = [policy.factor(step) for step in range(101)]
     assert factors[0] == 1
     assert factors[50] == pytest.approx(0.55)
     assert factors[100] == pytest.approx(0.1)
     assert factors == sorted(factors, reverse=True)
-    assert Cosine(Cosine.Config(warmup=9), 100).factor(0) == pytest.approx(0.1)
+    assert CosineLR(CosineLR.Config(warmup=9), 100).factor(0) == pytest.approx(0.1)

@@ -20,7 +20,7 @@ from twinrl.config.errors import InputError
 from twinrl.rewards import REWARDS, Reward
 from twinrl.run import names
 from twinrl.sampling import few_step, sample
-from twinrl.terms import Pull
+from twinrl.terms import Ascent
 from twinrl.training import assembly, schema
 from twinrl.training.capsules import Capsules
 from twinrl.training.replay import replay
@@ -156,7 +156,7 @@ def test_the_reward_is_measured_and_clipped_under_its_own_name(tmp_path: Path, r
 
 
 def test_fake_target_parts_sum_to_the_adversarial_gradient(tmp_path: Path) -> None:
-    """Both pulls are linear parts of one loss, under the Barron loss too."""
+    """Both parts are linear of one loss, under the Barron loss too."""
     trainer = make(small(tmp_path, "terms.adversarial.reward=fake_row", *BRIGHT))
     batch = trainer.feed.batch(0, 0).batch
     counts = {name: len(r) for name, r in batch.branch.items()}
@@ -165,7 +165,7 @@ def test_fake_target_parts_sum_to_the_adversarial_gradient(tmp_path: Path) -> No
     (F,) = evaluation.outputs[-1:]
     whole, own, reward = (
         torch.autograd.grad(pull, F, retain_graph=True)[0]
-        for pull in (loss.loss, loss.pulls["adversarial"], loss.pulls["reward"])
+        for pull in (loss.loss, loss.parts["adversarial"], loss.parts["reward"])
     )
     assert_rounded(own + reward, whole, roundings=64, scale=float(torch.max(own.abs().max(), reward.abs().max())))
     g = trainer.objective.reward
@@ -238,16 +238,16 @@ def test_an_unscored_image_does_not_speak_for_what_stopped_the_run(tmp_path: Pat
 
 def test_a_constant_reward_pulls_exactly_nowhere_unless_the_round_trip_does(tmp_path: Path) -> None:
     flat = "reward.model={kind: ensemble, rewards: {b: {reward: brightness, weight: 0}}}"
-    pulls = {}
+    ascents = {}
     for baseline in ("decoded", "latent"):
         gradient = f"reward.gradient={{estimator: autograd, baseline: {baseline}, eta: 1}}"
         trainer = make(small(tmp_path / baseline, *GENERATOR, flat, gradient))
         batch = trainer.feed.batch(0, 0).batch
         assert trainer.guide is not None
-        pull: Pull = trainer.guide(3 * batch.rows.z, batch.rows)  # beyond ±1, where this codec clips
-        pulls[baseline] = pull.g
-    assert (pulls["decoded"] == 0).all()
-    assert pulls["latent"].abs().max() > 0.1
+        ascent: Ascent = trainer.guide(3 * batch.rows.z, batch.rows)  # beyond ±1, where this codec clips
+        ascents[baseline] = ascent.g
+    assert (ascents["decoded"] == 0).all()
+    assert ascents["latent"].abs().max() > 0.1
 
 
 @pytest.mark.slow
@@ -270,7 +270,7 @@ PER_PROMPT = "reward.model={kind: per_prompt, least: 4, decay: 1, reward: %s}"
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("micro", ["train.micro_batch=null", "train.micro_batch=3"])
 def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str, micro: str) -> None:
-    """However often the engine asks for a pull; and none of validation's."""
+    """However often the engine asks for an ascent; and none of validation's."""
     settings = rewarded(tmp_path, route, FEW, PER_PROMPT % "brightness", micro, "evaluation.objective=true")
     trainer = finish(settings)
     logged, reward = rows(trainer), trainer.guide.state()  # type: ignore[union-attr]

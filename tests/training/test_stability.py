@@ -20,7 +20,7 @@ from twinrl.stability.detectors import Watch, scan
 from twinrl.stability.events import Event
 from twinrl.training import schema
 from twinrl.training.capsules import Capsules
-from twinrl.training.replay import Judge, changed, replay
+from twinrl.training.replay import ReplayValidation, changed, replay
 from twinrl.training.schema import RunConfig
 from twinrl.training.trainer import Trainer
 
@@ -156,7 +156,7 @@ def test_a_log_gives_what_the_run_found_also_after_a_rollback(tmp_path: Path) ->
     kill(settings, 28)  # in the second data order
     trainer = finish(settings)
     assert trainer.attempt == 1
-    watch = Watch(settings.stability.watch, settings.pulls)
+    watch = Watch(settings.stability.watch, settings.gradient_owners)
     for row in runlog.read(trainer.run.log):
         watch.observe(row["step"], row)
     assert watch.state()["detectors"] == trainer.monitor.watch.state()["detectors"]
@@ -312,7 +312,9 @@ def test_a_judged_replay_says_whether_the_run_would_have_lived(tmp_path: Path) -
     )  # fmt: skip
     trainer = finish(planted(tmp_path, *thrown, size=1e6), validate=far)
     told: list[tuple[str, int, int]] = []
-    result = replay(trainer.run, 1, ["terms.planted=null"], load, 19, Judge(5, far), lambda *what: told.append(what))
+    result = replay(
+        trainer.run, 1, ["terms.planted=null"], load, 19, ReplayValidation(5, far), lambda *what: told.append(what)
+    )
     unchanged, without = result.traces
     assert result.judged
     assert [row["step"] for row in unchanged.rows if names.VAL_QUALITY in row] == list(range(20, 41, 5))

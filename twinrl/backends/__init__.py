@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinrl.backends.branches import tells_branches_apart
 from twinrl.backends.dit import DiT
 from twinrl.backends.embedding import NetworkConfig, Spec, VelocityNetwork
 from twinrl.backends.mlp import MLP
+from twinrl.backends.trajectories import tells_trajectories_apart
 from twinrl.backends.unet import UNet
 from twinrl.config.components import Registry
 from twinrl.flow.draws import generator
@@ -28,7 +28,7 @@ __all__ = [
     "build_network",
     "network_key",
     "spec_of",
-    "tells_branches_apart",
+    "tells_trajectories_apart",
 ]
 
 NETWORKS: Registry[Any] = Registry("network", VelocityNetwork, {"mlp": MLP, "dit": DiT, "unet": UNet})

@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from twinrl.run import layout
-from twinrl.sampling.timing import Line, as_dict
+from twinrl.sampling.timing import TimingLine, as_dict
 from twinrl.training.opened import open_run
 
 COLUMNS = ("", "NFE", "latency, batch 1 (ms)", "p95 (ms)", "throughput, batch 10 (images/s)", "against the teacher")
 
 
-def cells(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+def cells(lines: Sequence[TimingLine]) -> list[tuple[str, ...]]:
     """The lines as text, one cell for each of ``COLUMNS``; the last is the throughput over the teacher's."""
     teacher = next(line for line in lines if line.name.startswith("teacher")).throughput
     return [
@@ -43,7 +43,7 @@ def bench(path: Path, rounds: int, step: int | None, console: Console) -> int:
     return 0
 
 
-def rich_table(lines: Sequence[Line], title: str) -> Table:
+def rich_table(lines: Sequence[TimingLine], title: str) -> Table:
     """The table for the terminal."""
     table = Table(title=title, caption="Sampling without decoding; decoding is listed by itself. Medians over rounds.")
     for i, heading in enumerate(COLUMNS):

@@ -42,7 +42,7 @@ from twinrl.fsdp.mesh import device_named
 
 
 @dataclass(frozen=True)
-class Machine:
+class EncodingOptions:
     """Where and how precisely a model encodes."""
 
     device: str = "auto"
@@ -61,7 +61,7 @@ def prepare_data(
     model: str | None,
     to: Path | None,
     overrides: list[str],
-    machine: Machine,
+    machine: EncodingOptions,
     console: Console,
     family: str | None = None,
 ) -> int:
@@ -91,7 +91,7 @@ def prepare_data(
     return 0
 
 
-def load_encoder(model: str, config: PrepareConfig, machine: Machine, name: str | None = None) -> Encoder:
+def load_encoder(model: str, config: PrepareConfig, machine: EncodingOptions, name: str | None = None) -> Encoder:
     """The encoder of the pipeline at ``model``, of the family called ``name`` or, by its class, of whichever it is.
 
     Raises:
@@ -99,7 +99,7 @@ def load_encoder(model: str, config: PrepareConfig, machine: Machine, name: str 
     """
     from twinrl.backends.families import FAMILIES, family_class
     from twinrl.backends.families.family import FamilyConfig
-    from twinrl.backends.families.loading import read_index, resolve
+    from twinrl.backends.families.pipelines import read_index, resolve
 
     folder = resolve(model)
     pipeline = read_index(folder)["_class_name"]

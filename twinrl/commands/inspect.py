@@ -7,7 +7,7 @@ from rich.console import Console
 from twinrl.run import layout
 from twinrl.training.opened import OpenedRun, open_run
 from twinrl.training.pictures import save_samples
-from twinrl.training.provider import Table
+from twinrl.training.provider import ResultTable
 
 
 def sample(
@@ -26,7 +26,7 @@ def evaluate(path: Path, step: int | None, console: Console) -> int:
     return 0
 
 
-def judge(opened: OpenedRun, console: Console) -> Table:
+def judge(opened: OpenedRun, console: Console) -> ResultTable:
     """The final table of a run, printed with the name of its samples' grid."""
     with console.status("judging samples of the student and its teacher on the test split"):
         table, grid = opened.judge()

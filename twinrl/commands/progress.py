@@ -20,7 +20,7 @@ from twinrl.run import names
 from twinrl.stability.events import Event
 from twinrl.tracking.mlflow_view import MLflowView
 
-SHOWN = {
+METRICS_SHOWN = {
     names.VAL_QUALITY: "quality",
     names.val("fd", 1): "fd at 1 NFE",
     names.val("accuracy", 1): "accuracy at 1 NFE",
@@ -63,7 +63,7 @@ class ConsoleObserver:
         if not self.console.is_terminal and row["step"] % max(1, self.steps // 10) == 0:
             self.progress.console.print(f"step {row['step']:>6} of {self.steps}  loss {self.average:.4f}")
         if names.VAL_QUALITY in row:
-            shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in SHOWN.items() if name in row)
+            shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in METRICS_SHOWN.items() if name in row)
             self.progress.console.print(f"step {row['step']:>6}  {shown}")
 
     def after_checkpoint(self, offset: int) -> None:

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from twinrl.commands.progress import SHOWN
+from twinrl.commands.progress import METRICS_SHOWN
 from twinrl.flow.source import Data
 from twinrl.run import names, runlog
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
-from twinrl.training.replay import Judge, Replay, Trace
+from twinrl.training.replay import Replay, ReplayValidation, Trace
 from twinrl.training.replay import replay as run_again
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -50,11 +50,11 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, judg
     return 0
 
 
-def judge_of(settings: RunConfig, every: int) -> Judge:
+def judge_of(settings: RunConfig, every: int) -> ReplayValidation:
     """The run's own validation, every so many steps."""
     provider = assembly.provider_of(settings, *loaded(settings))
     protocol = provider.protocol("validation")
-    return Judge(every, lambda network, step: protocol.evaluate(provider.judged(network)))
+    return ReplayValidation(every, lambda network, step: protocol.evaluate(provider.judged(network)))
 
 
 def loaded(settings: RunConfig) -> tuple[Data, torch.device]:
@@ -100,14 +100,14 @@ def side_by_side(result: Replay) -> Table:
 
 def validations(result: Replay) -> Table:
     """What the samples of every trace were judged to be, step by step."""
-    table = Table(title="samples on the way: " + ", ".join(SHOWN.values()))
+    table = Table(title="samples on the way: " + ", ".join(METRICS_SHOWN.values()))
     table.add_column("step", justify="right", no_wrap=True)
     traces = [*result.traces, *result.placebos]
     for trace in traces:
         table.add_column(trace.label, justify="right")
     for rows in zip(*(trace.rows for trace in traces), strict=True):
         if names.VAL_QUALITY in rows[0]:
-            cells = [" ".join(_number(row[name]) for name in SHOWN if name in row) for row in rows]
+            cells = [" ".join(_number(row[name]) for name in METRICS_SHOWN if name in row) for row in rows]
             table.add_row(str(rows[0]["step"]), *cells)
     return table
 

@@ -12,6 +12,7 @@ from twinrl.flow.source import cache_dir
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.lab.storage import damaged, load_json, publish
 from twinrl.run import layout, names
+from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -22,7 +23,7 @@ UNUSED = ("every", "objective", "grid_samples", "teacher_steps")
 
 def evaluated(
     settings: RunConfig, content_hash: str, evaluate: Callable[[], Mapping[str, float]], ranks: Ranks = ALONE
-) -> verdict.Row | None:
+) -> LogRow | None:
     """Metrics of the start weights; None for random ones, from which nothing can fall.
 
     Kept in the cache, beside the laboratory and its teachers.

@@ -22,12 +22,13 @@ from twinrl.flow.source import Data
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.run import layout
+from twinrl.run.runlog import LogRow
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.training import assembly, pictures
 from twinrl.training.opened import OpenedRun
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
-from twinrl.training.trainer import Outcome, Row, Trainer
+from twinrl.training.trainer import Outcome, Trainer
 
 INTERRUPTED = 130
 
@@ -183,7 +184,7 @@ class StopFile:
     def __init__(self, trainer: Trainer, path: Path):
         self.trainer, self.path = trainer, path
 
-    def after_step(self, row: Row) -> None:
+    def after_step(self, row: LogRow) -> None:
         """Look for the file."""
         self.trainer.interrupted |= self.path.exists()
 

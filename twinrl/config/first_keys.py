@@ -22,8 +22,7 @@ _KEYS = {
     "grid_samples batch reference inception",
     "GuidedConfig": "strength nfe",
     # networks and pretrained models
-    "ModelConfig": "network target_time family path lora gradient_checkpointing dtype frozen_dtype embedded_guidance "
-    "chunk recompute",  # of the rewards' class of this name, too
+    "ModelConfig": "network target_time family path lora gradient_checkpointing dtype frozen_dtype embedded_guidance",
     "FamilyConfig": "path lora gradient_checkpointing dtype frozen_dtype embedded_guidance",
     "LoraSettings": "rank alpha dropout targets",
     "MLP.Config": "width depth condition_width",
@@ -57,7 +56,7 @@ _KEYS = {
     "AdamConfig": "betas eps weight_decay",
     "OptimizerConfig": "lr",
     "PolicyConfig": "warmup",
-    "Cosine.Config": "final",
+    "CosineLR.Config": "final",
     "DecayOnSpike.Config": "cut minimum recovery",
     "Plateau.Config": "cut patience threshold minimum monitor",
     # stability
@@ -69,6 +68,7 @@ _KEYS = {
     "Spike.Config": "ratio z window warmup floor cooldown",
     # rewards
     "RewardConfig": "model gradient schedule held_out compare_every",
+    "RewardModelConfig": "dtype chunk recompute",
     "RewardSchedule": "weight lr_factor",
     "LatentRewardConfig": "estimator eta baseline chunk",
     "FiniteDifferenceConfig": "directions epsilon quantise",
@@ -81,7 +81,7 @@ _KEYS = {
     "HPSv2.Config": "version checkpoint architecture",
     "Hinge.Config": "reward ceiling",
     "ImageReward.Config": "checkpoint vocabulary sizes",
-    "Member": "reward weight mean std",
+    "EnsembleMember": "reward weight mean std",
     "PerPrompt.Config": "reward decay least epsilon",
     "PickScore.Config": "checkpoint",
     "Quadratic.Config": "target",

@@ -10,7 +10,7 @@ from typing import Any
 
 from twinrl.config.errors import InputError
 
-REFUSED = {
+REFUSED_KEYS = {
     "distillation_method": "TwinFlow is the distillation here, two methods cannot train one student",
     "scheduled_sampling": "it replaces the inputs that TwinFlow's targets are built on",
     "prediction_type": "only flow-matching networks, which predict the velocity z − x, can be trained",
@@ -20,7 +20,7 @@ MOST_STEPS = 4
 
 
 def refuse(mapping: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises InputError where a configuration, at any depth, has a key that begins like one of ``REFUSED``."""
+    """Raises InputError where a configuration, at any depth, has a key that begins like one of ``REFUSED_KEYS``."""
     for key, value in mapping.items():
         if why := reason(str(key)):
             raise InputError(f"{prefix}{key} cannot be combined with TwinFlow: {why}", fix="remove the key")
@@ -30,7 +30,7 @@ def refuse(mapping: Mapping[str, Any], prefix: str = "") -> None:
 
 def reason(key: str) -> str | None:
     """Why a key is refused; None where it is not."""
-    return next((why for name, why in REFUSED.items() if key.startswith(name)), None)
+    return next((why for name, why in REFUSED_KEYS.items() if key.startswith(name)), None)
 
 
 def check_steps(nfe: Iterable[int]) -> None:

@@ -38,7 +38,7 @@ from twinrl.config.first_keys import CHANGED_DEFAULTS, FIRST_KEYS
 PRESETS = Path(__file__).parents[1] / "presets"
 LARGEST_FILE = 1_000_000
 """Bytes of a configuration."""
-LONGEST_NAME = 200
+LONGEST_SHOWN = 200
 """Characters of a name or value that are looked at or shown."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
@@ -206,10 +206,10 @@ def locate(name: str, relative_to: Path | None = None) -> Path:
         return PRESETS / f"{name}.yaml"
     if relative_to and os.path.isfile(relative_to / name):
         return relative_to / name
-    if len(name) > LONGEST_NAME or (not name.endswith((".yaml", ".yml")) and not os.path.isfile(name)):
+    if len(name) > LONGEST_SHOWN or (not name.endswith((".yaml", ".yml")) and not os.path.isfile(name)):
         close = difflib.get_close_matches(name, presets(), n=1)
         fix = f"did you mean {close[0]}?" if close else f"presets: {', '.join(presets())}"
-        raise InputError(f"no preset or file {name[:LONGEST_NAME]!r}", fix=fix)
+        raise InputError(f"no preset or file {name[:LONGEST_SHOWN]!r}", fix=fix)
     return Path(name)
 
 
@@ -298,7 +298,7 @@ def one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     message = first["msg"].removeprefix("Value error, ")
     got = first["input"]
     told = repr(got)
-    told = told if len(told) <= LONGEST_NAME else f"{told[:LONGEST_NAME]}…"
+    told = told if len(told) <= LONGEST_SHOWN else f"{told[:LONGEST_SHOWN]}…"
     shown = (
         "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {told}"
     )

@@ -7,8 +7,8 @@ which rows a step sees.
 from twinrl.data.buckets import Bucket, BucketsConfig
 from twinrl.data.dataset import CachedDataset
 from twinrl.data.encode import Encoder
+from twinrl.data.order import BucketBatch, BucketSampler
 from twinrl.data.prepare import prepare
-from twinrl.data.sampler import BucketBatch, BucketSampler
 from twinrl.data.settings import PrepareConfig
 
 __all__ = [

@@ -61,7 +61,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Fit:
+class BucketFit:
     """Where an image goes.
 
     Attributes:
@@ -156,7 +156,7 @@ def _neighbours(value: float) -> tuple[int, int]:
     return max(1, math.floor(value)), max(1, math.ceil(value))
 
 
-def fit(config: BucketsConfig, width: int, height: int, identity: str) -> Fit:
+def fit(config: BucketsConfig, width: int, height: int, identity: str) -> BucketFit:
     """The bucket of a ``width`` × ``height`` image and the part of it that is used.
 
     Arguments:
@@ -174,8 +174,8 @@ def fit(config: BucketsConfig, width: int, height: int, identity: str) -> Fit:
     if upscale > config.max_upscale:
         raise UnusableError(TOO_SMALL, f"{width}x{height} would be enlarged {upscale:.2f} times for {bucket.name}")
     if distance > config.tolerance and config.outside == "closest":
-        return Fit(bucket, (0.0, 0.0, float(width), float(height)))
-    return Fit(bucket, _crop(width, height, bucket.ratio, _place(config.crop, identity)))
+        return BucketFit(bucket, (0.0, 0.0, float(width), float(height)))
+    return BucketFit(bucket, _crop(width, height, bucket.ratio, _place(config.crop, identity)))
 
 
 def _place(crop: str, identity: str) -> float:

@@ -25,7 +25,7 @@ from torch import Tensor
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 
-Record = Mapping[str, Tensor]
+CacheRecord = Mapping[str, Tensor]
 
 
 class ShardStore:
@@ -71,7 +71,7 @@ class ShardStore:
         shard, full_names = self._where[key]
         return {name.partition("/")[2]: self._shards[shard].get_tensor(name) for name in full_names}
 
-    def append(self, records: Mapping[str, Record]) -> None:
+    def append(self, records: Mapping[str, CacheRecord]) -> None:
         """Publish records, if any, as one new shard; returns when they are on disk."""
         if not records:
             return
@@ -115,7 +115,7 @@ def masks_of(names: Mapping[str, Tensor]) -> dict[str, str]:
     return found
 
 
-def trim(record: Record) -> dict[str, Tensor]:
+def trim(record: CacheRecord) -> dict[str, Tensor]:
     """One row's tensors without what lies behind the last position that their mask marks as real (at least one stays).
 
     Arguments:
@@ -129,7 +129,7 @@ def trim(record: Record) -> dict[str, Tensor]:
     return result
 
 
-def longest(records: Iterable[Record]) -> dict[str, int]:
+def longest(records: Iterable[CacheRecord]) -> dict[str, int]:
     """Name → the greatest length among the records, for tensors that have a mask."""
     lengths: dict[str, int] = {}
     for record in records:
@@ -138,7 +138,7 @@ def longest(records: Iterable[Record]) -> dict[str, int]:
     return lengths
 
 
-def pad(records: Sequence[Record], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+def pad(records: Sequence[CacheRecord], lengths: Mapping[str, int]) -> dict[str, Tensor]:
     """A batch of rows: (B, …) tensors; those named in ``lengths`` are filled up with zeros to (B, length, …).
 
     Raises:

@@ -28,7 +28,7 @@ from pydantic import Field
 
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
-from twinrl.data import files
+from twinrl.data import listing
 from twinrl.data.images import SUFFIXES
 from twinrl.data.problems import (
     BAD_CAPTION,
@@ -80,7 +80,7 @@ class ReadConfig(Settings):
     split: str = Field("train", description="huggingface: the split to take")
 
 
-Reader: TypeAlias = Callable[[Path, ReadConfig], Iterator[Found]]
+CaptionReader: TypeAlias = Callable[[Path, ReadConfig], Iterator[Found]]
 
 
 def caption_in(row: Mapping[str, Any], column: str | None) -> str:
@@ -148,7 +148,7 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 
 def read_text(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``text``: images with captions beside them; other files are problems, hidden ones are passed over."""
-    found, problems = files.below(path)
+    found, problems = listing.below(path)
     yield from problems
     captions: dict[Path, list[Path]] = {}  # what a caption's name begins with → such files
     for suffix in CAPTION_SUFFIXES:
@@ -187,7 +187,7 @@ METADATA = "metadata.jsonl"
 
 def read_metadata(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``metadata``: every ``metadata.jsonl`` under the folder; ``file_name`` is relative to its own folder."""
-    found, problems = files.ending_in(path, [".jsonl"])
+    found, problems = listing.ending_in(path, [".jsonl"])
     yield from problems
     for file in found if found == [path] else [file for file in found if file.name.lower() == METADATA]:
         name = file.name if file == path else file.relative_to(path).as_posix()
@@ -243,7 +243,7 @@ def detect(path: Path) -> str:
         )
     if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return "huggingface"
-    names = {file.name.lower() for file in files.below(path)[0]}
+    names = {file.name.lower() for file in listing.below(path)[0]}
     suffixes = {Path(name).suffix for name in names}
     found = [name for name, suffix in (("webdataset", ".tar"), ("parquet", ".parquet")) if suffix in suffixes]
     if METADATA in names:

@@ -12,8 +12,8 @@ from twinrl.config.errors import InputError
 from twinrl.data.buckets import Bucket
 from twinrl.data.cache import pad
 from twinrl.data.encode import EMPTY_PROMPT
-from twinrl.data.prepare import ENTRIES, FORMAT, MANIFEST, content_hash, stores
-from twinrl.data.sampler import BucketSampler
+from twinrl.data.order import BucketSampler
+from twinrl.data.prepare import CACHE_FORMAT, ENTRIES, MANIFEST, content_hash, stores
 from twinrl.data.verify import Entry
 from twinrl.flow.conditions import Condition
 
@@ -132,7 +132,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise _unprepared(folder, error) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != CACHE_FORMAT:
         raise _unprepared(folder, f"{MANIFEST} of another format")
     return manifest
 

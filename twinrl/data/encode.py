@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from twinrl.data import images
-from twinrl.data.cache import Record, ShardStore, trim
+from twinrl.data.cache import CacheRecord, ShardStore, trim
 from twinrl.data.identity import digest
 from twinrl.data.parallel import ahead, groups_of
 from twinrl.data.problems import CORRUPT, NOT_FINITE, UnusableError
-from twinrl.data.settings import PrepareConfig, Watch
+from twinrl.data.settings import PrepareConfig, PrepareProgress
 from twinrl.data.verify import Pair, image_bytes, latent_key
 
 EMPTY_PROMPT = digest("")
@@ -46,7 +46,7 @@ class Encoder(Protocol):
 
 @torch.no_grad()
 def encode_images(
-    pairs: Sequence[Pair], store: ShardStore, encoder: Encoder, config: PrepareConfig, watch: Watch
+    pairs: Sequence[Pair], store: ShardStore, encoder: Encoder, config: PrepareConfig, watch: PrepareProgress
 ) -> Failures:
     """Latents of the images that the store lacks; copies of an image are encoded once."""
     missing: dict[str, Pair] = {}
@@ -58,7 +58,7 @@ def encode_images(
     with ThreadPoolExecutor(config.workers) as pool:
         for bucket in config.buckets.buckets():
             for shard in groups_of((p for p in missing.values() if p.fit.bucket == bucket), config.shard):
-                records: dict[str, Record] = {}
+                records: dict[str, CacheRecord] = {}
                 for loaded in ahead(pool, _load, groups_of(shard, config.batch)):
                     records |= _encode_batch(loaded, encoder, failures)
                     done += len(loaded)
@@ -80,7 +80,7 @@ def _load(pair: Pair) -> tuple[str, Tensor | UnusableError]:
 
 def _encode_batch(
     loaded: Sequence[tuple[str, Tensor | UnusableError]], encoder: Encoder, failures: Failures
-) -> dict[str, Record]:
+) -> dict[str, CacheRecord]:
     failures |= {key: value for key, value in loaded if isinstance(value, UnusableError)}
     pixels = {key: value for key, value in loaded if isinstance(value, Tensor)}
     if not pixels:
@@ -92,14 +92,14 @@ def _encode_batch(
 
 @torch.no_grad()
 def encode_prompts(
-    captions: Mapping[str, str], store: ShardStore, encoder: Encoder, config: PrepareConfig, watch: Watch
+    captions: Mapping[str, str], store: ShardStore, encoder: Encoder, config: PrepareConfig, watch: PrepareProgress
 ) -> Failures:
     """Embeddings of the captions (by their key) that the store lacks."""
     missing = [key for key in captions if key not in store]
     failures: Failures = {}
     done = 0
     for shard in groups_of(missing, config.shard):
-        records: dict[str, Record] = {}
+        records: dict[str, CacheRecord] = {}
         for keys in groups_of(shard, config.prompt_batch):
             encoded = {name: value.cpu() for name, value in encoder.encode_prompts([captions[k] for k in keys]).items()}
             rows = [trim({name: value[i].clone() for name, value in encoded.items()}) for i in range(len(keys))]
@@ -110,7 +110,7 @@ def encode_prompts(
     return failures
 
 
-def _finite(records: Mapping[str, Record], failures: Failures) -> dict[str, Record]:
+def _finite(records: Mapping[str, CacheRecord], failures: Failures) -> dict[str, CacheRecord]:
     """The records without those that have a value that is not finite, which become failures."""
     kept = {}
     for key, record in records.items():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from twinrl.data.buckets import Fit
+from twinrl.data.buckets import BucketFit
 from twinrl.data.problems import CORRUPT, UnusableError
 
 SUFFIXES = frozenset({
@@ -134,7 +134,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return grey
 
 
-def pixels(image: Image.Image, fit: Fit) -> Tensor:
+def pixels(image: Image.Image, fit: BucketFit) -> Tensor:
     """(3, H, W) float32 in [−1, 1]: the fitted part of an RGB image at its bucket's size (Lanczos, antialiased)."""
     resized = image.resize((fit.bucket.width, fit.bucket.height), Image.Resampling.LANCZOS, box=fit.box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 127.5 - 1

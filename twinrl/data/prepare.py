@@ -23,11 +23,11 @@ from twinrl.data.cache import ShardStore, longest, write_jsonl, writing
 from twinrl.data.encode import EMPTY_PROMPT, Encoder, Failures, encode_images, encode_prompts
 from twinrl.data.identity import digest
 from twinrl.data.problems import Problem
-from twinrl.data.settings import PrepareConfig, Watch
+from twinrl.data.settings import PrepareConfig, PrepareProgress
 from twinrl.data.verify import Entry, Pair, verify
 from twinrl.machine import files
 
-FORMAT = 1
+CACHE_FORMAT = 1
 MANIFEST, ENTRIES, REPORT = "manifest.json", "entries.jsonl", "report.jsonl"
 
 
@@ -49,7 +49,7 @@ class Prepared:
     encoded_prompts: int = 0
 
 
-def prepare(path: Path, encoder: Encoder, config: PrepareConfig, to: Path, watch: Watch) -> Prepared:
+def prepare(path: Path, encoder: Encoder, config: PrepareConfig, to: Path, watch: PrepareProgress) -> Prepared:
     """Encode everything usable at ``path`` into the cache ``to``; what is there already stays.
 
     Raises:
@@ -157,7 +157,7 @@ def _write_data(
 ) -> None:  # fmt: skip
     entries = sorted((pair.entry() for pair in result.pairs), key=identity_of)
     manifest = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "origin": where,
         "encoder": encoder.key,
         "content_hash": content_hash(encoder.key, entries),

@@ -3,11 +3,20 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from twinrl.data.captions import Found, ReadConfig, Reader, check_is, detect, read_metadata, read_prompts, read_text
+from twinrl.data.captions import (
+    CaptionReader,
+    Found,
+    ReadConfig,
+    check_is,
+    detect,
+    read_metadata,
+    read_prompts,
+    read_text,
+)
 from twinrl.data.tables import read_huggingface, read_parquet
 from twinrl.data.tars import read_webdataset
 
-READERS: dict[str, Reader] = {
+READERS: dict[str, CaptionReader] = {
     "text": read_text,
     "metadata": read_metadata,
     "parquet": read_parquet,

@@ -9,7 +9,7 @@ from twinrl.config import Settings
 from twinrl.data.buckets import BucketsConfig
 from twinrl.data.captions import ReadConfig
 
-Watch: TypeAlias = Callable[[str, int, int | None], None]
+PrepareProgress: TypeAlias = Callable[[str, int, int | None], None]
 """Told (stage, done, total or None) while preparing; stages: verify, images, prompts."""
 
 

@@ -13,14 +13,14 @@ import pyarrow
 from pyarrow import parquet
 
 from twinrl.config.errors import InputError
-from twinrl.data import files
+from twinrl.data import listing
 from twinrl.data.captions import Example, Found, ReadConfig, attempt, caption_in
 from twinrl.data.problems import BAD_ROW, NO_IMAGE, Problem, UnusableError
 
 
 def read_parquet(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``parquet``: one file or all under a folder."""
-    found, problems = files.ending_in(path, [".parquet"])
+    found, problems = listing.ending_in(path, [".parquet"])
     if not found:
         raise InputError(f"{path} has no parquet file")
     yield from problems

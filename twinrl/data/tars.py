@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from twinrl.config.errors import InputError
-from twinrl.data import files
+from twinrl.data import listing
 from twinrl.data.captions import (
     CAPTION_SUFFIXES,
     Example,
@@ -23,7 +23,7 @@ from twinrl.data.images import SUFFIXES
 from twinrl.data.problems import BAD_CAPTION, BAD_ROW, NO_CAPTION, NO_IMAGE, Problem, UnusableError
 
 
-class Member(NamedTuple):
+class ArchiveMember(NamedTuple):
     """A file inside an uncompressed tar."""
 
     tar: Path
@@ -39,7 +39,7 @@ class Member(NamedTuple):
 
 def read_webdataset(path: Path, config: ReadConfig) -> Iterator[Found]:
     """``webdataset``: one tar or all under a folder."""
-    tars, problems = files.ending_in(path, [".tar"])
+    tars, problems = listing.ending_in(path, [".tar"])
     if not tars:
         raise InputError(f"{path} has no .tar file", fix="unpack compressed tars: they cannot be read at random")
     yield from problems
@@ -53,23 +53,23 @@ def read_webdataset(path: Path, config: ReadConfig) -> Iterator[Found]:
             yield Problem(place, BAD_ROW, damage)
 
 
-def _index(tar: Path) -> tuple[dict[str, dict[str, Member]], str]:
+def _index(tar: Path) -> tuple[dict[str, dict[str, ArchiveMember]], str]:
     """Sample key → suffix → member, and what is wrong with the tar; what comes before the damage is kept."""
-    samples: dict[str, dict[str, Member]] = {}
+    samples: dict[str, dict[str, ArchiveMember]] = {}
     try:
         with tarfile.open(tar, "r:") as archive:
             for info in archive:
                 folder, _, base = info.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
-                if info.isfile() and stem and not files.hidden(PurePosixPath(info.name)):
+                if info.isfile() and stem and not listing.hidden(PurePosixPath(info.name)):
                     key = f"{folder}/{stem}" if folder else stem
-                    samples.setdefault(key, {})[f".{suffix.lower()}"] = Member(tar, info.offset_data, info.size)
+                    samples.setdefault(key, {})[f".{suffix.lower()}"] = ArchiveMember(tar, info.offset_data, info.size)
     except (tarfile.TarError, OSError, EOFError) as error:
         return samples, f"the tar is damaged or compressed: {error}"
     return samples, ""
 
 
-def _sample(name: str, members: Mapping[str, Member], config: ReadConfig) -> Example:
+def _sample(name: str, members: Mapping[str, ArchiveMember], config: ReadConfig) -> Example:
     suffix, image = next(((suffix, member) for suffix, member in members.items() if suffix in SUFFIXES), ("", None))
     if image is None:
         raise UnusableError(NO_IMAGE, f"members {', '.join(sorted(members))}")

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twinrl.data import images, readers
-from twinrl.data.buckets import Fit, fit
+from twinrl.data.buckets import BucketFit, fit
 from twinrl.data.cache import ShardStore
 from twinrl.data.captions import Example, Found
 from twinrl.data.identity import digest, of_bytes, uniform, validation_place
 from twinrl.data.parallel import ahead, groups_of
 from twinrl.data.problems import CORRUPT, Problem, UnusableError
-from twinrl.data.settings import PrepareConfig, Watch
+from twinrl.data.settings import PrepareConfig, PrepareProgress
 
 
 class Entry(NamedTuple):
@@ -45,7 +45,7 @@ class Pair:
     example: Example
     latent: str | None
     text: str
-    fit: Fit
+    fit: BucketFit
     place: float
     split: str = "train"
 
@@ -69,7 +69,7 @@ class Verified:
     problems: list[Problem]
 
 
-def verify(path: Path, config: PrepareConfig, latents: ShardStore | None, watch: Watch) -> Verified:
+def verify(path: Path, config: PrepareConfig, latents: ShardStore | None, watch: PrepareProgress) -> Verified:
     """Every pair with its bucket, split and digests, and every problem, in the order of the data.
 
     Arguments:
@@ -116,7 +116,7 @@ def _pair(example: Example, data: bytes, config: PrepareConfig, latents: ShardSt
     return pair
 
 
-def latent_key(data: bytes, place: Fit) -> str:
+def latent_key(data: bytes, place: BucketFit) -> str:
     """The key of an image file's latents: its content, the part of it that is used, and the size."""
     return digest(of_bytes(data), place.bucket.name, place.box)
 
@@ -125,7 +125,7 @@ def _prompt(example: Example, config: PrepareConfig) -> Pair:
     """A prompt without image gets a bucket by its own digest, so that all sizes are trained."""
     text, buckets = digest(example.caption), config.buckets.buckets()
     bucket = buckets[int(uniform(text, "bucket") * len(buckets))]
-    return Pair(example, None, text, Fit(bucket, (0.0, 0.0, 0.0, 0.0)), validation_place(text))
+    return Pair(example, None, text, BucketFit(bucket, (0.0, 0.0, 0.0, 0.0)), validation_place(text))
 
 
 def image_bytes(example: Example) -> bytes:

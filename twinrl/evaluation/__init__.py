@@ -3,15 +3,15 @@
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.prdc import prdc
 from twinrl.evaluation.prompts import PromptProtocol, PromptTable
-from twinrl.evaluation.protocol import EvaluationConfig, Protocol
+from twinrl.evaluation.protocol import EvaluationConfig, LabelProtocol
 from twinrl.evaluation.table import FinalTable, final_table
 
 __all__ = [
     "EvaluationConfig",
     "FinalTable",
+    "LabelProtocol",
     "PromptProtocol",
     "PromptTable",
-    "Protocol",
     "final_table",
     "frechet_distance",
     "kernel_distance",

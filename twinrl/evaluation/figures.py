@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame, Series
 
-Times: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
+TimeValues: TypeAlias = "Tensor | np.ndarray | Sequence[float]"
 Frame: TypeAlias = "DataFrame | Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]"
 """Log rows: a pandas frame, columns by name, or the rows of log.jsonl, with a ``step`` column.
 
@@ -51,7 +51,7 @@ def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple["Figure
 # --- times ----------------------------------------------------------------------------------------------
 
 
-def time_scatter(t: Times, r: Times, *, title: str = "Sampled times") -> "Figure":
+def time_scatter(t: TimeValues, r: TimeValues, *, title: str = "Sampled times") -> "Figure":
     """Scatter of source time t against target time r, coloured by the sign of t. Experimental.
 
     Arguments:
@@ -79,7 +79,7 @@ def time_scatter(t: Times, r: Times, *, title: str = "Sampled times") -> "Figure
     return figure
 
 
-def renoise_histograms(times: Mapping[float, Times], placement: Sequence[str]) -> "Figure":
+def renoise_histograms(times: Mapping[float, TimeValues], placement: Sequence[str]) -> "Figure":
     """Histograms of drawn renoise times at several moments of the run, one above the other.
 
     Arguments:
@@ -120,7 +120,7 @@ def training_curves(rows: Frame, *, floor: Mapping[str, float] | None = None, ti
 
     Arguments:
         rows: log rows; which columns are drawn follows :mod:`twinrl.run.names`.
-        floor: real-against-real values by plain name (``Protocol.floor``), drawn as dotted lines.
+        floor: real-against-real values by plain name (``LabelProtocol.floor``), drawn as dotted lines.
         title: above the panels.
     """
     import math

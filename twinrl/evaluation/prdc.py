@@ -5,7 +5,7 @@ from torch import Tensor
 
 from twinrl.evaluation.distances import Features, as_matrix, both_finite
 
-NAMES = ("precision", "recall", "density", "coverage")
+PRDC = ("precision", "recall", "density", "coverage")
 
 
 def _pairwise(x: Tensor, y: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def prdc(real: Features, fake: Features, k: int = 5) -> dict[str, float]:
         raise ValueError(f"k must be at least 1, got {k}")
     x, y = as_matrix(real, k + 1), as_matrix(fake, k + 1)
     if not both_finite(x, y):
-        return dict.fromkeys(NAMES, float("nan"))
+        return dict.fromkeys(PRDC, float("nan"))
     between, real_radii = _pairwise(x, y), _radii(x, k)[:, None]  # (N, M), (N, 1)
     in_real_ball, in_fake_ball = between <= real_radii, between <= _radii(y, k)[None]
     return {

@@ -30,19 +30,19 @@ from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, EvaluationConfig
 from twinrl.evaluation.table import write_json
 from twinrl.flow import draws, transport
-from twinrl.flow.conditions import Condition
+from twinrl.flow.conditions import Condition, Network
 from twinrl.flow.source import Scorer, scored
 from twinrl.machine.visiting import visiting
 from twinrl.run import names
-from twinrl.sampling import Network, SamplerConfig, few_step, sample
+from twinrl.sampling import SamplerConfig, few_step, sample
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from twinrl.data.training import FolderRows, FolderSource
+    from twinrl.data.prepared import FolderRows, FolderSource
 
 REGIONS = 4
-SHOWN = 8
+PROMPTS_SHOWN = 8
 
 
 class Images(Protocol):
@@ -168,7 +168,7 @@ class PromptProtocol:
 
     def _grid_rows(self) -> Tensor:
         largest = max(self._buckets(self.rows), key=lambda found: len(found[1]))[1]
-        return largest[:SHOWN]
+        return largest[:PROMPTS_SHOWN]
 
     def grid_prompts(self) -> list[str]:
         """The captions of the grid's rows: of the bucket with most of them, so that all images have one size."""

@@ -18,10 +18,10 @@ from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
 from twinrl.flow import conditions, draws, transport
-from twinrl.flow.conditions import Condition
+from twinrl.flow.conditions import Condition, Network
 from twinrl.flow.source import Scorer, Source, Split, scored
 from twinrl.run import names
-from twinrl.sampling import Network, SamplerConfig, few_step, nfe, sample
+from twinrl.sampling import SamplerConfig, few_step, nfe, sample
 
 HeldOut: TypeAlias = Literal["validation", "test"]
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -64,7 +64,7 @@ class EvaluationConfig(Settings):
 
 
 @dataclass(frozen=True)
-class Judged:
+class JudgedImages:
     """What the judge and the scorers say about n images, in order.
 
     A non-finite image is judged as a grey one and its numbers are then set to ``nan``.
@@ -84,9 +84,9 @@ class Judged:
     finite: Tensor
 
     @staticmethod
-    def joined(parts: Sequence["Judged"]) -> "Judged":
+    def joined(parts: Sequence["JudgedImages"]) -> "JudgedImages":
         """The images of all parts, one part after the other."""
-        return Judged(
+        return JudgedImages(
             torch.cat([p.labels for p in parts]),
             torch.cat([p.features for p in parts]),
             torch.cat([p.correct for p in parts]),
@@ -120,7 +120,7 @@ def _take(split: Split, rows: Tensor) -> Split:
     return Split(split.pixels.cpu()[rows], split.labels.cpu()[rows])
 
 
-class Protocol:
+class LabelProtocol:
     """Everything that stays fixed between evaluations, computed once.
 
     The reference images come from one held-out split. As many other held-out images, from the rest of that
@@ -179,7 +179,7 @@ class Protocol:
         other = Split(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts]))
         return rows, _take(own, rows), other
 
-    def judge_real(self, through: Callable[[Tensor], Tensor]) -> tuple[Judged, Judged]:
+    def judge_real(self, through: Callable[[Tensor], Tensor]) -> tuple[JudgedImages, JudgedImages]:
         """The reference images and the other real images, judged after ``through`` (pixels → pixels)."""
         reference, other = self._reference_images, self._other_images
         other_prompts = self.source.prompts(other.labels, self.config.seed, 1)
@@ -188,7 +188,7 @@ class Protocol:
             self.judge(self._chunked(through, other.pixels), other.labels, other_prompts),
         )
 
-    def round_trip(self) -> tuple[Judged, Judged]:
+    def round_trip(self) -> tuple[JudgedImages, JudgedImages]:
         """:meth:`judge_real` after encoding and decoding: the best that a generator of latents can do."""
         return self.judge_real(lambda pixels: self.source.decode(self.source.encode(pixels)))
 
@@ -259,7 +259,7 @@ class Protocol:
 
     # --- judgements -------------------------------------------------------------------------------------
 
-    def judge(self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None) -> Judged:
+    def judge(self, pixels: Tensor, labels: Tensor | None = None, prompts: Sequence[str] | None = None) -> JudgedImages:
         """Features, class verdicts and scores of n images in [−1, 1] (clamped).
 
         Labels and prompts are those of the protocol's samples unless given.
@@ -268,9 +268,9 @@ class Protocol:
         prompts = self.prompts if prompts is None else prompts
         with undisturbed(seed=self.config.seed, device=self.device):
             parts = [self._judge_chunk(pixels[c], labels[c], prompts[c]) for c in self._chunks(len(pixels))]
-        return Judged.joined(parts)
+        return JudgedImages.joined(parts)
 
-    def _judge_chunk(self, pixels: Tensor, labels: Tensor, prompts: Sequence[str]) -> Judged:
+    def _judge_chunk(self, pixels: Tensor, labels: Tensor, prompts: Sequence[str]) -> JudgedImages:
         finite = pixels.isfinite().flatten(1).all(1).cpu()
         shown = torch.where(pixels.isfinite(), pixels, 0).clamp(-1, 1).to(self.device)
         judge, scorers = self.source.judge, self.scorers
@@ -281,9 +281,9 @@ class Protocol:
 
         correct = judge.logits(shown).argmax(1).cpu() == labels.cpu()
         scores = {name: valid(scored(scorer, shown, prompts)) for name, scorer in scorers.items()}
-        return Judged(labels.cpu(), valid(judge.features(shown)), valid(correct), scores, finite)
+        return JudgedImages(labels.cpu(), valid(judge.features(shown)), valid(correct), scores, finite)
 
-    def distances(self, judged: Judged) -> dict[str, float]:
+    def distances(self, judged: JudgedImages) -> dict[str, float]:
         """fd, kid, precision, recall, density and coverage against the reference images."""
         real, fake = self.reference.features, judged.features
         strata = [_strata(self.reference.labels), _strata(judged.labels)]
@@ -293,11 +293,11 @@ class Protocol:
             **prdc(real, fake, self.config.neighbours),
         }
 
-    def scores(self, judged: Judged) -> dict[str, float]:
+    def scores(self, judged: JudgedImages) -> dict[str, float]:
         """Scorer → mean score."""
         return {name: score.mean().item() for name, score in judged.scores.items()}
 
-    def summary(self, judged: Judged) -> dict[str, float]:
+    def summary(self, judged: JudgedImages) -> dict[str, float]:
         """:meth:`distances`, accuracy and the share of non-finite images, by plain names."""
         return {
             **self.distances(judged),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from twinrl.evaluation.distances import frechet_distance
-from twinrl.evaluation.protocol import Judged, Protocol, balanced_rows
-from twinrl.sampling import Network, SamplerConfig, euler, few_step, nfe
+from twinrl.evaluation.protocol import JudgedImages, LabelProtocol, balanced_rows
+from twinrl.flow.conditions import Network
+from twinrl.sampling import SamplerConfig, euler, few_step, nfe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,7 +26,7 @@ RESPLITS = 50
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A value with its 95% interval; bounds are ``nan`` where there is none. ``method`` says what varied."""
 
     value: float
@@ -35,12 +36,12 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table: what made the images, network evaluations per image (0: real), its metrics."""
 
     name: str
     nfe: int
-    metrics: Mapping[str, Estimate]
+    metrics: Mapping[str, IntervalEstimate]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FinalTable:
         scorers: names of the reward models that scored the rows. held_out: those that training never follows.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[TableRow]
     n: int
     split: str
     repeats: int
@@ -91,7 +92,7 @@ class FinalTable:
             table.add_row(row.name, str(row.nfe or "–"), *self._cells(row.metrics))
         return table
 
-    def _cells(self, metrics: Mapping[str, Estimate]) -> "list[str | Text]":
+    def _cells(self, metrics: Mapping[str, IntervalEstimate]) -> "list[str | Text]":
         fd, accuracy = metrics["fd"], metrics["accuracy"]
         plain = [f"{metrics[name].value:.2f}" for name in ("precision", "recall")]
         return [_show(fd, 2), f"{fd.value - self.floor:.2f}", *plain, _show(accuracy, 3)]
@@ -129,7 +130,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _show(estimate: Estimate, digits: int) -> "str | Text":
+def _show(estimate: IntervalEstimate, digits: int) -> "str | Text":
     from rich.text import Text
 
     value = f"{estimate.value:.{digits}f}"
@@ -141,30 +142,30 @@ def _show(estimate: Estimate, digits: int) -> "str | Text":
 # --- intervals ------------------------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float]) -> Estimate:
+def mean_interval(values: Sequence[float]) -> IntervalEstimate:
     """Mean with Student's 95% interval over repeats of start noise (no interval for one repeat)."""
     from scipy.stats import t
 
     x = torch.tensor(values, dtype=torch.float64)
     mean = x.mean().item()
     if len(x) < 2:
-        return Estimate(mean)
+        return IntervalEstimate(mean)
     half = float(t.ppf(0.975, len(x) - 1)) * x.std().item() / math.sqrt(len(x))
-    return Estimate(mean, mean - half, mean + half, REPEATED_NOISE)
+    return IntervalEstimate(mean, mean - half, mean + half, REPEATED_NOISE)
 
 
-def proportion_interval(hits: Tensor) -> Estimate:
+def proportion_interval(hits: Tensor) -> IntervalEstimate:
     """Share of ones in ``hits`` (N,) with Wilson's 95% interval."""
     from scipy.stats import binomtest
 
     share = hits.mean().item()
     if math.isnan(share):
-        return Estimate(share)
+        return IntervalEstimate(share)
     interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return Estimate(share, float(interval.low), float(interval.high), WILSON)
+    return IntervalEstimate(share, float(interval.low), float(interval.high), WILSON)
 
 
-def resplit_interval(value: float, reference: Judged, other: Judged, seed: int) -> Estimate:
+def resplit_interval(value: float, reference: JudgedImages, other: JudgedImages, seed: int) -> IntervalEstimate:
     """``value`` with the spread of the Fréchet distance over random halves of the same 2n images.
 
     The halves have equal class mixes, as the protocol's sets have. A bootstrap would repeat images, which
@@ -181,31 +182,31 @@ def resplit_interval(value: float, reference: Judged, other: Judged, seed: int) 
         distances.append(frechet_distance(reference.features[a], other.features[b]))
     bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
     low, high = torch.tensor(distances, dtype=torch.float64).quantile(bounds).tolist()
-    return Estimate(value, low, high, RESPLIT)
+    return IntervalEstimate(value, low, high, RESPLIT)
 
 
 # --- rows -----------------------------------------------------------------------------------------------
 
 
-def sample_row(name: str, nfe: int, protocol: Protocol, draw: Callable[[int], Tensor], repeats: int) -> Row:
+def sample_row(name: str, nfe: int, protocol: LabelProtocol, draw: Callable[[int], Tensor], repeats: int) -> TableRow:
     """A row for samples; ``draw(i)`` gives the n images of start noise number i."""
     judged = [protocol.judge(draw(i)) for i in range(repeats)]
     summaries = [protocol.summary(images) for images in judged]
     metrics = {key: mean_interval([s[key] for s in summaries]) for key in summaries[0]}
-    metrics["accuracy"] = proportion_interval(Judged.joined(judged).correct)
+    metrics["accuracy"] = proportion_interval(JudgedImages.joined(judged).correct)
     scores = [protocol.scores(images) for images in judged]
-    return Row(name, nfe, metrics | {_score(n): mean_interval([s[n] for s in scores]) for n in scores[0]})
+    return TableRow(name, nfe, metrics | {_score(n): mean_interval([s[n] for s in scores]) for n in scores[0]})
 
 
-def _real_row(name: str, protocol: Protocol, reference: Judged, other: Judged) -> Row:
+def _real_row(name: str, protocol: LabelProtocol, reference: JudgedImages, other: JudgedImages) -> TableRow:
     """A row for real images: ``other`` judged against the protocol's reference, accuracy on ``reference``."""
-    metrics = {key: Estimate(value) for key, value in protocol.summary(other).items()}
-    originals = Judged.joined([protocol.reference, protocol.other])
-    shown = Judged.joined([reference, other])
+    metrics = {key: IntervalEstimate(value) for key, value in protocol.summary(other).items()}
+    originals = JudgedImages.joined([protocol.reference, protocol.other])
+    shown = JudgedImages.joined([reference, other])
     metrics["fd"] = resplit_interval(metrics["fd"].value, originals, shown, protocol.config.seed)
     metrics["accuracy"] = proportion_interval(reference.correct)
-    metrics |= {_score(n): Estimate(value) for n, value in protocol.scores(reference).items()}
-    return Row(name, 0, metrics)
+    metrics |= {_score(n): IntervalEstimate(value) for n, value in protocol.scores(reference).items()}
+    return TableRow(name, 0, metrics)
 
 
 def write_json(plain: Mapping[str, Any], path: Path) -> None:
@@ -217,7 +218,7 @@ def _score(scorer: str) -> str:
     return f"score/{scorer}"
 
 
-def real_rows(protocol: Protocol) -> list[Row]:
+def real_rows(protocol: LabelProtocol) -> list[TableRow]:
     """Real images through the codec (the best that a generator of latents can do) and as they are (floor)."""
     reference, other = protocol.round_trip()
     return [
@@ -227,7 +228,7 @@ def real_rows(protocol: Protocol) -> list[Row]:
 
 
 def final_table(
-    protocol: Protocol,
+    protocol: LabelProtocol,
     network: Network,
     teacher: Network | None = None,
     *,
@@ -243,7 +244,7 @@ def final_table(
         teacher_guidance: classifier-free guidance of the teacher's samples.
     """
 
-    def row(name: str, net: Network, sampler: SamplerConfig, guidance: float = 0.0) -> Row:
+    def row(name: str, net: Network, sampler: SamplerConfig, guidance: float = 0.0) -> TableRow:
         def draw(i: int) -> Tensor:
             return protocol.samples(net, sampler, i, guidance)
 

@@ -4,13 +4,15 @@ A condition is a mapping from names to tensors whose first dimension is the batc
 ``{"text": (B, D)}`` for the lab or ``{"label": (B,)}`` for MNIST. Terms and samplers never look inside.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 Condition: TypeAlias = Mapping[str, Tensor]
+Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
+"""``F(x, t, r, condition)``: a velocity (B, C, H, W) at x (B, C, H, W) and signed times t, r (B,)."""
 
 
 def rows(condition: Condition, index: Tensor | slice) -> Condition:

@@ -6,7 +6,6 @@
 (TwinFlow, arXiv:2512.05150; the strict limits leave rows at t = 1 unenhanced.)
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -14,10 +13,8 @@ from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.flow.branches import Rows
-from twinrl.flow.conditions import Condition
+from twinrl.flow.conditions import Network
 from twinrl.flow.transport import like
-
-Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 
 
 class GuidanceConfig(Settings):

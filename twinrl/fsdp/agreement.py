@@ -51,7 +51,7 @@ def _rebuilt(losses: Losses, template: Sequence[Tensor], flat: Tensor) -> Losses
 def _filled(part: TermLoss, values: Iterator[Tensor]) -> TermLoss:
     loss, unweighted, per_row, rows = (next(values) for _ in range(4))
     aux = {metric: next(values) for metric in sorted(part.aux)}
-    return replace(part, loss=loss, unweighted=unweighted, per_row=per_row, rows=rows, aux=aux, pulls={})
+    return replace(part, loss=loss, unweighted=unweighted, per_row=per_row, rows=rows, aux=aux, parts={})
 
 
 def of_first(values: dict[str, float], device: torch.device) -> dict[str, float]:

@@ -23,7 +23,7 @@ from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
 from twinrl.machine import files
 from twinrl.run import checkpoints, layout
 from twinrl.run.checkpoints import SHARDS, Checkpoint
-from twinrl.run.shards import Reader
+from twinrl.run.shards import ShardReader
 
 
 def save(directory: Path, step: int, checkpoint: Checkpoint, keep: int) -> None:
@@ -96,7 +96,7 @@ def _saving(directory: Path) -> Iterator[None]:
 
 
 def _describe(folder: Path, state: Mapping[str, Any]) -> None:
-    (folder / layout.STATE).write_text(json.dumps({"format": checkpoints.FORMAT, **state}, indent=1))
+    (folder / layout.STATE).write_text(json.dumps({"format": checkpoints.CHECKPOINT_FORMAT, **state}, indent=1))
 
 
 def _flat(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class ShardedPart(Stored):
     """One part of a checkpoint of torch.distributed.checkpoint, resharded as it is read."""
 
     def __init__(self, folder: Path, part: str):
-        self.reader, self.part = Reader(folder), part
+        self.reader, self.part = ShardReader(folder), part
         self._metadata = checkpoints.shard_metadata(folder)
 
     def _of_part(self) -> dict[str, Any]:

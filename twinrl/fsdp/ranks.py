@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from twinrl.backends import tells_branches_apart
+from twinrl.backends import tells_trajectories_apart
 from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
@@ -117,9 +117,9 @@ class Ranks:
     def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
         """Keep frozen modules, which are used inside :func:`twinrl.machine.visiting.visiting` alone, as configured."""
 
-    def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
-        """See :func:`twinrl.backends.tells_branches_apart`."""
-        return tells_branches_apart(network, shape, condition)
+    def tells_trajectories_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
+        """See :func:`twinrl.backends.tells_trajectories_apart`."""
+        return tells_trajectories_apart(network, shape, condition)
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """The optimizer, fit for the networks' tensors."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from twinrl.backends import tells_branches_apart
+from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
 from twinrl.flow.branches import Batch
@@ -176,8 +176,8 @@ class Sharded(Ranks):
             if module not in IN_PARTS:
                 IN_PARTS[module] = Parted(module, group).together
 
-    def tells_branches_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
-        return tells_branches_apart(network, shape, condition, self._plain_copy)
+    def tells_trajectories_apart(self, network: nn.Module, shape: tuple[int, int, int], condition: Condition) -> bool:
+        return tells_trajectories_apart(network, shape, condition, self._plain_copy)
 
     def _plain_copy(self, network: nn.Module) -> nn.Module:
         """A copy of a network that may have no weights yet: matrices zero, vectors (as of norms) one."""

@@ -7,8 +7,8 @@ from twinrl.gradients.chain import GradientsConfig
 from twinrl.gradients.engine import Engine, Losses
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.telemetry import is_due
-from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
+from twinrl.gradients.transforms import TRANSFORMS, RuleContext, Transform
 
 __all__ = [
-    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "Surroundings", "Transform", "is_due",
+    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "RuleContext", "Transform", "is_due",
 ]  # fmt: skip

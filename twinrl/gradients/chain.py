@@ -11,7 +11,7 @@ from twinrl.config import Settings, component
 from twinrl.config.components import checked
 from twinrl.flow.schedules import Schedule
 from twinrl.gradients.gradient import Gradient
-from twinrl.gradients.transforms import TRANSFORMS, Surroundings, Transform
+from twinrl.gradients.transforms import TRANSFORMS, RuleContext, Transform
 
 if TYPE_CHECKING:
     Rule: TypeAlias = Any
@@ -84,7 +84,7 @@ class GradientsConfig(Settings):
         for name in self.terms:
             if name not in known:
                 raise ValueError(f"gradients.terms.{name}: there is no such term; terms: {', '.join(known)}")
-        if self.space != "none" and known and all(self.waits(name) for name in known):
+        if self.space != "none" and known and all(self.needs_others(name) for name in known):
             raise ValueError("gradients: every term has a rule relative to the others; leave one without")
 
     def check_schedules(self, steps: int, renoise_end: Fraction | None) -> None:
@@ -99,7 +99,7 @@ class GradientsConfig(Settings):
         """The chain of a term's gradient."""
         return self.terms.get(term, self.each)
 
-    def waits(self, term: str) -> bool:
+    def needs_others(self, term: str) -> bool:
         """Whether the term's rules need the sum of the others first."""
         return any(TRANSFORMS.find(rule.kind).needs_others for rule in self.rules(term).values())
 
@@ -127,10 +127,10 @@ class Chain:
     def __init__(self, rules: Mapping[str, Any]):
         self.rules: dict[str, Transform] = {name: TRANSFORMS.build(rule) for name, rule in rules.items()}
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         """Change ``gradient`` in place."""
         for rule in self.rules.values():
-            returned: Any = rule(gradient, around)
+            returned: Any = rule(gradient, context)
             checked(returned, NoneType, rule, "__call__")  # in place: a gradient that is returned would be lost
 
     def state(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from twinrl.flow.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.telemetry import is_due
-from twinrl.gradients.transforms import Surroundings
+from twinrl.gradients.transforms import RuleContext
 from twinrl.run import names
 from twinrl.terms.objective import Objective, Pass, TermLoss
 
@@ -41,7 +41,7 @@ class Engine:
     Arguments:
         config: space, rules, telemetry.
         parameters: the student's trainable parameters.
-        pulls: the gradients that are taken apart, with the terms in whose losses they are.
+        owners: the gradients that are taken apart, with the terms in whose losses they are.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
         reduce: told, where there are micro-batches, before each one's backward whether the gradient that has piled
             up is summed over the ranks after it: it is after the last one of a term.
@@ -52,7 +52,7 @@ class Engine:
         self,
         config: GradientsConfig,
         parameters: Iterable[nn.Parameter],
-        pulls: Mapping[str, tuple[str, ...]],
+        owners: Mapping[str, tuple[str, ...]],
         total: Callable[[Tensor], Tensor] = lambda value: value,
         reduce: Callable[[bool], None] = lambda last: None,
         steps: int = 1,
@@ -61,8 +61,8 @@ class Engine:
         self.config, self.total, self.reduce = config, total, reduce
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
-        ordered = sorted(pulls, key=config.waits)  # stable: the terms that wait for the others come last
-        self.owners = {name: pulls[name] for name in ordered}
+        ordered = sorted(owners, key=config.needs_others)  # stable: the terms that wait for the others come last
+        self.owners = {name: owners[name] for name in ordered}
         self.chains = {name: Chain(config.rules(name)) for name in ordered}
         self.total_chain = Chain(config.total)
 
@@ -93,7 +93,7 @@ class Engine:
         """Apply the rules of the sum, which lies in ``.grad`` unless it is given, and leave it there."""
         gradient = Gradient.take(self.parameters) if gradient is None else gradient
         raw = gradient.norm
-        self.total_chain(gradient, Surroundings(self.parameters, None, step, self.steps, self.renoise_end))
+        self.total_chain(gradient, RuleContext(self.parameters, None, step, self.steps, self.renoise_end))
         gradient.put(self.parameters)
         return {names.GRAD_TOTAL_RAW: raw, names.GRAD_TOTAL_CLIPPED: gradient.norm}
 
@@ -112,7 +112,7 @@ class Engine:
     # --- parameter space ----------------------------------------------------------------------------------------
 
     def _in_parameter_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        account = _Account(self._keeps(step), self._several_wait)
+        account = _Account(self._keeps(step), self._several_need_others)
         back = self._at_once if len(passes) == 1 else self._in_turn
         losses = back(passes, lambda name: self._settle(
             name, Gradient.take(self.parameters), account, self.parameters, step
@@ -155,7 +155,7 @@ class Engine:
 
     def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
         cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
-        first, account = [0], _Account(self._keeps(step), self._several_wait)
+        first, account = [0], _Account(self._keeps(step), self._several_need_others)
         losses: Losses = []
         graphs: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
         with ExitStack() as kept:
@@ -183,8 +183,8 @@ class Engine:
             self.reduce(last)
 
     @property
-    def _several_wait(self) -> bool:
-        return sum(self.config.waits(name) for name in self.owners) > 1
+    def _several_need_others(self) -> bool:
+        return sum(self.config.needs_others(name) for name in self.owners) > 1
 
     def _keeps(self, step: int) -> bool:
         telemetry = self.config.telemetry
@@ -194,10 +194,10 @@ class Engine:
         self, name: str, gradient: Gradient, account: "_Account", parameters: Sequence[Tensor], step: int
     ) -> None:
         """Apply a term's rules, note its norms and add it to the sum."""
-        others = account.others(self.config.waits(name))
-        around = Surroundings(parameters, others, step, self.steps, self.renoise_end)
+        others = account.others(self.config.needs_others(name))
+        context = RuleContext(parameters, others, step, self.steps, self.renoise_end)
         raw = gradient.norm
-        self.chains[name](gradient, around)
+        self.chains[name](gradient, context)
         clipped = gradient.norm
         account.measures |= {
             names.grad(name, "norm_raw"): raw,
@@ -285,7 +285,7 @@ def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:
 
 def _parts(losses: Mapping[str, TermLoss], owners: Iterable[str], name: str) -> list[Tensor]:
     """The scalars in the owners' losses whose gradient goes by ``name``; none in a micro-batch without their rows."""
-    return [losses[owner].pulls[name] for owner in owners if owner in losses and name in losses[owner].pulls]
+    return [losses[owner].parts[name] for owner in owners if owner in losses and name in losses[owner].parts]
 
 
 def _backward(scalars: Iterable[Tensor], retain_graph: bool = False) -> None:

@@ -22,7 +22,7 @@ from twinrl.gradients.gradient import Gradient
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RuleContext:
     """What a rule may look at beside the gradient itself.
 
     Attributes:
@@ -49,7 +49,7 @@ class Transform(ABC):
         self.config = config
 
     @abstractmethod
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         """Change ``gradient`` in place."""
 
     def state(self) -> dict[str, float]:
@@ -77,7 +77,7 @@ class Clip(Transform):
         kind: Literal["clip"] = "clip"
         max_norm: float = Field(1.0, gt=0, description="largest norm")
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         shrink_to(gradient, self.config.max_norm)
 
 
@@ -91,7 +91,7 @@ class Scale(Transform):
         kind: Literal["scale"] = "scale"
         factor: float = Field(1.0, ge=0, allow_inf_nan=False, description="factor")
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         gradient.scale_(self.config.factor)
 
 
@@ -107,9 +107,9 @@ class Relative(Transform):
         kind: Literal["relative"] = "relative"
         ratio: float = Field(0.5, gt=0, description="largest norm as a multiple of the others' norm")
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
-        assert around.others is not None
-        shrink_to(gradient, self.config.ratio * around.others.norm)
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
+        assert context.others is not None
+        shrink_to(gradient, self.config.ratio * context.others.norm)
 
 
 class Match(Transform):
@@ -132,11 +132,11 @@ class Match(Transform):
                 raise ValueError(f"the ratio falls to {ratio.extremes[0]:g}; expected ≥ 0")
             return ratio
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
-        assert around.others is not None
-        ratio = self.config.ratio.value(around.step, around.steps, around.renoise_end)
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
+        assert context.others is not None
+        ratio = self.config.ratio.value(context.step, context.steps, context.renoise_end)
         norm = gradient.norm
-        coefficient = ratio * around.others.norm / norm
+        coefficient = ratio * context.others.norm / norm
         usable = norm.isfinite() & coefficient.isfinite()  # else there is nothing to match, or nothing to match it to
         gradient.scale_(coefficient.where(usable, 1.0))
 
@@ -154,8 +154,8 @@ class Project(Transform):
     class Config(Settings):
         kind: Literal["project"] = "project"
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
-        others = around.others
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
+        others = context.others
         assert others is not None
         against = gradient.dot(others).clamp(max=0)
         share = against / others.norm.square()
@@ -182,9 +182,9 @@ class AGC(Transform):
         ratio: float = Field(0.01, gt=0, description="λ: largest ratio of gradient to weight")
         eps: float = Field(1e-3, gt=0, description="ε: smallest weight norm assumed, so that zero weights can move")
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         for i, tensor in gradient.tensors.items():
-            limit = self.config.ratio * _unit_norm(around.parameters[i].detach()).clamp(min=self.config.eps)
+            limit = self.config.ratio * _unit_norm(context.parameters[i].detach()).clamp(min=self.config.eps)
             norm = _unit_norm(tensor)
             coefficient = (limit / norm).clamp(max=1.0)
             tensor.mul_(coefficient.where(norm.isfinite() & (norm > 0), 1.0))
@@ -219,7 +219,7 @@ class ZClip(Transform):
         super().__init__(config)
         self.count, self.mean, self.variance = torch.zeros(3, dtype=torch.float64).unbind()
 
-    def __call__(self, gradient: Gradient, around: Surroundings) -> None:
+    def __call__(self, gradient: Gradient, context: RuleContext) -> None:
         norm = gradient.norm.double()
         self.count, self.mean, self.variance = (s.to(norm.device) for s in (self.count, self.mean, self.variance))
         warm = self.count >= self.config.warmup

@@ -14,6 +14,7 @@ from twinrl.flow.source import Split
 from twinrl.lab.clip import EMBEDDING, train_clip, train_preference
 from twinrl.lab.degrade import Degrade
 from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, load_digit_splits
+from twinrl.lab.fitting import seeded
 from twinrl.lab.judge import train_judge
 from twinrl.lab.models import Models
 from twinrl.lab.pretrain import pretrain
@@ -21,7 +22,6 @@ from twinrl.lab.progress import Stage, stages
 from twinrl.lab.recipe import LabRecipe
 from twinrl.lab.storage import content_hash, save_tensors
 from twinrl.lab.teachers import flow_data
-from twinrl.lab.training import seeded
 from twinrl.lab.vae import LATENT_SHAPE, train_codec
 
 MANIFEST = "manifest.json"

@@ -16,7 +16,7 @@ from twinrl.flow.draws import generator
 from twinrl.flow.source import Split
 from twinrl.lab.degrade import Degrade
 from twinrl.lab.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
-from twinrl.lab.training import Recipe, fit
+from twinrl.lab.fitting import Recipe, fit
 from twinrl.machine.compat import ensure_torchvision
 
 CONTEXT = 16
@@ -49,7 +49,7 @@ class WordTokenizer:
         return tokens
 
 
-class Clip(nn.Module):
+class ClipModel(nn.Module):
     """An open_clip model with its tokenizer; satisfies ``twinrl.flow.source.Scorer``.
 
     Arguments:
@@ -88,17 +88,17 @@ class Clip(nn.Module):
         """Cosines of pixels (B, 3, 32, 32) in [−1, 1] and B prompts → (B,) in [−1, 1]."""
         return (self.image_embedding(pixels) * self.cached_text_embedding(prompts)).sum(dim=-1)
 
-    def freeze(self) -> "Clip":
+    def freeze(self) -> "ClipModel":
         """Evaluation mode, no gradients for parameters, an empty text cache."""
         self._text_cache.clear()
         return self.eval().requires_grad_(False)
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Clip":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "ClipModel":
         self._text_cache.clear()  # another device or dtype
         return super()._apply(fn, recurse)
 
 
-def train_clip(clip: Clip, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:
+def train_clip(clip: ClipModel, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:
     """Train ``clip`` in place on image–caption pairs, contrastively between classes."""
 
     def loss(step: int) -> Tensor:
@@ -110,7 +110,7 @@ def train_clip(clip: Clip, data: Split, recipe: Recipe, tick: Callable[[], None]
     clip.freeze()
 
 
-def train_preference(clip: Clip, data: Split, degrade: Degrade, recipe: Recipe, tick: Callable[[], None]) -> None:
+def train_preference(clip: ClipModel, data: Split, degrade: Degrade, recipe: Recipe, tick: Callable[[], None]) -> None:
     """Fine-tune ``clip`` in place to prefer clean over degraded images of the same prompt (Bradley–Terry).
 
     The contrastive loss stays, so that the score still says whether image and prompt agree.
@@ -131,13 +131,13 @@ def train_preference(clip: Clip, data: Split, degrade: Degrade, recipe: Recipe, 
     clip.freeze()
 
 
-def _class_texts(clip: Clip, seed: int, step: int) -> Tensor:
+def _class_texts(clip: ClipModel, seed: int, step: int) -> Tensor:
     """Unit embeddings (10, 64) of one keyed caption of each class."""
     prompts = captions(torch.arange(len(CLASSES)), seed, step)
     return clip.clip.encode_text(_hide_words(clip.tokenizer, prompts, seed, step), normalize=True)
 
 
-def _scale(clip: Clip) -> Tensor:
+def _scale(clip: ClipModel) -> Tensor:
     """The learnt inverse temperature, at most 100 as in CLIP."""
     return clip.clip.logit_scale.exp().clamp(max=100)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
-from twinrl.lab.vae import Codec
+from twinrl.lab.vae import Autoencoder
 
 Degradation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
 """(pixels (B, 3, 32, 32), labels (B,), generator) → worse pixels (B, 3, 32, 32)."""
@@ -19,7 +19,7 @@ class Degrade:
         codec: makes the autoencoder's artefacts.
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Autoencoder):
         self.codec = codec
         self.kinds: dict[str, Degradation] = {
             "blur": blur,

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from twinrl.flow.draws import normal
 from twinrl.flow.source import Split
-from twinrl.lab.training import Recipe, fit
+from twinrl.lab.fitting import Recipe, fit
 
 FEATURES = 64
 _CLASSES = 10

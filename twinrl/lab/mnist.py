@@ -20,11 +20,11 @@ from twinrl.flow import draws
 from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Judge, Scorer, Split, cache_dir
 from twinrl.lab.digits import CLASSES, TEMPLATES, all_captions, captions
+from twinrl.lab.fitting import Recipe, fit
 from twinrl.lab.mnist_files import read_splits
 from twinrl.lab.pretrain import FlowData, Pretraining, fresh, pretrain
 from twinrl.lab.progress import stages
 from twinrl.lab.storage import content_hash, load_tensors, publish, save_tensors
-from twinrl.lab.training import Recipe, fit
 
 NULL_LABEL = len(CLASSES)
 """The label of the empty condition ∅."""

@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
-from twinrl.lab.clip import Clip
+from twinrl.lab.clip import ClipModel
+from twinrl.lab.fitting import seeded
 from twinrl.lab.judge import DigitJudge
 from twinrl.lab.recipe import LabRecipe
-from twinrl.lab.training import seeded
-from twinrl.lab.vae import Codec
+from twinrl.lab.vae import Autoencoder
 
 Weights = Mapping[str, Tensor]
 
@@ -26,23 +26,23 @@ class Models:
         preference_judge: ``lab_judge``.
     """
 
-    codec: Codec
+    codec: Autoencoder
     judge: DigitJudge
-    clip: Clip
-    hps: Clip
-    preference_judge: Clip
+    clip: ClipModel
+    hps: ClipModel
+    preference_judge: ClipModel
 
     @classmethod
     def untrained(cls, recipe: LabRecipe) -> "Models":
         """Initial weights from the recipe's seeds; the global random state is left untouched."""
         with seeded(recipe.codec.seed):
-            codec = Codec()
+            codec = Autoencoder()
         with seeded(recipe.judge.seed):
             judge = DigitJudge()
         with seeded(recipe.clip.seed):
-            clip, hps = Clip(*recipe.clip_size), Clip(*recipe.clip_size)
+            clip, hps = ClipModel(*recipe.clip_size), ClipModel(*recipe.clip_size)
         with seeded(recipe.preference_judge.seed):
-            preference_judge = Clip(*recipe.preference_judge_size)
+            preference_judge = ClipModel(*recipe.preference_judge_size)
         return cls(codec, judge, clip, hps, preference_judge)
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from twinrl.flow.conditions import Condition
 from twinrl.flow.draws import normal, shuffled_rows, uniform
 from twinrl.flow.transport import interpolate, like, velocity
-from twinrl.lab.training import seeded
+from twinrl.lab.fitting import seeded
 
 ConditionOf = Callable[[Tensor, int], Condition]
 """(labels (B,), step) → condition of B rows, captions drawn anew at every step."""

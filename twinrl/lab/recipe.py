@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 from twinrl.backends import MLP
 from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, Warp
+from twinrl.lab.fitting import Recipe
 from twinrl.lab.pretrain import Pretraining
-from twinrl.lab.training import Recipe
 
 _VERSION = 1  # raise it when code, not a constant, changes what is built
 

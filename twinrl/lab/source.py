@@ -12,7 +12,7 @@ from twinrl.lab.digits import CLASSES, captions
 from twinrl.lab.models import Models
 from twinrl.lab.vae import LATENT_SHAPE
 
-Teachers = Callable[["Lab", nn.Module, str], Mapping[str, Tensor]]
+TeacherWeights = Callable[["Lab", nn.Module, str], Mapping[str, Tensor]]
 """(lab, network, architecture key) → state dict of the pretrained network."""
 
 
@@ -40,7 +40,7 @@ class Lab:
         splits: Mapping[str, Split],
         latents: Mapping[str, Tensor],
         models: Models,
-        teachers: Teachers,
+        teachers: TeacherWeights,
     ):
         self.content_hash = content_hash
         self.train, self.validation, self.test = (splits[n] for n in ("train", "validation", "test"))

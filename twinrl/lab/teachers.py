@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from twinrl.backends import network_key
 from twinrl.flow.source import cache_dir
-from twinrl.lab.clip import Clip
+from twinrl.lab.clip import ClipModel
 from twinrl.lab.digits import captions
 from twinrl.lab.pretrain import FlowData, fresh, pretrain
 from twinrl.lab.progress import stages
@@ -15,7 +15,7 @@ from twinrl.lab.source import Lab, empty_text
 from twinrl.lab.storage import load_tensors, publish, save_tensors
 
 
-def flow_data(latents: Tensor, labels: Tensor, clip: Clip) -> FlowData:
+def flow_data(latents: Tensor, labels: Tensor, clip: ClipModel) -> FlowData:
     """What a teacher learns from: latents (N, 4, 8, 8) and labels (N,), captioned anew at each step."""
 
     def condition(rows: Tensor, step: int) -> dict[str, Tensor]:

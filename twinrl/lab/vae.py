@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.flow.draws import normal
-from twinrl.lab.training import Recipe, fit
+from twinrl.lab.fitting import Recipe, fit
 from twinrl.machine.compat import ensure_torchvision
 
 LATENT_SHAPE = (4, 8, 8)
@@ -20,7 +20,7 @@ _KL_WEIGHT = 1e-6
 _CHUNK = 256  # rows encoded at once
 
 
-class Codec(nn.Module):
+class Autoencoder(nn.Module):
     """Encoder and decoder between pixels and normalised latents; deterministic, differentiable."""
 
     vae: Any
@@ -47,7 +47,7 @@ class Codec(nn.Module):
         return torch.cat([self.encode(chunk) for chunk in pixels.split(_CHUNK)])
 
 
-def train_codec(codec: Codec, pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> None:
+def train_codec(codec: Autoencoder, pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> None:
     """Train ``codec`` in place on ``pixels`` (N, 3, 32, 32) in [−1, 1]; its normalisation is measured there."""
 
     def loss(step: int) -> Tensor:
@@ -66,7 +66,7 @@ def _evidence_loss(vae: Any, x: Tensor, seed: int, step: int) -> Tensor:
     return error.abs().mean() + error.square().mean() + _KL_WEIGHT * posterior.kl().mean()
 
 
-def _normalise(codec: Codec, pixels: Tensor) -> None:
+def _normalise(codec: Autoencoder, pixels: Tensor) -> None:
     """Set the codec's mean and std so that the latents of ``pixels`` have zero mean, unit variance."""
     raw = codec.encode_all(pixels)
     codec.mean.copy_(raw.mean(dim=(0, 2, 3), keepdim=True))

@@ -28,7 +28,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """No usage reports, no folders of its own."""
-REFUSED = ("Unauthenticated", "AuthenticationError", "InvalidAuthToken", "authentication token")
+AUTHENTICATION_ERRORS = ("Unauthenticated", "AuthenticationError", "InvalidAuthToken", "authentication token")
 """Words by which Ray says that it is a matter of the token."""
 TOKEN_FIX = (
     "copy ~/.ray/auth_token of the cluster's head here (`ray get-auth-token` there prints it; RAY_AUTH_TOKEN takes it, "
@@ -108,7 +108,7 @@ def probe(address: str, option: str) -> None:
 
 def refusal(address: str | None, why: str, option: str) -> InputError:
     """The error for a cluster that can't be joined, by what Ray said."""
-    if any(word in why for word in REFUSED):
+    if any(word in why for word in AUTHENTICATION_ERRORS):
         return InputError(
             f"the Ray cluster at {address} does not take this machine's authentication token", got=_token_state(),
             fix=TOKEN_FIX,

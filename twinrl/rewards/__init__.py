@@ -16,7 +16,7 @@ from twinrl.rewards.imagereward import ImageReward
 from twinrl.rewards.lab import ClassifierLogProbability, JudgeLogProbability, LabClip, LabHPS, LabJudge
 from twinrl.rewards.per_prompt import PerPrompt
 from twinrl.rewards.pickscore import PickScore
-from twinrl.rewards.reward import REWARDS, Reward, RewardSettings, Surroundings
+from twinrl.rewards.reward import REWARDS, Reward, RewardContext, RewardSettings
 
 REWARDS.update(
     {
@@ -44,7 +44,7 @@ REWARDS.update(
     }
 )
 
-__all__ = ["REWARDS", "Reward", "RewardSettings", "Surroundings", "build_reward"]
+__all__ = ["REWARDS", "Reward", "RewardContext", "RewardSettings", "build_reward"]
 
 
 def build_reward(config: Any, source: Data | None = None, key: str = "reward", training: bool = True) -> Reward:
@@ -59,9 +59,9 @@ def build_reward(config: Any, source: Data | None = None, key: str = "reward", t
     Raises:
         InputError: an unknown kind, a missing, damaged or foreign checkpoint, a scorer that is absent or held out.
     """
-    around = Surroundings(key=key, training=training)
+    context = RewardContext(key=key, training=training)
     if source is not None:
         networks = getattr(source, "networks", None)  # of a family: what is followed is also judged, and large
-        around = Surroundings(source.scorers, source.held_out, training, key, networks)
-    reward: Reward = REWARDS.build(config, around)
+        context = RewardContext(source.scorers, source.held_out, training, key, networks)
+    reward: Reward = REWARDS.build(config, context)
     return reward

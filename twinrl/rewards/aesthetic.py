@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.rewards.hf_clip import HFClipReward, load_clip
-from twinrl.rewards.model import ModelConfig
+from twinrl.rewards.model import RewardModelConfig
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, located_folder, read_weights
 from twinrl.run.checkpoints import load_module
 
@@ -52,14 +52,14 @@ class Aesthetic(HFClipReward):
 
     needs_prompts = False
 
-    class Config(ModelConfig):
+    class Config(RewardModelConfig):
         kind: Literal["aesthetic"] = "aesthetic"
         checkpoint: Path | None = Field(None, description=f"the head's file ({HEAD.filename}); null = from the hub")
         tower: Path | None = Field(None, description=f"folder of the CLIPModel; null = {TOWER} from the hub")
 
     def network(self) -> nn.Module:
-        path = located(self.config.checkpoint, HEAD, f"{self.around.key}.checkpoint")
-        clip: Any = load_clip(located_folder(self.config.tower, TOWER, f"{self.around.key}.tower"))
+        path = located(self.config.checkpoint, HEAD, f"{self.context.key}.checkpoint")
+        clip: Any = load_clip(located_folder(self.config.tower, TOWER, f"{self.context.key}.tower"))
         head = ScoreHead(clip.config.projection_dim)
         load_module(head, read_weights(path), path, PUBLISHED)
         del clip.text_model, clip.text_projection  # no prompts: a third of the parameters

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.rewards.hf_clip import HFClipReward, load_clip
-from twinrl.rewards.model import ModelConfig
+from twinrl.rewards.model import RewardModelConfig
 from twinrl.rewards.weights import located_folder
 
 PREFIX = "A photo depicts "
@@ -27,14 +27,14 @@ class CLIPScore(HFClipReward):
     *When to use*: as the control of a preference reward: at least one published run labelled plain CLIP "HPSv2".
     """
 
-    class Config(ModelConfig):
+    class Config(RewardModelConfig):
         kind: Literal["clipscore"] = "clipscore"
         definition: Literal["cosine", "percent", "paper"] = Field("cosine", description="formula, see the module")
         repository: str = Field("openai/clip-vit-base-patch32", description="CLIPModel on the hub; the paper's model")
         checkpoint: Path | None = Field(None, description="folder in transformers' format; null = from the hub")
 
     def network(self) -> nn.Module:
-        setting = f"{self.around.key}.checkpoint"
+        setting = f"{self.context.key}.checkpoint"
         return load_clip(located_folder(self.config.checkpoint, self.config.repository, setting))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

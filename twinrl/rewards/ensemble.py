@@ -16,14 +16,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.config import Settings
-from twinrl.rewards.reward import NOWHERE, Keeper, Reward, RewardSettings, Surroundings, build_part
+from twinrl.rewards.reward import WITHOUT_SOURCE, Keeper, Reward, RewardContext, RewardSettings, build_part
 
 
 class Composite(Reward):
     """A reward of named parts: differentiable if all are, and passing state, statistics and devices on to them."""
 
-    def __init__(self, config: Any, around: Surroundings, parts: Mapping[str, Reward]):
-        super().__init__(config, around)
+    def __init__(self, config: Any, context: RewardContext, parts: Mapping[str, Reward]):
+        super().__init__(config, context)
         self.parts = dict(parts)
         self.differentiable = all(part.differentiable for part in parts.values())
         self.needs_prompts = any(part.needs_prompts for part in parts.values())
@@ -49,7 +49,7 @@ class Composite(Reward):
         }
 
 
-class Member(Settings):
+class EnsembleMember(Settings):
     """One reward of an ensemble."""
 
     reward: RewardSettings = Field(description="the reward, by kind")
@@ -67,14 +67,14 @@ class Ensemble(Composite):
 
     class Config(Settings):
         kind: Literal["ensemble"] = "ensemble"
-        rewards: dict[str, Member] = Field(min_length=1, description="members by name")
+        rewards: dict[str, EnsembleMember] = Field(min_length=1, description="members by name")
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
-        inside = around.part("rewards")
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
+        inside = context.part("rewards")
         members = config.rewards
         super().__init__(
             config,
-            around,
+            context,
             {name: build_part(member.reward, inside.part(name), "reward") for name, member in members.items()},
         )
 
@@ -100,8 +100,8 @@ class Hinge(Composite):
         reward: RewardSettings = Field(description="the inner reward, by kind")
         ceiling: float = Field(allow_inf_nan=False, description="score above which nothing is gained")
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
-        super().__init__(config, around, {"reward": build_part(config.reward, around, "reward")})
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
+        super().__init__(config, context, {"reward": build_part(config.reward, context, "reward")})
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.config.ceiling - (self.config.ceiling - self.parts["reward"](images, prompts)).relu()

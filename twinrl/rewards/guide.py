@@ -1,7 +1,7 @@
 """The reward in training: what it wants of samples at this step, with this weight.
 
 :class:`Guide` joins a reward model, an estimator of its latent gradient and a schedule. Terms ask it through their
-context (``ctx.reward(samples, rows)``); it does not know through which route its pull enters the loss.
+context (``ctx.reward(samples, rows)``); it does not know through which route its ascent enters the loss.
 """
 
 import math
@@ -22,7 +22,7 @@ from twinrl.machine.visiting import visiting
 from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
 from twinrl.rewards.reward import Reward, RewardSettings
 from twinrl.run import names
-from twinrl.terms import Pull
+from twinrl.terms import Ascent
 
 if TYPE_CHECKING:
     Model: TypeAlias = Any
@@ -45,7 +45,7 @@ class RewardConfig(Settings):
 
 
 class Guide:
-    """The pull of one reward.
+    """The ascent of one reward.
 
     Arguments:
         config: model, estimator, schedule.
@@ -78,10 +78,10 @@ class Guide:
         """Factor of the learning rate at optimizer step ``step``."""
         return self.config.schedule.lr_factor_at(step, self.steps, self.renoise_end)
 
-    def __call__(self, samples: Tensor, rows: Rows) -> Pull:
+    def __call__(self, samples: Tensor, rows: Rows) -> Ascent:
         """``weight·g`` for samples (B, C, h, w) of the rows' prompts; zero where the reward is not on.
 
-        An image whose score (also that of a part that keeps statistics) or gradient is not finite gets no pull, and
+        An image whose score (also that of a part that keeps statistics) or gradient is not finite gets no ascent, and
         says so in ``reward/nonfinite_frac``: an event names the first such images of an episode, and the other images'
         gradients are as they would be.
 
@@ -90,7 +90,7 @@ class Guide:
         """
         weight = self.weight(rows.draws.step)
         if weight == 0:
-            return Pull(torch.zeros_like(samples))
+            return Ascent(torch.zeros_like(samples))
         if self.reward.needs_prompts and not rows.prompts:
             raise InputError(
                 f"reward.model {self.reward.config.kind} reads prompts and the data have none",
@@ -109,7 +109,7 @@ class Guide:
             bad[~scores.isfinite()] = 1.0
         g = found.g.clone()
         g[bad > 0] = 0.0
-        return Pull((weight * g).to(samples), {**aux, **observed, names.REWARD_NONFINITE: bad})
+        return Ascent((weight * g).to(samples), {**aux, **observed, names.REWARD_NONFINITE: bad})
 
     @torch.no_grad()
     def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -130,21 +130,21 @@ class Guide:
             aux |= self.latent.compare(found, z, prompts, self.codec, self.reward)
         return aux
 
-    def observe(self, pulled: Iterable[tuple[Tensor, Mapping[str, Tensor]]], captions: Sequence[str]) -> None:
+    def observe(self, scored: Iterable[tuple[Tensor, Mapping[str, Tensor]]], captions: Sequence[str]) -> None:
         """Take the scores of a whole step into the statistics of rewards that keep some.
 
         *When to use*: once, after the step, in every process with the same arguments.
 
         Arguments:
-            pulled: rows (B,), as positions in the global batch, and ``aux`` of the pulls on them, of all micro-batches
+            scored: rows (B,), as positions in the global batch, and ``aux`` of the ascents there, of all micro-batches
                 and processes, in any order.
             captions: the prompts of the global batch.
         """
-        pulled = list(pulled)
+        scored = list(scored)
         for part, keeper in self.reward.keepers().items():
             metric = _mean_of(part)
-            here = [zip(rows.tolist(), aux[metric].tolist(), strict=True) for rows, aux in pulled if metric in aux]
-            finite = sorted((row, score) for pull in here for row, score in pull if math.isfinite(score))
+            here = [zip(rows.tolist(), aux[metric].tolist(), strict=True) for rows, aux in scored if metric in aux]
+            finite = sorted((row, score) for part in here for row, score in part if math.isfinite(score))
             if finite:
                 scores = torch.tensor([score for _, score in finite], dtype=torch.double)
                 keeper.observe(scores, [captions[row] for row, _ in finite])

@@ -21,13 +21,13 @@ from torch.nn.functional import normalize
 
 from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
-from twinrl.rewards.model import ModelConfig, ModelReward
+from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import letterbox
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
 from twinrl.run.checkpoints import load_module
 
-REPOSITORY = "xswu/HPSv2"
-FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
+HPSV2_REPOSITORY = "xswu/HPSv2"
+WEIGHTS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 
 
 class HPSv2(ModelReward):
@@ -37,7 +37,7 @@ class HPSv2(ModelReward):
     trained on better data and is the default; v2.0 and v2.1 are different scales.
     """
 
-    class Config(ModelConfig):
+    class Config(RewardModelConfig):
         kind: Literal["hpsv2"] = "hpsv2"
         version: Literal["v2.0", "v2.1"] = Field("v2.1", description="which of the two published checkpoints")
         checkpoint: Path | None = Field(None, description="local checkpoint file; null = from the hub")
@@ -46,9 +46,9 @@ class HPSv2(ModelReward):
         )
 
     def network(self) -> nn.Module:
-        hub = HubFile(REPOSITORY, FILES[self.config.version])
-        path = located(self.config.checkpoint, hub, f"{self.around.key}.checkpoint")
-        model = open_clip_model(self.config.architecture, f"{self.around.key}.architecture")
+        hub = HubFile(HPSV2_REPOSITORY, WEIGHTS_FILES[self.config.version])
+        path = located(self.config.checkpoint, hub, f"{self.context.key}.checkpoint")
+        model = open_clip_model(self.config.architecture, f"{self.context.key}.architecture")
         load_module(model, read_weights(path, inside="state_dict"), path, PUBLISHED)
         return model
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from twinrl.config import Settings
 from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.aesthetic import ScoreHead
-from twinrl.rewards.model import ModelConfig, ModelReward
+from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import centre_crop
-from twinrl.rewards.reward import NOWHERE, Surroundings
+from twinrl.rewards.reward import WITHOUT_SOURCE, RewardContext
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
 from twinrl.run.checkpoints import load_module
 
@@ -95,21 +95,21 @@ class ImageReward(ModelReward):
     their blind spots: in an ensemble, or as a held-out judge. ReFL ascends it.
     """
 
-    class Config(ModelConfig):
+    class Config(RewardModelConfig):
         kind: Literal["imagereward"] = "imagereward"
         checkpoint: Path | None = Field(None, description=f"{CHECKPOINT.filename}; null = from the hub")
         vocabulary: Path | None = Field(None, description="vocab.txt of bert-base-uncased; null = from the hub")
         sizes: BlipSizes = Field(BlipSizes(), description="architecture, the published one by default")
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
-        super().__init__(config, around)
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
+        super().__init__(config, context)
         from transformers import BertTokenizer
 
-        path = located(config.vocabulary, VOCABULARY, f"{around.key}.vocabulary")
+        path = located(config.vocabulary, VOCABULARY, f"{context.key}.vocabulary")
         self.tokenizer = BertTokenizer(str(path), do_lower_case=True)
 
     def network(self) -> nn.Module:
-        path = located(self.config.checkpoint, CHECKPOINT, f"{self.around.key}.checkpoint")
+        path = located(self.config.checkpoint, CHECKPOINT, f"{self.context.key}.checkpoint")
         model = BlipReward(self.config.sizes)
         load_module(model, renamed(read_weights(path)), path, PUBLISHED)
         return model

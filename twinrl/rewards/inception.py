@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
 from twinrl.config.errors import InputError
-from twinrl.data.files import ending_in
 from twinrl.data.images import SUFFIXES, decode
+from twinrl.data.listing import ending_in
 from twinrl.data.problems import UnusableError
 from twinrl.flow.source import cache_dir
 from twinrl.machine.compat import ensure_torchvision
@@ -34,8 +34,8 @@ ensure_torchvision()
 from torchvision.models import inception  # noqa: E402
 from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 
-FILE = "pt_inception-2015-12-05-6726825d.pth"
-URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
 SIZE, BATCH = 299, 32
 SETTING = "evaluation.inception"
 
@@ -161,17 +161,17 @@ def located(weights: Path | None) -> Path:
     """
     if weights is not None:
         if not weights.is_file():
-            raise InputError(f"{SETTING} is no file", got=weights, fix=f"put {FILE} there, from {URL}")
+            raise InputError(f"{SETTING} is no file", got=weights, fix=f"put {WEIGHTS_FILE} there, from {URL}")
         return weights
-    kept = cache_dir() / "inception" / FILE
+    kept = cache_dir() / "inception" / WEIGHTS_FILE
     if not kept.is_file():
         kept.parent.mkdir(parents=True, exist_ok=True)
-        prefix = FILE.removesuffix(".pth").rsplit("-", 1)[1]
+        prefix = WEIGHTS_FILE.removesuffix(".pth").rsplit("-", 1)[1]
         try:
             torch.hub.download_url_to_file(URL, str(kept), hash_prefix=prefix, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: its hash is another
             raise InputError(
-                f"{FILE} is neither in the cache ({kept.parent}) nor can it be downloaded",
+                f"{WEIGHTS_FILE} is neither in the cache ({kept.parent}) nor can it be downloaded",
                 got=str(error).splitlines()[0],
                 fix=f"fetch {URL} elsewhere and set {SETTING}=PATH",
             ) from error  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.lab.digits import SIDE
-from twinrl.rewards.reward import NOWHERE, Reward, Surroundings, check_batch
+from twinrl.rewards.reward import WITHOUT_SOURCE, Reward, RewardContext, check_batch
 
 
 class SourceScorer(Reward):
@@ -24,19 +24,19 @@ class SourceScorer(Reward):
         InputError: the source has no such scorer, or training asks for one that is held out.
     """
 
-    def __init__(self, config: Settings, around: Surroundings = NOWHERE):
-        super().__init__(config, around)
+    def __init__(self, config: Settings, context: RewardContext = WITHOUT_SOURCE):
+        super().__init__(config, context)
         name = self.config.kind
-        if name not in around.scorers:
-            known = ", ".join(around.scorers) or "none"
-            raise InputError(f"{around.key}: the data source has no scorer {name}", got=f"scorers: {known}")
-        if around.training and name in around.held_out:
-            free = [other for other in around.scorers if other not in around.held_out]
+        if name not in context.scorers:
+            known = ", ".join(context.scorers) or "none"
+            raise InputError(f"{context.key}: the data source has no scorer {name}", got=f"scorers: {known}")
+        if context.training and name in context.held_out:
+            free = [other for other in context.scorers if other not in context.held_out]
             raise InputError(
-                f"{around.key}: {name} judges the result, training must not see it",
+                f"{context.key}: {name} judges the result, training must not see it",
                 expected=f"one of {', '.join(free)}" if free else "another reward",
             )
-        self.scorer = around.scorers[name]
+        self.scorer = context.scorers[name]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         check_batch(images, prompts, self.needs_prompts)
@@ -50,7 +50,7 @@ class LabScorer(SourceScorer):
         check_batch(images, prompts, self.needs_prompts)
         if images.shape[-2:] != (SIDE, SIDE):
             size = "×".join(map(str, images.shape[-2:]))
-            raise InputError(f"{self.around.key}: {self.config.kind} takes {SIDE}×{SIDE} pixels", got=size)
+            raise InputError(f"{self.context.key}: {self.config.kind} takes {SIDE}×{SIDE} pixels", got=size)
         return self.scorer(images.expand(-1, 3, -1, -1), prompts)
 
 

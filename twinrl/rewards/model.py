@@ -20,12 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from twinrl.config import Settings
-from twinrl.rewards.reward import NOWHERE, Reward, Surroundings, check_batch
+from twinrl.machine.dtypes import DTYPES
+from twinrl.rewards.reward import WITHOUT_SOURCE, Reward, RewardContext, check_batch
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "float64": torch.float64}
 
-
-class ModelConfig(Settings):
+class RewardModelConfig(Settings):
     """Settings that every reward model has."""
 
     dtype: Literal["float32", "bf16", "float64"] = Field(
@@ -40,8 +39,8 @@ class ModelReward(Reward):
 
     config: Any
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
-        super().__init__(config, around)
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
+        super().__init__(config, context)
         self.dtype = DTYPES[config.dtype]
         self.precise = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.model = self._shared()
@@ -50,7 +49,7 @@ class ModelReward(Reward):
     def _shared(self) -> nn.Module:
         """The network; rewards of equal settings in equal surroundings have one between them."""
         weights = self.config.model_dump_json(exclude={"chunk", "recompute"})
-        networks = {} if self.around.networks is None else self.around.networks
+        networks = {} if self.context.networks is None else self.context.networks
         if weights not in networks:
             networks[weights] = self.network().to(self.dtype).eval().requires_grad_(False)
         return networks[weights]

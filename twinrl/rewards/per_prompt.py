@@ -27,7 +27,7 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.rewards.ensemble import Composite
-from twinrl.rewards.reward import NOWHERE, Keeper, RewardSettings, Surroundings, build_part
+from twinrl.rewards.reward import WITHOUT_SOURCE, Keeper, RewardContext, RewardSettings, build_part
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,16 @@ class PerPrompt(Composite):
         least: float = Field(8, ge=2, description="discounted images before a prompt has its own statistics")
         epsilon: float = Field(1e-4, gt=0, description="added to the standard deviation")
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
-        if not around.training and not around.key.startswith("reward.model"):  # validation shows that one's inner score
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
+        if not context.training and not context.key.startswith(
+            "reward.model"
+        ):  # validation shows that one's inner score
             raise InputError(
                 "per_prompt normalises by scores seen in training, which a reward that only judges never sees",
-                got=around.key,
+                got=context.key,
                 fix="judge by its inner reward",
             )
-        super().__init__(config, around, {"reward": build_part(config.reward, around, "reward")})
+        super().__init__(config, context, {"reward": build_part(config.reward, context, "reward")})
         self.needs_prompts = True
         self.known: dict[str, Statistics] = {}
         self.pooled = Statistics()

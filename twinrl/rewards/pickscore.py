@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.rewards.hf_clip import HFClipReward, load_clip
-from twinrl.rewards.model import ModelConfig
+from twinrl.rewards.model import RewardModelConfig
 from twinrl.rewards.weights import located_folder
 
-REPOSITORY = "yuvalkirstain/PickScore_v1"
+PICKSCORE_REPOSITORY = "yuvalkirstain/PickScore_v1"
 
 
 class PickScore(HFClipReward):
@@ -27,14 +27,14 @@ class PickScore(HFClipReward):
     the held-out judge of a run that ascends HPSv2.
     """
 
-    class Config(ModelConfig):
+    class Config(RewardModelConfig):
         kind: Literal["pickscore"] = "pickscore"
         checkpoint: Path | None = Field(
-            None, description=f"folder in transformers' format; null = {REPOSITORY} from the hub"
+            None, description=f"folder in transformers' format; null = {PICKSCORE_REPOSITORY} from the hub"
         )
 
     def network(self) -> nn.Module:
-        return load_clip(located_folder(self.config.checkpoint, REPOSITORY, f"{self.around.key}.checkpoint"))
+        return load_clip(located_folder(self.config.checkpoint, PICKSCORE_REPOSITORY, f"{self.context.key}.checkpoint"))
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (self.image_embedding(images) * self.text_embedding(prompts)).sum(-1)

@@ -4,7 +4,7 @@ Pixels are in [−1, 1] everywhere in this project; what a published model wants
 deviation) happens inside the reward, on tensors, so that ∂R/∂y exists. Scores of most models compare only among
 images of the same prompt.
 
-A reward is built from its settings and its :class:`Surroundings`; composite rewards (:mod:`twinrl.rewards.ensemble`)
+A reward is built from its settings and its :class:`RewardContext`; composite rewards (:mod:`twinrl.rewards.ensemble`)
 build their parts in the same way. Some keep statistics of scores they have seen (:class:`Keeper`); training adds to
 these once after each step, so that within a step a reward is a fixed function, which finite differences need.
 """
@@ -23,7 +23,7 @@ from twinrl.flow.source import Scorer
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class RewardContext:
     """What a reward is built in.
 
     Attributes:
@@ -41,12 +41,12 @@ class Surroundings:
     key: str = "reward"
     networks: MutableMapping[str, nn.Module] | None = None
 
-    def part(self, name: str) -> "Surroundings":
+    def part(self, name: str) -> "RewardContext":
         """The same surroundings for a part whose settings are under ``name``."""
         return replace(self, key=f"{self.key}.{name}")
 
 
-NOWHERE = Surroundings()
+WITHOUT_SOURCE = RewardContext()
 """No data source; the reward is to be followed."""
 
 
@@ -67,7 +67,7 @@ class Reward(ABC):
 
     Arguments:
         config: an instance of the class's ``Config``.
-        around: see :class:`Surroundings`.
+        context: see :class:`RewardContext`.
 
     Attributes:
         differentiable: whether ∂R/∂y exists. A reward without it is scored only, and needs an estimator that asks
@@ -79,9 +79,9 @@ class Reward(ABC):
     differentiable: bool = True
     needs_prompts: bool = True
 
-    def __init__(self, config: Any, around: Surroundings = NOWHERE):
+    def __init__(self, config: Any, context: RewardContext = WITHOUT_SOURCE):
         self.config = config
-        self.around = around
+        self.context = context
 
     @abstractmethod
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -129,9 +129,9 @@ else:
     RewardSettings = component(REWARDS)
 
 
-def build_part(config: Any, around: Surroundings, name: str) -> Reward:
+def build_part(config: Any, context: RewardContext, name: str) -> Reward:
     """The reward that ``config`` describes, as the part ``name`` of another."""
-    part: Reward = REWARDS.build(config, around.part(name))
+    part: Reward = REWARDS.build(config, context.part(name))
     return part
 
 

@@ -31,18 +31,18 @@ from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run.layout import SHARDS, STATE, STEP, available, of_step
 
-FORMAT = 2
+CHECKPOINT_FORMAT = 2
 RUN_FIX = "use the model.network settings that they were trained with"
-SHOWN = 3
+TENSORS_SHOWN = 3
 """Names of tensors in a message."""
 T = TypeVar("T")
 
 
-class State(BaseModel):
+class CheckpointState(BaseModel):
     """What ``state.json`` of this format holds; the parts of the run that it is handed to check the rest."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    format: Annotated[int, Field(ge=FORMAT, le=FORMAT)]
+    format: Annotated[int, Field(ge=CHECKPOINT_FORMAT, le=CHECKPOINT_FORMAT)]
     step: NonNegativeInt
     iteration: NonNegativeInt
     attempt: NonNegativeInt
@@ -150,7 +150,7 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
             {name: t.detach().contiguous() for name, t in tensors.items()},
             folder / f"{part}.safetensors",
         )
-    (folder / STATE).write_text(json.dumps({"format": FORMAT, **checkpoint.state}, indent=1))
+    (folder / STATE).write_text(json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.state}, indent=1))
 
 
 @contextmanager
@@ -196,7 +196,7 @@ def load_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _corrupted(path / STATE, error) from error
     try:
-        State.model_validate(state)
+        CheckpointState.model_validate(state)
     except ValidationError as error:
         raise _corrupted(path / STATE, one_line(error.errors())) from error
     return state
@@ -234,10 +234,10 @@ def shard_metadata(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged.
     """
-    from twinrl.run.shards import Reader
+    from twinrl.run.shards import ShardReader
 
     try:
-        return Reader(folder).read_metadata().state_dict_metadata
+        return ShardReader(folder).read_metadata().state_dict_metadata
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise _corrupted(folder, error) from error
 
@@ -246,13 +246,13 @@ def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The whole tensors of a folder of shards, in this process alone, by part and name."""
     from torch.distributed import checkpoint
 
-    from twinrl.run.shards import Reader
+    from twinrl.run.shards import ShardReader
 
     flat = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in shard_metadata(folder).items()}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
-            checkpoint.load(flat, storage_reader=Reader(folder), no_dist=True)
+            checkpoint.load(flat, storage_reader=ShardReader(folder), no_dist=True)
     except (OSError, checkpoint.CheckpointException) as error:
         raise _corrupted(folder, str(error).splitlines()[0]) from error
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -313,7 +313,7 @@ def refuse_misfit(
 def few(names: Iterable[str]) -> str:
     """The first names, for a message."""
     names = list(names)
-    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+    return ", ".join(map(str, names[:TENSORS_SHOWN])) + (", …" if len(names) > TENSORS_SHOWN else "")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas
 
+LogRow: TypeAlias = Mapping[str, Any]
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 

@@ -25,10 +25,10 @@ DESCRIBING = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }  # fmt: skip
 """Module → names that a description of tensors is made of; of ``torch`` itself its sizes and dtypes."""
-FILE = re.compile(r"[\w.-]+\.distcp")
+SHARD_NAME = re.compile(r"[\w.-]+\.distcp")
 
 
-class Reader(FileSystemReader):
+class ShardReader(FileSystemReader):
     """Reads the tensors of a folder.
 
     Raises:
@@ -52,7 +52,7 @@ def _unpickled(description: bytes) -> Any:
         sound = (
             isinstance(metadata, Metadata)
             and all(isinstance(found, TensorStorageMetadata) for found in metadata.state_dict_metadata.values())
-            and all(FILE.fullmatch(stored.relative_path) for stored in metadata.storage_data.values())
+            and all(SHARD_NAME.fullmatch(stored.relative_path) for stored in metadata.storage_data.values())
             and metadata.storage_meta is not None
         )
     except pickle.UnpicklingError:

@@ -4,7 +4,7 @@
 here because diffusers takes seconds to import.
 """
 
-from twinrl.sampling.sampler import Network, StepNoise, keyed_noise, sample
+from twinrl.sampling.sampler import StepNoise, keyed_noise, sample
 from twinrl.sampling.settings import (
     SamplerConfig,
     any_step,
@@ -15,13 +15,12 @@ from twinrl.sampling.settings import (
     simpletuner_gap_end,
     time_grid,
 )
-from twinrl.sampling.update import Evaluation, State, initial_state, plan, update
+from twinrl.sampling.update import Evaluation, SamplerState, initial_state, plan, update
 
 __all__ = [
     "Evaluation",
-    "Network",
     "SamplerConfig",
-    "State",
+    "SamplerState",
     "StepNoise",
     "any_step",
     "euler",

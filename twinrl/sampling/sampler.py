@@ -9,12 +9,11 @@ from torch import Tensor
 from twinrl.config.components import checked
 from twinrl.config.errors import InputError
 from twinrl.flow import draws
-from twinrl.flow.conditions import Condition
+from twinrl.flow.conditions import Condition, Network
 from twinrl.sampling.settings import SamplerConfig
-from twinrl.sampling.update import Evaluation, State, initial_state, plan, update
+from twinrl.sampling.update import Evaluation, SamplerState, initial_state, plan, update
 
 # (x (B, C, H, W), t (B,), r (B,), condition) -> F (B, C, H, W)
-Network: TypeAlias = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 # step -> ε (B, C, H, W)
 StepNoise: TypeAlias = Callable[[int], Tensor]
 
@@ -112,7 +111,7 @@ def _check(z: Tensor, guidance: float, null: Condition | None) -> None:
 
 def _velocity(
     network: Network,
-    state: State,
+    state: SamplerState,
     dtype: torch.dtype,
     evaluation: Evaluation,
     condition: Condition,

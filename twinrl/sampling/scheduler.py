@@ -28,9 +28,9 @@ from twinrl.sampling.settings import (
     simpletuner_gap_end,
     time_grid,
 )
-from twinrl.sampling.update import Evaluation, State, high_precision, initial_state, plan, update
+from twinrl.sampling.update import Evaluation, SamplerState, high_precision, initial_state, plan, update
 
-PRESETS = {"few": few_step, "any": any_step, "mul": multi_step}
+SAMPLER_STYLES = {"few": few_step, "any": any_step, "mul": multi_step}
 
 
 @dataclass
@@ -110,7 +110,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
             given["gap_end"] = simpletuner_gap_end(num_inference_steps)
         settings = {"order": chosen["order"], "extrapolation": chosen["extrapolation"], **given}
         try:
-            return SamplerConfig(**PRESETS[chosen["style"]](num_inference_steps).model_dump() | settings)
+            return SamplerConfig(**SAMPLER_STYLES[chosen["style"]](num_inference_steps).model_dump() | settings)
         except ValidationError as error:
             raise _one_line(error) from None
 
@@ -192,7 +192,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
     def _forget(self) -> None:
         self._step_index: int | None = None
         self._begin_index: int | None = None
-        self._state: State | None = None
+        self._state: SamplerState | None = None
 
     @property
     def step_index(self) -> int | None:
@@ -291,13 +291,13 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
             raise InputError("cannot start at a correcting evaluation", got=index, expected="an even index")
         return index
 
-    def _resumed(self, sample: Tensor) -> State:
+    def _resumed(self, sample: Tensor) -> SamplerState:
         """The state in full precision, unless the sample is not the one that was returned from it."""
         if self._state is None:
             return initial_state(sample)
         if torch.equal(self._state.x.to(sample.dtype), sample):
             return self._state
-        return State(high_precision(sample), self._state.predicted, self._state.origin, self._state.used_z_hat)
+        return SamplerState(high_precision(sample), self._state.predicted, self._state.origin, self._state.used_z_hat)
 
     def _draw(self, step: int, sample: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         if generator is None and self.config["seed"] is not None:
@@ -313,8 +313,8 @@ def _check_basics(prediction_type: str, shift: float, style: str) -> None:
         raise InputError("unknown prediction_type", got=repr(prediction_type), expected="'flow_prediction'")
     if not shift > 0:
         raise InputError("shift must be positive", got=shift)
-    if style not in PRESETS:
-        raise InputError("unknown style", got=repr(style), expected=" or ".join(PRESETS))
+    if style not in SAMPLER_STYLES:
+        raise InputError("unknown style", got=repr(style), expected=" or ".join(SAMPLER_STYLES))
 
 
 def _is_default_ramp(times: Tensor) -> bool:

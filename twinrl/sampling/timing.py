@@ -19,7 +19,7 @@ DECODE = "decode (codec)"
 
 
 @dataclass(frozen=True)
-class Timing:
+class CallTiming:
     """Seconds of one call: median over rounds, and the 95th percentile."""
 
     median: float
@@ -27,13 +27,13 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Line:
+class TimingLine:
     """One way to sample (or the decoder): network evaluations per image, seconds at batch 1 and at batch 10."""
 
     name: str
     nfe: int
-    latency: Timing
-    batch: Timing
+    latency: CallTiming
+    batch: CallTiming
 
     @property
     def throughput(self) -> float:
@@ -48,7 +48,7 @@ def measure(
     evaluations: Sequence[int],
     teacher_steps: int,
     rounds: int,
-) -> list[Line]:
+) -> list[TimingLine]:
     """Time sampling at every NFE, a many-step teacher of the same architecture, and the codec's decoder.
 
     Arguments:
@@ -68,7 +68,7 @@ def measure(
         calls[DECODE, batch] = _decoding(source, batch, device)
     times = {key: _timing(seconds) for key, seconds in _in_turn(calls, rounds, device).items()}
     costs = {name: nfe(sampler) for name, sampler in samplers.items()} | {DECODE: 0}
-    return [Line(name, costs[name], *(times[name, batch] for batch in BATCHES)) for name in costs]
+    return [TimingLine(name, costs[name], *(times[name, batch] for batch in BATCHES)) for name in costs]
 
 
 def _sampling(
@@ -111,11 +111,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _timing(seconds: list[float]) -> Timing:
+def _timing(seconds: list[float]) -> CallTiming:
     median, p95 = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95]).double()).tolist()
-    return Timing(median, p95)
+    return CallTiming(median, p95)
 
 
-def as_dict(lines: Sequence[Line]) -> dict[str, Any]:
+def as_dict(lines: Sequence[TimingLine]) -> dict[str, Any]:
     """Plain values: seconds at batch 1 and 10, images per second."""
     return {line.name: asdict(line) | {"throughput": line.throughput} for line in lines}

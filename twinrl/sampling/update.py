@@ -1,7 +1,7 @@
 """The sampler's mathematics on explicit state, shared by ``sample`` and the diffusers scheduler.
 
 A :func:`plan` lists the network evaluations of one sample; :func:`update` folds the network's answer to one
-of them into the :class:`State`, whose ``x`` is where the network is to be asked next. Neither draws noise
+of them into the :class:`SamplerState`, whose ``x`` is where the network is to be asked next. Neither draws noise
 nor calls a network. Notation and formulas: UCGM-S, arXiv:2505.07447, with linear transport and t = 1 noise.
 """
 
@@ -51,7 +51,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class State:
+class SamplerState:
     """What a sampler knows between two evaluations; tensors (B, ...) in float64."""
 
     x: Tensor  # where the network is asked next
@@ -60,9 +60,9 @@ class State:
     used_z_hat: Tensor | None = None  # the ẑ that led from there
 
 
-def initial_state(z: Tensor) -> State:
+def initial_state(z: Tensor) -> SamplerState:
     """The state before the first evaluation: the starting noise ``z`` (B, ...) in float64."""
-    return State(x=high_precision(z))
+    return SamplerState(x=high_precision(z))
 
 
 def high_precision(x: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def _check_times(times: list[float], order: int) -> None:
         )
 
 
-def update(evaluation: Evaluation, state: State, F: Tensor, noise: Tensor | None = None) -> State:
+def update(evaluation: Evaluation, state: SamplerState, F: Tensor, noise: Tensor | None = None) -> SamplerState:
     """The state after the network answered ``evaluation`` with ``F``.
 
     Arguments:
@@ -160,14 +160,14 @@ def update(evaluation: Evaluation, state: State, F: Tensor, noise: Tensor | None
     return _predict(evaluation, state, predicted, noise)
 
 
-def _predict(evaluation: Evaluation, state: State, predicted: Prediction, noise: Tensor | None) -> State:
+def _predict(evaluation: Evaluation, state: SamplerState, predicted: Prediction, noise: Tensor | None) -> SamplerState:
     """``x ← (1 − t')·x̂ + t'·(√(1−ρ)·ẑ + √ρ·ε)``, with x̂ and ẑ extrapolated where the plan says so."""
     x_hat, z_hat = _extrapolate(predicted, state.predicted, evaluation.extrapolation)
     stop = evaluation.stop
     x = (1 - stop) * x_hat + stop * _renoise(evaluation, z_hat, noise)
     if evaluation.is_corrected:
-        return State(x=x, predicted=predicted, origin=state.x, used_z_hat=z_hat)
-    return State(x=x, predicted=predicted)
+        return SamplerState(x=x, predicted=predicted, origin=state.x, used_z_hat=z_hat)
+    return SamplerState(x=x, predicted=predicted)
 
 
 def _extrapolate(predicted: Prediction, previous: Prediction | None, kappa: float) -> Prediction:
@@ -187,7 +187,7 @@ def _renoise(evaluation: Evaluation, z_hat: Tensor, noise: Tensor | None) -> Ten
     return math.sqrt(1 - rho) * z_hat + math.sqrt(rho) * noise.to(z_hat)
 
 
-def _correct(evaluation: Evaluation, state: State, z_hat: Tensor) -> State:
+def _correct(evaluation: Evaluation, state: SamplerState, z_hat: Tensor) -> SamplerState:
     """``x' = x·(1−t')/(1−t) + (t' − (1−t')·t/(1−t))·(ẑ + ẑ')/2``.
 
     The trapezoid rule for x/(1−t), whose derivative with respect to t/(1−t) is ẑ. It starts again from x, so
@@ -198,4 +198,4 @@ def _correct(evaluation: Evaluation, state: State, z_hat: Tensor) -> State:
     start, stop = evaluation.start, evaluation.stop
     kept = (1 - stop) / (1 - start)
     x = kept * state.origin + (stop - kept * start) * (state.used_z_hat + z_hat) / 2
-    return State(x=x, predicted=state.predicted)
+    return SamplerState(x=x, predicted=state.predicted)

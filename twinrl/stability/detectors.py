@@ -39,7 +39,7 @@ __all__ = [
 SuspectsOf = Callable[[str, str | None], Suspects]
 """Kind of trouble, and a term or None for the whole batch → the data rows behind it, the most conspicuous first."""
 NORM, SHARE, TOTAL = "norm_raw", "share", "total"
-REWARD = "reward"
+REWARD_OWNER = "reward"
 """Whose an event is that names images without a score."""
 
 
@@ -130,7 +130,7 @@ class Watch:
         found = sorted(found, key=_conspicuous, reverse=True)
         terms = tuple(dict.fromkeys(term for finding in found if (term := term_of(finding.series))))
         worst = next((finding for finding in found if term_of(finding.series)), found[0])
-        terms = (REWARD,) if worst.kind == UNSCORED else terms
+        terms = (REWARD_OWNER,) if worst.kind == UNSCORED else terms
         suspects = rows_of(worst.kind, terms[0] if terms else None)
         return Event(
             worst.step,

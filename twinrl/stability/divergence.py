@@ -32,9 +32,9 @@ from pydantic import Field
 
 from twinrl.config import Settings
 from twinrl.run import names, runlog
+from twinrl.run.runlog import LogRow
 from twinrl.stability.events import DIVERGED, Event
 
-Row = Mapping[str, Any]
 NONFINITE_PARAMETERS = names.event("nonfinite_parameters")
 """1 in the row of a step after which a parameter is not finite."""
 NUMBERS, FALL, NEVER_WHOLE = "nonfinite", "quality", "never whole"
@@ -113,7 +113,7 @@ class Stretch:
 
 
 @dataclass
-class Judged:
+class QualityHistory:
     """What the evaluations so far have shown of a run that has not failed.
 
     Attributes:
@@ -163,16 +163,16 @@ class Divergence:
         floors = {"accuracy": config.accuracy_floor, "recall": config.recall_floor}
         self._floors = {names.val(quantity, nfe): floor for quantity, floor in floors.items() if floor > 0}
         self._accuracy = names.val("accuracy", nfe)
-        self._best, self._bad, self._nonfinite, self._judged = math.inf, Stretch(), Stretch(), Judged()
+        self._best, self._bad, self._nonfinite, self._judged = math.inf, Stretch(), Stretch(), QualityHistory()
 
-    def begin(self, start: Row) -> None:
+    def begin(self, start: LogRow) -> None:
         """The metrics of the start weights: the reference at step 0."""
         quality = float(start[names.VAL_QUALITY])
         self._best = quality if math.isfinite(quality) else math.inf
         self._judged.start = start.get(self._accuracy)
         self._judged.unmet = tuple(name for name in self._floors if name in start and not self._met(name, start))
 
-    def observe(self, step: int, row: Row) -> Diverged | None:
+    def observe(self, step: int, row: LogRow) -> Diverged | None:
         """The failure, once, at the row that makes it certain; ``outcome`` keeps it, and whether it recovered."""
         if self.outcome is None:
             self.outcome = self._numbers(step, row) or self._quality(step, row)
@@ -200,7 +200,7 @@ class Divergence:
         )  # fmt: skip
         return self.outcome
 
-    def _numbers(self, step: int, row: Row) -> Diverged | None:
+    def _numbers(self, step: int, row: LogRow) -> Diverged | None:
         """Non-finite parameters at once; non-finite losses after ``nonfinite_steps`` in a row."""
         if row.get(NONFINITE_PARAMETERS):
             message = f"non-finite parameters after step {step}"
@@ -214,7 +214,7 @@ class Divergence:
         start, message = self._nonfinite, f"non-finite {bad[0]} at step {self._nonfinite.step}"
         return Diverged(start.step, step, bad[0], start.value, None, message, NUMBERS, max(0, start.step - 1))
 
-    def _quality(self, step: int, row: Row) -> Diverged | None:
+    def _quality(self, step: int, row: LogRow) -> Diverged | None:
         """Quality beyond the margin and the judge's confirmation, at enough evaluations in a row."""
         quality = row.get(names.VAL_QUALITY)
         if quality is None or step <= self.config.after:
@@ -232,7 +232,7 @@ class Divergence:
         message = f"samples fell apart by step {start.step}, after {since}: quality {start.value:.3g}{against}"
         return Diverged(start.step, step, names.VAL_QUALITY, start.value, best, message, FALL, self._judged.sound)
 
-    def _hear(self, step: int, row: Row) -> None:
+    def _hear(self, step: int, row: LogRow) -> None:
         """Note what the judge says at an evaluation."""
         accuracy, judged = row.get(self._accuracy), self._judged
         judged.unmet = tuple(name for name in judged.unmet if name not in row or not self._met(name, row))
@@ -242,7 +242,7 @@ class Divergence:
             judged.first, judged.accuracy = step, float(accuracy)
         judged.whole |= accuracy >= self.config.accuracy_floor
 
-    def _is_bad(self, quality: float, row: Row) -> bool:
+    def _is_bad(self, quality: float, row: LogRow) -> bool:
         """Whether an evaluation is worse than the best by more than the margin, and a judge confirms it."""
         return not quality <= self.limit and self._confirmed(row)
 
@@ -253,12 +253,12 @@ class Divergence:
             return math.inf
         return self._best + self.config.absolute + self.config.relative * max(self._best, 0.0)
 
-    def _confirmed(self, row: Row) -> bool:
+    def _confirmed(self, row: LogRow) -> bool:
         """Whether the judge is below a floor, as nan is; or is not asked."""
         measured = [name for name in self._floors if row.get(name) is not None]
         return not measured or any(name not in self._judged.unmet and not self._met(name, row) for name in measured)
 
-    def _met(self, name: str, row: Row) -> bool:
+    def _met(self, name: str, row: LogRow) -> bool:
         return bool(row[name] >= self._floors[name])
 
     def state(self) -> dict[str, Any]:
@@ -277,15 +277,15 @@ class Divergence:
             setattr(self, name, Stretch(stretch["length"], stretch["step"], float(stretch["value"])))
         judged = state.get("judged", {"whole": True})  # older checkpoints do not say: then the end decides nothing
         plain = {name: runlog.decode(value) for name, value in judged.items() if name != "unmet"}
-        self._judged = Judged(**plain, unmet=tuple(judged.get("unmet", ())))  # type: ignore[arg-type]
+        self._judged = QualityHistory(**plain, unmet=tuple(judged.get("unmet", ())))  # type: ignore[arg-type]
         self.outcome = None if state["outcome"] is None else Diverged.from_dict(state["outcome"])
 
 
 def first_divergence(
-    rows: Iterable[Row],
+    rows: Iterable[LogRow],
     config: Divergence.Config | None = None,
     nfe: int = 1,
-    start: Row | None = None,
+    start: LogRow | None = None,
     ended: bool = False,
 ) -> Diverged | None:
     """The failure of a log, e.g. of :func:`twinrl.run.runlog.rows`, and whether it recovered; None if it is whole.

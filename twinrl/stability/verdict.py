@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.run import layout, runlog
-from twinrl.stability.divergence import Diverged, Divergence, Row, first_divergence
+from twinrl.run.runlog import LogRow
+from twinrl.stability.divergence import Diverged, Divergence, first_divergence
 
 COMPLETE = ("finished", "stopped")
 """How a run ends that no failure has ended."""
@@ -19,7 +20,7 @@ COMPLETE = ("finished", "stopped")
 def verdict(
     config: Mapping[str, Any],
     rows: Iterable[dict[str, Any]],
-    start: Row | None = None,
+    start: LogRow | None = None,
     result: Mapping[str, Any] | None = None,
     events: Sequence[Mapping[str, Any]] = (),
 ) -> Diverged | None:
@@ -55,18 +56,18 @@ def of_run(folder: Path, rows: Sequence[dict[str, Any]]) -> Diverged | None:
     )
 
 
-def encoded(start: Row) -> dict[str, object]:
+def encoded(start: LogRow) -> dict[str, object]:
     """Metrics as strict JSON."""
     return {name: runlog.encode(value) for name, value in start.items()}
 
 
-def decoded(plain: Mapping[str, object]) -> Row:
+def decoded(plain: Mapping[str, object]) -> LogRow:
     """The inverse of :func:`encoded`."""
     return {name: runlog.decode(value) for name, value in plain.items()}
 
 
 def final_values(
-    rows: Iterable[Row], wanted: Callable[[str], bool], failure: Diverged | None = None
+    rows: Iterable[LogRow], wanted: Callable[[str], bool], failure: Diverged | None = None
 ) -> dict[str, float]:
     """The last value of each series that is ``wanted``; nan where that is from before the run failed.
 

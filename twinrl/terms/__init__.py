@@ -8,9 +8,9 @@ from twinrl.terms.adversarial import Adversarial
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity
 from twinrl.terms.rectify import Rectify
-from twinrl.terms.reward import Reward
+from twinrl.terms.reward_ascent import RewardAscent
 from twinrl.terms.simpletuner import SimpleTunerBase
-from twinrl.terms.term import Context, Pull, Query, Target, Term, TermConfig
+from twinrl.terms.term import Ascent, Context, Query, Target, Term, TermConfig
 
 TERMS = Registry(
     "term",
@@ -22,14 +22,14 @@ TERMS = Registry(
         "rectify": Rectify,
         "one_step_consistency": OneStepConsistency,
         "simpletuner_base": SimpleTunerBase,
-        "reward": Reward,
+        "reward": RewardAscent,
     },
 )
 
-__all__ = ["TERMS", "Context", "Pull", "Query", "Target", "Term", "TermConfig", "pulls_of"]
+__all__ = ["TERMS", "Ascent", "Context", "Query", "Target", "Term", "TermConfig", "gradient_owners"]
 
 
-def pulls_of(terms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+def gradient_owners(terms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Name of every gradient that is taken apart → the terms in whose losses it is: a term's own, and any that
     has a part of that name.
 
@@ -38,7 +38,7 @@ def pulls_of(terms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """
     owners: dict[str, tuple[str, ...]] = {name: (name,) for name in terms}
     for name, config in terms.items():
-        for other in TERMS.find(config.kind).others(config):
+        for other in TERMS.find(config.kind).part_names(config):
             if other != name:
                 owners[other] = (*owners.get(other, ()), name)
     return owners

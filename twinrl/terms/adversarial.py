@@ -22,7 +22,7 @@ from twinrl.flow.branches import Rows
 from twinrl.flow.transport import interpolate, predicted_data, velocity
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step
 
-REWARD = "reward"
+REWARD_PART = "reward"
 """Name under which the reward's part of this term is measured and clipped."""
 
 
@@ -97,20 +97,20 @@ class Adversarial(Term):
         if self.config.reward is None:
             return Target(v)
         own = self.config.reward == "fake_row"
-        pull = ctx.reward(predicted_data(query.x, query.t, F) if own else query.clean, rows)
-        constant = self.config.reward_constant * pull.g.abs().flatten(1).mean(1)
-        return Target(v + pull.g, pull.aux, shift=pull.g, constant=constant)
+        ascent = ctx.reward(predicted_data(query.x, query.t, F) if own else query.clean, rows)
+        constant = self.config.reward_constant * ascent.g.abs().flatten(1).mean(1)
+        return Target(v + ascent.g, ascent.aux, shift=ascent.g, constant=constant)
 
-    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+    def loss_parts(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
         """The reward's part of the loss's gradient: of k·mean((F − v − g)²), the part ∝ −g."""
         if target.shift is None:
             return {}
         weight = self.row_loss.weight(F, target.value) * self.time_weight(query)
-        return {REWARD: -2 * (weight * (target.shift * F).flatten(1).mean(1)).sum()}
+        return {REWARD_PART: -2 * (weight * (target.shift * F).flatten(1).mean(1)).sum()}
 
     @classmethod
-    def others(cls, config: Any) -> tuple[str, ...]:
-        return (REWARD,) if config.reward is not None else ()
+    def part_names(cls, config: Any) -> tuple[str, ...]:
+        return (REWARD_PART,) if config.reward is not None else ()
 
     @classmethod
     def wants_reward(cls, config: Any) -> bool:

@@ -16,9 +16,8 @@ from twinrl.flow.branches import Batch, Rows
 from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.flow.teacher import RandomState, Teacher
-from twinrl.terms import Pull, Query, Target, Term
+from twinrl.terms import Ascent, Query, Target, Term
 
-Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 Request = tuple[Query, Rows]
 
 
@@ -31,14 +30,14 @@ class Objective:
         teacher: student and teachers.
         guidance: the target velocity's guidance.
         autocast: dtype of mixed precision, or None. Times, predictions and residuals stay in the data's dtype.
-        reward: gives the reward's pull on samples; None where no term asks for it.
+        reward: gives the reward's ascent at samples; None where no term asks for it.
     """
 
     terms: Mapping[str, Term]
     teacher: Teacher
     guidance: GuidanceConfig
     autocast: torch.dtype | None = None
-    reward: Callable[[Tensor, Rows], Pull] | None = None
+    reward: Callable[[Tensor, Rows], Ascent] | None = None
 
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
@@ -77,7 +76,7 @@ class TermLoss:
         per_row: (B,) losses, detached.
         rows: (B,) positions in the global batch.
         aux: metric name → (B,) values per row.
-        pulls: scalars whose gradients sum to ``loss``'s: the term's own, under its name, and those of others that
+        parts: scalars whose gradients sum to ``loss``'s: the term's own, under its name, and those of others that
             act through its target.
     """
 
@@ -86,11 +85,11 @@ class TermLoss:
     per_row: Tensor
     rows: Tensor
     aux: Mapping[str, Tensor]
-    pulls: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor]
 
     def detached(self) -> "TermLoss":
         """The numbers without the graph."""
-        return replace(self, loss=self.loss.detach(), pulls={})
+        return replace(self, loss=self.loss.detach(), parts={})
 
 
 @dataclass(frozen=True)
@@ -207,7 +206,9 @@ class Pass:
         if target.constant is not None:
             mean = target.constant.sum() / sum(self.counts[name] for name in term.config.branches)
             loss, unweighted = loss + term.config.weight * mean, unweighted + mean
-        parts = {other: share * pull for other, pull in term.pulls(rows, query, F, target).items() if other != name}
+        parts = {
+            other: share * part for other, part in term.loss_parts(rows, query, F, target).items() if other != name
+        }
         own = loss - torch.stack(list(parts.values())).sum() if parts else loss
         return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, {name: own, **parts})
 
@@ -258,7 +259,7 @@ class Pass:
             self._velocity[key] = enhanced_velocity(rows, self.objective.guidance, self._guide)
         return self._velocity[key]
 
-    def reward(self, samples: Tensor, rows: Rows) -> Pull:
+    def reward(self, samples: Tensor, rows: Rows) -> Ascent:
         assert self.objective.reward is not None
         with torch.no_grad(), self.random_state.replayed():
             return self.objective.reward(samples, rows)

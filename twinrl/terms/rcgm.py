@@ -10,7 +10,6 @@ From ``x_t`` a small step Δ along the target velocity v*, then N teacher jumps 
 On a straight flow whose velocity the teacher knows, R = 0. The clamped fraction of R is a free health signal.
 """
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -19,12 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.flow.branches import Rows
-from twinrl.flow.conditions import Condition
+from twinrl.flow.conditions import Condition, Network
 from twinrl.flow.transport import like
 from twinrl.run import names
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step, own
-
-Network = Callable[[Tensor, Tensor, Tensor, Condition], Tensor]
 
 
 def recursion(x: Tensor, times: list[Tensor], c: Condition, teacher: Network) -> Tensor:

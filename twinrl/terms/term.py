@@ -90,8 +90,8 @@ class Context(Protocol):
         """The guidance-enhanced target velocity v* of the rows, computed once for all terms."""
         ...
 
-    def reward(self, samples: Tensor, rows: Rows) -> "Pull":
-        """The reward's pull on samples (B, C, H, W) in the space of the flow, made for the rows' prompts."""
+    def reward(self, samples: Tensor, rows: Rows) -> "Ascent":
+        """The reward's ascent at samples (B, C, H, W) in the space of the flow, made for the rows' prompts."""
         ...
 
 
@@ -101,7 +101,7 @@ class Target(NamedTuple):
     Attributes:
         value: (B, C, H, W), without gradient.
         aux: metric name → (B,) values per row, whose mean over the rows of the batch is logged.
-        shift: (B, C, H, W) part of ``value`` that another force has added; None where there is none.
+        shift: (B, C, H, W) part of ``value`` that an ascent has added; None where there is none.
         constant: (B,) numbers whose mean over the term's rows is added to its logged loss, without gradient.
     """
 
@@ -111,11 +111,11 @@ class Target(NamedTuple):
     constant: Tensor | None = None
 
 
-class Pull(NamedTuple):
-    """What a force wants of samples.
+class Ascent(NamedTuple):
+    """A direction in which samples are to move, as a reward's latent gradient.
 
     Attributes:
-        g: (B, C, H, W) direction in which it wants each sample to move, with its present weight.
+        g: (B, C, H, W) direction of each sample, times the present weight.
         aux: metric name → (B,) values per row.
     """
 
@@ -167,21 +167,21 @@ class Term(ABC):
         chosen = self.config.time_weight
         return time_weight(query.t, query.r, clamped=chosen == "clamped") if chosen else 1.0
 
-    def pulls(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
+    def loss_parts(self, rows: Rows, query: Query, F: Tensor, target: Target) -> Mapping[str, Tensor]:
         """Parts of the sum of the row losses that belong to others, e.g. to a reward inside the target.
 
-        Each is a scalar, differentiable in ``F``, under a name of :meth:`others`; what is left is the term's own.
+        Each is a scalar, differentiable in ``F``, under a name of :meth:`part_names`; what is left is the term's own.
         """
         return {}
 
     @classmethod
-    def others(cls, config: Any) -> tuple[str, ...]:
-        """Names that :meth:`pulls` uses under this configuration."""
+    def part_names(cls, config: Any) -> tuple[str, ...]:
+        """Names that :meth:`loss_parts` uses under this configuration."""
         return ()
 
     @classmethod
     def wants_reward(cls, config: Any) -> bool:
-        """Whether the term asks its context for the reward's pull."""
+        """Whether the term asks its context for the reward's ascent."""
         return False
 
     def normaliser(self, counts: Mapping[str, int], global_batch: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 from twinrl.run import layout
 from twinrl.stability.divergence import Diverged
 from twinrl.tracking import store
-from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.thinning import Point
+from twinrl.tracking.mlflow_state import ViewState
+from twinrl.tracking.thinning import MetricPoint
 
 KEY_TAG = "twinrl.key"
 POINTS_PER_REQUEST = 1000
@@ -21,8 +21,8 @@ NAME_CHARACTERS = 250
 DIGEST_CHARACTERS = 8
 VERDICT_TAGS = ("diverged.step", "diverged.after", "diverged.kind", "diverged.recovered", "diverged.why")
 PARAM_VALUE_CHARACTERS = 6000
-FILES = (layout.CONFIG, layout.ENVIRONMENT, layout.EVENTS, f"{layout.SAMPLES}/*.png", "figures/*.png")
-NOTE = (
+PUBLISHED_FILES = (layout.CONFIG, layout.ENVIRONMENT, layout.EVENTS, f"{layout.SAMPLES}/*.png", "figures/*.png")
+RUN_NOTE = (
     "Curves are thinned to few points each, and every spike is kept. `nonfinite/<name>` counts the "
     "values that were nan or infinite; a series that ends with one, or from before the run failed, ends with nan, so "
     "that no earlier value ranks the run. The time axis counts training time. The exact numbers are in "
@@ -42,7 +42,7 @@ class MlflowRun:
         one of :func:`twinrl.tracking.store.failures`, here and in every method.
     """
 
-    def __init__(self, run_dir: Path, uri: str, state: State):
+    def __init__(self, run_dir: Path, uri: str, state: ViewState):
         self._dir = run_dir
         self._client = store.connect(uri)
         self._sent: dict[Path, int] = {}
@@ -62,9 +62,9 @@ class MlflowRun:
         found = self._client.search_runs([experiment], filter_string=f"tags.`{KEY_TAG}` = '{key}'")
         return found[0] if found else None
 
-    def _create(self, experiment: str, state: State) -> Any:
+    def _create(self, experiment: str, state: ViewState) -> Any:
         """A new run that starts when the run directory did."""
-        born = next((self._dir / name for name in FILES[:2] if (self._dir / name).exists()), self._dir)
+        born = next((self._dir / name for name in PUBLISHED_FILES[:2] if (self._dir / name).exists()), self._dir)
         return self._client.create_run(
             experiment,
             run_name=self._dir.resolve().name,
@@ -82,7 +82,7 @@ class MlflowRun:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
 
-    def _describe(self, run: Any, state: State) -> None:
+    def _describe(self, run: Any, state: ViewState) -> None:
         """Add the parameters and tags that the run does not have yet, and mark it as running."""
         from mlflow.entities import Param, RunTag
 
@@ -95,7 +95,7 @@ class MlflowRun:
         if run.info.status != "RUNNING":
             self._client.update_run(self.id, status="RUNNING")
 
-    def log_points(self, points: Sequence[Point]) -> None:
+    def log_points(self, points: Sequence[MetricPoint]) -> None:
         """Send points; those already there are not stored again, because their timestamps do not change."""
         from mlflow.entities import Metric
 
@@ -109,7 +109,7 @@ class MlflowRun:
 
     def log_files(self) -> None:
         """Send the configuration, sample grids and figures that are new or changed since the last call."""
-        for path in (path for pattern in FILES for path in sorted(self._dir.glob(pattern))):
+        for path in (path for pattern in PUBLISHED_FILES for path in sorted(self._dir.glob(pattern))):
             modified = path.stat().st_mtime_ns
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
@@ -190,7 +190,7 @@ def fitting(name: str) -> str:
 def _tags(run_dir: Path, config: dict[str, Any]) -> dict[str, str]:
     """What the run directory says about itself; the caller's tags go before these."""
     name = run_dir.resolve().name
-    tags = {"mlflow.source.name": "twinrl", "mlflow.note.content": NOTE.format(run=name)}
+    tags = {"mlflow.source.name": "twinrl", "mlflow.note.content": RUN_NOTE.format(run=name)}
     tags |= {key: str(config[key]) for key in ("name", "seed") if key in config}
     if hashed := re.search(r"-([0-9a-f]{8})-s\d+$", name):
         tags["config_hash"] = hashed[1]

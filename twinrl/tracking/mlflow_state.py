@@ -15,7 +15,7 @@ FINGERPRINT_BYTES = 4096
 
 
 @dataclass
-class State:
+class ViewState:
     """The bookkeeping of one run directory, written to disk by every method that changes it.
 
     Attributes:
@@ -47,7 +47,7 @@ class State:
     claim: str = ""
 
     @classmethod
-    def load(cls, folder: Path) -> "State":
+    def load(cls, folder: Path) -> "ViewState":
         """The state of a run directory; a fresh one, not yet written, if there is none.
 
         Raises:

@@ -28,10 +28,10 @@ from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
 from twinrl.tracking import store
 from twinrl.tracking.mlflow_run import MlflowRun
-from twinrl.tracking.mlflow_state import State
-from twinrl.tracking.thinning import Point, Thinner
+from twinrl.tracking.mlflow_state import ViewState
+from twinrl.tracking.thinning import MetricPoint, Thinner
 
-FINAL = ("FINISHED", "FAILED", "KILLED")
+ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
 logger = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ class Publisher:
     *When to use*: through :class:`MLflowView` while training, :func:`publish` after.
     """
 
-    def __init__(self, run_dir: Path, uri: str, state: State):
+    def __init__(self, run_dir: Path, uri: str, state: ViewState):
         self._log = run_dir / layout.LOG
         self._uri = uri
         self._state = state
@@ -85,11 +85,13 @@ class Publisher:
         rows = list(runlog.rows(self._log, stop=offset))
         return verdict.of_run(self._log.parent, rows), rows
 
-    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[Point]:
+    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[MetricPoint]:
         """A last point, nan, for each outcome whose last value is from before the failure."""
         values = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, failure)
         last = rows[-1]["iteration"] if rows else 0
-        return [Point(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)]
+        return [
+            MetricPoint(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)
+        ]
 
 
 class MLflowView:
@@ -143,8 +145,8 @@ class MLflowView:
         Raises:
             ValueError: another ``status``; a bug of the caller.
         """
-        if status not in FINAL:
-            raise ValueError(f"status must be one of {FINAL}, got {status!r}")
+        if status not in ENDED_STATUSES:
+            raise ValueError(f"status must be one of {ENDED_STATUSES}, got {status!r}")
         return self._guarded(offset, status)
 
     def _guarded(self, offset: int | None, status: str | None) -> bool:
@@ -215,7 +217,7 @@ def _open(
     folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], total: int | None
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
-    state = State.load(folder)
+    state = ViewState.load(folder)
     if not state.fits(folder / layout.LOG):
         state.start_over()
     state.asked_for = uri or state.asked_for

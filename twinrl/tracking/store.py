@@ -20,12 +20,13 @@ from twinrl.config.errors import InputError
 
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
-PATIENCE_SECONDS = 5
+STORE_PATIENCE_SECONDS = 5
 PASSWORD = re.compile(r"(://[^/@\s:]*:)[^@/\s]+(?=@)|([?&]password=)[^&\s]+")
+PARENT_TAG = "mlflow.parentRunId"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the pages for training runs
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(STORE_PATIENCE_SECONDS), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
 def without_password(uri: str | None) -> str | None:
@@ -106,14 +107,14 @@ def probe(uri: str) -> None:
     """Raise OSError or sqlite3.Error within seconds if a database store is out of reach or locked."""
     if database := sqlite_path(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(database, timeout=PATIENCE_SECONDS, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(database, timeout=STORE_PATIENCE_SECONDS, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
             connection.execute("ROLLBACK")
         return
     parts = urlsplit(uri)
     port = DATABASE_PORTS.get(parts.scheme.split("+")[0])
     if port and parts.hostname:
-        socket.create_connection((parts.hostname, parts.port or port), timeout=PATIENCE_SECONDS).close()
+        socket.create_connection((parts.hostname, parts.port or port), timeout=STORE_PATIENCE_SECONDS).close()
 
 
 def reach(uri: str) -> None:

@@ -20,7 +20,7 @@ UNTIMED_SECONDS = 1e-3
 COUNTERS = ("iteration", "step")
 
 
-class Point(NamedTuple):
+class MetricPoint(NamedTuple):
     """One point of a thinned series: a value, finite or nan, its iteration, and training seconds until then."""
 
     name: str
@@ -46,12 +46,12 @@ class Thinner:
         self.width = max(1, math.ceil(total / REGULAR_BUCKETS))
         self.seconds = 0.0
         self._bucket = -1
-        self._lowest: dict[str, Point] = {}
-        self._highest: dict[str, Point] = {}
-        self._counts: dict[str, Point] = {}
-        self._gaps: dict[str, Point] = {}  # where a series is not finite at the end of the bucket
+        self._lowest: dict[str, MetricPoint] = {}
+        self._highest: dict[str, MetricPoint] = {}
+        self._counts: dict[str, MetricPoint] = {}
+        self._gaps: dict[str, MetricPoint] = {}  # where a series is not finite at the end of the bucket
         self._totals: dict[str, int] = {}
-        self._last: dict[str, Point] = {}  # where it is not among the points given out
+        self._last: dict[str, MetricPoint] = {}  # where it is not among the points given out
 
     def bucket(self, iteration: int) -> int:
         """The bucket an iteration falls in: regular ones up to the planned length, widening ones after it."""
@@ -62,7 +62,7 @@ class Thinner:
         extra = int(math.log(1 + beyond * (EXTRA_GROWTH - 1), EXTRA_GROWTH))
         return REGULAR_BUCKETS + min(extra, EXTRA_BUCKETS - 1)
 
-    def feed(self, row: Mapping[str, object]) -> list[Point]:
+    def feed(self, row: Mapping[str, object]) -> list[MetricPoint]:
         """Take in the next row; returns the points of the bucket that it completed, usually none."""
         iteration = int(_number(row["iteration"]))
         seconds = _number(row.get(STEP_SECONDS))
@@ -71,10 +71,10 @@ class Thinner:
         self._bucket = self.bucket(iteration)
         for name, value in row.items():
             if name not in COUNTERS and isinstance(value, int | float):
-                self._take(Point(name, iteration, float(value), self.seconds))
+                self._take(MetricPoint(name, iteration, float(value), self.seconds))
         return completed
 
-    def _take(self, point: Point) -> None:
+    def _take(self, point: MetricPoint) -> None:
         name = point.name
         if not math.isfinite(point.value):
             self._totals[name] = self._totals.get(name, 0) + 1
@@ -89,7 +89,7 @@ class Thinner:
             self._highest[name] = point
         self._last[name] = point
 
-    def _drain(self) -> list[Point]:
+    def _drain(self) -> list[MetricPoint]:
         """The open bucket's points, which is empty afterwards."""
         series = (self._lowest, self._highest, self._counts, self._gaps)
         points = {point for kind in series for point in kind.values()}
@@ -98,7 +98,7 @@ class Thinner:
         self._last = {name: point for name, point in self._last.items() if point not in points}
         return sorted(points, key=lambda point: (point.iteration, point.name))
 
-    def flush(self) -> list[Point]:
+    def flush(self) -> list[MetricPoint]:
         """Close the open bucket: its points and every series' very last value, for the end of a run."""
         points = set(self._drain()) | set(self._last.values())
         return sorted(points, key=lambda point: (point.iteration, point.name))

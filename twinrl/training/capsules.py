@@ -19,7 +19,7 @@ from twinrl.run.checkpoints import Checkpoint
 from twinrl.stability.events import Event
 from twinrl.stability.policy import CapsuleConfig
 
-KEPT = 2
+STATES_KEPT = 2
 """States in the ring: the newest may be too close to the event."""
 
 
@@ -43,7 +43,7 @@ class Capsules:
 
     def remember(self, step: int, checkpoint: Checkpoint) -> None:
         """Put a state into the ring."""
-        self.ranks.save(self.run / layout.RING, step, checkpoint, KEPT)
+        self.ranks.save(self.run / layout.RING, step, checkpoint, STATES_KEPT)
 
     def forget_after(self, step: int) -> None:
         """Drop states of steps that will be made again."""

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl.backends.families.family import DTYPES, FamilyNetwork
-from twinrl.backends.families.loading import INDEX, check_class, components, quiet, read_index, transformer_config
+from twinrl.backends.families.family import FamilyNetwork
 from twinrl.backends.families.lora import add_lora
+from twinrl.backends.families.pipelines import INDEX, check_class, components, quiet, read_index, transformer_config
 from twinrl.config.errors import InputError
 from twinrl.data.prepare import MANIFEST
 from twinrl.flow.conditions import Condition
+from twinrl.fsdp.initial import META
+from twinrl.machine.dtypes import DTYPES
 from twinrl.training.provider import Unloaded
 from twinrl.training.schema import RunConfig
 
-META = torch.device("meta")
 DEFAULT_PIXELS = 1024
 
 

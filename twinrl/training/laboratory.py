@@ -11,12 +11,13 @@ from torch import nn
 from twinrl.backends import build_network, network_key
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
-from twinrl.evaluation import FinalTable, Protocol, final_table
+from twinrl.evaluation import FinalTable, LabelProtocol, final_table
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.flow.reading import InMemory
 from twinrl.flow.source import Source
+from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.training import sources
-from twinrl.training.provider import DTYPES, Provider, Unloaded
+from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
 
 
@@ -44,7 +45,7 @@ class Laboratory(Provider[Source]):
 
     def reader(self, split: str) -> InMemory:
         rows = self.settings.data.rows if split == "train" else None
-        return InMemory.of(self.source, split, self.device, DTYPES[self.settings.train.precision], rows)
+        return InMemory.of(self.source, split, self.device, MASTER_DTYPES[self.settings.train.precision], rows)
 
     def network(self) -> nn.Module:
         try:
@@ -58,11 +59,11 @@ class Laboratory(Provider[Source]):
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.settings.train.precision]
+        return MASTER_DTYPES[self.settings.train.precision]
 
     def check_branches_apart(self, network: nn.Module) -> None:
         shape, condition = self.source.latent_shape, self.source.null_condition(1)
-        if not self.ranks.tells_branches_apart(network, shape, condition):
+        if not self.ranks.tells_trajectories_apart(network, shape, condition):
             raise InputError(
                 f"network {self.settings.model.network.kind} answers (t, t) and (−t, −t) alike, so Δv is zero and the "
                 "negative-time terms do nothing",
@@ -85,10 +86,10 @@ class Laboratory(Provider[Source]):
         self._fill(network, "the teacher")
         return self.ranks.place(network, self.device, torch.float32).eval()
 
-    def protocol(self, split: HeldOut) -> Protocol:
-        return Protocol(self.source, self.settings.evaluation, split, self.device, self.judges())
+    def protocol(self, split: HeldOut) -> LabelProtocol:
+        return LabelProtocol(self.source, self.settings.evaluation, split, self.device, self.judges())
 
-    def final(self, network: nn.Module) -> tuple[Protocol, FinalTable]:
+    def final(self, network: nn.Module) -> tuple[LabelProtocol, FinalTable]:
         """On the test split, beside the teacher that training started from."""
         protocol = self.protocol("test")
         return protocol, final_table(protocol, network, self.teacher())

@@ -13,9 +13,9 @@ from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
 from twinrl.run import checkpoints, layout
 from twinrl.sampling import few_step, sample
-from twinrl.sampling.timing import Line, measure
+from twinrl.sampling.timing import TimingLine, measure
 from twinrl.training import assembly, pictures
-from twinrl.training.provider import Provider, Table
+from twinrl.training.provider import Provider, ResultTable
 from twinrl.training.runs import RunDirectory, check_content
 from twinrl.training.schema import RunConfig
 
@@ -96,14 +96,14 @@ class OpenedRun:
                 rows.append((prompt, torch.cat([source.decode(each[None]) for each in z])))
         return rows
 
-    def judge(self) -> tuple[Table, Path]:
+    def judge(self) -> tuple[ResultTable, Path]:
         """The final table, and the grid at the first NFE; this and other pictures go to :attr:`folder`."""
         network = self.provider.judged(self.network)
         self.folder.mkdir(parents=True, exist_ok=True)
         protocol, table = self.provider.final(network)
         return table, pictures.save_final(protocol, network, self.directory, self.folder)
 
-    def timings(self, rounds: int) -> list[Line]:
+    def timings(self, rounds: int) -> list[TimingLine]:
         """What a sample costs, at every NFE of ``evaluation.nfe`` and by a many-step teacher."""
         config, prompts = self.settings.evaluation, self.provider.example_prompts(0)
         return measure(self.network, self.provider.source, prompts, config.nfe, config.teacher_steps, rounds)

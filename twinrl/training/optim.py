@@ -133,7 +133,7 @@ class LearningRatePolicy:
         self.scale = float(state["scale"])
 
 
-class Constant(LearningRatePolicy):
+class ConstantLR(LearningRatePolicy):
     """The configured learning rate, after an optional linear warm-up."""
 
     class Config(PolicyConfig):
@@ -163,7 +163,7 @@ class DecayOnSpike(LearningRatePolicy):
         self.cut(self.config.cut, self.config.minimum)
 
 
-class Cosine(LearningRatePolicy):
+class CosineLR(LearningRatePolicy):
     """Falls from the configured rate to ``final`` times it over the run, along half a cosine.
 
     *When to use*: runs of known length whose last quality counts; the noise of a constant rate is averaged out.
@@ -215,7 +215,7 @@ class Plateau(LearningRatePolicy):
 LR_POLICIES = Registry(
     "learning-rate policy",
     LearningRatePolicy,
-    {"constant": Constant, "cosine": Cosine, "plateau": Plateau, "decay_on_spike": DecayOnSpike},
+    {"constant": ConstantLR, "cosine": CosineLR, "plateau": Plateau, "decay_on_spike": DecayOnSpike},
 )
 
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from twinrl.backends.families.family import DTYPES as WEIGHTS
 from twinrl.backends.families.family import Family, FrozenTeacher
 from twinrl.backends.families.lora import first_values
 from twinrl.backends.wrappers import WithoutTargetTime
@@ -16,13 +15,14 @@ from twinrl.evaluation import PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.fsdp import initial
 from twinrl.fsdp.initial import Outline, SafetensorsPart
+from twinrl.machine.dtypes import DTYPES, MASTER_DTYPES
 from twinrl.run import checkpoints
 from twinrl.training import described, sources
-from twinrl.training.provider import DTYPES, Provider, Unloaded
+from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
-    from twinrl.data.training import FolderRows, FolderSource
+    from twinrl.data.prepared import FolderRows, FolderSource
 
 
 class PretrainedModels(Provider["FolderSource"]):
@@ -53,12 +53,12 @@ class PretrainedModels(Provider["FolderSource"]):
         if lora:
             export.export_lora(student, family, folder, base=base)
         else:
-            chosen = WEIGHTS[dtype] if dtype else None
+            chosen = DTYPES[dtype] if dtype else None
             export.export(student, family, folder, TwinFlowScheduler(), base=base, dtype=chosen)
 
     def reader(self, split: str) -> "FolderRows":
         settings = self.settings
-        dtype = DTYPES[settings.train.precision]
+        dtype = MASTER_DTYPES[settings.train.precision]
         return self.source.reader(split, self.device, dtype, settings.branches, settings.data.row_multiple)
 
     def network(self) -> nn.Module:
@@ -89,7 +89,7 @@ class PretrainedModels(Provider["FolderSource"]):
     def dtype(self) -> torch.dtype | None:
         """A family brings its own."""
         precision = self.settings.train.precision
-        return DTYPES[precision] if precision == "float64" else None
+        return MASTER_DTYPES[precision] if precision == "float64" else None
 
     def under_adapters(self, student: nn.Module) -> nn.Module | None:
         if self.settings.model.lora is None:
@@ -134,7 +134,7 @@ def load_student(settings: RunConfig, folder: Path) -> tuple[Any, Family]:
     Raises:
         InputError: no such pipeline, or not the one of the run; a corrupted checkpoint.
     """
-    from twinrl.data.training import model_unchanged
+    from twinrl.data.prepared import model_unchanged
 
     checkpoint, family = checkpoints.load(folder), settings.model.family_class.load(settings.model.pretrained)
     if not model_unchanged(checkpoint.state["content_hash"], family):

@@ -18,13 +18,14 @@ from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.flow.conditions import Network
 from twinrl.flow.reading import Reader
 from twinrl.flow.source import Data
 from twinrl.fsdp.initial import Outline
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.rewards import Reward, build_reward
 from twinrl.rewards.guide import Guide
-from twinrl.sampling import Network, SamplerConfig
+from twinrl.sampling import SamplerConfig
 from twinrl.terms import TERMS
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -32,11 +33,8 @@ from twinrl.training.schema import RunConfig
 if TYPE_CHECKING:
     from rich.table import Table as Shown
 
-DTYPES = {"float32": torch.float32, "bf16": torch.float32, "float64": torch.float64}
-"""``train.precision`` → dtype of data and of a network of one's own: under bf16 autocast both are float32."""
 
-
-class Table(Protocol):
+class ResultTable(Protocol):
     """A final table."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -288,7 +286,7 @@ class Provider(ABC, Generic[S]):
         """The fixed protocol that suits the data, with the rewards that only judge."""
 
     @abstractmethod
-    def final(self, network: nn.Module) -> tuple[FixedProtocol, Table]:
+    def final(self, network: nn.Module) -> tuple[FixedProtocol, ResultTable]:
         """The final table of a network, as :meth:`judged` gives it, on held-out data; and the protocol behind it."""
 
     def judged(self, network: nn.Module) -> nn.Module:

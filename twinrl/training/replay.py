@@ -6,16 +6,15 @@ Draws are keyed, so the unchanged replay repeats the log exactly, and a changed 
 Training near its edge is chaotic, though: there any change, however innocent, may remove a single spike. So a change is
 compared with *placebos*, the same steps at a slightly different learning rate: what they remove, too, shows no cause.
 
-A spike is not a fall. With a :class:`Judge` the samples are judged on the way, and a replay that goes on for some
-hundred steps says whether the run would have lived.
+A spike is not a fall. With a :class:`ReplayValidation` the samples are judged on the way, and a replay that goes on for
+some hundred steps says whether the run would have lived.
 """
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,12 +24,13 @@ from twinrl.flow.source import Data
 from twinrl.run import names, runlog
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.layout import read_start
+from twinrl.run.runlog import LogRow
 from twinrl.stability.divergence import Diverged, Divergence, first_divergence
 from twinrl.stability.events import Event
 from twinrl.training.capsules import Capsules
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
-from twinrl.training.trainer import Row, Trainer, Validation
+from twinrl.training.trainer import Trainer, Validation
 
 NEAR = 5
 PLACEBOS = (0.99, 1.01)
@@ -38,7 +38,7 @@ PLACEBOS = (0.99, 1.01)
 
 
 @dataclass(frozen=True)
-class Judge:
+class ReplayValidation:
     """Judges samples every so many steps of a replay; the same for all of its traces.
 
     Attributes:
@@ -61,7 +61,7 @@ class Trace:
     """
 
     label: str
-    rows: list[Row]
+    rows: list[LogRow]
     found: dict[str, int]
 
 
@@ -78,11 +78,11 @@ class Replay:
     """
 
     event: Event
-    logged: list[Row]
+    logged: Sequence[LogRow]
     traces: list[Trace]
     placebos: list[Trace]
-    before: list[Row]
-    start: Mapping[str, Any] | None
+    before: Sequence[LogRow]
+    start: LogRow | None
     divergence: Divergence.Config
     nfe: int
 
@@ -117,7 +117,7 @@ class Replay:
         return max(values, key=lambda value: math.inf if math.isnan(value) else value, default=None)
 
 
-def _same(logged: Row, again: Row) -> bool:
+def _same(logged: LogRow, again: LogRow) -> bool:
     return all(
         str(again[name]) == str(value)  # so that nan equals nan
         for name, value in logged.items()
@@ -131,7 +131,7 @@ def replay(
     overrides: list[str],
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
-    judge: Judge | None = None,
+    judge: ReplayValidation | None = None,
     tell: Callable[[str, int, int], None] = lambda label, step, steps: None,
 ) -> Replay:
     """Run the steps around event ``number`` again: unchanged, and with ``overrides`` and placebos if there are any.
@@ -165,7 +165,7 @@ def replay_each(
     source: Callable[[RunConfig], tuple[Data, torch.device]],
     after: int = 20,
     placebos: Sequence[float] = (),
-    judge: Judge | None = None,
+    judge: ReplayValidation | None = None,
     tell: Callable[[str, int, int], None] = lambda label, step, steps: None,
 ) -> Replay:
     """:func:`replay` with several changes, one trace for each after the unchanged one.
@@ -222,7 +222,7 @@ def _trace(
     checkpoint: Checkpoint,
     steps: int,
     source: Callable[[RunConfig], tuple[Data, torch.device]],
-    judge: Judge | None,
+    judge: ReplayValidation | None,
     tell: Callable[[str, int, int], None],
 ) -> Trace:
     """Run ``steps`` steps from a state, which training writes into; nothing ends them or goes back."""
@@ -237,7 +237,7 @@ def _trace(
             trainer.restore(checkpoint, "the capsule", strict=False)
         except InputError as error:
             raise InputError(f"the change does not fit the capsule's state ({label})", got=error) from error
-        rows: list[Row] = []
+        rows: list[LogRow] = []
         found: dict[str, int] = {}
         for made in range(1, steps + 1):
             row, _, _, kinds = trainer.train_step()

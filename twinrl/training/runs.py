@@ -13,6 +13,7 @@ from twinrl import config
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import environment, layout, runlog
+from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
 from twinrl.training import schema
 
@@ -157,7 +158,7 @@ class RunDirectory:
         """Write the result, the mark of a finished run."""
         files.write_text(self.path / layout.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
-    def keep_start(self, start: verdict.Row) -> None:
+    def keep_start(self, start: LogRow) -> None:
         """Write the metrics of the start weights, by which the run is judged wherever it is moved to."""
         content = json.dumps(verdict.encoded(start), indent=1, allow_nan=False)
         files.write_text(self.path / layout.START, content + "\n")

@@ -25,7 +25,7 @@ from twinrl.renoise import RENOISE
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.reward import RewardSettings
 from twinrl.stability.policy import StabilityConfig
-from twinrl.terms import TERMS, pulls_of
+from twinrl.terms import TERMS, gradient_owners
 from twinrl.terms.term import check_branches
 from twinrl.tracking.store import without_password
 from twinrl.training import sources
@@ -33,21 +33,19 @@ from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.training.sources import FAMILY_SOURCES, SOURCES
 
 if TYPE_CHECKING:  # settings of any registered class, or of a user's own by dotted path
-    Network: TypeAlias = Any
-    NetworkOrNone: TypeAlias = Any
-    Renoise: TypeAlias = Any
-    Term: TypeAlias = Any
-    Optimizer: TypeAlias = Any
-    LearningRate: TypeAlias = Any
-    Reward: TypeAlias = Any
+    NetworkSettings: TypeAlias = Any
+    NetworkSettingsOrNone: TypeAlias = Any
+    RenoiseSettings: TypeAlias = Any
+    TermSettings: TypeAlias = Any
+    OptimizerSettings: TypeAlias = Any
+    LearningRateSettings: TypeAlias = Any
 else:
-    Network = component(NETWORKS)
-    NetworkOrNone = Network | None
-    Renoise = component(RENOISE)
-    Term = component(TERMS)
-    Optimizer = component(OPTIMIZERS)
-    LearningRate = component(LR_POLICIES)
-    Reward = RewardSettings
+    NetworkSettings = component(NETWORKS)
+    NetworkSettingsOrNone = NetworkSettings | None
+    RenoiseSettings = component(RENOISE)
+    TermSettings = component(TERMS)
+    OptimizerSettings = component(OPTIMIZERS)
+    LearningRateSettings = component(LR_POLICIES)
 
 
 def _with_kind(value: object, kind: str) -> object:
@@ -74,7 +72,7 @@ class TrainConfig(Settings):
 class ModelConfig(Settings):
     """The network and how it is called: a network of one's own, or a family of pretrained models."""
 
-    network: NetworkOrNone = Field(
+    network: NetworkSettingsOrNone = Field(
         default="mlp", validate_default=True, description="architecture by kind; null where a family is trained"
     )
     target_time: bool = Field(True, description="tell the network r; false sends 0 (SimpleTuner)")
@@ -242,17 +240,17 @@ class RunConfig(Settings):
     time: TimeLaw = TimeLaw()
     guidance: GuidanceConfig = GuidanceConfig()
     teacher: TeacherConfig = TeacherConfig()
-    renoise: Renoise | None = Field(None, description="moving distribution of times, by kind; null = none")
-    terms: dict[str, Term] = Field(default_factory=dict, description="loss terms by name")
+    renoise: RenoiseSettings | None = Field(None, description="moving distribution of times, by kind; null = none")
+    terms: dict[str, TermSettings] = Field(default_factory=dict, description="loss terms by name")
     reward: RewardConfig | None = Field(
         None, description="the reward that terms.reward or terms.adversarial.reward use"
     )
-    judges: dict[str, Reward] = Field(
+    judges: dict[str, RewardSettings] = Field(
         default_factory=dict, description="rewards by name that validation reports, beside reward.held_out"
     )
     gradients: GradientsConfig = GradientsConfig()
-    optim: Optimizer = Field(default="adamw", validate_default=True, description="optimizer by kind")
-    lr_policy: LearningRate = Field(
+    optim: OptimizerSettings = Field(default="adamw", validate_default=True, description="optimizer by kind")
+    lr_policy: LearningRateSettings = Field(
         default="constant", validate_default=True, description="learning-rate policy by kind"
     )
     early_stop: EarlyStop.Config = EarlyStop.Config()
@@ -290,8 +288,8 @@ class RunConfig(Settings):
             raise ValueError(f"branches need finite shares ≥ 0 with a positive sum, got {self.branches}")
         if not self.terms:
             raise ValueError("terms is empty; expected at least one loss term, see the presets")
-        waits = self.lr_policy.kind == "plateau" or self.early_stop.patience is not None
-        if waits and self.evaluation.every == 0:
+        needs_quality = self.lr_policy.kind == "plateau" or self.early_stop.patience is not None
+        if needs_quality and self.evaluation.every == 0:
             raise ValueError("evaluation.every is 0, but lr_policy plateau and early_stop wait for validations")
         if getattr(self.lr_policy, "monitor", "quality") == "objective" and not self.evaluation.objective:
             raise ValueError("lr_policy.monitor is objective, which needs evaluation.objective=true")
@@ -310,7 +308,7 @@ class RunConfig(Settings):
         self._check_family()
         self._check_evaluation()
         self._check_reward()
-        self.gradients.check_terms(tuple(self.pulls))
+        self.gradients.check_terms(tuple(self.gradient_owners))
         try:
             allocate(self.branches, self.train.batch)
         except InputError as error:
@@ -377,9 +375,9 @@ class RunConfig(Settings):
         return RENOISE.build(self.renoise).end(self.train.steps)
 
     @property
-    def pulls(self) -> dict[str, tuple[str, ...]]:
-        """The gradients that are taken apart, see :func:`twinrl.terms.pulls_of`."""
-        return pulls_of(self.terms)
+    def gradient_owners(self) -> dict[str, tuple[str, ...]]:
+        """The gradients that are taken apart, see :func:`twinrl.terms.gradient_owners`."""
+        return gradient_owners(self.terms)
 
     @property
     def hash(self) -> str:
@@ -391,7 +389,7 @@ class RunConfig(Settings):
 
         Nor are keys that came after the first ones, where they have their defaults (:class:`twinrl.config.Settings`).
         """
-        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC, context=configuration.IDENTITY)
+        plain = self.model_dump(mode="json", exclude=NOT_NUMERIC_KEYS, context=configuration.IDENTITY)
         plain["gradients"]["order"] = self.gradients.order  # sorted JSON would forget the order of a chain's rules
         unused = (*FAMILY_KEYS, "family") if self.model.family is None else ("network",)
         plain["model"] = {key: value for key, value in plain["model"].items() if key not in unused}
@@ -407,7 +405,7 @@ class RunConfig(Settings):
 
 # data.root and model.path are where things lie, not what they are: checkpoints compare the content's hash
 _BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "launch", "fsdp")
-NOT_NUMERIC = dict.fromkeys(_BOOKKEEPING, True) | {
+NOT_NUMERIC_KEYS = dict.fromkeys(_BOOKKEEPING, True) | {
     "data": {"root"},
     "evaluation": {"reference", "inception"},
     "model": {"path", "gradient_checkpointing"},

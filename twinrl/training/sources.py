@@ -10,7 +10,7 @@ from twinrl.flow.source import Data, Source
 
 if TYPE_CHECKING:
     from twinrl.backends.families.family import Family
-    from twinrl.data.training import FolderSource
+    from twinrl.data.prepared import FolderSource
 
 
 def _digits(root: Path | None) -> Source:
@@ -26,13 +26,13 @@ def _mnist(root: Path | None) -> Source:
 
 
 def _folder(root: Path | None, family: "Family") -> "FolderSource":
-    from twinrl.data.training import FolderSource
+    from twinrl.data.prepared import FolderSource
 
     return FolderSource(root, family)
 
 
 def _prompts(root: Path | None, family: "Family") -> "FolderSource":
-    from twinrl.data.training import FolderSource
+    from twinrl.data.prepared import FolderSource
 
     return FolderSource(root, family, images=False)
 

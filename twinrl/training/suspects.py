@@ -15,7 +15,7 @@ TIME_DIGITS = 6  # of the times in events
 
 
 @dataclass(frozen=True)
-class Behind:
+class SuspectFinder:
     """Names the rows behind trouble at one step, with their times and branches.
 
     Every process must ask it for the same: each knows only its own rows.

@@ -33,15 +33,13 @@ from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
-from twinrl.training.suspects import Behind
-
-Row = dict[str, Any]
+from twinrl.training.suspects import SuspectFinder
 
 
 class Observer(Informed, Protocol):
     """Is told what happens; the command line shows progress and publishes to MLflow through one."""
 
-    def after_step(self, row: Row) -> None:
+    def after_step(self, row: dict[str, Any]) -> None:
         """A step was logged."""
 
     def after_event(self, event: Event) -> None:
@@ -56,7 +54,7 @@ class Validation(Protocol):
         ...
 
 
-class Step(NamedTuple):
+class StepOutcome(NamedTuple):
     """What an optimizer step gave.
 
     Attributes:
@@ -66,7 +64,7 @@ class Step(NamedTuple):
         kinds: of everything that was found.
     """
 
-    row: Row
+    row: dict[str, Any]
     event: Event | None
     decision: Decision
     kinds: frozenset[str]
@@ -130,16 +128,16 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
         )
-        pulls = settings.pulls
+        owners = settings.gradient_owners
         self.engine = Engine(
-            settings.gradients, student.parameters(), pulls,
+            settings.gradients, student.parameters(), owners,
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
-        self.monitor = Monitor(settings.stability, list(pulls), settings.evaluation.nfe[0])
+        self.monitor = Monitor(settings.stability, list(owners), settings.evaluation.nfe[0])
         self.feed = self._feed("train")
         self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
         self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
@@ -199,7 +197,7 @@ class Trainer:
         """Seed of the present stretch's data and noise: the run's own until a rollback."""
         return self.settings.seed + (self.attempt << 32)
 
-    def train_step(self) -> Step:
+    def train_step(self) -> StepOutcome:
         """One optimizer step."""
         started = time.perf_counter()
         self.ranks.begin(self.step)
@@ -222,14 +220,14 @@ class Trainer:
             found += late
         if self.guide is not None:
             self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], fed.batch.rows.captions)
-        behind = Behind(losses, fed.data_rows, fed.batch, self.ranks.total)
+        behind = SuspectFinder(losses, fed.data_rows, fed.batch, self.ranks.total)
         events = self.monitor.watch.events(found, self.iteration, values, behind)
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
         for event in events:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
-        return Step(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
+        return StepOutcome(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
 
     def _judge(self, values: Mapping[str, float], known: Set[str] = frozenset()) -> tuple[list[Finding], Decision]:
         """Findings among values of this step, and what to do about kinds that are not known yet; the learning rate's
@@ -297,7 +295,7 @@ class Trainer:
 
     # --- validation, events, checkpoints ----------------------------------------------------------------------
 
-    def _validate_if_due(self, row: Row) -> Event | None:
+    def _validate_if_due(self, row: dict[str, Any]) -> Event | None:
         """Add validation metrics to the row when due; the divergence if this row makes it certain.
 
         Learning-rate policy and early stopping see the quality.
@@ -332,7 +330,7 @@ class Trainer:
             values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         return float(torch.stack(values).mean())
 
-    def _record(self, event: Event, row: Row) -> None:
+    def _record(self, event: Event, row: dict[str, Any]) -> None:
         """Write an event down, mark its row, keep its capsule."""
         self.event_count += 1
         row[names.event(event.kind)] = 1

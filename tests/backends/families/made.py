@@ -49,7 +49,7 @@ def made(base: Path, name: str, sizes: Sequence[tuple[int, int]] = SIZES) -> Mad
         write_pairs(base / images, [sizes[i % len(sizes)] for i in range(24)])
         overrides = [f"buckets.sizes={[list(size) for size in sizes]}", "buckets.multiple=8", "validation=0.3"]
         where = str(pipeline), prepared
-        data.prepare_data(base / images, *where, overrides, data.Machine("cpu"), Console(quiet=True))
+        data.prepare_data(base / images, *where, overrides, data.EncodingOptions("cpu"), Console(quiet=True))
     return Made(name, pipeline, prepared)
 
 

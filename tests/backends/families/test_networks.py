@@ -9,7 +9,7 @@ from tests.backends.families import tiny
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike
-from twinrl.backends import tells_branches_apart
+from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.families.family import FrozenTeacher
 from twinrl.flow import conditions
 from twinrl.sampling import euler, sample
@@ -46,7 +46,7 @@ def test_second_time_and_sign_leave_equal_times_alone(case):
 
 
 def test_branches_can_be_told_apart(case):
-    assert tells_branches_apart(case.network(), case.shape, case.condition)
+    assert tells_trajectories_apart(case.network(), case.shape, case.condition)
 
 
 def test_without_the_sign_they_could_not(case):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from twinrl.backends.families.family import Family, FamilyNetwork
-from twinrl.backends.families.loading import INDEX, is_hub_name, quiet
 from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
+from twinrl.backends.families.pipelines import INDEX, is_hub_name, quiet
 from twinrl.config.errors import InputError
 
 LIBRARY = "twinrl"

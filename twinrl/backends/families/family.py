@@ -21,15 +21,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families import loading
+from twinrl.backends.families import pipelines
 from twinrl.backends.families.diffusion import check_bridge
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
+from twinrl.machine.dtypes import DTYPES
 
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
 """Where transformers' configurations have the width of the text, the most particular name first."""
 
@@ -164,9 +164,9 @@ class Family(ABC):
         Raises:
             InputError: no such folder or hub name, another family's folder, a missing or damaged component.
         """
-        folder = loading.resolve(config.path)
+        folder = pipelines.resolve(config.path)
         dtype = DTYPES[config.frozen_dtype]
-        pipeline = loading.load_pipeline(folder, cls.PIPELINE, dtype, cls.PART, cls.LEFT_OUT, cls.SETTINGS)
+        pipeline = pipelines.load_pipeline(folder, cls.PIPELINE, dtype, cls.PART, cls.LEFT_OUT, cls.SETTINGS)
         return cls(folder, pipeline)
 
     def network(self, config: FamilyConfig, seed: int = 0) -> FamilyNetwork:
@@ -178,8 +178,8 @@ class Family(ABC):
             InputError: the transformer cannot be loaded, or is a variant that the family cannot train.
         """
         check_bridge(self.NAME, config.prediction, config.diff2flow)
-        self.check_variant(loading.transformer_config(self.folder, self.PART))
-        transformer = loading.load_transformer(self.folder, self.TRANSFORMER, DTYPES[config.dtype], self.PART)
+        self.check_variant(pipelines.transformer_config(self.folder, self.PART))
+        transformer = pipelines.load_transformer(self.folder, self.TRANSFORMER, DTYPES[config.dtype], self.PART)
         self.configure(transformer, config)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -206,9 +206,9 @@ class Family(ABC):
         from accelerate import init_empty_weights
 
         check_bridge(self.NAME, config.prediction, config.diff2flow)
-        described = loading.transformer_config(self.folder, self.PART)
+        described = pipelines.transformer_config(self.folder, self.PART)
         self.check_variant(described)
-        with loading.quiet(), init_empty_weights():
+        with pipelines.quiet(), init_empty_weights():
             transformer: Any = self.TRANSFORMER.from_config(described)  # type: ignore[attr-defined]
             transformer.to(DTYPES[config.dtype])
         self.configure(transformer, config)
@@ -225,7 +225,7 @@ class Family(ABC):
 
     def files(self) -> list[Path]:
         """The safetensors files with the transformer's weights. Raises InputError where there are none."""
-        return loading.weight_files(self.folder / self.PART)
+        return pipelines.weight_files(self.folder / self.PART)
 
     def check_variant(self, described: Mapping[str, Any]) -> None:  # noqa: B027 (most families have one variant)
         """Raises InputError where the transformer's configuration is that of a variant that cannot be trained."""
@@ -236,14 +236,14 @@ class Family(ABC):
     @property
     def content_hash(self) -> str:
         """Hex digest of the pretrained files, for a run's provenance."""
-        return loading.content_hash(self.folder)
+        return pipelines.content_hash(self.folder)
 
     # --- prompts ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of B prompts: (B, ...) tensors, padded so that conditions of any prompts can be joined."""
-        with loading.quiet():
+        with pipelines.quiet():
             return self._encode_prompts(list(prompts))
 
     def limits(self) -> dict[str, int]:
@@ -253,7 +253,7 @@ class Family(ABC):
 
     def cut(self, prompts: Sequence[str]) -> dict[str, int]:
         """Tokenizer → how many of the prompts are longer than it may be told; the text encoder sees their beginning."""
-        with loading.quiet():
+        with pipelines.quiet():
             ids = {name: getattr(self.pipeline, name)(list(prompts))["input_ids"] for name in self.limits()}
         return {name: sum(len(row) > self.limits()[name] for row in rows) for name, rows in ids.items()}
 

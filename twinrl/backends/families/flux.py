@@ -12,8 +12,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork, Packed
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.flow.conditions import Condition
 
 

@@ -9,8 +9,8 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork, Packed, pad_tokens, trimmed
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 

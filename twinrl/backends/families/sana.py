@@ -8,8 +8,8 @@ from typing import Any
 from diffusers import SanaTransformer2DModel
 from torch import Tensor
 
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 

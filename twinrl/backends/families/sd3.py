@@ -8,8 +8,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.flow.conditions import Condition
 
 CLIP_TOKENS = 77

@@ -18,10 +18,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 
 from twinrl.backends.embedding import at_least_single
-from twinrl.backends.families import loading
+from twinrl.backends.families import pipelines
 from twinrl.backends.families.diffusion import Bridge, described
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 
@@ -192,7 +192,7 @@ class StableDiffusion(Family):
         if kept is not None:
             published = {**kept, "prediction_type": {"v": "v_prediction"}.get(kept["prediction"], kept["prediction"])}
         else:
-            published = loading.scheduler_config(self.folder)
+            published = pipelines.scheduler_config(self.folder)
         transformer.register_to_config(diffusion=described(published, str(config.prediction), self.folder))
         transformer.bridge  # noqa: B018  a schedule that cannot be bridged is found now
 

@@ -13,8 +13,8 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from torch import Tensor
 
-from twinrl.backends.families.embedding import TwinTimes
 from twinrl.backends.families.family import Family, FamilyNetwork, pad_tokens
+from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.flow.conditions import Condition
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.flow.source import scored
-from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws, name_of
+from twinrl.rewards.latent.contract import Estimate, PixelEstimator, RewardFunction, RowDraws, name_of
 
 
-def reward_gradient(y: Tensor, prompts: Sequence[str], reward: Reward, estimator: str) -> Estimate:
+def reward_gradient(y: Tensor, prompts: Sequence[str], reward: RewardFunction, estimator: str) -> Estimate:
     """Exact ``∂R/∂y`` at pixels ``y`` (B, 3, H, W), and the scores (B,).
 
     The sum of the scores is differentiated, which keeps images apart: row i of its gradient is the gradient of
@@ -44,5 +44,5 @@ class Autograd(PixelEstimator):
     class Config(Settings):
         kind: Literal["autograd"] = "autograd"
 
-    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: Reward, rows: RowDraws) -> Estimate:
+    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: RewardFunction, rows: RowDraws) -> Estimate:
         return reward_gradient(y, prompts, reward, "autograd")

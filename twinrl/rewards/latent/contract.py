@@ -30,7 +30,7 @@ class Codec(Protocol):
         ...
 
 
-class Reward(Protocol):
+class RewardFunction(Protocol):
     """A reward model.
 
     Attributes:
@@ -99,7 +99,7 @@ class PixelEstimator(ABC):
     Config: ClassVar[type[Settings]] = Settings
 
     @abstractmethod
-    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: Reward, rows: RowDraws) -> Estimate:
+    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: RewardFunction, rows: RowDraws) -> Estimate:
         """The gradient at pixels ``y`` (B, 3, H, W)."""
 
 
@@ -112,11 +112,11 @@ class LatentEstimator(ABC):
 
     @abstractmethod
     def latent_gradient(
-        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
+        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction, rows: RowDraws
     ) -> Estimate:
         """The gradient at latents ``z`` (B, C, h, w)."""
 
 
-def name_of(reward: Reward) -> str:
+def name_of(reward: RewardFunction) -> str:
     """The reward in words: its registered kind if it has one, else its class."""
     return str(getattr(getattr(reward, "config", None), "kind", type(reward).__name__))

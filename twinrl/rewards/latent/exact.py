@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.rewards.latent.autograd import reward_gradient
-from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Reward, RowDraws
+from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, RewardFunction, RowDraws
 
 
 class VaeBackprop(LatentEstimator):
@@ -22,12 +22,12 @@ class VaeBackprop(LatentEstimator):
         kind: Literal["vae_backprop"] = "vae_backprop"
 
     def latent_gradient(
-        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
+        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction, rows: RowDraws
     ) -> Estimate:
         return exact_gradient(z, prompts, codec, reward)
 
 
-def exact_gradient(z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward) -> Estimate:
+def exact_gradient(z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction) -> Estimate:
     """``∇_z R(D(z))`` (B, C, h, w) at latents ``z``, and the scores (B,).
 
     Raises:

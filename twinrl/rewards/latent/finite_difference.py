@@ -17,7 +17,7 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.flow.source import scored
 from twinrl.rewards.latent import differences, directions
-from twinrl.rewards.latent.contract import Estimate, PixelEstimator, Reward, RowDraws
+from twinrl.rewards.latent.contract import Estimate, PixelEstimator, RewardFunction, RowDraws
 from twinrl.run import names
 
 
@@ -46,7 +46,7 @@ class FiniteDifference(PixelEstimator):
         """K directions (B, 3, H, W), one at a time."""
 
     @torch.no_grad()
-    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: Reward, rows: RowDraws) -> Estimate:
+    def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: RewardFunction, rows: RowDraws) -> Estimate:
         def score(images: Tensor) -> Tensor:
             return scored(reward, to_8_bit(images) if self.config.quantise else images, prompts)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.flow.source import scored
 from twinrl.rewards.latent import differences, directions
-from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Reward, RowDraws
+from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, RewardFunction, RowDraws
 from twinrl.run import names
 
 
@@ -30,7 +30,7 @@ class Spsa(LatentEstimator):
 
     @torch.no_grad()
     def latent_gradient(
-        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
+        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction, rows: RowDraws
     ) -> Estimate:
         def score(latents: Tensor) -> Tensor:
             return scored(reward, codec.decode(latents), prompts)

@@ -18,7 +18,7 @@ from twinrl.backends.families.family import Family
 from twinrl.config.errors import InputError
 from twinrl.data.dataset import CachedDataset
 from twinrl.data.encoder import FamilyEncoder
-from twinrl.data.sampler import BucketSampler
+from twinrl.data.order import BucketSampler
 from twinrl.flow import conditions
 from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Scorer

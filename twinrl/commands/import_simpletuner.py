@@ -69,9 +69,9 @@ TEXTS = (READ | set(RENAMED)) - FLAGS - COUNTS - NUMBERS
 """Every key that is understood is of one kind, though its files spell values as they please: ``"false"``, ``"2"``."""
 
 SPELLED = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-ABSENT = ("", "none", "null")
+UNSET = ("", "none", "null")
 
-NAMES = {"z-image": "z_image", "sd1x": "stable_diffusion", "sd2x": "stable_diffusion"}
+FAMILY_NAMES = {"z-image": "z_image", "sd1x": "stable_diffusion", "sd2x": "stable_diffusion"}
 """Its names of families where ours differ."""
 PREDICTED = {"sd1x": "epsilon", "sd2x": "v_prediction"}
 """What its diffusion models predict where the file does not say."""
@@ -153,7 +153,7 @@ def typed(key: str, value: Any) -> Any:
         InputError: it cannot be that.
     """
     spelled = value.strip().lower() if isinstance(value, str) else value
-    if value is None or spelled in ABSENT:
+    if value is None or spelled in UNSET:
         return None
     for keys, kind, make in (
         (FLAGS, "true or false", _flag), (COUNTS, "a whole number", _count), (NUMBERS, "a number", _number),
@@ -231,7 +231,7 @@ def _off(value: object) -> bool:
     """Whether an option of any kind is switched off, however that is spelled."""
     spelled = str(value).strip().lower()
     try:
-        return not value or spelled in ABSENT or not SPELLED.get(spelled, True) or float(spelled) == 0
+        return not value or spelled in UNSET or not SPELLED.get(spelled, True) or float(spelled) == 0
     except ValueError:
         return False
 
@@ -252,9 +252,9 @@ def _bridged(found: Imported) -> bool:
 
 def _model(found: Imported) -> None:
     named, path = found.get("model_family"), found.get("pretrained_model_name_or_path")
-    family = NAMES.get(named, named)
+    family = FAMILY_NAMES.get(named, named)
     if family not in FAMILIES:
-        known = sorted({*FAMILIES, *NAMES} - set(NAMES.values()))
+        known = sorted({*FAMILIES, *FAMILY_NAMES} - set(FAMILY_NAMES.values()))
         raise InputError("model_family is not supported", got=named, expected=f"one of {', '.join(known)}")
     if path is None:
         raise InputError("pretrained_model_name_or_path is missing", expected="a diffusers folder or hub name")

@@ -7,7 +7,7 @@ import torch
 
 from tests.data.tiny import TinyEncoder, quiet, settings, write_pairs
 from twinrl.data import CachedDataset, prepare
-from twinrl.data.training import FolderRows, whole_rows
+from twinrl.data.prepared import FolderRows, whole_rows
 from twinrl.flow.branches import allocate
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from tests.backends.families import tiny
 from tests.backends.families.made import SIZES, made, short_prompts
 from tests.fake_source import register, small
 from twinrl.backends.families import FAMILIES
-from twinrl.commands.plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
+from twinrl.commands.memory_plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
 from twinrl.config.errors import InputError
 from twinrl.data.prepare import MANIFEST
 from twinrl.run import checkpoints
@@ -52,7 +52,7 @@ def held(settings: schema.RunConfig) -> dict[str, int]:
 
 def planned(settings: schema.RunConfig, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What is exact: without the seconds of a step without values."""
-    monkeypatch.setattr("twinrl.commands.plan.of_a_step", lambda *_: [])
+    monkeypatch.setattr("twinrl.commands.memory_plan.of_a_step", lambda *_: [])
     return {item.name: item.bytes for item in plan(settings) if item.exact}
 
 

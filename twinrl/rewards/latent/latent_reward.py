@@ -13,7 +13,7 @@ from twinrl.config.components import Registry, checked
 from twinrl.config.errors import InputError
 from twinrl.flow.transport import like
 from twinrl.rewards.latent.autograd import Autograd
-from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, PixelEstimator, Reward, RowDraws
+from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, PixelEstimator, RewardFunction, RowDraws
 from twinrl.rewards.latent.exact import VaeBackprop, exact_gradient
 from twinrl.rewards.latent.finite_difference import Antithetic, Orthogonal, RandomDirection
 from twinrl.rewards.latent.projection import Baseline, project, round_trip
@@ -102,7 +102,7 @@ class LatentReward:
         self.baseline: Baseline = config.baseline or "decoded"
 
     def gradient(
-        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws
+        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction, rows: RowDraws
     ) -> LatentGradient:
         """The ascent direction at ``z``; nothing carries a graph.
 
@@ -124,7 +124,9 @@ class LatentReward:
         aux = {name: torch.cat([part.aux[name] for part in parts]) for name in parts[0].aux}
         return LatentGradient(torch.cat([p.g for p in parts]), torch.cat([p.scores for p in parts]), aux)
 
-    def _chunk(self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward, rows: RowDraws) -> Estimate:
+    def _chunk(
+        self, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction, rows: RowDraws
+    ) -> Estimate:
         if isinstance(self.estimator, LatentEstimator):
             found = self.estimator.latent_gradient(z, prompts, codec, reward, rows)
             self._check(found, z, "latent_gradient")
@@ -147,7 +149,7 @@ class LatentReward:
         checked(found.scores, Tensor, self.estimator, f"{method}.scores", at.shape[:1])
 
     def compare(
-        self, found: LatentGradient, z: Tensor, prompts: Sequence[str], codec: Codec, reward: Reward
+        self, found: LatentGradient, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction
     ) -> dict[str, Tensor]:
         """How good the gradient ``found`` at ``z`` is: (B,) metrics per image, for the price of an exact gradient.
 

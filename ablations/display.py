@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ablations.design import arm_name
-from ablations.ledger import Record
+from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from ablations.trial import Task, checkpointed
 from twinrl.stability.divergence import NEVER_WHOLE
@@ -22,7 +22,7 @@ TAIL_BYTES = 4096
 FAILURES_SHOWN = 10
 LEFT = ("begun", "failed", "missing")
 MOST_COLUMNS = 3
-ACCURACY = "test/accuracy_1nfe"
+TEST_ACCURACY = "test/accuracy_1nfe"
 
 
 def duration(seconds: float) -> str:
@@ -65,7 +65,7 @@ def arms_table(plan: Plan, running: Mapping[str, str] | None = None) -> Table:
             _failed(records),
             _left(plan, trials),
             median(records, metric, math.inf),
-            median(records, ACCURACY, 0.0),
+            median(records, TEST_ACCURACY, 0.0),
         ]
         names = [trials[0].levels[factor] for factor in factors] or [arm]
         table.add_row(*map(escape, names), *cells, *([active] if running else []))
@@ -84,7 +84,7 @@ def _left(plan: Plan, trials: Sequence[Trial]) -> str:
     return ", ".join(f"{states.count(state)} {state}" for state in LEFT if state in states) or "–"
 
 
-def _failed(records: Sequence[Record]) -> str:
+def _failed(records: Sequence[TrialRecord]) -> str:
     """How many runs failed, and what of them needs saying."""
     failures = [record.diverged for record in records if record.diverged is not None]
     notes = {NEVER_WHOLE: sum(failure["kind"] == NEVER_WHOLE for failure in failures),
@@ -93,7 +93,7 @@ def _failed(records: Sequence[Record]) -> str:
     return f"{len(failures)} ({said})" if said else str(len(failures) or "–")
 
 
-def median(records: Sequence[Record], metric: str, worst: float) -> str:
+def median(records: Sequence[TrialRecord], metric: str, worst: float) -> str:
     """Median over the records; ``worst`` stands for what is not finite, or was not measured as the run was lost."""
     values = [record.metrics.get(metric, math.nan) for record in records if metric in record.metrics or record.lost]
     values = [value if math.isfinite(value) else worst for value in values]

@@ -7,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from ablations import study as studies
+from ablations.display import arms_table
 from ablations.plan import Plan, Trial, Workspace
 from ablations.study import Study, StudyConfig
-from ablations.table import arms_table
 
 RATES = {"1e-4": {"optim.lr": 1e-4}, "1e-3": {"optim.lr": 1e-3}}
 LONG = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from twinrl.config.errors import InputError
-from twinrl.data.files import below, ending_in, hidden
+from twinrl.data.listing import below, ending_in, hidden
 from twinrl.data.problems import UNREADABLE
 
 

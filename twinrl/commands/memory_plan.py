@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from twinrl.backends.families.family import DTYPES
-from twinrl.backends.families.loading import quiet
+from twinrl.backends.families.pipelines import quiet
 from twinrl.commands import footprint
 from twinrl.config.errors import InputError
+from twinrl.machine.dtypes import DTYPES
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.latent import LatentReward
 from twinrl.rewards.latent.contract import KeyedRows

@@ -11,7 +11,7 @@ from twinrl.flow import conditions
 from twinrl.flow.conditions import Condition
 
 
-def tells_branches_apart(
+def tells_trajectories_apart(
     network: nn.Module,
     latent_shape: tuple[int, int, int],
     condition: Condition,

@@ -16,7 +16,7 @@ from twinrl.flow.branches import Rows
 from twinrl.terms.term import Context, Query, Target, Term, TermConfig, one_step
 
 
-class Reward(Term):
+class RewardAscent(Term):
     """The reward's latent gradient on one-step samples.
 
     *When to use*: to add a preference to a method that trains one-step samples anyway (``rectify``): the forward
@@ -27,7 +27,7 @@ class Reward(Term):
         kind: Literal["reward"] = "reward"
 
         @model_validator(mode="after")
-        def _size_of_the_gradient_survives(self) -> "Reward.Config":
+        def _size_of_the_gradient_survives(self) -> "RewardAscent.Config":
             if self.loss.kind != "l2":
                 raise ValueError(f"loss {self.loss.kind} would erase the size of the reward's gradient; fix: use l2")
             return self
@@ -36,8 +36,8 @@ class Reward(Term):
         return one_step(rows)
 
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
-        pull = ctx.reward(query.x - F, rows)
-        return Target(F - pull.g, pull.aux)
+        ascent = ctx.reward(query.x - F, rows)
+        return Target(F - ascent.g, ascent.aux)
 
     @classmethod
     def wants_reward(cls, config: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from twinrl.config.errors import InputError
 from twinrl.data.buckets import Bucket
-from twinrl.data.sampler import BucketBatch, BucketSampler
+from twinrl.data.order import BucketBatch, BucketSampler
 
 
 def sampler(sizes: dict[str, int], batch: dict[str, int], seed: int = 0) -> BucketSampler:

@@ -77,7 +77,7 @@ def kind_of(path: Path) -> str:
     return "a TensorBoard event file" if "tfevents" in path.name else ""
 
 
-ABSENT = frozenset({"", "na", "n/a", "null", "none", "-"})
+EMPTY_CELLS = frozenset({"", "na", "n/a", "null", "none", "-"})
 """How cells say that they hold nothing, in lower case."""
 
 NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf|infinity)", re.IGNORECASE | re.ASCII)
@@ -92,7 +92,7 @@ def _number(value: object, column: str, path: Path) -> float | None:
     if value is None or isinstance(value, bool | dict | list):
         return None
     if isinstance(value, str):
-        if value.strip().lower() in ABSENT:
+        if value.strip().lower() in EMPTY_CELLS:
             return None
         if not NUMBER.fullmatch(value.strip()) or ("inf" not in value.lower() and math.isinf(float(value))):
             raise InputError(
