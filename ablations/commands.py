@@ -118,8 +118,22 @@ def report(
     version = versions.to_report(made)
     if version.missing == len(made.trials):
         raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
-    arms = {trial.arm: trial for trial in made.trials}
-    index = {
+    page = write(
+        root, out or made.workspace.study_folder(study) / "report", base=base, index=_index(made, version, base)
+    )
+    if version.note:
+        console.print(escape(version.note), soft_wrap=True)
+    if version.missing:
+        console.print(f"{version.missing} of {len(made.trials)} trials are missing")
+    console.print(f"report: {page}", soft_wrap=True)
+    return 0
+
+
+def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str, object]:
+    """What the analysis is told of a study: its question, its arms, the critical learning rates that are known."""
+    study, arms = made.study, {trial.arm: trial for trial in made.trials}
+    search = margins.Search(margins.fifo(study), made.workspace, lambda plan: (plan, []))
+    return {
         "name": study.name,
         "question": study.config.question,
         "note": version.note,
@@ -138,16 +152,9 @@ def report(
         ],
         "critical": [
             {"arm": found.arm, "seed": found.seed, "healthy": found.healthy, "diverged": found.diverged}
-            for found in margins.Search(margins.fifo(study), made.workspace, lambda plan: (plan, [])).known()
+            for found in search.known()
         ],
     }
-    page = write(root, out or made.workspace.study_folder(study) / "report", base=base, index=index)
-    if version.note:
-        console.print(escape(version.note), soft_wrap=True)
-    if version.missing:
-        console.print(f"{version.missing} of {len(made.trials)} trials are missing")
-    console.print(f"report: {page}", soft_wrap=True)
-    return 0
 
 
 def margin(

@@ -1,7 +1,9 @@
 """What crossed factors do, from the autopsy's table of trials: many suspects at once, and pairs of them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,7 @@ from autopsy_arms import COLUMNS, RULE, WELL, arm_line, before_reward, factor, p
 from autopsy_runs import BROKEN, MARGIN, NO_REWARD, arms
 from matplotlib.figure import Figure
 
-from ablations.study import Margin, load
+from ablations.study import Margin, Study, load
 from analysis import plots
 from analysis.effects import Effect, main_effects, odds_effects
 from analysis.intervals import Interval, clopper_pearson, mean_t, number
@@ -216,54 +218,89 @@ def difference(a: Interval, b: Interval) -> Interval:
 # --- learning rate × teacher × reward ----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Brackets:
+    """The critical learning rates of the study that searched for them by bisection.
+
+    Attributes:
+        study: as it was asked for.
+        probes: its runs, with the rate ``lr`` beside the arm.
+        found: (arm, seed) → where the rate lies.
+    """
+
+    study: Study
+    probes: pd.DataFrame
+    found: Mapping[tuple[str, int], Critical]
+
+    @classmethod
+    def of(cls, trials: pd.DataFrame) -> "Brackets":
+        """Raises ValueError where an arm has no rate at a seed."""
+        study = load(f"autopsy-{MARGIN}")
+        probes = trials[trials.study == MARGIN].copy()
+        probes["arm"] = probes.arm.str.rpartition(" lr=")[0]
+        found = {(rate.arm, rate.seed): rate for rate in critical_rates(probes, "lr")}
+        if set(found) != {(arm.name, seed) for arm in study.arms for seed in study.config.seeds}:
+            raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing")
+        return cls(study, probes, found)
+
+    @cached_property
+    def wide(self) -> set[tuple[str, int]]:
+        """Where a run was told otherwise after the search had ended."""
+        return {key for key, rate in self.found.items() if not _ended(rate, self.study.config.margin)}
+
+    @property
+    def searched(self) -> list[int]:
+        """The seeds whose brackets are all narrow."""
+        asked, fallen = self.study.config.seeds, {seed for _, seed in self.wide}
+        return [seed for seed in asked if seed not in fallen]
+
+    def rates(self, teacher: str, reward: str, seeds: Sequence[int] | None = None) -> list[Critical]:
+        """By seed; of all seeds for None."""
+        arm = f"teacher={teacher} reward={reward}"
+        return [self.found[arm, seed] for seed in (self.study.config.seeds if seeds is None else seeds)]
+
+    def table(self) -> str:
+        """A line for each arm: its rate at every seed, and their geometric mean where all are narrow."""
+        lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
+        for arm in self.study.arms:
+            mine = [self.found[arm.name, seed] for seed in self.study.config.seeds]
+            narrow = all(rate.bracketed and (rate.arm, rate.seed) not in self.wide for rate in mine)
+            mean = critical_rate(mine, arm.name) if narrow else None
+            ends = [_rate(2**log) for log in (mean.estimate, mean.low, mean.high)] if mean is not None else []
+            shown = f"{ends[0]} [{ends[1]}, {ends[2]}]" if ends else "–"
+            each = [_critical(rate, (rate.arm, rate.seed) in self.wide) for rate in mine]
+            lines.append(f"| {arm.name} | {', '.join(each)} | {shown} |")
+        return "\n".join(lines)
+
+
 def margin_values(trials: pd.DataFrame) -> dict[str, str]:
     """The critical learning rate of each teacher, with the published reward and without it, by bisection."""
-    study = load(f"autopsy-{MARGIN}")
-    asked = study.config.margin
-    chosen = trials[trials.study == MARGIN].copy()
-    chosen["arm"] = chosen.arm.str.rpartition(" lr=")[0]
-    found = {(rate.arm, rate.seed): rate for rate in critical_rates(chosen, "lr")}
-    if set(found) != {(arm.name, seed) for arm in study.arms for seed in study.config.seeds}:
-        raise ValueError(f"autopsy-{MARGIN} is not finished: a bracket is missing")
-    wide = {key for key, rate in found.items() if not _ended(rate, asked)}  # told otherwise after the search
-    lines = ["| teacher, reward | critical learning rate, by seed | geometric mean |", "|---|---|--:|"]
-    for arm in study.arms:
-        mine = [found[arm.name, seed] for seed in study.config.seeds]
-        narrow = all(rate.bracketed and (rate.arm, rate.seed) not in wide for rate in mine)
-        mean = critical_rate(mine, arm.name) if narrow else None
-        ends = [_rate(2**log) for log in (mean.estimate, mean.low, mean.high)] if mean is not None else []
-        shown = f"{ends[0]} [{ends[1]}, {ends[2]}]" if ends else "–"
-        each = [_critical(rate, (rate.arm, rate.seed) in wide) for rate in mine]
-        lines.append(f"| {arm.name} | {', '.join(each)} | {shown} |")
-
-    def of(teacher: str, reward: str, seeds: Sequence[int] = study.config.seeds) -> list[Critical]:
-        return [found[f"teacher={teacher} reward={reward}", seed] for seed in seeds]
-
-    searched = [seed for seed in study.config.seeds if not any((arm.name, seed) in wide for arm in study.arms)]
-
-    lowered = margin(
-        [*of("live", "with"), *of("live", "without")], *(f"teacher=live reward={level}" for level in LEVELS)
-    )
-    same = [
-        (a.healthy, a.broken) == (b.healthy, b.broken)
-        for a, b in zip(of("ema", "with", searched), of("ema", "without", searched), strict=True)
-    ]
-    fallen = chosen[chosen.arm.str.startswith("teacher=ema") & (chosen.lr == asked.high) & ~chosen.seed.isin(searched)]
-    below = chosen[(chosen.arm == "teacher=live reward=without") & (chosen.lr < of("live", "without")[0].healthy)]
+    brackets = Brackets.of(trials)
+    probes, searched, live = brackets.probes, brackets.searched, [brackets.rates("live", level) for level in LEVELS]
+    lowered = margin([rate for rates in live for rate in rates], *(f"teacher=live reward={level}" for level in LEVELS))
+    ema = [[(rate.healthy, rate.broken) for rate in brackets.rates("ema", level, searched)] for level in LEVELS]
+    same = [a == b for a, b in zip(*ema, strict=True)]
+    high = brackets.study.config.margin.high
+    fallen = probes[probes.arm.str.startswith("teacher=ema") & (probes.lr == high) & ~probes.seed.isin(searched)]
+    lived = brackets.rates("live", "without")[0].healthy
+    below = probes[(probes.arm == "teacher=live reward=without") & (probes.lr < lived)]
+    widths = [rate.width for key, rate in brackets.found.items() if key not in brackets.wide]
     return {
-        "margin": "\n".join(lines),
-        "margin_probes": str(len(chosen)),
-        "margin_tolerance": number(2 ** max(rate.width for key, rate in found.items() if key not in wide), 3),
+        "margin": brackets.table(),
+        "margin_probes": str(len(probes)),
+        "margin_tolerance": number(2 ** max(widths), 3),
         "margin_fallen_seeds": str(fallen.seed.nunique()),
         "margin_fallen_start": _span(fallen.accuracy_at_start),
         "margin_fallen_end": _span(fallen.test1_accuracy),
         "margin_below": _span(below.test1_accuracy),
-        "margin_seeds": str(len(study.config.seeds)),
+        "margin_seeds": str(len(brackets.study.config.seeds)),
         "margin_reward_live": factor(lowered, 2),
         "margin_reward_live_verdict": f"{'' if lowered.high < 0 else 'not shown to be '}closer to the edge",
         "margin_reward_ema_same": f"{sum(same)} of {len(same)}",
         **{
-            f"margin_teacher_{level}": _at_least(*(of(teacher, level, searched) for teacher in ("ema", "live")))
+            f"margin_teacher_{level}": _at_least(
+                *(brackets.rates(teacher, level, searched) for teacher in ("ema", "live"))
+            )
             for level in LEVELS
         },
     }
