@@ -33,22 +33,22 @@ def blocks(
         effect: difference worth finding, in standard deviations of paired differences.
     """
     question: list[PageBlock] = [Text(study.question)] if study.question else []
-    facts = [
+    glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
+    table: list[PageBlock] = [Table(glance)] if glance is not None else []
+    told = Facts(facts(study, metric, lines, factors, effect))
+    return [*question, told, *table, Text(INTERVALS_NOTE, note=True), *_left_out(study), Heading("The evidence")]
+
+
+def facts(
+    study: Study, metric: str, lines: Sequence[ArmLine], factors: Factors, effect: float = 1.0
+) -> list[tuple[str, str]]:
+    """The questions and their answers; arguments as for :func:`blocks`."""
+    made = [("Made by what?", study.note)] if study.note else []
+    return [
         ("Which factor?", which(study, metric, lines, factors)),
         ("How sure?", sure(study, metric, lines, factors, effect)),
         ("What does it cost?", costs(study, factors)),
-    ]
-    if study.note:
-        facts.append(("Made by what?", study.note))
-    glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
-    table: list[PageBlock] = [Table(glance)] if glance is not None else []
-    return [
-        *question,
-        Facts(facts),
-        *table,
-        Text(INTERVALS_NOTE, note=True),
-        *_left_out(study),
-        Heading("The evidence"),
+        *made,
     ]
 
 

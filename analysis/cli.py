@@ -1,5 +1,8 @@
-"""``twinrl analyze``: parsing only; everything else is imported when the command runs."""
+"""``twinrl analyze`` and ``twinrl notebook``: parsing only; everything else is imported when a command runs."""
 
+import subprocess
+import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +13,9 @@ from twinrl.tracking.store import without_password
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command ``analyze`` to ``app``."""
+    """Add the commands to ``app``."""
     app.command()(analyze)
+    app.command()(notebook)
 
 
 def analyze(
@@ -47,6 +51,43 @@ def analyze(
         tracking_uri=tracking_uri, mlflow=mlflow,
     )  # fmt: skip
     typer.echo(f"report: {page}")
+
+
+class Kind(StrEnum):
+    """What a notebook is about."""
+
+    SPIKES = "spikes"
+    ARMS = "arms"
+
+
+def notebook(
+    kind: Annotated[Kind, typer.Argument(help="spikes: of a run; arms: of a study", show_default=False)],
+    subject: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_STUDY", help="run directory; for arms a folder of runs, or a ledger")
+    ],
+    fresh: Annotated[bool, typer.Option("--fresh", help="replace the copy that is there, with your changes")] = False,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="open it, where a Jupyter is installed")] = True,
+) -> None:
+    """Copy a notebook beside a run or a study, execute it there and open it.
+
+    Which term spiked: twinrl notebook spikes RUN. Which arm is better: twinrl notebook arms STUDY. Executed again, a
+    copy keeps your changes. pip install 'twinrl[notebook]' brings JupyterLab.
+    """
+    from analysis import notebook as notebooks
+
+    notebooks.check_installed()
+    copied = notebooks.copy(kind, subject, fresh)
+    try:
+        notebooks.execute(copied)
+    except notebooks.CellError as error:
+        typer.echo(f"twinrl: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"notebook: {copied}")
+    viewer = notebooks.viewer()
+    if show and viewer and sys.stdout.isatty():
+        subprocess.run([*viewer, str(copied)], check=False)
+    elif not viewer:
+        typer.echo(f"to open it: {notebooks.INSTALL}, then jupyter lab {copied}")
 
 
 def _pair(text: str, separator: str) -> tuple[str, str]:

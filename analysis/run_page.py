@@ -32,7 +32,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     """
     found = spikes.find(run.rows)
     page = Page(f"Run {run.name}")
-    page.add(Facts(_answers(run, found)))
+    page.add(Facts(answers(run, found)))
     page.add(Picture(plots.save(plots.norms(run, found), figures / "norms.svg")))
     if found:
         page.add(*_anatomy(run, found, figures))
@@ -42,12 +42,12 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     return page
 
 
-def _answers(run: Run, found: Sequence[SpikeEpisode]) -> list[tuple[str, str]]:
-    """What a reader in a hurry asks."""
-    answers = [("What happened?", _what(run, found))]
+def answers(run: Run, found: Sequence[SpikeEpisode]) -> list[tuple[str, str]]:
+    """What a reader in a hurry asks, and the answers."""
+    told = [("What happened?", _what(run, found))]
     if found:
-        answers += [("Which term?", _who(found)), ("What came before?", _before(run, found))]
-    return answers
+        told += [("Which term?", _who(found)), ("What came before?", _before(run, found))]
+    return told
 
 
 def _who(found: Sequence[SpikeEpisode]) -> str:

@@ -1,16 +1,22 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pytest
+import typer
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
-from nbclient import NotebookClient
+from typer.testing import CliRunner
 
 import analysis
+from analysis import notebook
+from analysis.cli import register
 from tests.analysis import simulated
+from twinrl.config.errors import InputError
 
-NOTEBOOKS = sorted((Path(analysis.__file__).parent / "notebooks").glob("*.ipynb"))
+REPOSITORY = Path(analysis.__file__).parents[1]
+NOTEBOOKS = sorted((REPOSITORY / "analysis" / "notebooks").glob("*.ipynb"))
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -29,11 +35,10 @@ def source(name: str) -> Path:
     return path
 
 
-def run_here(name: str) -> str:
+def run_here(path: Path) -> str:
     """Run a notebook's cells in this process, by what a kernel is made of; everything that they printed or showed."""
     shell = InteractiveShell.instance(history_load_length=0)
     shell.history_manager.enabled = False
-    path = source(name)
     try:
         with pytest.MonkeyPatch.context() as patch, capture_output() as captured:
             patch.chdir(path.parent)
@@ -45,12 +50,10 @@ def run_here(name: str) -> str:
     return captured.stdout + "".join(str(text) for output in captured.outputs for text in output.data.values())
 
 
-def run_in_kernel(name: str) -> str:
-    """Execute a notebook as Jupyter does; everything that it printed or showed."""
-    path = source(name)
-    notebook = read(path)
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+def run_in_kernel(path: Path) -> str:
+    """Execute a notebook as the command does; everything that it printed or showed."""
+    notebook.execute(path)
+    outputs = [output for cell in read(path).cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(o.get("text", "") + "".join(o.get("data", {}).values()) for o in outputs)
 
 
@@ -61,7 +64,7 @@ WAYS = pytest.mark.parametrize(
         pytest.param(run_in_kernel, marks=pytest.mark.campaign, id="in a kernel"),
     ],
 )
-Run = Callable[[str], str]
+Run = Callable[[Path], str]
 
 
 @pytest.fixture(autouse=True)
@@ -72,31 +75,31 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @WAYS
-def test_spikes_of_a_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spikes(run: Run, tmp_path: Path) -> None:
     folder = simulated.make_run(tmp_path, spikes_at=(120, 200, 330))
     simulated.make_run(tmp_path, seed=1)
-    monkeypatch.setenv("TWINRL_RUN", str(folder))
-    shown = run("spikes_of_a_run")
+    shown = run(notebook.copy("spikes", folder))
     assert "3 spikes" in shown
-    assert "rectify" in shown
+    assert "First to stand out: rectify in 3 of 3" in shown
     assert "Recurrence(row=17" in shown
     assert "branch any 12 of 12 worst rows" in shown
     assert shown.count("<svg") >= 3
 
 
 @WAYS
-def test_comparing_arms(run: Run, study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TWINRL_STUDY", str(study_folder))
-    shown = run("comparing_arms")
+def test_arms(run: Run, study_folder: Path) -> None:
+    shown = run(notebook.copy("arms", study_folder))
+    assert "Which factor?" in shown
     assert "log-rank p: 0.0" in shown
     assert "log odds of diverging" in shown
     assert shown.count("<svg") >= 3
 
 
 @WAYS
-def test_published_recipe(run: Run) -> None:
+def test_published_recipe(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads the committed tables of papers/results/autopsy."""
-    shown = run("published_recipe")
+    monkeypatch.setenv("TWINRL_AUTOPSY", str(REPOSITORY / "papers" / "results" / "autopsy"))
+    shown = run(Path(shutil.copy(source("published_recipe"), tmp_path)))
     assert "log-rank p over all arms" in shown
     assert "live teacher: log₁₀ of the largest norm" in shown
     assert "steps whole, more than published" in shown
@@ -105,3 +108,42 @@ def test_published_recipe(run: Run) -> None:
     assert "baseline_decoded" in shown
     assert "rate_less" in shown
     assert shown.count("<svg") >= 2
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    register(app)
+    return app
+
+
+@pytest.mark.slow
+def test_the_command_executes_a_copy_and_keeps_changes(app: typer.Typer, tmp_path: Path) -> None:
+    folder = simulated.make_run(tmp_path / "it's", spikes_at=(120,))
+    command = ["notebook", "spikes", str(folder)]
+    shown = CliRunner().invoke(app, command, catch_exceptions=False)
+    copied = folder / notebook.FOLDER / "spikes.ipynb"
+    assert shown.exit_code == 0
+    assert f"notebook: {copied}" in shown.stdout
+    first = next(cell for cell in read(copied).cells if cell.cell_type == "code")
+    assert "1 spike" in first.outputs[0].text
+
+    changed = read(copied)
+    changed.cells = [nbformat.v4.new_code_cell("print(6 * 7)"), nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(changed, copied)
+    failed = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert failed.exit_code == 1
+    assert "cell 2 of" in failed.stderr
+    assert "ZeroDivisionError" in failed.stderr
+    assert read(copied).cells[0].outputs[0].text == "42\n"
+    assert notebook.copy("spikes", folder, fresh=True) == copied
+    assert len(read(copied).cells) > 2
+
+
+@pytest.mark.parametrize("kind", ["spikes", "arms"])
+def test_what_it_is_not_about_is_refused(kind: str, tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path)
+    wrong = run if kind == "arms" else tmp_path
+    with pytest.raises(InputError, match=f"{wrong} is not a"):
+        notebook.copy(kind, wrong)
+    assert not (wrong / notebook.FOLDER).exists()
