@@ -12,6 +12,10 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Also for the processes that tests start. More threads make small tensors no faster, on a busy machine much slower."""
 
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
+"""On a processor with AMX, torch 2.13 asks oneDNN whether to pack bf16 matrices, and its own portable code cannot."""
+
 PROCESSES = "processes"
 """Marker of files that start Ray or several ranks: under ``pytest -n`` one worker runs them, one after the other."""
 
