@@ -13,9 +13,10 @@ from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
 from twinrl.evaluation import FinalTable, LabelProtocol, final_table
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.evaluation.shelf import Shelf
 from twinrl.flow.reading import InMemory
 from twinrl.flow.source import Source
-from twinrl.machine.dtypes import MASTER_DTYPES
+from twinrl.fsdp.ranks import ALONE
 from twinrl.training import sources
 from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
@@ -86,13 +87,15 @@ class Laboratory(Provider[Source]):
         self._fill(network, "the teacher")
         return self.ranks.place(network, self.device, torch.float32).eval()
 
-    def protocol(self, split: HeldOut) -> LabelProtocol:
-        return LabelProtocol(self.source, self.settings.evaluation, split, self.device, self.judges())
+    def protocol(self, split: HeldOut) -> Protocol:
+        judges = self.judges()
+        shelf = Shelf.of(self.source, judges, self.device) if self.ranks is ALONE else None
+        return Protocol(self.source, self.settings.evaluation, split, self.device, judges, shelf)
 
     def final(self, network: nn.Module) -> tuple[LabelProtocol, FinalTable]:
         """On the test split, beside the teacher that training started from."""
-        protocol = self.protocol("test")
-        return protocol, final_table(protocol, network, self.teacher())
+        protocol, settings = self.protocol("test"), self.settings.model.network.model_dump(mode="json")
+        return protocol, final_table(protocol, network, self.teacher(), teacher_settings=settings)
 
     def judged(self, network: nn.Module) -> nn.Module:
         single = all(parameter.dtype == torch.float32 for parameter in network.parameters())
