@@ -171,9 +171,9 @@ def table(results: Mapping[str, Mapping[str, float]], result: Mapping[str, Any])
         for row in rows:
             row.append(f"{float(row[1]) / float(row[2]):.2f}" if float(row[2]) else "–")
     where, ratio = result["machine"], ["this / other"] if len(results) == 2 else []
-    same = "the same to the bit" if result["tables_equal"] else "NOT the same"
+    same, run = "the same to the bit" if result["tables_equal"] else "NOT the same", " ".join(result["arguments"])
     return (
-        f"# A trial beside its steps\n\nCPU seconds of `twinrl train {' '.join(result['arguments'])}` by part, the least "
+        f"# A trial beside its steps\n\nCPU seconds of `twinrl train {run}` by part, the least "
         f"of {result['rounds']} rounds, {where['threads']} thread(s), {where['device']}, torch {where['torch']}. "
         f"Final tables of all runs: {same}.\n\n" + measuring.markdown(["part", *results, *ratio], rows)
     )

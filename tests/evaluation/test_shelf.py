@@ -123,7 +123,9 @@ def test_code_libraries_and_threads_decide(monkeypatch: pytest.MonkeyPatch, lab)
 
 
 def test_judged_images_return_from_tensors():
-    judged = JudgedImages(torch.arange(2), torch.rand(2, 3), torch.ones(2), {"a/b": torch.rand(2)}, torch.ones(2).bool())
+    judged = JudgedImages(
+        torch.arange(2), torch.rand(2, 3), torch.ones(2), {"a/b": torch.rand(2)}, torch.ones(2).bool()
+    )
     again = JudgedImages.of(judged.tensors("reference") | judged.tensors("other"), "reference")
     assert torch.equal(again.features, judged.features)
     assert torch.equal(again.scores["a/b"], judged.scores["a/b"])
@@ -151,7 +153,8 @@ def test_a_second_run_of_a_laboratory_has_the_rows_of_the_first(
         patch.setattr("twinrl.evaluation.table.nfe", lambda sampler, guidance=None: 1 if guidance is None else never())
         assert judged() == first
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.name.rpartition("-")[0] for path in files] == ["real-images-test", "real-rows-test", "teacher-row-test"]
+    found = [path.name.rpartition("-")[0] for path in files]
+    assert found == ["real-images-test", "real-rows-test", "teacher-row-test"]
     for path in files:
         path.write_bytes(path.read_bytes()[:-3])
     assert judged() == first

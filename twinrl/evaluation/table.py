@@ -242,7 +242,7 @@ def real_rows(protocol: LabelProtocol) -> list[TableRow]:
 def teacher_row(
     protocol: LabelProtocol, teacher: Network, repeats: int, guidance: float, settings: Mapping[str, Any] | None
 ) -> TableRow:
-    """The teacher under many Euler steps, from the shelf where all that decides it has a digest; see ``final_table``."""
+    """The teacher under many Euler steps, from the shelf where all that decides it has a digest."""
     sampler = euler(protocol.config.teacher_steps)
 
     def make() -> Entry:

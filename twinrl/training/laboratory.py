@@ -17,6 +17,7 @@ from twinrl.evaluation.shelf import Shelf
 from twinrl.flow.reading import InMemory
 from twinrl.flow.source import Source
 from twinrl.fsdp.ranks import ALONE
+from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.training import sources
 from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
@@ -87,10 +88,10 @@ class Laboratory(Provider[Source]):
         self._fill(network, "the teacher")
         return self.ranks.place(network, self.device, torch.float32).eval()
 
-    def protocol(self, split: HeldOut) -> Protocol:
+    def protocol(self, split: HeldOut) -> LabelProtocol:
         judges = self.judges()
         shelf = Shelf.of(self.source, judges, self.device) if self.ranks is ALONE else None
-        return Protocol(self.source, self.settings.evaluation, split, self.device, judges, shelf)
+        return LabelProtocol(self.source, self.settings.evaluation, split, self.device, judges, shelf)
 
     def final(self, network: nn.Module) -> tuple[LabelProtocol, FinalTable]:
         """On the test split, beside the teacher that training started from."""
