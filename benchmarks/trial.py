@@ -10,6 +10,7 @@ times ``twinrl ablate run`` of the shipped example with N steps a trial, which i
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,6 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 PARTS = ("import", "load", "first picture", "steps", "validation", "final table", "pictures", "publish", "rest")
+LAST = "twinrl.commands.processes"
+"""When it is imported, everything that has a border is."""
 OUTSIDE = "steps"
 """The part that the others are beside."""
 BORDERS = {
@@ -75,22 +78,42 @@ class Clock:
         return clocked
 
 
+class Border:
+    """Finds the last module that ``twinrl train`` imports, as usual, and lets ``then`` follow its import."""
+
+    def __init__(self, then: Callable[[], None]):
+        self.then = then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != LAST:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        loader: Any = spec.loader
+        run = loader.exec_module
+        loader.exec_module = lambda module: (run(module), self.then())
+        return spec
+
+
 def child(out: Path, arguments: list[str]) -> None:
     """``twinrl train`` with its parts clocked; writes them to ``out``."""
     clock = Clock()
-    from importlib import import_module
 
+    def divide() -> None:
+        for part, borders in BORDERS.items():
+            for border in borders:
+                module, name = border.split(":")
+                holder: Any = importlib.import_module(module)
+                *inside, last = name.split(".")
+                for each in inside:
+                    holder = getattr(holder, each)
+                setattr(holder, last, clock.around(part, getattr(holder, last)))
+        clock.switch("rest")
+
+    sys.meta_path.insert(0, Border(divide))
     from twinrl.cli import main as twinrl
 
-    for part, borders in BORDERS.items():
-        for border in borders:
-            module, name = border.split(":")
-            holder: Any = import_module(module)
-            *inside, last = name.split(".")
-            for each in inside:
-                holder = getattr(holder, each)
-            setattr(holder, last, clock.around(part, getattr(holder, last)))
-    clock.switch("rest")
     sys.argv = ["twinrl", "train", *arguments]
     try:
         twinrl()

@@ -16,6 +16,7 @@ import typer
 
 from twinrl.config.components import ComponentError, failures_named
 from twinrl.config.errors import InputError
+from twinrl.machine.memory import end_without_search, importing
 from twinrl.tracking.store import without_password
 
 app = typer.Typer(
@@ -61,10 +62,11 @@ def train(
     It goes to runs/<name>-<hash>-s<seed>/ and ends in a table, sample grids and curves. Ctrl-C writes a
     checkpoint first; `twinrl resume` goes on from there, bit for bit.
     """
-    from twinrl.training import schema
-
+    with importing():
+        from twinrl.training import schema
     settings = schema.load(config, overrides or [])
-    from twinrl.commands.processes import train as command
+    with importing():
+        from twinrl.commands.processes import train as command
 
     raise typer.Exit(command(settings, fresh, _console()))
 
@@ -72,7 +74,8 @@ def train(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Continue an unfinished run from its newest checkpoint."""
-    from twinrl.commands.processes import resume as command
+    with importing():
+        from twinrl.commands.processes import resume as command
 
     raise typer.Exit(command(run, _console()))
 
@@ -284,6 +287,7 @@ def main() -> None:
 
     Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
+    end_without_search()
     debug, sys.argv = DEBUG in sys.argv, [argument for argument in sys.argv if argument != DEBUG]
     try:
         _register_subcommands()
