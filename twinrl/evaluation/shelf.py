@@ -27,7 +27,7 @@ from twinrl.machine import files
 
 CODE = ("backends", "evaluation", "flow", "lab", "rewards", "sampling")
 """Rooms whose sources decide what a judge says of a network's samples."""
-PACKAGES = ("torch", "scipy")
+PACKAGES = ("torch", "scipy", "diffusers", "open_clip_torch")
 STATELESS = ("twinrl.rewards.analytic", "twinrl.rewards.lab")
 """Modules of the rewards that the source and their settings decide."""
 
