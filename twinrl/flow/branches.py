@@ -13,6 +13,7 @@ TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -98,6 +99,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.index)
 
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The index as Python numbers, with which rows are counted and compared on the host."""
+        return tuple(self.index.tolist())
+
     @property
     def x_t(self) -> Tensor:
         """(B, C, H, W): the point on the path at time ``t``."""
@@ -111,22 +117,22 @@ class Rows:
     @property
     def prompts(self) -> list[str]:
         """The prompt of each row; empty where the data have none."""
-        return [self.captions[i] for i in self.index.tolist()] if self.captions else []
+        return [self.captions[i] for i in self.numbers] if self.captions else []
 
     def normal(self, purpose: str) -> Tensor:
         """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
-        return self.draws.normal(purpose)[self.index].to(self.x)
+        return self.draws.normal(purpose)[selection(self.numbers)].to(self.x)
 
     def uniform(self, purpose: str) -> Tensor:
         """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
-        return self.draws.uniform(purpose)[self.index].to(self.t)
+        return self.draws.uniform(purpose)[selection(self.numbers)].to(self.t)
 
     def time(self, placement: str, purpose: str) -> Tensor:
         """(B,) times in [0, 1] for ``purpose``: uniform, or as renoise shapes the times of ``placement``."""
         return self.renoise.get(placement, lambda u: u)(self.uniform(purpose))
 
-    def select(self, keep: Tensor) -> "Rows":
-        """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them)."""
+    def select(self, keep: Tensor | slice) -> "Rows":
+        """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them; see :func:`selection`)."""
         return Rows(
             self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
@@ -148,7 +154,7 @@ class Batch:
 
     def on(self, branches: tuple[str, ...]) -> Rows:
         """The rows of the named branches, joined in the order of the batch."""
-        return self.rows.select(torch.cat([self.branch[name] for name in branches]).sort().values)
+        return self.rows.select(selection(sorted(i for name in branches for i in self.branch[name].tolist())))
 
     def chunks(self, size: int) -> list["Batch"]:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
@@ -157,7 +163,15 @@ class Batch:
 
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
-        return Batch(self.rows.select(torch.arange(start, stop)), inside)
+        return Batch(self.rows.select(slice(start, stop)), inside)
+
+
+def selection(positions: Sequence[int]) -> Tensor | slice:
+    """What takes the rows at ascending ``positions``: a slice where these are a run, so that nothing is copied and no
+    index is sent to the device."""
+    if positions and positions[-1] - positions[0] + 1 == len(positions):
+        return slice(positions[0], positions[-1] + 1)
+    return torch.tensor(positions, dtype=torch.long)
 
 
 class TimeLaw(Settings):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from twinrl.flow.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
-from twinrl.gradients.gradient import Gradient
+from twinrl.gradients.gradient import Gradient, dots
 from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import RuleContext
 from twinrl.run import names
@@ -124,10 +124,17 @@ class Engine:
         """Back through the one micro-batch's graph, term by term; each is settled with its gradient in ``.grad``."""
         (one,) = passes
         with one.evaluated() as found:
-            for name, owners in self.owners.items():
-                _backward(_parts(found.losses, owners, name), retain_graph=self._still_needed(name, one))
+            parts = {name: _parts(found.losses, owners, name) for name, owners in self.owners.items()}
+            goes_through = {name: self._points(name, one) if parts[name] else set() for name in parts}
+            for name, scalars in parts.items():
+                points = goes_through.pop(name)  # whose graphs are freed unless a later term needs them
+                _backward(scalars, retain_graph=any(points & later for later in goes_through.values()))
                 settle(name)
             return [_detached(found.losses)]
+
+    def _points(self, name: str, one: Pass) -> set[str]:
+        """Where the student was evaluated for a gradient's terms."""
+        return {one.queries()[owner][1].point for owner in self.owners[name] if owner in one.queries()}
 
     def _in_turn(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
         """Forward and back through every micro-batch for each term."""
@@ -141,15 +148,6 @@ class Engine:
                     known |= _detached(found.losses)
             settle(name)
         return losses
-
-    def _still_needed(self, name: str, one: Pass) -> bool:
-        """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
-        points = {
-            key: {one.queries()[o][1].point for o in owners if o in one.queries()}
-            for key, owners in self.owners.items()
-        }
-        later = list(self.owners)[list(self.owners).index(name) + 1 :]
-        return any(points[name] & points[other] for other in later)
 
     # --- output space -------------------------------------------------------------------------------------------
 
@@ -208,11 +206,14 @@ class Engine:
 
     def _geometry(self, account: "_Account", step: int) -> Measures:
         """Signed shares and pairwise cosines of what the terms contribute."""
-        kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, {}
+        kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, Measures()
         if is_due(telemetry.shares_every, step):
             square = account.sum.norm.square()
-            for name, gradient in kept:
-                measures[names.grad(name, "share")] = _ratio(gradient.dot(account.sum), square, 0.0)
+            products = dots(list(account.kept.values()), account.sum)
+            measures = {
+                names.grad(name, "share"): _ratio(product, square, 0.0)
+                for name, product in zip(account.kept, products, strict=True)
+            }
         if is_due(telemetry.cosines_every, step):
             for i, (a, first) in enumerate(kept):
                 for b, second in kept[i + 1 :]:
@@ -268,7 +269,9 @@ class _Account:
         if self.keep:
             self.kept[name] = gradient
         if not self.sum.tensors:
-            self.sum = gradient.clone() if self.keep else gradient
+            self.sum = gradient
+        elif any(self.sum is kept for kept in self.kept.values()):
+            self.sum = self.sum.plus(gradient)
         else:
             self.sum.add_(gradient)
 

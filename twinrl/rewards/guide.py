@@ -90,7 +90,7 @@ class Guide:
         """
         weight = self.weight(rows.draws.step)
         if weight == 0:
-            return Ascent(torch.zeros_like(samples))
+            return Ascent(torch.zeros_like(samples), rests=True)
         if self.reward.needs_prompts and not rows.prompts:
             raise InputError(
                 f"reward.model {self.reward.config.kind} reads prompts and the data have none",
