@@ -66,7 +66,8 @@ def test_update_over_weight() -> None:
     """‖(3, 4)‖ / ‖(6, 8)‖ over two parameters together."""
     parameters, before = [parameter(9.0), parameter(12.0)], [parameter(6.0), parameter(8.0)]
     assert telemetry.update_ratio(parameters, before).item() == pytest.approx(0.5)
-    assert telemetry.update_ratio(before, before) == 0
+    still = [p.detach().clone() for p in parameters]
+    assert telemetry.update_ratio(parameters, still) == 0
 
 
 def test_finite_parameters() -> None:

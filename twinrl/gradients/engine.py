@@ -209,7 +209,8 @@ class Engine:
         kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, Measures()
         if is_due(telemetry.shares_every, step):
             square = account.sum.norm.square()
-            products = dots(list(account.kept.values()), account.sum)
+            products = dots(list(account.kept.values())[:-1], account.sum)
+            products.append(square - torch.stack(products).sum() if products else square)  # the parts make the sum
             measures = {
                 names.grad(name, "share"): _ratio(product, square, 0.0)
                 for name, product in zip(account.kept, products, strict=True)
@@ -257,11 +258,12 @@ class _Account:
         self.kept: dict[str, Gradient] = {}
         self.measures: Measures = {}
         self._others: Gradient | None = None
+        self._shown = True  # the sum is also somebody else's, so it is not to be written to
 
     def others(self, wanted: bool) -> Gradient | None:
         """The sum of the terms that do not wait for others, for one that does."""
         if wanted and self._others is None:
-            self._others = self.sum.clone() if self.several_wait else self.sum
+            self._others, self._shown = self.sum, self._shown or self.several_wait
         return self._others if wanted else None
 
     def add(self, name: str, gradient: Gradient) -> None:
@@ -269,9 +271,11 @@ class _Account:
         if self.keep:
             self.kept[name] = gradient
         if not self.sum.tensors:
-            self.sum = gradient
-        elif any(self.sum is kept for kept in self.kept.values()):
-            self.sum = self.sum.plus(gradient)
+            self.sum, self._shown = gradient, self.keep
+        elif not gradient.tensors:
+            return
+        elif self._shown:
+            self.sum, self._shown = self.sum.plus(gradient), False
         else:
             self.sum.add_(gradient)
 

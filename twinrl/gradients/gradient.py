@@ -87,7 +87,8 @@ class Gradient:
     def scale_(self, factor: Tensor | float) -> "Gradient":
         """Multiply by a number; the norm follows without being measured again."""
         norm = self.norm
-        for group in _apart(self.tensors.values()):
+        alone = not isinstance(factor, Tensor) or factor.device.type == "cpu"  # a number that can be looked at
+        for group in _apart(self.tensors.values()) if not alone or factor != 1 else ():
             torch._foreach_mul_(group, factor.to(group[0].device) if isinstance(factor, Tensor) else factor)
         self._norm = norm * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
         return self

@@ -1,11 +1,11 @@
 """What Adam's state says about the health of a step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from twinrl.gradients.gradient import all_over_ranks, over_ranks
+from twinrl.gradients.gradient import Gradient, all_over_ranks, over_ranks
 
 
 @torch.no_grad()
@@ -16,19 +16,28 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     says that the second moment is out of date, and loss spikes follow by 1 to 8 steps (StableAdamW, Wortsman et
     al., arXiv:2304.13013).
     """
-    squares, corrections = {}, []
+    found: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter)
-            if parameter.grad is None or not state or "exp_avg_sq" not in state:
-                continue
-            beta, eps = group["betas"][1], group["eps"]
-            correction = 1 - beta ** float(state["step"])  # taken out of the mean: v̂ = v/correction
-            bounded = state["exp_avg_sq"].clamp(min=correction * eps**2)
-            squares[parameter] = parameter.grad.square().div_(bounded).sum()
-            corrections.append(correction / parameter.numel())
-    means = [total * factor for total, factor in zip(all_over_ranks(list(squares.values())), corrections, strict=True)]
-    return {parameter: mean.sqrt() for parameter, mean in zip(squares, means, strict=True)}
+        states = {p: optimizer.state[p] for p in group["params"] if p.grad is not None and p in optimizer.state}
+        states = {p: state for p, state in states.items() if "exp_avg_sq" in state}
+        if states:
+            found |= _rms_of(states, group["betas"][1], group["eps"])
+    return found
+
+
+def _rms_of(states: Mapping[Tensor, Mapping[str, Tensor]], beta: float, eps: float) -> dict[Tensor, Tensor]:
+    """:func:`rms` of parameters with their optimizer's state; without a look at the device."""
+    steps = torch.stack([state["step"] for state in states.values()])
+    corrections = 1 - beta ** steps.double()  # taken out of the mean: v̂ = v/correction
+    bounds = (corrections * eps**2).to(next(iter(states)).device).unbind()
+    squares = [
+        parameter.grad.square().div_(state["exp_avg_sq"].clamp(min=bound)).sum()
+        for (parameter, state), bound in zip(states.items(), bounds, strict=True)
+    ]
+    totals = torch.stack(all_over_ranks(squares)).double()
+    sizes = torch.tensor([parameter.numel() for parameter in states], dtype=torch.double)
+    means = totals * (corrections / sizes.to(corrections.device)).to(totals.device)
+    return dict(zip(states, means.sqrt().unbind(), strict=True))
 
 
 def is_due(every: int, step: int) -> bool:
@@ -43,10 +52,10 @@ def largest(values: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def update_ratio(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> Tensor:
-    """0-dim ‖θ_after − θ_before‖ / ‖θ_before‖ over all parameters."""
-    moved = torch.stack(all_over_ranks([(p - b).square().sum() for p, b in zip(parameters, before, strict=True)])).sum()
-    size = torch.stack(all_over_ranks([b.square().sum() for b in before])).sum()
-    return (moved / size).sqrt()
+    """0-dim ‖θ_after − θ_before‖ / ‖θ_before‖ over all parameters; ``before`` is written over."""
+    start = Gradient(dict(enumerate(before)))
+    size = start.norm
+    return start.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm / size
 
 
 @torch.no_grad()
