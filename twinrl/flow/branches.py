@@ -161,6 +161,16 @@ class Batch:
         n = len(self.rows)
         return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
 
+    def share(self, parts: int, number: int) -> "Batch":
+        """The rows of one of ``parts`` processes: an equal, consecutive part of every branch."""
+        if parts == 1:
+            return self
+        sizes = {name: -(-len(places) // parts) for name, places in self.branch.items()}
+        mine = {name: places[number * sizes[name] :][: sizes[name]] for name, places in self.branch.items()}
+        keep = torch.cat(list(mine.values())).sort().values
+        rows = self.rows.select(selection(keep.tolist()))
+        return Batch(rows, {name: torch.searchsorted(keep, places) for name, places in mine.items()})
+
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
         return Batch(self.rows.select(slice(start, stop)), inside)

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from twinrl.flow.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient, dots
-from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import RuleContext
 from twinrl.run import names
 from twinrl.terms.objective import Objective, Pass, TermLoss
@@ -72,7 +71,9 @@ class Engine:
         return self.config.space == "parameter"
 
     def passes(self, objective: Objective, chunks: Iterable[Batch], counts: Mapping[str, int]) -> list[Pass]:
-        """The micro-batches of a step, given the rows of each branch in the global batch."""
+        """The micro-batches of a step, given the rows of each branch in the global batch; the teacher's average takes
+        in the last step's weights first."""
+        objective.teacher.update()
         return [objective.evaluate(chunk, counts, self.separate) for chunk in chunks]
 
     def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
@@ -186,7 +187,7 @@ class Engine:
 
     def _keeps(self, step: int) -> bool:
         telemetry = self.config.telemetry
-        return is_due(telemetry.shares_every, step) or is_due(telemetry.cosines_every, step)
+        return telemetry.due("shares", step) or telemetry.due("cosines", step)
 
     def _settle(
         self, name: str, gradient: Gradient, account: "_Account", parameters: Sequence[Tensor], step: int
@@ -207,7 +208,7 @@ class Engine:
     def _geometry(self, account: "_Account", step: int) -> Measures:
         """Signed shares and pairwise cosines of what the terms contribute."""
         kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, Measures()
-        if is_due(telemetry.shares_every, step):
+        if telemetry.due("shares", step):
             square = account.sum.norm.square()
             products = dots(list(account.kept.values())[:-1], account.sum)
             products.append(square - torch.stack(products).sum() if products else square)  # the parts make the sum
@@ -215,7 +216,7 @@ class Engine:
                 names.grad(name, "share"): _ratio(product, square, 0.0)
                 for name, product in zip(account.kept, products, strict=True)
             }
-        if is_due(telemetry.cosines_every, step):
+        if telemetry.due("cosines", step):
             for i, (a, first) in enumerate(kept):
                 for b, second in kept[i + 1 :]:
                     measures[names.cosine(a, b)] = _ratio(first.dot(second), first.norm * second.norm, 0.0)

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
 
 T = TypeVar("T")
 
@@ -20,6 +20,19 @@ def all_over_ranks(sums: Sequence[Tensor]) -> list[Tensor]:
     sharded: list[Tensor] = [value for value in sums if isinstance(value, DTensor)]
     whole = iter(over_ranks(torch.stack(sharded)).unbind()) if sharded else iter(())
     return [next(whole) if isinstance(value, DTensor) else value for value in sums]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of_sum(own: Tensor, tensor: Tensor) -> Tensor:
+    """A 0-dim sum over what this rank holds of ``tensor``, as its share of the sum over all ranks."""
+    if not isinstance(tensor, DTensor):
+        return own
+    placements = [Partial() if placement.is_shard() else placement for placement in tensor.placements]
+    return DTensor.from_local(own, tensor.device_mesh, placements)
 
 
 class Gradient:
@@ -143,9 +156,7 @@ def dots(parts: Sequence[Gradient], whole: Gradient) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(a, DTensor):  # which cannot be flattened without talking to the other ranks
-        return (a * b).sum()
-    return torch.dot(a.flatten(), b.flatten())
+    return share_of_sum(torch.dot(local(a).flatten(), local(b).flatten()), a)
 
 
 def _apart(items: Iterable[T], tensor_of: Callable[[T], object] = lambda item: item) -> list[list[T]]:
