@@ -4,8 +4,7 @@
 context (``ctx.reward(samples, rows)``); it does not know through which route its ascent enters the loss.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -110,7 +109,7 @@ class Guide:
 
     @torch.no_grad()
     def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(B,) scores that :func:`twinrl.rewards.keepers.observe` will be given, by metric; nothing is computed where no reward asks."""
+        """(B,) scores for :func:`twinrl.rewards.keepers.observe`, by metric; nothing is computed where no reward asks."""
         keepers, size = self.reward.keepers(), self.config.gradient.chunk or len(z)
         found: dict[str, list[Tensor]] = {metric_of(part): [] for part in keepers}
         for start in range(0, len(z) if keepers else 0, size):

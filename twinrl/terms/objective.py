@@ -126,7 +126,9 @@ class _Forward:
 
     def on(self, rows: Sequence[int]) -> Tensor:
         """The predictions of some of the rows, given in ascending order."""
-        return self.F if len(rows) == len(self.rows) else self.F[selection([bisect_left(self.rows, row) for row in rows])]
+        if len(rows) == len(self.rows):
+            return self.F
+        return self.F[selection([bisect_left(self.rows, row) for row in rows])]
 
 
 @dataclass
