@@ -132,7 +132,7 @@ class Rows:
         return self.renoise.get(placement, lambda u: u)(self.uniform(purpose))
 
     def select(self, keep: Tensor | slice) -> "Rows":
-        """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them; see :func:`selection`)."""
+        """The rows at the positions ``keep``: indices into these rows, a mask over them, or a run of them."""
         return Rows(
             self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,

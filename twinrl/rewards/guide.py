@@ -109,7 +109,7 @@ class Guide:
 
     @torch.no_grad()
     def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(B,) scores for :func:`twinrl.rewards.keepers.observe`, by metric; nothing is computed where no reward asks."""
+        """(B,) scores for :mod:`twinrl.rewards.keepers`, by metric; nothing is computed where no reward asks."""
         keepers, size = self.reward.keepers(), self.config.gradient.chunk or len(z)
         found: dict[str, list[Tensor]] = {metric_of(part): [] for part in keepers}
         for start in range(0, len(z) if keepers else 0, size):
