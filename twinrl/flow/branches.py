@@ -11,7 +11,7 @@ TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Protocol
@@ -82,6 +82,7 @@ class Rows:
         global_batch: rows in the global batch.
         captions: the prompts of the *global* batch; :attr:`prompts` are these rows'. Empty where there are none.
         renoise: placement → time law (uniforms to times) that takes the place of the usual one there.
+        jump: all rows are the one-step jump (t, r) = (1, 0); known without a look at the device.
     """
 
     index: Tensor
@@ -95,6 +96,7 @@ class Rows:
     global_batch: int
     captions: Sequence[str] = ()
     renoise: Mapping[str, TimeMap] = field(default_factory=dict)
+    jump: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -136,7 +138,7 @@ class Rows:
         return Rows(
             self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
-            self.captions, self.renoise,
+            self.captions, self.renoise, self.jump,
         )  # fmt: skip
 
 
@@ -154,7 +156,8 @@ class Batch:
 
     def on(self, branches: tuple[str, ...]) -> Rows:
         """The rows of the named branches, joined in the order of the batch."""
-        return self.rows.select(selection(sorted(i for name in branches for i in self.branch[name].tolist())))
+        places = sorted(i for name in branches for i in self.branch[name].tolist())
+        return replace(self.rows.select(selection(places)), jump=set(branches) == {"e2e"})
 
     def chunks(self, size: int) -> list["Batch"]:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""

@@ -66,7 +66,7 @@ def instant(rows: Rows) -> Query:
 
 def one_step(rows: Rows) -> Query:
     """One jump from pure noise: ``(z, 1, 0)``; on rows that are there already (e2e) it *is* their own point."""
-    if bool((rows.t == 1).all() and (rows.r == 0).all()):
+    if rows.jump:
         return own(rows)
     return Query("one_step", rows.z, torch.ones_like(rows.t), torch.zeros_like(rows.r), rows.c)
 
