@@ -187,7 +187,7 @@ class Sharded(Ranks):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if len({isinstance(p, DTensor) for p in parameters}) > 1:
             for group in optimizer.param_groups:
-                group["foreach"] = False  # torch does not join sharded and whole tensors in one operation
+                group |= {"foreach": False, "fused": False}  # torch does not join sharded and whole tensors
         return optimizer
 
     # --- checkpoints -----------------------------------------------------------------------------------------------

@@ -207,7 +207,8 @@ class Engine:
 
     def _geometry(self, account: "_Account", step: int) -> Measures:
         """Signed shares and pairwise cosines of what the terms contribute."""
-        kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, Measures()
+        kept, telemetry = list(account.kept.items()), self.config.telemetry
+        measures: Measures = {}
         if telemetry.due("shares", step):
             square = account.sum.norm.square()
             products = dots(list(account.kept.values())[:-1], account.sum)
