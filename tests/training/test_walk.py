@@ -52,7 +52,8 @@ def visits(calls: list[str]) -> list[str]:
 @pytest.mark.parametrize("step", [0, 1])
 def test_the_trainer_enters_every_file_once(step: int, tmp_path: Path) -> None:
     """With a reward, clips of every term and all telemetry; periodic measures are due at step 0."""
-    reward = ("terms.reward={branches: [e2e]}", "reward.model=brightness", "gradients.each.clip.max_norm=1")
+    estimator = "reward.gradient={estimator: vae_backprop, eta: 30}"
+    reward = "terms.reward={branches: [e2e]}", "reward.model=brightness", estimator, "gradients.each.clip.max_norm=1"
     trainer = make(small(tmp_path, *reward))
     for _ in range(step):
         trainer.train_step()
