@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends import tells_trajectories_apart
-from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
@@ -48,10 +47,6 @@ class Ranks:
 
     def begin(self, step: int) -> None:
         """This process begins a step."""
-
-    def share(self, batch: Batch) -> Batch:
-        """This process's rows of a global batch: an equal number of every branch's."""
-        return batch
 
     def check_shares(self, counts: Mapping[str, int]) -> None:
         """Raises InputError where the rows of a branch cannot be shared by the processes equally."""

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
-from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
 from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
@@ -63,9 +62,6 @@ class Sharded(Ranks):
 
     def begin(self, step: int) -> None:
         self.progress.step, self.progress.doing = step, "forward and backward passes"
-
-    def share(self, batch: Batch) -> Batch:
-        return shared(batch, self.world, self.rank)
 
     def check_shares(self, counts: Mapping[str, int]) -> None:
         check_equal_shares(counts, self.world)
@@ -191,7 +187,7 @@ class Sharded(Ranks):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if len({isinstance(p, DTensor) for p in parameters}) > 1:
             for group in optimizer.param_groups:
-                group["foreach"] = False  # torch does not join sharded and whole tensors in one operation
+                group |= {"foreach": False, "fused": False}  # torch does not join sharded and whole tensors
         return optimizer
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -216,13 +212,6 @@ class Sharded(Ranks):
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
         storage.load_optimizer(optimizer, tensors, origin)
-
-
-def shared(batch: Batch, world: int, rank: int) -> Batch:
-    """The rows of a global batch that belong to one of ``world`` ranks: an equal, consecutive part of every branch."""
-    mine = {name: at[wrap.part(len(at), world, rank)] for name, at in batch.branch.items()}
-    keep = torch.cat(list(mine.values())).sort().values
-    return Batch(batch.rows.select(keep), {name: torch.searchsorted(keep, at) for name, at in mine.items()})
 
 
 def check_equal_shares(counts: Mapping[str, int], world: int) -> None:

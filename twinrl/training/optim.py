@@ -2,14 +2,16 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.config.components import Registry, checked
+from twinrl.gradients import Gradient
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,10 +49,11 @@ class Optimizer(ABC):
 
 class _Adams(Optimizer):
     algorithm: ClassVar[Callable[..., torch.optim.Optimizer]]
+    form: ClassVar[dict[str, bool]] = {"fused": True}  # one pass over the memory
 
     @classmethod
     def make(cls, parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
-        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
+        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)), **cls.form)
 
 
 class Adam(_Adams):
@@ -75,12 +78,27 @@ class RAdam(_Adams):
     """RAdam (arXiv:1908.03265): rectified warm-up of the adaptive rate."""
 
     algorithm = torch.optim.RAdam
+    form: ClassVar[dict[str, bool]] = {}  # torch has no fused one
 
     class Config(AdamConfig):
         kind: Literal["radam"] = "radam"
 
 
 OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})
+
+
+@torch.no_grad()
+def update(optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool) -> Tensor | None:
+    """The optimizer's step at learning rate ``lr``; with ``measure``, 0-dim ‖θ_after − θ_before‖ / ‖θ_before‖ over all
+    parameters, at the price of a copy of them."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    before = Gradient({i: p.clone() for i, p in enumerate(parameters)}) if measure else None
+    optimizer.step()
+    if before is None:
+        return None
+    size = before.norm
+    return before.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm / size
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------

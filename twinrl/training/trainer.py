@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -14,22 +14,22 @@ from twinrl.config.components import checked
 from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
-from twinrl.gradients import Engine, Losses, is_due, telemetry
+from twinrl.gradients import Engine, Losses, telemetry
 from twinrl.machine.memory import keep_freed_memory
+from twinrl.rewards import keepers
 from twinrl.run import checkpoints, layout, names
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.runlog import RunLog
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import SPIKE, Event, nonfinite
-from twinrl.stability.monitor import Monitor
+from twinrl.stability.events import Event, nonfinite
+from twinrl.stability.monitor import Judgement, Monitor
 from twinrl.stability.policy import Decision
-from twinrl.stability.series import Finding
 from twinrl.stability.verdict import COMPLETE
 from twinrl.terms.objective import Objective
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, update
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -134,6 +134,7 @@ class Trainer:
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
+        self.dropout = self.ranks.own("dropout")
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
@@ -178,6 +179,7 @@ class Trainer:
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
+        self.ranks.begin(self.step)
         row, event, decision, _ = self.train_step()
         if (judged := self._validate_if_due(row)) is not None:
             event, decision = judged, self.settings.stability.decide([judged.kind])
@@ -200,83 +202,68 @@ class Trainer:
     def train_step(self) -> StepOutcome:
         """One optimizer step."""
         started = time.perf_counter()
-        self.ranks.begin(self.step)
-        draws.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
+        draws.seed_stream(self.seed, self.dropout, self.step)
         fed = self.feed.batch(self.step, self.seed)
-        self.objective.teacher.update()
-        losses, scalars = self._backward(fed)
-        values = self.ranks.agree(_to_floats(scalars)) | self._schedules(fed)
-        found, decision = self._judge(values)
-        if decision.zero:
-            self.engine.zero()
-        lr = self._set_lr()
-        if decision.skip:
-            values[names.SKIPPED] = 1.0
-        else:
-            values |= (updated := self._update())
-            # what is found now comes too late for this step, not for the rate, a rollback or the end, and a step that
-            # was not dropped had neither of these from before
-            late, decision = self._judge(updated, {finding.kind for finding in found})
-            found += late
-        if self.guide is not None:
-            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], fed.batch.rows.captions)
+        losses, values = self._backward(fed)
+        values |= fed.renoise.metrics() if fed.renoise else {}
+        lr_factor = self._follow_reward(losses, fed, values)
+        late = {name: values.pop(name) for name in (names.RMS_MAX,) if name in values}
         behind = SuspectFinder(losses, fed.data_rows, fed.batch, self.ranks.total)
-        events = self.monitor.watch.events(found, self.iteration, values, behind)
+        judged = self.monitor.step(self.step + 1, self.iteration, values, late, behind)
+        values |= self._update(judged, late, lr_factor)
         self.step, self.iteration = self.step + 1, self.iteration + 1
-        row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        for event in events:
+        row = {"iteration": self.iteration - 1, "step": self.step, **values}
+        for event in judged.events:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
-        return StepOutcome(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
+        return StepOutcome(row, judged.cause, judged.afterwards, judged.kinds)
 
-    def _judge(self, values: Mapping[str, float], known: Set[str] = frozenset()) -> tuple[list[Finding], Decision]:
-        """Findings among values of this step, and what to do about kinds that are not known yet; the learning rate's
-        part is done."""
-        found = self.monitor.watch.observe(self.step + 1, values)
-        new = {finding.kind for finding in found} - known
-        config = self.settings.stability
-        decision = config.decide(new)
-        if SPIKE in new and self.monitor.watch.begins(SPIKE):
-            self.lr_policy.spike()
-        if decision.cut:
-            self.lr_policy.cut(config.lr_cut, config.lr_minimum)
-        return found, decision
-
-    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, Tensor]]:
-        """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
+    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, float]]:
+        """The terms' gradient into ``.grad``; their losses, and everything measured, read in one transfer."""
         chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
         passes = self.engine.passes(self.objective, chunks, fed.counts)
         own, measures = self.engine.backward(passes, self.step)
-        losses = self.ranks.merge(own)
-        return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
-
-    def _update(self) -> dict[str, float]:
-        """The optimizer's step, and what it says about the step's health."""
-        due, parameters = self.settings.gradients.telemetry, self.engine.parameters
-        before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
-        self.optimizer.step()
-        measures = {}
-        if is_due(due.rms_every, self.step) and (rms := telemetry.rms(self.optimizer)):
+        if self.settings.gradients.telemetry.due("rms", self.step) and (rms := telemetry.rms(self.optimizer)):
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
-        if before is not None:
-            measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
-        values = self.ranks.agree(_to_floats(measures)) if measures else {}
-        if nonfinite(values) and not telemetry.all_finite(parameters):
+        losses = self.ranks.merge(own)
+        scalars = summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
+        return losses, self.ranks.agree(_to_floats(scalars))
+
+    def _follow_reward(self, losses: Losses, fed: Fed, values: dict[str, float]) -> float:
+        """Note the reward's weight and let it learn from what it scored; the factor of the learning rate."""
+        settings = self.settings
+        if self.guide is None or settings.reward is None:
+            return 1.0
+        at = self.step, settings.train.steps, settings.renoise_end()
+        scored = [(part.rows, part.aux) for found in losses for part in found.values()]
+        keepers.observe(self.guide.reward, scored, fed.batch.rows.captions)
+        values[names.REWARD_WEIGHT] = settings.reward.schedule.weight_at(*at)
+        return settings.reward.schedule.lr_factor_at(*at)
+
+    def _update(self, judged: Judgement, late: Mapping[str, float], lr_factor: float) -> dict[str, float]:
+        """The optimizer's step, unless it is dropped, at the policy's learning rate; what is known of it."""
+        if judged.now.zero:
+            self.engine.zero()
+        self._move_lr(judged.spikes[0], judged.now.cut)
+        factor = checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
+        values = {names.LR: self.settings.optim.lr * factor * lr_factor}
+        if judged.now.skip:
+            return {names.SKIPPED: 1.0} | values
+        measured = self.settings.gradients.telemetry.due("update", self.step)
+        ratio = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
+        late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
+        values = {**late, **({names.UPDATE_RATIO: float(ratio)} if ratio is not None else {}), **values}
+        if nonfinite(values) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
+        self._move_lr(judged.spikes[1], judged.afterwards.cut)
         return values
 
-    def _schedules(self, fed: Fed) -> dict[str, float]:
-        """Where the moving parts stand at this step."""
-        values = fed.renoise.metrics() if fed.renoise else {}
-        return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
-
-    def _set_lr(self) -> float:
-        lr = self.settings.optim.lr * checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
-        if self.guide is not None:
-            lr *= self.guide.lr_factor(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+    def _move_lr(self, spike: bool, cut: bool) -> None:
+        """Tell the learning rate's policy of trouble."""
+        if spike:
+            self.lr_policy.spike()
+        if cut:
+            self.lr_policy.cut(self.settings.stability.lr_cut, self.settings.stability.lr_minimum)
 
     @torch.no_grad()
     def times(self, batches: int = 4) -> tuple[Tensor, Tensor]:
