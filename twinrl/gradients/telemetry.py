@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twinrl.flow.teacher import LOW
 from twinrl.gradients.gradient import all_over_ranks, over_ranks
+from twinrl.run import names
 
 
 @torch.no_grad()
@@ -47,6 +49,40 @@ def update_ratio(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> Tens
     moved = torch.stack(all_over_ranks([(p - b).square().sum() for p, b in zip(parameters, before, strict=True)])).sum()
     size = torch.stack(all_over_ranks([b.square().sum() for b in before])).sum()
     return (moved / size).sqrt()
+
+
+class Unmoved:
+    """Entries of low precision that the optimizer's next step leaves as they are, though they have a gradient.
+
+    A change below half a unit in the last place is rounded away: in bf16 a weight of 0.1 does not move by 1e-4.
+
+    *When to use*: made before a step and asked after it; it copies what is of low precision, and nothing else.
+
+    Arguments:
+        optimizer: with a gradient in each parameter that it is to move.
+        parameters: what it moves.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
+        low = [p for p in parameters if p.dtype in LOW and p.grad is not None]
+        moments = [(p, optimizer.state.get(p, {}).get("exp_avg_sq")) for p in low]
+        watched = {
+            names.UNMOVED: [(p, p.detach()) for p in low],
+            names.UNMOVED_MOMENTS: [(p, m) for p, m in moments if m is not None and m.dtype in LOW],
+        }
+        self._watched = {name: [(p, now, now.clone()) for p, now in pairs] for name, pairs in watched.items() if pairs}
+
+    @torch.no_grad()
+    def shares(self) -> dict[str, Tensor]:
+        """Metric → 0-dim share of the entries with a gradient; empty where nothing is of low precision."""
+        return {name: _unmoved(watched) for name, watched in self._watched.items()}
+
+
+def _unmoved(watched: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    asked = [p.grad != 0 for p, _, _ in watched]  # type: ignore[misc]
+    stayed = [(now == before).logical_and_(a) for (_, now, before), a in zip(watched, asked, strict=True)]
+    counts = [torch.stack(all_over_ranks([e.sum() for e in entries])).sum().double() for entries in (stayed, asked)]
+    return counts[0] / counts[1].clamp(min=1)
 
 
 @torch.no_grad()

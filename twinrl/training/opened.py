@@ -53,15 +53,18 @@ class OpenedRun:
         """The folder of the checkpoint.
 
         Raises:
-            InputError: there is none (of that step).
+            InputError: there is none (of that step), or it is another step's.
         """
-        if self.step is None:
-            return self.directory.newest_checkpoint()
-        folder = self.directory.checkpoints / layout.of_step(self.step)
+        folder = self.directory.newest_checkpoint() if self.step is None else self._of_step(self.step)
+        checkpoints.check_place(folder, checkpoints.load_state(folder), self.settings.train.steps)
+        return folder
+
+    def _of_step(self, step: int) -> Path:
+        folder = self.directory.checkpoints / layout.of_step(step)
         if folder not in (found := layout.available(self.directory.checkpoints)):
             steps = ", ".join(str(layout.step_of(path)) for path in found)
             raise InputError(
-                f"{self.directory.path} has no checkpoint of step {self.step}",
+                f"{self.directory.path} has no checkpoint of step {step}",
                 expected=f"one of {steps}" if steps else None,
             )
         return folder
@@ -81,8 +84,9 @@ class OpenedRun:
     @cached_property
     def network(self) -> nn.Module:
         """The judged network. Raises InputError where the checkpoint is corrupted."""
-        network = self.provider.network()
-        checkpoints.load_module(network, checkpoints.load(self.checkpoint).judged, str(self.checkpoint))
+        network, checkpoint = self.provider.network(), checkpoints.load(self.checkpoint)
+        checkpoints.load_module(network, checkpoint.judged, str(self.checkpoint))
+        checkpoints.check_finite(network.parameters(), checkpoint.state, self.checkpoint)
         return network.to(self.provider.device).eval()
 
     def sample(self, prompts: Sequence[str], n: int, nfe: int, seed: int) -> list[tuple[str, Tensor]]:

@@ -2,11 +2,13 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.config.components import Registry, checked
@@ -78,6 +80,20 @@ class RAdam(_Adams):
 
     class Config(AdamConfig):
         kind: Literal["radam"] = "radam"
+
+
+def kept_by(config: Any) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Parameter → what the configured optimizer keeps of such a one after a step, by name; seen at a small one."""
+
+    @cache
+    def kept(dtype: torch.dtype, dimensions: int) -> Mapping[str, Tensor]:
+        small = torch.nn.Parameter(torch.zeros([2] * dimensions, dtype=dtype))
+        small.grad = torch.zeros_like(small)
+        optimizer = OPTIMIZERS.find(config.kind).build(config, [small])
+        optimizer.step()
+        return {name: torch.as_tensor(value) for name, value in optimizer.state[small].items()}
+
+    return lambda parameter: kept(parameter.dtype, parameter.ndim)
 
 
 OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})

@@ -145,4 +145,5 @@ def load_student(settings: RunConfig, folder: Path) -> tuple[Any, Family]:
     network = family.network(settings.model.pretrained, settings.seed)
     whole = network if settings.model.target_time else WithoutTargetTime(network)
     checkpoints.load_module(whole, checkpoint.judged, str(folder))
+    checkpoints.check_finite(whole.parameters(), checkpoint.state, folder)
     return network.eval(), family

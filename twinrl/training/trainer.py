@@ -15,6 +15,7 @@ from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.gradients import Engine, Losses, is_due, telemetry
+from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
 from twinrl.run import checkpoints, layout, names
 from twinrl.run.checkpoints import Checkpoint
@@ -29,7 +30,7 @@ from twinrl.terms.objective import Objective
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -224,7 +225,8 @@ class Trainer:
         events = self.monitor.watch.events(found, self.iteration, values, behind)
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        for event in events:
+        stuck = self.monitor.precision.observe(self.step, self.iteration - 1, row)
+        for event in events if stuck is None else [*events, stuck]:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
         return StepOutcome(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
@@ -254,12 +256,15 @@ class Trainer:
         """The optimizer's step, and what it says about the step's health."""
         due, parameters = self.settings.gradients.telemetry, self.engine.parameters
         before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
+        unmoved = telemetry.Unmoved(self.optimizer, parameters) if before is not None else None
         self.optimizer.step()
         measures = {}
         if is_due(due.rms_every, self.step) and (rms := telemetry.rms(self.optimizer)):
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
         if before is not None:
             measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
+        if unmoved is not None:
+            measures |= unmoved.shares()
         values = self.ranks.agree(_to_floats(measures)) if measures else {}
         if nonfinite(values) and not telemetry.all_finite(parameters):
             values[NONFINITE_PARAMETERS] = 1.0
@@ -391,6 +396,7 @@ class Trainer:
             "content_hash": self.source.content_hash,
             "config": self.settings.numeric() | {"seed": self.settings.seed},
             "parts": sorted(tensors),
+            "tensors": {part: len(found) for part, found in tensors.items()},
         }
         return Checkpoint(tensors, state)
 
@@ -430,10 +436,7 @@ class Trainer:
         """
         state = checkpoint.state
         lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
-        for name, module in assembly.parts_of(self.objective).items():
-            part = "student" if name in lacking else name
-            self.ranks.load_module(module, checkpoint.part(part), f"{origin}/{part}.safetensors")
-        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
+        self._restore_tensors(checkpoint, origin, strict, lacking)
         decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
         self.objective.teacher.decay = decay
         loading: dict[str, Callable[[Any], None]] = {
@@ -447,6 +450,21 @@ class Trainer:
                 load(state[name])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
+
+    def _restore_tensors(self, checkpoint: Checkpoint, origin: str, strict: bool, lacking: Set[str]) -> None:
+        """Networks and optimizer as in a checkpoint; the averages and frozen copies that it lacks as the student."""
+        state, parts = checkpoint.state, assembly.parts_of(self.objective)
+        formats = {n: t.dtype for n, t in parts["student"].state_dict().items()}  # as averages were in older versions
+        for name, module in parts.items():
+            part = "student" if name in lacking else name
+            found, file = checkpoint.part(part), f"{origin}/{part}.safetensors"
+            self.ranks.load_module(module, found, file, formats if strict else None)
+            checkpoints.check_finite(module.parameters(), state, file, over_ranks)
+        file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
+        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
+        checkpoints.check_steps(self.optimizer, state["step"], file)
+        entries = (value for held in self.optimizer.state.values() for value in held.values())
+        checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
