@@ -66,7 +66,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "ema bf16": ("ema", every("weight", lambda v: v.bfloat16()), "bfloat16 instead of float32"),
     "ema infinite": ("ema", every("bias", lambda v: v / 0), "not finite"),
     "no entries of a parameter": ("optimizer", without("0."), "tensors instead of"),
-    "no moment of a parameter": ("optimizer", lambda t: without("0.exp_avg_sq")(t) | {"1.more": t["0.step"]}, "exp_avg"),
+    "no moment of a parameter": ("optimizer", lambda t: without("0.exp_avg_sq")(t) | {"1.more": t["0.step"] + 0}, "exp_avg"),
     "no entries": ("optimizer", lambda tensors: {}, "0 tensors instead of"),
     "moments bf16": ("optimizer", every("exp_avg", lambda v: v.bfloat16()), "key 0.exp_avg, bfloat16"),
     "moments int8": ("optimizer", every("exp_avg_sq", lambda v: v.to(torch.int8)), "key 0.exp_avg_sq, int8"),

@@ -112,9 +112,9 @@ class OpenedRun:
         config, prompts = self.settings.evaluation, self.provider.example_prompts(0)
         return measure(self.network, self.provider.source, prompts, config.nfe, config.teacher_steps, rounds)
 
-    def export(self, folder: Path, lora: bool = False, dtype: Literal["float32", "bf16"] | None = None) -> None:
+    def export(self, folder: Path, lora: bool = False, dtype: Literal["float32", "bf16"] | None = None) -> str:
         """The student as a diffusers pipeline, see :meth:`Provider.export`; needs no data, which may be gone."""
-        assembly.kind_of(self.settings).export(self.settings, self.checkpoint, folder, lora, dtype)
+        return assembly.kind_of(self.settings).export(self.settings, self.checkpoint, folder, lora, dtype)
 
 
 def open_run(path: Path, step: int | None = None, device: torch.device | None = None) -> OpenedRun:

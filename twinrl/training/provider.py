@@ -155,8 +155,9 @@ class Provider(ABC, Generic[S]):
     @abstractmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
-        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline.
+    ) -> str:
+        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline; in words,
+        what rounding has cost.
 
         Arguments:
             settings: of the run. checkpoint: its folder.

@@ -20,6 +20,7 @@ from twinrl.flow import draws
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 TWIN_FILE = "twin_times.safetensors"
+ALPHA_FILE = "lora_with_alpha.safetensors"
 
 
 class LoraSettings(Settings):
@@ -107,14 +108,25 @@ def is_adapted(transformer: Any) -> bool:
 
 
 def save_lora(transformer: Any, pipeline_class: Any, folder: Path, part: str = "transformer") -> None:
-    """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them."""
+    """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them.
+
+    alpha / rank is multiplied into B, and alpha is the rank: loaders that read no metadata scale rightly, too. Tensors
+    of alpha are in a file of their own (``ALPHA_FILE``) for programs that want them: diffusers refuses them (SD3, Sana,
+    Stable Diffusion), or refuses them beside metadata (FLUX).
+    """
     from peft.utils import get_peft_model_state_dict
 
+    config = transformer.peft_config["default"]
+    layers = {name: value.float() for name, value in get_peft_model_state_dict(transformer).items()}
+    scaled = {n: v * (config.lora_alpha / config.r) if ".lora_B." in n else v for n, v in layers.items()}
     pipeline_class.save_lora_weights(
         save_directory=folder,
-        **{f"{part}_lora_layers": get_peft_model_state_dict(transformer)},
-        **{f"{part}_lora_adapter_metadata": _metadata(transformer)},
+        **{f"{part}_lora_layers": scaled},
+        **{f"{part}_lora_adapter_metadata": _metadata(transformer) | {"lora_alpha": config.r}},
     )
+    alphas = {n.replace(".lora_A.weight", ".alpha"): float(config.lora_alpha) for n in layers if "lora_A" in n}
+    tensors = layers | {name: torch.tensor(alpha) for name, alpha in alphas.items()}
+    save_file({f"{part}.{n}": v.detach().contiguous().cpu() for n, v in tensors.items()}, folder / ALPHA_FILE)
     save_file({n: p.detach().contiguous().cpu() for n, p in transformer.twin_parameters().items()}, folder / TWIN_FILE)
 
 
