@@ -97,7 +97,11 @@ def cases(quick: set[tuple[str, str]], settings: dict[str, list[str]]) -> Any:
     return pytest.mark.parametrize(("family", "name"), [pytest.param(*case, marks=marks[case]) for case in both])
 
 
-HELD = {"full": [], "bf16": ["model.dtype=bf16"], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"]}
+HELD = {
+    "full": [],
+    "bf16": ["model.dtype=bf16"],
+    "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"],
+}
 
 
 @pytest.mark.slow

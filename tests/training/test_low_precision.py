@@ -88,5 +88,5 @@ def test_averages_of_older_versions_are_taken_on(base: Path, tmp_path: Path) -> 
     resumed = state(make(settings, source=data))
     assert all(torch.equal(resumed[f"ema.{name}"], value.float()) for name, value in older.items())
     cast(file, torch.float16)
-    with pytest.raises(InputError, match="ema.safetensors.*of another format.*float16 instead of float32"):
+    with pytest.raises(InputError, match=r"ema\.safetensors.*of another format.*float16 instead of float32"):
         make(settings, source=data)

@@ -425,8 +425,8 @@ def check_optimizer(
     for index, entries in found.items() if kept is not None else ():
         expected = kept(parameters[index])
         if entries.keys() != expected.keys():
-            names = (", ".join(sorted(each)) for each in (entries, expected))
-            raise _another_optimizer(origin, "of parameter {} {}".format(index, next(names)), next(names))
+            got, right = (", ".join(sorted(each)) for each in (entries, expected))
+            raise _another_optimizer(origin, f"of parameter {index} {got}", right)
         for name, entry in entries.items():
             if entry.dtype != expected[name].dtype or (entry.ndim == 0) != (expected[name].ndim == 0):
                 got, right = (f"{_called(t.dtype)} of {t.ndim} dimensions" for t in (entry, expected[name]))

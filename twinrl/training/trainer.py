@@ -309,10 +309,15 @@ class Trainer:
         if last or (every > 0 and self.step % every == 0):
             row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
             if self.settings.evaluation.objective:
-                row[names.VAL_OBJECTIVE] = self.objective_on_validation()
+                objective = self.objective_on_validation()
+                row[names.VAL_OBJECTIVE] = float(objective.mean())
+                if (bad := float((~objective.isfinite()).double().mean())) > 0:
+                    row[names.VAL_OBJECTIVE_NONFINITE] = bad
             quality = float(row[names.VAL_QUALITY])
             by_objective = getattr(self.settings.lr_policy, "monitor", "quality") == "objective"
-            self.lr_policy.observe(row[names.VAL_OBJECTIVE] if by_objective else quality)
+            # the published run took a batch that is not finite for 0, and its rate followed that number
+            watched = float(objective.nan_to_num(0.0, 0.0, 0.0).mean()) if by_objective else quality
+            self.lr_policy.observe(watched)
             self.early_stop.observe(quality)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
         if found is None:
@@ -321,19 +326,19 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def objective_on_validation(self, batches: int = 4) -> float:
-        """The training objective on validation rows, as the published run validated: at the present renoise and
-        reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
-        quality; ``val/quality`` is.
+    def objective_on_validation(self, batches: int = 4) -> Tensor:
+        """(batches,) the training objective on validation rows, as the published run validated: at the present renoise
+        and reward, with whatever the logged loss contains; what is not finite stays so. No fair measure of quality;
+        ``val/quality`` is.
         """
         values, feed = [], self._feed("validation")
         for number in range(batches):
             fed = feed.batch(self.step, self.settings.evaluation.seed + number)
             evaluation = self.objective.evaluate(fed.batch, fed.counts)
             with evaluation.random_state.replayed():
-                total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
-            values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        return float(torch.stack(values).mean())
+                losses = evaluation.losses().values()
+                values.append(self.ranks.total(torch.stack([part.loss for part in losses]).sum()))
+        return torch.stack(values)
 
     def _record(self, event: Event, row: dict[str, Any]) -> None:
         """Write an event down, mark its row, keep its capsule."""

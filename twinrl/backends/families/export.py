@@ -113,7 +113,8 @@ def export_lora(
     claim(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(network.transformer, type(family.pipeline), folder, family.PART)
-    told = (config or FamilyConfig(path=base)).model_copy(update={"dtype": _config_name(network.transformer.base_dtype)})
+    dtype = _config_name(network.transformer.base_dtype)
+    told = (config or FamilyConfig(path=base)).model_copy(update={"dtype": dtype})
     (folder / "README.md").write_text(lora_card(family, base, told))
 
 
@@ -237,9 +238,9 @@ Adapters of a few-step student of `{_called(base)}`, trained with TwinFlow (arXi
 `pytorch_lora_weights.safetensors` is in diffusers' format. `twin_times.safetensors` holds the second time embedding and
 the sign; without it the student does not know that it is asked for a jump.
 
-The base model was {config.dtype} in training, and the adapters correct it as it was then: load it in this format (a stock
-pipeline with `torch_dtype=torch.{str(DTYPES[config.dtype]).removeprefix("torch.")}`), whatever it has on disk. alpha / rank
-is part of the adapters, so that they are added as they are.
+The base model was {config.dtype} in training, and the adapters correct it as it was then. Load it in this format,
+whatever it has on disk: a stock pipeline with `torch_dtype={DTYPES[config.dtype]}`. alpha / rank is part of the
+adapters, so that they are added as they are.
 
 ```python
 from pathlib import Path
