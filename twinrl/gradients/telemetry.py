@@ -64,13 +64,13 @@ class Unmoved:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
-        low = [p for p in parameters if p.dtype in LOW and p.grad is not None]
-        moments = [(p, optimizer.state.get(p, {}).get("exp_avg_sq")) for p in low]
+        low = [(p, p.grad) for p in parameters if p.dtype in LOW and p.grad is not None]
+        moments = [(optimizer.state.get(p, {}).get("exp_avg_sq"), gradient) for p, gradient in low]
         watched = {
-            names.UNMOVED: [(p, p.detach()) for p in low],
-            names.UNMOVED_MOMENTS: [(p, m) for p, m in moments if m is not None and m.dtype in LOW],
+            names.UNMOVED: [(p.detach(), gradient) for p, gradient in low],
+            names.UNMOVED_MOMENTS: [(m, gradient) for m, gradient in moments if m is not None and m.dtype in LOW],
         }
-        self._watched = {name: [(p, now, now.clone()) for p, now in pairs] for name, pairs in watched.items() if pairs}
+        self._watched = {name: [(g, now, now.clone()) for now, g in pairs] for name, pairs in watched.items() if pairs}
 
     @torch.no_grad()
     def shares(self) -> dict[str, Tensor]:
@@ -79,7 +79,7 @@ class Unmoved:
 
 
 def _unmoved(watched: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    asked = [p.grad != 0 for p, _, _ in watched]  # type: ignore[misc]
+    asked = [gradient != 0 for gradient, _, _ in watched]
     stayed = [(now == before).logical_and_(a) for (_, now, before), a in zip(watched, asked, strict=True)]
     counts = [torch.stack(all_over_ranks([e.sum() for e in entries])).sum().double() for entries in (stayed, asked)]
     return counts[0] / counts[1].clamp(min=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
+from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.run import checkpoints, layout
 from twinrl.sampling import few_step, sample
 from twinrl.sampling.timing import TimingLine, measure
@@ -85,7 +86,8 @@ class OpenedRun:
     def network(self) -> nn.Module:
         """The judged network. Raises InputError where the checkpoint is corrupted."""
         network, checkpoint = self.provider.network(), checkpoints.load(self.checkpoint)
-        checkpoints.load_module(network, checkpoint.judged, str(self.checkpoint))
+        formats = dict.fromkeys(network.state_dict(), MASTER_DTYPES[self.settings.train.precision])
+        checkpoints.load_module(network, checkpoint.judged, str(self.checkpoint), formats=formats)
         checkpoints.check_finite(network.parameters(), checkpoint.state, self.checkpoint)
         return network.to(self.provider.device).eval()
 

@@ -163,6 +163,7 @@ def load_student(
             if name in trained and own[name].shape == value.shape:
                 start = own[name].to(DTYPES[settings.model.dtype]).float()
                 see(value.float(), value.float() - start)
-    checkpoints.load_module(whole, checkpoint.judged, str(folder))
+    formats = dict.fromkeys(whole.state_dict(), MASTER_DTYPES[settings.train.precision])
+    checkpoints.load_module(whole, checkpoint.judged, str(folder), formats=formats)
     checkpoints.check_finite(whole.parameters(), checkpoint.state, folder)
     return network.eval(), family
