@@ -149,5 +149,15 @@ def load_lora(transformer: Any, folder: Path, part: str = "transformer") -> None
     shapes = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != {name: tuple(value.shape) for name, value in wanted.items()}:
         raise InputError(f"{file} belongs to another transformer", got=shapes.get("twin_sign"))
-    transformer.load_state_dict(saved, strict=False)
     transformer.load_lora_adapter(folder, weight_name=ADAPTER_FILE, prefix=part)
+    _keep_precise(transformer, saved, load_file(folder / ADAPTER_FILE), part)
+
+
+def _keep_precise(transformer: Any, twin: dict[str, Tensor], adapters: dict[str, Tensor], part: str) -> None:
+    """What was trained as it was trained, in float32: diffusers rounds it to the format of the base."""
+    for name, parameter in transformer.twin_parameters().items():
+        parameter.data = twin[name].to(parameter.device)
+    for path, layer in transformer.named_modules():
+        for kind in ("lora_A", "lora_B"):
+            for adapter in getattr(layer, kind, {}).values():
+                adapter.weight.data = adapters[f"{part}.{path}.{kind}.weight"].to(adapter.weight.device)
