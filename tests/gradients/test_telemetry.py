@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from twinrl.gradients import telemetry
+from twinrl.run import names
 
 ADAMS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
 
@@ -75,3 +76,38 @@ def test_nan_is_the_largest() -> None:
 def test_finite_parameters() -> None:
     assert telemetry.all_finite([parameter(1.0), parameter(2.0)])
     assert not telemetry.all_finite([parameter(1.0), parameter(2.0, math.inf)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_step_leaves_unmoved_by_hand(dtype: torch.dtype) -> None:
+    """Adam's first step is lr of any weight with a gradient: below half a unit of 1, above it of 1e-3."""
+    unit = torch.finfo(dtype).eps
+    p, wide = (nn.Parameter(torch.tensor([1.0, 1.0, 1e-3, 1.0]).to(d)) for d in (dtype, torch.float32))
+    optimizer = torch.optim.AdamW([p, wide], lr=0.2 * unit, weight_decay=0)
+    for parameter in (p, wide):
+        parameter.grad = torch.tensor([1.0, -1.0, 1.0, 0.0]).to(parameter.dtype)
+    unmoved = telemetry.Unmoved(optimizer, [p, wide])
+    optimizer.step()
+    assert {name: share.item() for name, share in unmoved.shares().items()} == {names.UNMOVED: pytest.approx(2 / 3)}
+
+
+def test_second_moments_of_low_precision_that_cannot_fall() -> None:
+    """At β₂ = 0.999 a moment falls by 1e-3 of itself, a quarter of a unit of bf16; at 0.9 it does."""
+    for beta, share in ((0.999, 1.0), (0.9, 0.0)):
+        p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+        optimizer = torch.optim.AdamW([p], lr=0.1, betas=(0.9, beta))
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        p.grad = torch.full_like(p, 1e-3)
+        unmoved = telemetry.Unmoved(optimizer, [p])
+        optimizer.step()
+        assert unmoved.shares()[names.UNMOVED_MOMENTS] == share
+
+
+def test_in_float32_nothing_is_watched() -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([p])
+    p.grad = torch.ones_like(p)
+    unmoved = telemetry.Unmoved(optimizer, [p])
+    optimizer.step()
+    assert unmoved.shares() == {}

@@ -15,6 +15,7 @@ from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
+from twinrl.flow.teacher import widened
 from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
 from twinrl.fsdp.config import FSDPConfig
@@ -23,7 +24,7 @@ from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
 from twinrl.machine.visiting import IN_PARTS
-from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.checkpoints import Checkpoint, Formats, Kept
 
 
 class Sharded(Ranks):
@@ -139,10 +140,10 @@ class Sharded(Ranks):
         wrap.reduce_whole_parameters(network, wrap.all_reduced)
         return network
 
-    def _sharded(self, hollow: nn.Module, trained: bool) -> nn.Module:
+    def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
         inner = hollow.network if isinstance(hollow, WithoutTargetTime) else hollow  # a LoRA teacher calls it directly
-        wrap.shard(inner, self.config, self.mesh, self.low_precision, trained)
+        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
         hollow.to_empty(device="cpu")
@@ -158,9 +159,11 @@ class Sharded(Ranks):
     def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
         return network
 
-    def copy(self, student: nn.Module) -> nn.Module:
+    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
         assert self._outline is not None, "the student was not made by these ranks"
-        copied = self._sharded(deepcopy(self._outline).requires_grad_(False), trained=False)
+        hollow = deepcopy(self._outline)
+        low = widened(hollow) if average else None
+        copied = self._sharded(hollow.requires_grad_(False), trained=False, low_precision=low)
         initial.copy_parts(student, copied)
         return copied
 
@@ -205,13 +208,17 @@ class Sharded(Ranks):
     def load(self, path: Path) -> Checkpoint:
         return storage.load(path)
 
-    def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    def load_module(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: Formats | None = None
+    ) -> None:
         for unit in wrap.sharded_modules(module):
             unit.reshard()  # what is gathered would be out of date
-        initial.load_parts(module, tensors, origin)
+        initial.load_parts(module, tensors, origin, formats)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
-        storage.load_optimizer(optimizer, tensors, origin)
+    def load_optimizer(
+        self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
+    ) -> None:
+        storage.load_optimizer(optimizer, tensors, origin, kept)
 
 
 def check_equal_shares(counts: Mapping[str, int], world: int) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from twinrl.flow.teacher import LOW
 from twinrl.gradients.gradient import all_over_ranks, local, over_ranks, share_of_sum
+from twinrl.run import names
 
 
 @torch.no_grad()
@@ -52,6 +54,40 @@ def _ratios(g: Tensor, state: Mapping[str, Tensor], beta: float, bound: Tensor) 
 def largest(values: Sequence[Tensor]) -> Tensor:
     """0-dim maximum; nan if any is nan, 0 if there is none."""
     return torch.stack(list(values)).max() if values else torch.zeros(())
+
+
+class Unmoved:
+    """Entries of low precision that the optimizer's next step leaves as they are, though they have a gradient.
+
+    A change below half a unit in the last place is rounded away: in bf16 a weight of 0.1 does not move by 1e-4.
+
+    *When to use*: made before a step and asked after it; it copies what is of low precision, and nothing else.
+
+    Arguments:
+        optimizer: with a gradient in each parameter that it is to move.
+        parameters: what it moves.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
+        low = [(p, p.grad) for p in parameters if p.dtype in LOW and p.grad is not None]
+        moments = [(optimizer.state.get(p, {}).get("exp_avg_sq"), gradient) for p, gradient in low]
+        watched = {
+            names.UNMOVED: [(p.detach(), gradient) for p, gradient in low],
+            names.UNMOVED_MOMENTS: [(m, gradient) for m, gradient in moments if m is not None and m.dtype in LOW],
+        }
+        self._watched = {name: [(g, now, now.clone()) for now, g in pairs] for name, pairs in watched.items() if pairs}
+
+    @torch.no_grad()
+    def shares(self) -> dict[str, Tensor]:
+        """Metric → 0-dim share of the entries with a gradient; empty where nothing is of low precision."""
+        return {name: _unmoved(watched) for name, watched in self._watched.items()}
+
+
+def _unmoved(watched: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    asked = [gradient != 0 for gradient, _, _ in watched]
+    stayed = [(now == before).logical_and_(a) for (_, now, before), a in zip(watched, asked, strict=True)]
+    counts = [torch.stack(all_over_ranks([e.sum() for e in entries])).sum().double() for entries in (stayed, asked)]
+    return counts[0] / counts[1].clamp(min=1)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from twinrl.stability.detectors import SuspectsOf, Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import NONFINITE, SPIKE, Event
 from twinrl.stability.policy import Decision, StabilityConfig
+from twinrl.stability.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Monitor:
     Attributes:
         watch: told of every step; goes on after a rollback.
         divergence: told of every log row; absorbing, so a rollback takes it back to the checkpoint.
+        precision: told of every step's row; no policy acts on what it finds.
     """
 
     def __init__(self, config: StabilityConfig, terms: Sequence[str], nfe: int = 1):
         self.config = config
         self.watch = Watch(config.watch, terms)
         self.divergence = Divergence(config.divergence, nfe)
+        self.precision = Precision(config.unmoved_limit)
 
     def step(
         self, step: int, iteration: int, values: Mapping[str, Any], late: Mapping[str, float], rows_of: SuspectsOf
@@ -85,7 +88,8 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        return {"watch": self.watch.state(), "divergence": self.divergence.state()}
+        parts = {"watch": self.watch, "divergence": self.divergence, "precision": self.precision}
+        return {name: part.state() for name, part in parts.items()}
 
     def load(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Continue from a checkpoint's state.
@@ -98,6 +102,7 @@ class Monitor:
             InputError: the terms differ.
         """
         self.divergence.load(state["divergence"])
+        self.precision.load(state.get("precision", {}))
         watch = dict(state["watch"])
         if not strict:
             fresh, saved = self.watch.state()["detectors"], watch["detectors"]

@@ -40,7 +40,7 @@ class Laboratory(Provider[Source]):
     @classmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
+    ) -> str:
         raise InputError(
             f"a run on {settings.data.source} has no diffusers pipeline to export", expected="a run with model.family"
         )

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from twinrl.config import Settings
 from twinrl.config.components import Registry, checked
 from twinrl.gradients import Gradient
+from twinrl.gradients.telemetry import Unmoved
+from twinrl.run import names
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -84,21 +87,39 @@ class RAdam(_Adams):
         kind: Literal["radam"] = "radam"
 
 
+def kept_by(config: Any) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Parameter → what the configured optimizer keeps of such a one after a step, by name; seen at a small one."""
+
+    @cache
+    def kept(dtype: torch.dtype, dimensions: int) -> Mapping[str, Tensor]:
+        small = torch.nn.Parameter(torch.zeros([2] * dimensions, dtype=dtype))
+        small.grad = torch.zeros_like(small)
+        optimizer = OPTIMIZERS.find(config.kind).build(config, [small])
+        optimizer.step()
+        return {name: torch.as_tensor(value) for name, value in optimizer.state[small].items()}
+
+    return lambda parameter: kept(parameter.dtype, parameter.ndim)
+
+
 OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})
 
 
 @torch.no_grad()
-def update(optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool) -> Tensor | None:
-    """The optimizer's step at learning rate ``lr``; with ``measure``, 0-dim ‖θ_after − θ_before‖ / ‖θ_before‖ over all
-    parameters, at the price of a copy of them."""
+def update(
+    optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool
+) -> dict[str, Tensor]:
+    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of the
+    parameters: ‖θ_after − θ_before‖ / ‖θ_before‖ over all of them, and :class:`twinrl.gradients.telemetry.Unmoved`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    before = Gradient({i: p.clone() for i, p in enumerate(parameters)}) if measure else None
+    if not measure:
+        optimizer.step()
+        return {}
+    before, unmoved = Gradient({i: p.clone() for i, p in enumerate(parameters)}), Unmoved(optimizer, parameters)
     optimizer.step()
-    if before is None:
-        return None
     size = before.norm
-    return before.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm / size
+    moved = before.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm
+    return {names.UPDATE_RATIO: moved / size} | unmoved.shares()
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------

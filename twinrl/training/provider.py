@@ -23,8 +23,10 @@ from twinrl.flow.reading import Reader
 from twinrl.flow.source import Data
 from twinrl.fsdp.initial import Outline
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.gradients.gradient import over_ranks
 from twinrl.rewards import Reward, build_reward
 from twinrl.rewards.guide import Guide
+from twinrl.run import checkpoints
 from twinrl.sampling import SamplerConfig
 from twinrl.terms import TERMS
 from twinrl.training.runs import RunDirectory
@@ -153,8 +155,9 @@ class Provider(ABC, Generic[S]):
     @abstractmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
-        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline.
+    ) -> str:
+        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline; in words,
+        what rounding has cost.
 
         Arguments:
             settings: of the run. checkpoint: its folder.
@@ -231,8 +234,11 @@ class Provider(ABC, Generic[S]):
         run = RunDirectory(Path(origin))
         if not run.exists:
             raise InputError(f"train.init is {origin!r}", expected="teacher, random, or the directory of a run")
-        checkpoint = run.newest_checkpoint()
-        self.ranks.load_module(network, self.ranks.load(checkpoint).judged, str(checkpoint))
+        folder = run.newest_checkpoint()
+        checkpoint = self.ranks.load(folder)
+        checkpoints.check_place(folder, checkpoint.state, run.settings().train.steps)
+        self.ranks.load_module(network, checkpoint.judged, str(folder))
+        checkpoints.check_finite(network.parameters(), checkpoint.state, folder, over_ranks)
 
     def start_as_teacher(self, network: nn.Module) -> None:
         """Give a new network the weights of the source's flow model, where it has not got them yet."""

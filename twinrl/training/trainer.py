@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -15,6 +15,7 @@ from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.gradients import Engine, Losses, telemetry
+from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
 from twinrl.rewards import keepers
 from twinrl.run import checkpoints, layout, names
@@ -29,7 +30,7 @@ from twinrl.terms.objective import Objective
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, update
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -213,7 +214,8 @@ class Trainer:
         values |= self._update(judged, late, lr_factor)
         self.step, self.iteration = self.step + 1, self.iteration + 1
         row = {"iteration": self.iteration - 1, "step": self.step, **values}
-        for event in judged.events:
+        stuck = self.monitor.precision.observe(self.step, self.iteration - 1, row)
+        for event in judged.events if stuck is None else [*judged.events, stuck]:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
         return StepOutcome(row, judged.cause, judged.afterwards, judged.kinds)
@@ -250,9 +252,9 @@ class Trainer:
         if judged.now.skip:
             return {names.SKIPPED: 1.0} | values
         measured = self.settings.gradients.telemetry.due("update", self.step)
-        ratio = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
+        measures = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
         late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
-        values = {**late, **({names.UPDATE_RATIO: float(ratio)} if ratio is not None else {}), **values}
+        values = {**late, **_to_floats(measures), **values}
         if nonfinite(values) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
         self._move_lr(judged.spikes[1], judged.afterwards.cut)
@@ -291,10 +293,15 @@ class Trainer:
         if last or (every > 0 and self.step % every == 0):
             row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
             if self.settings.evaluation.objective:
-                row[names.VAL_OBJECTIVE] = self.objective_on_validation()
+                objective = self.objective_on_validation()
+                row[names.VAL_OBJECTIVE] = float(objective.mean())
+                if (bad := float((~objective.isfinite()).double().mean())) > 0:
+                    row[names.VAL_OBJECTIVE_NONFINITE] = bad
             quality = float(row[names.VAL_QUALITY])
             by_objective = getattr(self.settings.lr_policy, "monitor", "quality") == "objective"
-            self.lr_policy.observe(row[names.VAL_OBJECTIVE] if by_objective else quality)
+            # the published run took a batch that is not finite for 0, and its rate followed that number
+            watched = float(objective.nan_to_num(0.0, 0.0, 0.0).mean()) if by_objective else quality
+            self.lr_policy.observe(watched)
             self.early_stop.observe(quality)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
         if found is None:
@@ -303,19 +310,19 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def objective_on_validation(self, batches: int = 4) -> float:
-        """The training objective on validation rows, as the published run validated: at the present renoise and
-        reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
-        quality; ``val/quality`` is.
+    def objective_on_validation(self, batches: int = 4) -> Tensor:
+        """(batches,) the training objective on validation rows, as the published run validated: at the present renoise
+        and reward, with whatever the logged loss contains; what is not finite stays so. No fair measure of quality;
+        ``val/quality`` is.
         """
         values, feed = [], self._feed("validation")
         for number in range(batches):
             fed = feed.batch(self.step, self.settings.evaluation.seed + number)
             evaluation = self.objective.evaluate(fed.batch, fed.counts)
             with evaluation.random_state.replayed():
-                total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
-            values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        return float(torch.stack(values).mean())
+                losses = evaluation.losses().values()
+                values.append(self.ranks.total(torch.stack([part.loss for part in losses]).sum()))
+        return torch.stack(values)
 
     def _record(self, event: Event, row: dict[str, Any]) -> None:
         """Write an event down, mark its row, keep its capsule."""
@@ -378,6 +385,7 @@ class Trainer:
             "content_hash": self.source.content_hash,
             "config": self.settings.numeric() | {"seed": self.settings.seed},
             "parts": sorted(tensors),
+            "tensors": {part: len(found) for part, found in tensors.items()},
         }
         return Checkpoint(tensors, state)
 
@@ -417,10 +425,7 @@ class Trainer:
         """
         state = checkpoint.state
         lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
-        for name, module in assembly.parts_of(self.objective).items():
-            part = "student" if name in lacking else name
-            self.ranks.load_module(module, checkpoint.part(part), f"{origin}/{part}.safetensors")
-        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
+        self._restore_tensors(checkpoint, origin, strict, lacking)
         decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
         self.objective.teacher.decay = decay
         loading: dict[str, Callable[[Any], None]] = {
@@ -434,6 +439,21 @@ class Trainer:
                 load(state[name])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
+
+    def _restore_tensors(self, checkpoint: Checkpoint, origin: str, strict: bool, lacking: Set[str]) -> None:
+        """Networks and optimizer as in a checkpoint; the averages and frozen copies that it lacks as the student."""
+        state, parts = checkpoint.state, assembly.parts_of(self.objective)
+        formats = {n: t.dtype for n, t in parts["student"].state_dict().items()}  # as averages were in older versions
+        for name, module in parts.items():
+            part = "student" if name in lacking else name
+            found, file = checkpoint.part(part), f"{origin}/{part}.safetensors"
+            self.ranks.load_module(module, found, file, formats if strict else None)
+            checkpoints.check_finite(module.parameters(), state, file, over_ranks)
+        file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
+        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
+        checkpoints.check_steps(self.optimizer, state["step"], file)
+        entries = (value for held in self.optimizer.state.values() for value in held.values())
+        checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -455,6 +475,8 @@ def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
 
 def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """All scalars in one transfer from the device."""
+    if not scalars:
+        return {}
     return dict(zip(scalars, torch.stack([s.double() for s in scalars.values()]).tolist(), strict=True))
 
 
