@@ -422,7 +422,9 @@ def check_optimizer(
         parameter_of(key, value.shape, parameters, origin)
         index, _, name = key.partition(".")
         found.setdefault(int(index), {})[name] = value
-    for index, entries in found.items() if kept is not None else ():
+    if kept is None:
+        return
+    for index, entries in found.items():
         expected = kept(parameters[index])
         if entries.keys() != expected.keys():
             got, right = (", ".join(sorted(each)) for each in (entries, expected))
