@@ -55,7 +55,7 @@ def copy_of(student: nn.Module, average: bool = False) -> nn.Module:
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     copied = deepcopy(student, shared)
     if average and (low := widened(copied)) is not None:
-        copied.forward = partial(in_low_precision, copied.forward, low)  # type: ignore[method-assign]
+        copied.forward = partial(in_low_precision, copied.forward, low)
     return copied.requires_grad_(False)
 
 

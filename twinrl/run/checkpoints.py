@@ -422,15 +422,17 @@ def check_optimizer(
         parameter_of(key, value.shape, parameters, origin)
         index, _, name = key.partition(".")
         found.setdefault(int(index), {})[name] = value
-    for index, entries in found.items() if kept is not None else ():
-        expected = kept(parameters[index])
+    if kept is None:
+        return
+    for number, entries in found.items():
+        expected = kept(parameters[number])
         if entries.keys() != expected.keys():
             got, right = (", ".join(sorted(each)) for each in (entries, expected))
-            raise _another_optimizer(origin, f"of parameter {index} {got}", right)
+            raise _another_optimizer(origin, f"of parameter {number} {got}", right)
         for name, entry in entries.items():
             if entry.dtype != expected[name].dtype or (entry.ndim == 0) != (expected[name].ndim == 0):
                 got, right = (f"{_called(t.dtype)} of {t.ndim} dimensions" for t in (entry, expected[name]))
-                raise _another_optimizer(origin, f"key {index}.{name}, {got}", right)
+                raise _another_optimizer(origin, f"key {number}.{name}, {got}", right)
 
 
 def check_steps(optimizer: torch.optim.Optimizer, step: int, origin: str) -> None:

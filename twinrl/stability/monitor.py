@@ -88,8 +88,11 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
-        parts = {"watch": self.watch, "divergence": self.divergence, "precision": self.precision}
-        return {name: part.state() for name, part in parts.items()}
+        return {
+            "watch": self.watch.state(),
+            "divergence": self.divergence.state(),
+            "precision": self.precision.state(),
+        }
 
     def load(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Continue from a checkpoint's state.
