@@ -108,8 +108,9 @@ OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "ra
 def update(
     optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool
 ) -> dict[str, Tensor]:
-    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of the
-    parameters: ‖θ_after − θ_before‖ / ‖θ_before‖ over all of them, and :class:`twinrl.gradients.telemetry.Unmoved`."""
+    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of
+    the parameters: ‖θ_after − θ_before‖ / ‖θ_before‖ over all of them, and what
+    :class:`twinrl.gradients.telemetry.Unmoved` finds."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     if not measure:

@@ -137,10 +137,10 @@ def claim(folder: Path) -> None:
 @torch.no_grad()
 def merged(transformer: Any, costs: Costs) -> Any:
     """A copy whose adapters are part of the weights: added in float32, rounded once to the written format."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import Linear
 
     whole = copy.deepcopy(transformer)
-    for layer in (module for module in whole.modules() if isinstance(module, BaseTunerLayer)):
+    for layer in (module for module in whole.modules() if isinstance(module, Linear)):
         for part in (layer.lora_A, layer.lora_B):
             part.float()
         weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default")
