@@ -14,7 +14,6 @@ thousands to be comparable with papers; the kernel distance is unbiased at any n
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from twinrl.data.images import SUFFIXES, decode
 from twinrl.data.listing import ending_in
 from twinrl.data.problems import UnusableError
 from twinrl.flow.source import cache_dir
+from twinrl.lab.storage import publish
 from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.weights import PUBLISHED, read_weights
 from twinrl.run.checkpoints import load_module
@@ -153,12 +153,7 @@ def reference(folder: Path, weights: Path | None, device: torch.device) -> Refer
     file = located(weights)
     network = Inception(file).to(device)
     kept = cache_dir() / "inception" / f"{_digest(files, folder, file)}.pt"
-    if not kept.is_file():
-        features = torch.cat([network(_pixels(path)) for path in files])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        torch.save(features, partial)
-        partial.replace(kept)
+    publish(kept, lambda new: torch.save(torch.cat([network(_pixels(path)) for path in files]), new))
     return Reference(network, torch.load(kept, weights_only=True))
 
 
@@ -174,9 +169,9 @@ def located(weights: Path | None) -> Path:
         return weights
     kept = cache_dir() / "inception" / WEIGHTS_FILE
     if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
         prefix = WEIGHTS_FILE.removesuffix(".pth").rsplit("-", 1)[1]
         try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(kept), hash_prefix=prefix, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: its hash is another
             raise InputError(

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.flow.conditions import Network
@@ -27,7 +26,7 @@ from twinrl.rewards import Reward, build_reward
 from twinrl.rewards.guide import Guide
 from twinrl.sampling import SamplerConfig
 from twinrl.terms import TERMS
-from twinrl.training.runs import RunDirectory
+from twinrl.training.runs import start_of
 from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -228,10 +227,7 @@ class Provider(ABC, Generic[S]):
         if origin == "teacher":
             self.start_as_teacher(network)
             return
-        run = RunDirectory(Path(origin))
-        if not run.exists:
-            raise InputError(f"train.init is {origin!r}", expected="teacher, random, or the directory of a run")
-        checkpoint = run.newest_checkpoint()
+        checkpoint = start_of(origin).newest_checkpoint()
         self.ranks.load_module(network, self.ranks.load(checkpoint).judged, str(checkpoint))
 
     def start_as_teacher(self, network: nn.Module) -> None:
