@@ -6,6 +6,7 @@
 ``metrics.parquet`` is written beside every run's log.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def report(
         study = from_mlflow(tracking_uri, str(path), base)
         page = study_page.build(study, _made(folder / "figures"), metric, effect, interactions)
         return page.write(folder)[1]
-    if not path.exists():
+    if not os.path.exists(path):  # False where the name is too long for a file
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
     files.check_writable(folder, str(folder), "name another --out")
