@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, names
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
@@ -65,6 +66,21 @@ def save_diversity(protocol: FixedProtocol, network: nn.Module, nfe: int, path: 
 
     prompt, images = protocol.diversity(network, few_step(nfe), n)
     diversity_grid(images, prompt, nfe=nfe).save(path)
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is drawn: raises InputError where a picture cannot be written to ``path``."""
+    from PIL import Image
+
+    fix = "name a .png file in a writable folder"
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path} cannot be written", got=f"unknown suffix {path.suffix!r}", fix=fix)
+    files.check_writable(path.parent, str(path), fix)
+    try:
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written", got=error.strerror, fix=fix) from error
 
 
 def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, path: Path) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.flow.conditions import Network
@@ -29,7 +28,7 @@ from twinrl.rewards.guide import Guide
 from twinrl.run import checkpoints
 from twinrl.sampling import SamplerConfig
 from twinrl.terms import TERMS
-from twinrl.training.runs import RunDirectory
+from twinrl.training.runs import start_of
 from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -231,9 +230,7 @@ class Provider(ABC, Generic[S]):
         if origin == "teacher":
             self.start_as_teacher(network)
             return
-        run = RunDirectory(Path(origin))
-        if not run.exists:
-            raise InputError(f"train.init is {origin!r}", expected="teacher, random, or the directory of a run")
+        run = start_of(origin)
         folder = run.newest_checkpoint()
         checkpoint = self.ranks.load(folder)
         checkpoints.check_place(folder, checkpoint.state, run.settings().train.steps)

@@ -20,6 +20,7 @@ from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
 from twinrl.backends.families.pipelines import INDEX, is_hub_name, quiet
 from twinrl.backends.families.rounding import Cost
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.machine.dtypes import DTYPES
 
 LIBRARY = "twinrl"
@@ -129,9 +130,10 @@ def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNet
 
 
 def claim(folder: Path) -> None:
-    """Raises InputError unless ``folder`` is new or empty."""
+    """Raises InputError unless ``folder`` is new or empty, and can be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use", expected="a new or empty folder", fix="name another")
+    files.check_writable(folder, str(folder), "name another")
 
 
 @torch.no_grad()
