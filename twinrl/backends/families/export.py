@@ -142,11 +142,12 @@ def merged(transformer: Any, costs: Costs) -> Any:
     from peft.tuners.lora import Linear
 
     whole = copy.deepcopy(transformer)
-    for layer in (module for module in whole.modules() if isinstance(module, Linear)):
+    adapted: list[Any] = [module for module in whole.modules() if isinstance(module, Linear)]
+    for layer in adapted:
         for part in (layer.lora_A, layer.lora_B):
             part.float()
-        weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default")
-        weight.data = costs.see(weight.float() + update, update)
+        base, update = layer.get_base_layer(), layer.get_delta_weight("default")
+        base.weight.data = costs.see(base.weight.float() + update, update)
     whole.unload_lora()
     return whole
 
