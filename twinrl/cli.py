@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from twinrl.config.components import ComponentError, failures_named
-from twinrl.config.errors import InputError
+from twinrl.config.errors import DISK, InputError, of_system
 from twinrl.machine.memory import end_without_search, importing
 from twinrl.tracking.store import without_password
 
@@ -283,7 +283,8 @@ def _find_own_classes() -> None:
 
 
 def main() -> None:
-    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2.
+    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2; so does what the system says of
+    a file, with 1 where a disk is to blame.
 
     Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
@@ -300,3 +301,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
             print(f"twinrl: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno is None:  # of a library, which has its own words
+            raise
+        if debug:
+            traceback.print_exception(error)
+        print(f"twinrl: {of_system(error)}", file=sys.stderr)
+        sys.exit(1 if error.errno in DISK else 2)
