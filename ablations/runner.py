@@ -99,8 +99,8 @@ class Runner:
     def _slots(self, resources: Resources) -> int:
         """How many trials fit at once; starts or joins Ray."""
         if not ray.is_initialized():
+            self.owns_session = True  # also of one that is interrupted while it starts
             cluster.connect(self.machine, self.console)
-            self.owns_session = True
         return cluster.slots(ray.nodes(), resources)
 
 

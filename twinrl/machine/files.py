@@ -70,10 +70,15 @@ def _sync(path: Path) -> None:
     """Put a file, or a folder and all that is in it, on disk, with the rights of the umask."""
     for inside in path.iterdir() if path.is_dir() else ():
         _sync(inside)
-    mode = path.stat().st_mode
-    if path.is_file() and (wanted := mode | 0o666 & ~MASK) != mode:  # safetensors writes 0600
-        path.chmod(wanted)
+    open_up(path)
     _sync_one(path)
+
+
+def open_up(path: Path) -> None:
+    """Give a file the rights that the umask gives: safetensors makes it readable by its owner alone."""
+    mode = path.stat().st_mode
+    if path.is_file() and (wanted := mode | 0o666 & ~MASK) != mode:
+        path.chmod(wanted)
 
 
 def _sync_one(path: Path) -> None:
