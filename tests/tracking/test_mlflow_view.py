@@ -548,7 +548,7 @@ def test_a_run_of_another_user_is_one_line(empty_store: Path) -> None:
         shutil.copy(empty_store, runs)
         (runs / store.DATABASE_NAME).chmod(0o444)
         run = make_run(runs, rows=20)
-        with another_user(), pytest.raises(InputError, match="MLflow cannot be reached; got .*readonly.*rights"):
+        with another_user(), pytest.raises(InputError, match=r"MLflow cannot be reached; got .*readonly.*rights"):
             publish(run)
         (runs / store.DATABASE_NAME).chmod(0o666)
         runs.chmod(0o777)  # sqlite's journal

@@ -204,7 +204,9 @@ def publish(
         if isinstance(error, OSError) and error.filename is not None:  # of a file, not of a server
             raise
         raise InputError(
-            "MLflow cannot be reached", got=brief(error), fix="start its server, mend the rights of its file, or name another store"
+            "MLflow cannot be reached",
+            got=brief(error),
+            fix="start its server, mend the rights of its file, or name another store",
         ) from error
     return publisher.run_id
 

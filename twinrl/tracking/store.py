@@ -108,7 +108,7 @@ def connect(uri: str) -> Any:
 
 def _keep_beside(database: Path) -> None:
     """Let the experiments of a sqlite store, which may have been moved, keep their artifacts beside it."""
-    with closing(sqlite3.connect(database, timeout=PATIENCE_SECONDS)) as connection, connection:
+    with closing(sqlite3.connect(database, timeout=STORE_PATIENCE_SECONDS)) as connection, connection:
         for name, old in connection.execute("SELECT name, artifact_location FROM experiments").fetchall():
             new = _artifact_location(name, f"sqlite:///{database}")
             if new is None or old == new or _tail(old) != _tail(new):
