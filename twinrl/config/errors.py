@@ -7,7 +7,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.E
 """What a disk, and no input, is to blame for."""
 REMEDIES = {
     errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room on its disk",
-    errno.EROFS: "its disk is mounted read-only: name a folder elsewhere",
+    errno.EROFS: "write elsewhere, or mount its disk for writing",
     errno.EACCES: "mend its rights, or be its owner", errno.EPERM: "mend its rights, or be its owner",
     errno.EMFILE: "raise the limit of open files (`ulimit -n`)", errno.ENAMETOOLONG: "shorten the name",
 }  # fmt: skip

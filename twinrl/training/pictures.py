@@ -92,7 +92,8 @@ def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, pat
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(picture, path)
     except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
-        raise InputError(f"{path} cannot be written", got=error, fix="name a .png file in a writable folder") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written", got=why, fix="name a .png file in a writable folder") from error
 
 
 def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
