@@ -30,7 +30,7 @@ from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
-from twinrl.commands.interrupt import asking
+from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.machine.background import in_background
@@ -58,7 +58,8 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         if self.owns_session:
-            leave()
+            with undisturbed():
+                leave()
 
     def run(self, plan: Plan, ended: Callable[[Trial], object] | None = None) -> tuple[Plan, list[str]]:
         """Run what is missing of a plan, within its study's budget.

@@ -42,6 +42,20 @@ def asking(stop: Callable[[], object]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, which has to be short, SIGINT and SIGTERM are passed over: what was begun is tidied up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def leave_terminal() -> None:
     """What is printed from now on goes nowhere if it went to a terminal: a closed one answers with errors."""
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from twinrl import config
 from twinrl.commands import program
-from twinrl.commands.interrupt import asking
+from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.commands.train import FAILED, resume, train
 from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
@@ -114,7 +114,7 @@ def _session(stack: ExitStack, settings: RunConfig) -> bool:
     wanted = settings.launch
     if not ray.is_initialized():
         cluster.connect(wanted.address, math.ceil(wanted.workers * wanted.cpus), "launch.address")
-        stack.callback(cluster.leave)
+        stack.callback(undisturbed()(cluster.leave))
     there, device = ray.cluster_resources(), settings.machine.device
     gpus = device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) > 0)
     for kind, needed in {"CPU": wanted.workers * wanted.cpus, "GPU": wanted.workers * gpus}.items():

@@ -109,7 +109,7 @@ class Watch:
     def __init__(self, fits: Callable[[], bool] = lambda: True) -> None:
         from ray._private import worker
 
-        node = worker._global_node
+        node: Any = worker._global_node
         self.node = socket.socket(socket.AF_UNIX)  # held open: its end is that of the node
         self.node.connect(node.raylet_socket_name)
         self.node.setblocking(False)
@@ -157,7 +157,7 @@ def leave() -> None:
     import ray
     from ray._private import worker
 
-    node = worker._global_node
+    node: Any = worker._global_node
     wait([in_background(ray.shutdown)], STOP_SECONDS)
     if ray.is_initialized():
         atexit.unregister(ray.shutdown)  # which would wait again
