@@ -548,14 +548,13 @@ def test_a_run_of_another_user_is_one_line(empty_store: Path) -> None:
         shutil.copy(empty_store, runs)
         (runs / store.DATABASE_NAME).chmod(0o444)
         run = make_run(runs, rows=20)
-        with another_user(), pytest.raises(InputError, match=r"MLflow cannot be reached; got .*readonly.*rights"):
-            publish(run)
-        (runs / store.DATABASE_NAME).chmod(0o666)
-        runs.chmod(0o777)  # sqlite's journal
         run.chmod(0o555)
         with another_user(), pytest.raises(PermissionError) as caught:
             publish(run)
         assert Path(caught.value.filename).parent == run
+        run.chmod(0o777)
+        with another_user(), pytest.raises(InputError, match=r"MLflow cannot be reached; got .*readonly.*rights"):
+            publish(run)
         (run / "config.yaml").chmod(0)
         with another_user(), pytest.raises(PermissionError, match=r"config\.yaml"):
             publish(run)

@@ -18,7 +18,7 @@ from tests.fake_source import SMALL
 from tests.logs import rows, the_run
 from twinrl.run import layout
 from twinrl.training.runs import RunDirectory
-from twinrl.training.trainer import Step, Trainer
+from twinrl.training.trainer import StepOutcome, Trainer
 
 pytestmark = [
     pytest.mark.slow,
@@ -118,7 +118,7 @@ def held_up(folder: str, *arguments: str) -> None:
     """The command line, whose sixth step ends only with the process; says with files what it has come to."""
     step = Trainer.train_step
 
-    def train_step(trainer: Trainer) -> Step:
+    def train_step(trainer: Trainer) -> StepOutcome:
         while trainer.step == 5:
             Path(folder, "asked" if trainer.interrupted else "reached").touch()
             time.sleep(0.02)
