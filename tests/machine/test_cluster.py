@@ -1,5 +1,6 @@
 """A Ray that has gone is noticed; tests/ablations/test_loss.py kills real ones."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -77,12 +78,13 @@ def test_a_question_that_ray_does_not_answer_is_no_loss() -> None:
 def test_what_a_session_leaves_is_ended(tmp_path: Path) -> None:
     """And nothing else."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
-    agent, other = (subprocess.Popen([*sleeping, f"--dir={tmp_path / name}/logs"]) for name in ("session", "other"))
+    server, other = (subprocess.Popen([*sleeping, f"--dir={tmp_path / name}/logs"]) for name in ("session", "other"))
+    agent = subprocess.Popen(sleeping, env=os.environ | {"RAY_RAYLET_PID": "12345678"})
     try:
-        cluster.end_all_of(str(tmp_path / "session"))
-        assert agent.wait(60) == -9
+        cluster.end_all_of(str(tmp_path / "session"), 12345678)
+        assert [server.wait(60), agent.wait(60)] == [-9, -9]
         assert other.poll() is None
     finally:
-        for process in (agent, other):
+        for process in (server, agent, other):
             process.kill()
             process.wait()

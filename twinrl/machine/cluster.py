@@ -158,17 +158,25 @@ def leave() -> None:
     from ray._private import worker
 
     node: Any = worker._global_node
+    own = {} if node is None or not node.head else node.all_processes
+    raylets = [started.process.pid for started in own.get("raylet", ())]  # known until they are ended
     wait([in_background(ray.shutdown)], STOP_SECONDS)
     if ray.is_initialized():
         atexit.unregister(ray.shutdown)  # which would wait again
-    if node is not None and node.head:
-        end_all_of(node.get_session_dir_path())
+    for raylet in raylets:
+        end_all_of(node.get_session_dir_path(), raylet)
 
 
-def end_all_of(session: str) -> None:
-    """Kill the processes that a session has left: their command lines name its folder."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(session in word for word in process.info["cmdline"] or ()):
+def end_all_of(session: str, raylet: int) -> None:
+    """Kill the processes that a session has left.
+
+    Arguments:
+        session: its folder, which the command lines of most of them name.
+        raylet: id of its node process, which the environment of agents and workers names.
+    """
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, variables = process.info["cmdline"] or (), process.info["environ"] or {}
+        if any(session in word for word in words) or variables.get("RAY_RAYLET_PID") == str(raylet):
             with suppress(psutil.Error):
                 process.kill()
 
