@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -35,13 +36,13 @@ def folder() -> Iterator[Path]:
         yield Path(made)
 
 
-def begun(folder: Path, *options: str, retries: int = 0) -> subprocess.Popen[bytes]:
+def begun(folder: Path, *options: str, retries: int = 0, **variables: str) -> subprocess.Popen[bytes]:
     """A study whose only trial has a checkpoint and will not end."""
     study = write(
         folder / "study.yaml", set=SETTINGS, factors={}, design={"kind": "arms", "arms": {"only": {}}}, seeds=1,
         retries=retries,
     )  # fmt: skip
-    driver = start(study, folder / "work", *options)
+    driver = start(study, folder / "work", *options, **variables)
     wait_until(lambda: progress(folder / "work") > 0 or driver.poll() is not None, PATIENCE)
     assert driver.poll() is None, said(folder)
     return driver
@@ -89,16 +90,17 @@ def test_its_own_session(folder: Path, name: str, asked: tuple[signal.Signals, .
 @pytest.mark.parametrize("lost", ["head", "agent"])
 def test_a_machine_of_a_cluster(folder: Path, lost: str) -> None:
     """The head has no core, so that the trial is on the other one; the study itself runs beside the other one."""
-    port = 6400 + os.getpid() % 500
-    store = (f"--temp-dir={folder}/ray",)
-    head = Node(folder, "head", "--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false", *store)
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    token = {"RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_AUTH_MODE": "token"}
+    address = f"127.0.0.1:{free_port()}"
+    port, store = f"--port={address.rpartition(':')[2]}", f"--temp-dir={folder}/ray"
+    head = Node(folder, "head", "--head", port, store, "--num-cpus=0", "--include-dashboard=false", **token)
     agent = None
     try:
-        address = f"127.0.0.1:{port}"
         wait_until(lambda: "Ray runtime started" in (folder / "head.txt").read_text(), PATIENCE)
-        agent = Node(folder, "agent", f"--address={address}", "--num-cpus=1")
+        agent = Node(folder, "agent", f"--address={address}", "--num-cpus=1", **token)
         wait_until(lambda: "Ray runtime started" in (folder / "agent.txt").read_text(), PATIENCE)
-        driver = begun(folder, "--address", address, retries=3)
+        driver = begun(folder, "--address", address, retries=3, **token)
         (head if lost == "head" else agent).kill()
         assert ends(driver) == 1, said(folder)
         assert AGAIN in said(folder)
@@ -106,3 +108,9 @@ def test_a_machine_of_a_cluster(folder: Path, lost: str) -> None:
         for node in (agent, head):
             if node is not None:
                 node.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
