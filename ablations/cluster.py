@@ -55,6 +55,14 @@ def connect(machine: Machine, console: Console) -> None:
                       f"{ray.cluster_resources().get('CPU', 0):g} cores")  # fmt: skip
 
 
+def fits(resources: Resources) -> bool:
+    """Whether the Ray that is joined has a machine for a trial."""
+    try:
+        return slots(ray.nodes(), resources) > 0
+    except InputError:
+        return False
+
+
 def slots(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> int:
     """How many trials fit at once, each on one machine of ``ray.nodes()``. Raises InputError where not one does."""
     needed = {"CPU": resources.cpus * resources.workers, "GPU": resources.gpus * resources.workers}

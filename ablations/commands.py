@@ -19,6 +19,7 @@ from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.config.errors import InputError
+from twinrl.machine.cluster import LostError
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -75,19 +76,27 @@ def run(
     """``twinrl ablate run``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
     view = StudyView(made, uri) if mlflow else None
+    failures: list[str] = []
+    broken = ""
     with Runner(Machine(address, cpus), console) as runs, following(view) if view else nullcontext() as ended:
-        made, failures = runs.run(made, ended)
+        try:
+            made, failures = runs.run(made, ended)
+        except (LostError, KeyboardInterrupt) as error:  # a second Ctrl-C
+            made, broken = made.reread(), str(error) or "stopped at once"
     if view is not None and (problem := view.try_summaries()):
         console.print(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
-    return _conclude(made, failures, name, console)
+    return _conclude(made, failures, name, console, broken)
 
 
-def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console) -> int:
-    """The table, what failed and how to go on; the exit code."""
+def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console, broken: str) -> int:
+    """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
     console.print(display.arms_table(made))
     for line in failures:
         console.print(line, soft_wrap=True)
     again = f"{program()} ablate run {shlex.quote(name)}"
+    if broken:
+        console.print(f"{broken}; trials go on from their newest checkpoints, continue with: {again}", soft_wrap=True)
+        return FAILED
     if runner.interrupted(made):
         console.print(f"interrupted; trials are checkpointed, continue with: {again}")
         return INTERRUPTED
@@ -162,8 +171,12 @@ def margin(
 ) -> int:
     """``twinrl ablate margin``."""
     console, study, workspace = Console(), margins.fifo(studies.load(name, seeds)), _workspace(root, ledgers)
-    with Runner(Machine(address, cpus), console) as runs:
-        brackets, failures = margins.Search(study, workspace, runs.run).complete()
+    try:
+        with Runner(Machine(address, cpus), console) as runs:
+            brackets, failures = margins.Search(study, workspace, runs.run).complete()
+    except (LostError, KeyboardInterrupt) as error:
+        console.print(f"{str(error) or 'stopped at once'}; the same command goes on from what is there", soft_wrap=True)
+        return FAILED
     console.print(margins.margin_table(study, brackets))
     for line in failures:
         console.print(line, soft_wrap=True)

@@ -162,7 +162,8 @@ def write_line(file: io.FileIO, line: bytes, length: int) -> None:
         if file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
+        error.filename = file.name
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.truncate(length)
         raise

@@ -10,8 +10,10 @@ import pickle
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,13 @@ from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial, task_of
 from ablations.study import Resources
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
-from twinrl.commands.interrupt import asking
+from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.config.errors import InputError
 from twinrl.machine import files
+from twinrl.machine.background import in_background
+from twinrl.machine.cluster import Watch, leave
+
+POLL_SECONDS = 0.2
 
 
 class Runner:
@@ -52,7 +58,8 @@ class Runner:
 
     def __exit__(self, *_: object) -> None:
         if self.owns_session:
-            ray.shutdown()
+            with undisturbed():
+                leave()
 
     def run(self, plan: Plan, ended: Callable[[Trial], object] | None = None) -> tuple[Plan, list[str]]:
         """Run what is missing of a plan, within its study's budget.
@@ -66,6 +73,7 @@ class Runner:
         Raises:
             InputError: no trial was started: another study runs in this workspace, the ledger can't be written,
                 the cluster is out of reach or too small.
+            LostError: Ray has gone; trials go on from their checkpoints when the study is run again.
         """
         with exclusive(plan.workspace.root):
             plan.workspace.ledger.check_writable()
@@ -92,8 +100,8 @@ class Runner:
     def _slots(self, resources: Resources) -> int:
         """How many trials fit at once; starts or joins Ray."""
         if not ray.is_initialized():
+            self.owns_session = True  # also of one that is interrupted while it starts
             cluster.connect(self.machine, self.console)
-            self.owns_session = True
         return cluster.slots(ray.nodes(), resources)
 
 
@@ -152,7 +160,11 @@ def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int
         ),
     )  # fmt: skip
     with Live(board, console=console, auto_refresh=console.is_terminal, refresh_per_second=1, transient=True):
-        tuner.fit()
+        watch = Watch(partial(cluster.fits, config.resources))
+        work = in_background(tuner.fit)  # this thread has the signals
+        while wait([work], POLL_SECONDS).not_done:
+            watch.check()
+        work.result()
 
 
 def _scheduler(plan: Plan) -> Any:

@@ -192,9 +192,9 @@ def environment(threads: int) -> dict[str, str]:
 
 def _wait_until_free(task: Task) -> None:
     """Return once no process holds the run's lock; a killed study's last trial may take seconds to die."""
-    if (path := task.path / layout.CONFIG).is_file():
-        with path.open() as file:
-            files.lock(file, TrialError(f"another process is training {task.directory}"), LOCK_PATIENCE_SECONDS)
+    if (lock := task.path / layout.LOCK).is_file():
+        with files.locked(lock, TrialError(f"another process is training {task.directory}"), LOCK_PATIENCE_SECONDS):
+            pass
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from analysis.intervals import Interval, number
+from twinrl.machine import files
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,8 +105,8 @@ class Page:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write ``report.md`` and ``report.html`` into ``folder``; returns both paths."""
         markdown, page = folder / "report.md", folder / "report.html"
-        markdown.write_text(self.markdown(folder))
-        page.write_text(self.html())
+        files.write_text(markdown, self.markdown(folder))
+        files.write_text(page, self.html())
         return markdown, page
 
     def markdown(self, folder: Path) -> str:

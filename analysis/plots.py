@@ -17,6 +17,7 @@ from analysis.intervals import Interval, number
 from analysis.leaderboard import ArmLine
 from analysis.spikes import SpikeEpisode
 from analysis.survival import Times, kaplan_meier
+from twinrl.machine import files
 from twinrl.run import names
 from twinrl.stability.detectors import terms_in
 
@@ -36,8 +37,9 @@ def save(figure: "Figure", path: Path) -> Path:
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "twinrl", "pdf.fonttype": 42}):
-        figure.savefig(path, facecolor="white", metadata={"Date": None})
-        figure.savefig(path.with_suffix(".pdf"), facecolor="white", metadata={"CreationDate": None})
+        for target, date in ((path, "Date"), (path.with_suffix(".pdf"), "CreationDate")):
+            with files.publishing(target) as new:
+                figure.savefig(new, facecolor="white", metadata={date: None})
     return path
 
 

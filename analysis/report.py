@@ -7,7 +7,7 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,27 @@ def _made(folder: Path) -> Path:
 
 
 def _of_run(run: Run, figures: Path) -> Page:
-    layout.write_metrics(run.path)
-    return run_page.build(run, siblings(run), figures)
+    unwritten = _tables([run])
+    page = run_page.build(run, siblings(run), figures)
+    page.add(*unwritten)
+    return page
+
+
+def _tables(runs: Iterable[Run]) -> list[Text]:
+    """Write the runs' logs as tables beside them; a note if a folder takes none, as on a read-only disk."""
+    try:
+        for run in runs:
+            layout.write_metrics(run.path)
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}"
+        return [Text(f"{layout.METRICS} could not be written beside every log; got {why}.", note=True)]
+    return []
 
 
 def _of_study(
     study: StudyFrame, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
-    for run in study.runs.values():
-        layout.write_metrics(run.path)
-    return study_page.build(study, figures, metric, effect, interactions)
+    unwritten = _tables(study.runs.values())
+    page = study_page.build(study, figures, metric, effect, interactions)
+    page.add(*unwritten)
+    return page

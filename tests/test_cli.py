@@ -1,5 +1,6 @@
 """The command line: what is wrong is one line and exit code 2, help is quick and teaches, MLflow may be away."""
 
+import errno
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from twinrl import __version__, cli
 from twinrl.commands.progress import ConsoleObserver
 from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.stability import verdict
+from twinrl.tracking import mlflow_view
 from twinrl.training import pictures
 from twinrl.training.opened import OpenedRun
 from twinrl.training.runs import RunDirectory
@@ -276,6 +278,22 @@ def test_checkpoint_that_is_not_there(twinrl: Any, interrupted: RunDirectory) ->
     refused(result, "no checkpoint of step 6", "expected one of 5, 7")
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(OSError(errno.EROFS, "Read-only file system", "x.json"), 1), (PermissionError(13, "No", "x"), 2)],
+)
+def test_what_the_system_says_of_a_file(
+    twinrl: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, code: int
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(mlflow_view, "publish", fails)
+    result = twinrl("publish", "runs/x")
+    assert result.code == code
+    assert re.fullmatch(r"twinrl: x(\.json)? cannot be used; got .*; fix: .*\n", result.err)
+
+
 @pytest.mark.parametrize("out", ["file/x.png", "x.nonsense", "x", "folder.png", "/proc/x/x.png"])
 def test_a_picture_that_cannot_be_written_is_not_drawn(
     twinrl: Any, interrupted: RunDirectory, out: str, monkeypatch: pytest.MonkeyPatch
@@ -389,7 +407,9 @@ def test_a_second_interrupt_stops_at_once(twinrl: Any, monkeypatch: pytest.Monke
         raise AssertionError("still running")
 
     monkeypatch.setattr(ConsoleObserver, "after_step", press_twice)
-    assert twinrl(*TWINFLOW).code == 130
+    result = twinrl(*TWINFLOW)
+    assert result.code == 1  # 130 says that a checkpoint was written
+    assert "stopped at once, at step 1; what came after the start is lost; continue with: twinrl resume" in result.out
 
 
 @pytest.mark.slow

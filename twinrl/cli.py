@@ -15,7 +15,7 @@ import typer
 
 from twinrl import __version__
 from twinrl.config.components import ComponentError, failures_named
-from twinrl.config.errors import InputError
+from twinrl.config.errors import DISK, InputError, of_system
 from twinrl.machine import streams
 from twinrl.machine.memory import end_without_search, importing
 from twinrl.tracking.store import without_password
@@ -294,7 +294,8 @@ def _find_own_classes() -> None:
 
 
 def main() -> None:
-    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2.
+    """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2; so does what the system says of
+    a file, with 1 where a disk is to blame.
 
     Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
@@ -312,3 +313,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
             streams.say(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno is None:  # of a library, which has its own words
+            raise
+        if debug:
+            traceback.print_exception(error)
+        streams.say(of_system(error))
+        sys.exit(1 if error.errno in DISK else 2)

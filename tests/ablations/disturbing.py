@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from ablations.trial import checkpointed
 
 COMMAND = [sys.executable, "-c", "from ablations.cli import app; app()", "run"]
 REPOSITORY = Path(__file__).parents[2]
+RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+STORE = "--object-store-memory=80000000"
 
 
 def start(study: str, root: Path, *options: str, **variables: str) -> subprocess.Popen[bytes]:
@@ -80,3 +83,24 @@ def numbers(record: TrialRecord) -> tuple[object, ...]:
 def lines(root: Path) -> list[dict[str, Any]]:
     """The ledger's lines."""
     return [json.loads(line) for line in (root / "ledger.jsonl").read_text().splitlines()]
+
+
+class Node:
+    """One Ray node of this machine; leaving its block kills it and all that it started."""
+
+    def __init__(self, folder: Path, name: str, *arguments: str, **variables: str):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | variables
+        with (folder / f"{name}.txt").open("wb") as output:
+            self.process = subprocess.Popen(
+                [*RAY, STORE, f"--node-name={name}", *arguments],
+                cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        """SIGKILL to the raylet and its workers, as when the machine loses power; trials have to notice."""
+        for pid in [*below(self.process.pid, stop="twinrl.machine.lifeline"), self.process.pid]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()

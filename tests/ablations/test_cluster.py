@@ -6,7 +6,6 @@ test_ray.py joins a study to a running Ray, loses its driver, and is refused wit
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 
 from ablations.ledger import Ledger
 from ablations.trial import checkpointed, ranks_folder
-from tests.ablations.disturbing import REPOSITORY, below, lines, numbers, start, trials, wait_until, words
+from tests.ablations.disturbing import REPOSITORY, Node, below, lines, numbers, start, trials, wait_until, words
 from tests.ablations.tiny import TINY, write
 from tests.logs import rows
 from twinrl.config.errors import InputError
@@ -30,31 +29,8 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
 ]
-RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-STORE = "--object-store-memory=80000000"
 STEPS = 80
 PATIENCE = 600
-
-
-class Node:
-    """One Ray node of this machine; leaving its block kills it and all that it started."""
-
-    def __init__(self, folder: Path, name: str, *arguments: str, **variables: str):
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")} | variables
-        with (folder / f"{name}.txt").open("wb") as output:
-            self.process = subprocess.Popen(
-                [*RAY, STORE, f"--node-name={name}", *arguments],
-                cwd=REPOSITORY, env=environment, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-
-    def kill(self) -> None:
-        """SIGKILL to the raylet and its workers, as when the machine loses power; trials have to notice."""
-        for pid in [*below(self.process.pid, stop="twinrl.machine.lifeline"), self.process.pid]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait()
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_a_line_that_fits_in_part_is_undone(tmp_path: Path) -> None:
     book = Ledger(tmp_path / "a.jsonl")
     book.append(DONE)
     before = book.own.read_bytes()
-    with files_of_at_most(len(before) + 40), pytest.raises(OSError, match="No space left"):
+    with files_of_at_most(len(before) + 40), pytest.raises(OSError, match=f"No space left on device: '{book.own}'"):
         book.append(replace(DONE, seed=1))
     assert book.own.read_bytes() == before
 

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickletools
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from tests.disk import another_user, open_folder
 from tests.states import STATE
 from twinrl.config.errors import InputError
 from twinrl.machine import files
+from twinrl.machine import tensors as safetensors
 from twinrl.run import checkpoints, layout
 from twinrl.run.checkpoints import Checkpoint, SaveError
 
@@ -77,7 +80,7 @@ def test_no_folder_has_no_checkpoint(tmp_path: Path) -> None:
     assert layout.newest(tmp_path) is None
 
 
-FAILURES = [(checkpoints, "save_file", n, step) for n in (0, 1) for step in (10, 15)]
+FAILURES = [(safetensors, "save_file", n, step) for n in (0, 1) for step in (10, 15)]
 FAILURES += [(files, "_sync", 0, 10), (files, "_sync", 0, 15)]
 FAILURES += [(Path, "rename", 0, 10), (Path, "replace", 0, 10), (Path, "replace", 0, 15)]
 
@@ -136,6 +139,24 @@ def test_truncated_tensors(saved: Path, keep: int) -> None:
     file = saved / "student.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     refused(saved, str(file), "corrupted")
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "state.json", ""])
+def test_what_may_not_be_read_is_not_called_corrupted(name: str) -> None:
+    with open_folder() as folder:
+        path = checkpoints.save(folder, 5, made(), keep=1)
+        (path / name).chmod(0)
+        with another_user(), pytest.raises(PermissionError, match=re.escape(str(path / name))):
+            checkpoints.load(path)
+        (path / name).chmod(0o755)
+
+
+def test_a_folder_that_may_not_be_read_is_not_without_checkpoints() -> None:
+    with open_folder() as folder:
+        checkpoints.save(folder / "checkpoints", 5, made(), keep=1)
+        (folder / "checkpoints").chmod(0o311)
+        with another_user(), pytest.raises(PermissionError):
+            layout.newest(folder / "checkpoints")
 
 
 def test_missing_part(saved: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
+from tests.disk import another_user, open_folder
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names, runlog
@@ -540,3 +541,20 @@ def test_a_store_that_is_away_does_not_take_the_place_of_the_one_that_has_the_ru
     with pytest.raises(InputError, match="MLflow cannot be reached"):
         publish(run, "http://127.0.0.1:9")
     assert (run / "mlflow.json").read_bytes() == before
+
+
+def test_a_run_of_another_user_is_one_line(empty_store: Path) -> None:
+    with open_folder() as runs:
+        shutil.copy(empty_store, runs)
+        (runs / store.DATABASE_NAME).chmod(0o444)
+        run = make_run(runs, rows=20)
+        run.chmod(0o555)
+        with another_user(), pytest.raises(PermissionError) as caught:
+            publish(run)
+        assert Path(caught.value.filename).parent == run
+        run.chmod(0o777)
+        with another_user(), pytest.raises(InputError, match=r"MLflow cannot be reached; got .*readonly.*rights"):
+            publish(run)
+        (run / "config.yaml").chmod(0)
+        with another_user(), pytest.raises(PermissionError, match=r"config\.yaml"):
+            publish(run)

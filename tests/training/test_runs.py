@@ -121,6 +121,11 @@ def test_unwritable_folder(tmp_path: Path, fresh: bool) -> None:
     assert str(settings.directory) in message(error)
     assert "got Not a directory" in message(error)
     assert "fix: set run.dir" in message(error)
+    with (
+        pytest.raises(InputError, match="got Not a directory; fix: set run"),
+        RunDirectory(settings.directory).locked(),
+    ):
+        pass
 
 
 def test_a_run_that_cannot_be_deleted(
@@ -134,15 +139,36 @@ def test_a_run_that_cannot_be_deleted(
         begun.start(settings, fresh=True)
 
 
-def test_one_process_at_a_time(begun: RunDirectory, settings: schema.RunConfig) -> None:
+def test_one_process_at_a_time(begun: RunDirectory) -> None:
     with begun.locked():
         with pytest.raises(InputError, match=r"another process is training this run: .*; fix: wait"), begun.locked():
             pass
-        with pytest.raises(InputError, match="another process"):
-            begun.start(settings, fresh=True)
         assert begun.exists
     with begun.locked():  # released
         pass
+
+
+def test_the_lock_outlives_what_is_deleted_under_it(begun: RunDirectory, settings: schema.RunConfig) -> None:
+    with begun.locked():
+        begun.start(settings, fresh=True)
+        with pytest.raises(InputError, match="another process"), begun.locked():
+            pass
+        begun.discard()
+        with pytest.raises(InputError, match="another process"), begun.locked():
+            pass
+
+
+def refuse(run: RunDirectory) -> None:
+    with pytest.raises(InputError, match="wrong"), run.locked():
+        raise InputError("it is wrong")
+
+
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, begun: RunDirectory) -> None:
+    refuse(RunDirectory(tmp_path / "new" / "runs" / "x"))
+    assert not (tmp_path / "new").exists()
+    before = sorted(begun.path.rglob("*"))
+    refuse(begun)  # as one of an older version, which had no such file
+    assert sorted(begun.path.rglob("*")) == before
 
 
 def test_no_run_directory(tmp_path: Path) -> None:

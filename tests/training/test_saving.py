@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.states import STATE
+from twinrl.machine import tensors
 from twinrl.run import checkpoints
 from twinrl.run.checkpoints import Checkpoint, SaveError
 
@@ -39,7 +40,7 @@ def test_a_failure_leaves_older_ones(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(SaveError, match="No space left on device"):
         checkpoints.save(tmp_path, 2, checkpoint(2, torch.ones(3)), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

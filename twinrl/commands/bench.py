@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from twinrl.machine import files
 from twinrl.run import layout
 from twinrl.sampling.timing import TimingLine, as_dict
 from twinrl.training.opened import open_run
@@ -39,7 +40,7 @@ def bench(path: Path, rounds: int, step: int | None, console: Console) -> int:
     lines = opened.timings(rounds)
     title = f"{path.name} on {opened.provider.device}, {torch.get_num_threads()} CPU threads"
     console.print(rich_table(lines, title))
-    (path / layout.BENCH).write_text(json.dumps(as_dict(lines), indent=1) + "\n")
+    files.write_text(path / layout.BENCH, json.dumps(as_dict(lines), indent=1) + "\n")
     return 0
 
 

@@ -8,6 +8,7 @@ import yaml
 from rich.console import Console
 
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout
 from twinrl.training.opened import OpenedRun, open_run
 
@@ -43,6 +44,8 @@ def export(
     cost = opened.export(folder, lora, dtype)
     with (folder / "README.md").open("a") as card:
         card.write(provenance(opened))
+    for file in folder.rglob("*"):
+        files.open_up(file)
     console.print(f"{_step(opened)} exported to {folder}: {cost}")
     if push_to and token:
         push(folder, push_to, token)

@@ -1,18 +1,17 @@
 """What ends a run from outside, on one line: a full disk, another process that has gone."""
 
-import errno
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
 
 import torch.distributed as dist
 
+from twinrl.config.errors import DISK, of_system
 from twinrl.fsdp import mesh
 from twinrl.machine.streams import say
 from twinrl.run.checkpoints import SaveError
 
 FAILED = 1
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 P = ParamSpec("P")
 
@@ -20,7 +19,8 @@ P = ParamSpec("P")
 def in_one_line(command: Callable[P, int]) -> Callable[P, int]:
     """A command that says in one line, and with exit code 1, what has ended it from outside; bugs stay bugs.
 
-    In a worker of Ray, which has formed the process group, errors go to Ray, whose launcher says them.
+    A Ctrl-C that waits for no checkpoint is told, too. In a worker of Ray, which has formed the process group, errors
+    go to Ray, whose launcher says them.
     """
 
     @wraps(command)
@@ -29,13 +29,15 @@ def in_one_line(command: Callable[P, int]) -> Callable[P, int]:
             return command(*arguments, **named)
         try:
             return command(*arguments, **named)
+        except KeyboardInterrupt:
+            say("stopped at once; what came after the newest checkpoint, if there is one, is lost")
         except SaveError as error:  # of all processes
             if mesh.process_rank() == 0:
                 say(str(error))
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            say(f"{_here()}a file cannot be written; got {error}; fix: make room or mend the rights, then resume")
+            say(f"{_here()}{of_system(error)}; then resume")
         except RuntimeError as error:
             if not _of_a_lost_peer(error):
                 raise

@@ -22,19 +22,19 @@ from rich.text import Text
 
 from twinrl import config
 from twinrl.commands import program
-from twinrl.commands.interrupt import asking
+from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.commands.train import FAILED, resume, train
 from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh, restart
 from twinrl.machine import cluster
-from twinrl.run.checkpoints import in_background
+from twinrl.machine.background import in_background
 from twinrl.run.layout import RANKS
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
 
-STOP = "stop"
-"""File whose existence ends training."""
+STOP, BEGUN = "stop", "begun"
+"""Files whose existence ends training, and says that this is not its first attempt."""
 POLL_SECONDS, LOCK_PATIENCE_SECONDS = 0.2, 60
 
 
@@ -55,14 +55,24 @@ def launch(settings: RunConfig, run: RunDirectory, fresh: bool | None, console: 
     with ExitStack() as stack:
         scratch = _scratch(stack, settings)
         gpus = _session(stack, settings)
-        stack.callback(_keep_output, scratch, run)
         told = {
             "cwd": str(Path.cwd()), "scratch": str(scratch), "run": str(run.path), "fresh": fresh,
             "settings": settings.model_dump(mode="json"),
         }  # fmt: skip
         trained = in_background(_trainer(settings, told, gpus).fit)
-        _follow(trained, scratch, console)
+        try:
+            _follow(trained, scratch, console)
+        except cluster.LostError as error:
+            return _failed(str(error), run, console)
+        finally:
+            if not _refused(trained):
+                _keep_output(scratch, run)
     return _exit_code(trained, run, console)
+
+
+def _refused(trained: "Future[Any]") -> bool:
+    """Whether the input was wrong, so that nothing was trained, and nothing may have changed."""
+    return trained.done() and trained.exception() is None and isinstance(trained.result().return_value, str)
 
 
 def _exit_code(trained: "Future[Any]", run: RunDirectory, console: Console) -> int:
@@ -72,7 +82,11 @@ def _exit_code(trained: "Future[Any]", run: RunDirectory, console: Console) -> i
         if isinstance(outcome, str):
             raise InputError(outcome)
         return outcome
-    console.print(Text("failed:", "bold red"), f"{_said(failure)}; see {run.path / RANKS}")
+    return _failed(f"{_said(failure)}; see {run.path / RANKS}", run, console)
+
+
+def _failed(why: str, run: RunDirectory, console: Console) -> int:
+    console.print(Text("failed:", "bold red"), why)
     if run.exists:
         console.print(f"continue with: {program()} resume {run.path}")
     return FAILED
@@ -100,7 +114,7 @@ def _session(stack: ExitStack, settings: RunConfig) -> bool:
     wanted = settings.launch
     if not ray.is_initialized():
         cluster.connect(wanted.address, math.ceil(wanted.workers * wanted.cpus), "launch.address")
-        stack.callback(ray.shutdown)
+        stack.callback(undisturbed()(cluster.leave))
     there, device = ray.cluster_resources(), settings.machine.device
     gpus = device.startswith("cuda") or (device == "auto" and there.get("GPU", 0) > 0)
     for kind, needed in {"CPU": wanted.workers * wanted.cpus, "GPU": wanted.workers * gpus}.items():
@@ -140,7 +154,9 @@ def _follow(trained: "Future[Any]", scratch: Path, console: Console) -> None:
     output, running = _output(scratch, 0), True
     output.touch()
     with output.open() as said, asking((scratch / STOP).touch):
+        watch = cluster.Watch()
         while running:
+            watch.check()
             running = bool(wait([trained], POLL_SECONDS).not_done)
             console.file.write(said.read())
             console.file.flush()
@@ -198,9 +214,12 @@ def work(told: dict[str, Any]) -> int | str:
 def _work(told: dict[str, Any], console: Console) -> int:
     run, fresh, stop = RunDirectory(Path(told["run"])), told["fresh"], Path(told["scratch"], STOP)
     os.environ[restart.LAUNCH] = told["scratch"]
-    if mesh.process_rank() == 0 and (fresh is None or run.begun_by([told["scratch"]])):
-        with run.locked(LOCK_PATIENCE_SECONDS):
-            pass  # a lost attempt's first process may take seconds to die
+    begun = Path(told["scratch"], BEGUN)
+    if mesh.process_rank() == 0:
+        if fresh is None or begun.exists():
+            with run.locked(LOCK_PATIENCE_SECONDS):
+                pass  # a lost attempt's first process may take seconds to die
+        begun.touch()
     if fresh is None:
         return resume(run.path, console, stop)
     return train(config.validate(RunConfig, told["settings"]), fresh, console, stop)

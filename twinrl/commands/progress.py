@@ -1,7 +1,8 @@
 """What a person sees of a running run: progress bar, validation lines, events, and the MLflow view."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +33,7 @@ class ConsoleObserver:
     """A progress bar with the running loss, one line for each validation and each of the first events.
 
     Where the console is not a terminal (a file, a batch system's log), ten lines over the run stand in for the bar.
+    Where nobody reads any more (a closed terminal or pipe), nothing is shown, and training goes on.
 
     Arguments:
         console: where to write.
@@ -54,11 +56,23 @@ class ConsoleObserver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        with self._shown():
+            self.progress.stop()
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SystemExit):  # rich's word for a closed pipe is the second
+            self.console.quiet = True
 
     def after_step(self, row: Mapping[str, Any]) -> None:
         loss = row[names.LOSS_TOTAL]
         self.average = loss if math.isnan(self.average) else 0.95 * self.average + 0.05 * loss
+        with self._shown():
+            self._show(row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
         self.progress.update(self.task, completed=row["step"], loss=f"loss {self.average:.4f}")
         if not self.console.is_terminal and row["step"] % max(1, self.steps // 10) == 0:
             self.progress.console.print(f"step {row['step']:>6} of {self.steps}  loss {self.average:.4f}")
@@ -73,7 +87,8 @@ class ConsoleObserver:
         self.events += 1
         if self.events <= EVENTS_SHOWN:
             last = "; further events are in events.jsonl alone" if self.events == EVENTS_SHOWN else ""
-            self.progress.console.print(Text("event", "bold red"), f"{event.kind}: {event.message}{last}")
+            with self._shown():
+                self.progress.console.print(Text("event", "bold red"), f"{event.kind}: {event.message}{last}")
 
 
 class MLflowObserver:

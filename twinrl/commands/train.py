@@ -44,6 +44,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
     """
     run = RunDirectory(settings.directory)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
+        ranks.on_first(lambda: stack.enter_context(run.locked()))
         launchers = ranks.gathered(restart.launch())
         goes_on = ranks.anywhere(ranks.first and run.begun_by(launchers))
         if goes_on and ranks.anywhere(ranks.first and run.result is not None):
@@ -53,7 +54,6 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
         begin = run.joined_by if goes_on else partial(run.start, settings, fresh)
         ranks.on_first(lambda: begin(launchers))
-        ranks.on_first(lambda: stack.enter_context(run.locked()))
         console = _of_rank(console, ranks)
         try:
             trainer = _trainer(settings, run, source, device, stack, ranks)
@@ -70,14 +70,24 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
     """Continue an unfinished run from its newest checkpoint; the exit code. ``stop`` as for :func:`train`."""
     run = RunDirectory(path)
     settings = run.settings()
-    if (result := run.result) is not None:
-        console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
+    if _over(run, console):  # which may be told of a run that cannot be written
         return 0
     with _launched(settings) as (ranks, device), ExitStack() as stack:
         ranks.on_first(lambda: stack.enter_context(run.locked()))
+        settings = ranks.together(run.settings)  # what is read before the lock may be another process's to change
+        if ranks.together(lambda: _over(run, _of_rank(console, ranks))):
+            return 0
         source = ranks.together(lambda: assembly.load_source(settings, device))
         trainer = _trainer(settings, run, source, device, stack, ranks)
         return _continue(trainer, _of_rank(console, ranks), stop)
+
+
+def _over(run: RunDirectory, console: Console) -> bool:
+    """Whether the run has ended; says so."""
+    if (result := run.result) is None:
+        return False
+    console.print(f"{run.path} has {result['status']} after {result['step']} steps; nothing to resume")
+    return True
 
 
 @contextmanager
@@ -154,8 +164,21 @@ def _continue(trainer: Trainer, console: Console, stop: Path | None) -> int:
     view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
     if stop is not None:
         trainer.observers.append(StopFile(trainer, stop))
-    outcome = _train(trainer, view, console)
-    return _conclude(trainer, outcome, view, console)
+    try:
+        outcome = _train(trainer, view, console)
+        return _conclude(trainer, outcome, view, console)
+    except KeyboardInterrupt:
+        return _broken_off(trainer, console)
+
+
+def _broken_off(trainer: Trainer, console: Console) -> int:
+    """After a second Ctrl-C: say what is on disk; the exit code tells whether it is all."""
+    path, newest = trainer.run.path, layout.newest(trainer.run.checkpoints)
+    whole = trainer.saver.newest == trainer.iteration and trainer.saver.pending is None
+    kept = "the start" if newest is None else f"the checkpoint of step {layout.step_of(newest)}"
+    lost = "" if whole else f"; what came after {kept} is lost"
+    console.print(f"stopped at once, at step {trainer.step}{lost}; continue with: {program()} resume {path}")
+    return INTERRUPTED if whole else FAILED
 
 
 def _view(settings: RunConfig, run: RunDirectory) -> MLflowView | None:

@@ -1,5 +1,26 @@
 """Errors whose message is the whole story: what, got, expected, likely fix."""
 
+import errno
+import os
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
+"""What a disk, and no input, is to blame for."""
+REMEDIES = {
+    errno.ENOSPC: "make room on its disk", errno.EDQUOT: "make room on its disk",
+    errno.EROFS: "write elsewhere, or mount its disk for writing",
+    errno.EACCES: "mend its rights, or be its owner", errno.EPERM: "mend its rights, or be its owner",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)", errno.ENAMETOOLONG: "shorten the name",
+}  # fmt: skip
+
+
+def of_system(error: OSError) -> str:
+    """In one line, what the system says of a file, and the likely fix."""
+    path = error.filename2 or error.filename
+    what = "a file" if path is None else os.fsdecode(path) if isinstance(path, bytes) else path
+    remedy = REMEDIES.get(error.errno or 0)
+    line = f"{what} cannot be used; got {error.strerror or error}" + (f"; fix: {remedy}" if remedy else "")
+    return " ".join(line.split())
+
 
 class InputError(Exception):
     """The user's input was wrong; the command line prints the message on one line and exits with 2.

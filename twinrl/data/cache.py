@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, tensors
 
 CacheRecord = Mapping[str, Tensor]
 
@@ -55,8 +54,9 @@ class ShardStore:
     def _open(self, path: Path) -> None:
         number = re.fullmatch(r"shard-(\d+)\.safetensors", path.name)
         try:
+            path.open("rb").close()  # the library says of a file that it may not read that it is not there
             shard = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+        except (*files.GONE, SafetensorError) as error:
             raise InputError(
                 f"the shard {path} is damaged", got=error, fix="delete it and run `twinrl data prepare` again"
             ) from error
@@ -75,13 +75,11 @@ class ShardStore:
         """Publish records, if any, as one new shard; returns when they are on disk."""
         if not records:
             return
-        flat = {
-            f"{key}/{name}": value.contiguous() for key, record in records.items() for name, value in record.items()
-        }
+        flat = {f"{key}/{name}": value for key, record in records.items() for name, value in record.items()}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"shard-{self._next:06d}.safetensors"
         with files.publishing(path) as new:
-            save_file(flat, new)
+            tensors.write(new, flat)
         self._open(path)
 
 

@@ -16,6 +16,7 @@ from twinrl.data.order import BucketSampler
 from twinrl.data.prepare import CACHE_FORMAT, ENTRIES, MANIFEST, content_hash, stores
 from twinrl.data.verify import Entry
 from twinrl.flow.conditions import Condition
+from twinrl.machine import files
 
 
 class CachedDataset:
@@ -130,7 +131,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _unprepared(folder, f"no {MANIFEST} in it" if folder.is_dir() else "no such folder")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+    except (*files.GONE, ValueError) as error:
         raise _unprepared(folder, error) from error
     if not isinstance(manifest, dict) or manifest.get("format") != CACHE_FORMAT:
         raise _unprepared(folder, f"{MANIFEST} of another format")
@@ -141,7 +142,7 @@ def _entries(folder: Path) -> list[Entry]:
     try:
         with (folder / ENTRIES).open(encoding="utf-8") as lines:
             return [Entry(**json.loads(line)) for line in lines]
-    except (OSError, ValueError, TypeError) as error:
+    except (*files.GONE, ValueError, TypeError) as error:
         raise _unprepared(folder, error) from error
 
 

@@ -110,7 +110,7 @@ def check_origin(path: Path, to: Path) -> None:
     """Raises InputError where ``to`` was prepared from other data, which would be replaced."""
     try:
         before = json.loads((to / MANIFEST).read_text())["origin"]
-    except (OSError, ValueError, TypeError, KeyError):  # not prepared, or before origins were kept
+    except (*files.GONE, ValueError, TypeError, KeyError):  # not prepared, or before origins were kept
         return
     if before != origin(path):
         raise InputError(f"{to} holds other data", got=f"those of {before}", fix="name another folder with --to")

@@ -14,7 +14,7 @@ from twinrl.data.cache import ShardStore
 from twinrl.data.captions import Example, Found
 from twinrl.data.identity import digest, of_bytes, uniform, validation_place
 from twinrl.data.parallel import ahead, groups_of
-from twinrl.data.problems import CORRUPT, Problem, UnusableError
+from twinrl.data.problems import UNREADABLE, Problem, UnusableError
 from twinrl.data.settings import PrepareConfig, PrepareProgress
 
 
@@ -134,4 +134,4 @@ def image_bytes(example: Example) -> bytes:
     try:
         return example.read()
     except OSError as error:
-        raise UnusableError(CORRUPT, f"cannot be read: {error.strerror}") from error
+        raise UnusableError(UNREADABLE, error.strerror or str(error)) from error

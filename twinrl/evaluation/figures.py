@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from twinrl.machine import files
 from twinrl.run import names
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def save(figure: "Figure", path: Path) -> Path:
 
     figure.set_dpi(130)
     figure.set_facecolor("white")
-    FigureCanvasAgg(figure).print_png(path)
+    with files.publishing(path) as new:
+        FigureCanvasAgg(figure).print_png(new)
     return path
 
 

@@ -15,6 +15,7 @@ from twinrl.evaluation.distances import frechet_distance
 from twinrl.evaluation.protocol import JudgedImages, LabelProtocol, balanced_rows
 from twinrl.evaluation.shelf import Entry, has_digest, weights
 from twinrl.flow.conditions import Network
+from twinrl.machine import files
 from twinrl.sampling import euler, few_step, nfe
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _real_row(name: str, protocol: LabelProtocol, reference: JudgedImages, other
 
 def write_json(plain: Mapping[str, Any], path: Path) -> None:
     """A table's plain values as a file."""
-    path.write_text(json.dumps(plain, indent=1, allow_nan=False) + "\n")
+    files.write_text(path, json.dumps(plain, indent=1, allow_nan=False) + "\n")
 
 
 def _score(scorer: str) -> str:

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import META, SafetensorsPart, Stored, described, read_into
 from twinrl.machine import files
+from twinrl.machine.background import in_background
 from twinrl.run import checkpoints, layout
 from twinrl.run.checkpoints import SHARDS, Checkpoint
 from twinrl.run.shards import ShardReader
@@ -61,7 +62,7 @@ def save_later(
             if dist.get_rank() == 0:
                 _publish(publication, directory, folder, checkpoint.state)
 
-    return checkpoints.in_background(finish)
+    return in_background(finish)
 
 
 def _begin(publication: ExitStack, directory: Path, step: int, keep: int) -> Path:

@@ -10,11 +10,11 @@ from typing import IO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twinrl.config.errors import InputError
 from twinrl.machine import files
+from twinrl.machine import tensors as safetensors
 
 
 def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> str:
@@ -62,7 +62,7 @@ def _locking(path: Path) -> IO[str]:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    safetensors.write(path, tensors)
 
 
 def load_tensors(path: Path, delete: Path) -> dict[str, Tensor]:
@@ -76,8 +76,8 @@ def load_tensors(path: Path, delete: Path) -> dict[str, Tensor]:
         InputError: the file is missing or damaged.
     """
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
+        return safetensors.load(path)
+    except (*files.GONE, SafetensorError) as error:
         raise damaged(path, delete, str(error)) from error
 
 
@@ -85,7 +85,7 @@ def load_json(path: Path, delete: Path) -> dict[str, object]:
     """Read a JSON object; errors as ``load_tensors``."""
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, OSError, UnicodeDecodeError) as error:
+    except (*files.GONE, ValueError) as error:
         raise damaged(path, delete, str(error)) from error
 
 

@@ -7,20 +7,28 @@ otherwise; a cluster without authentication takes no notice. A cluster is asked 
 Ray joins it, because Ray itself would retry for minutes, or end this process where the token is missing.
 """
 
+import atexit
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from twinrl.config.errors import InputError
+from twinrl.machine.background import in_background
 
 LISTEN_SECONDS, PROBE_SECONDS = 5, 60
 STORE_BYTES = 100 * 2**20
 PROBE = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
+LOOK_SECONDS, LOSS_SECONDS, STOP_SECONDS = 2, 8, 5
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -64,11 +72,113 @@ def connect(address: str | None, cpus: int, option: str, variables: Mapping[str,
     for more in (address is None, False):
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
+            _leave_out_last_words()
             return
         except Exception as error:  # Ray raises that very class where a node does not start in its 30 s
             ray.shutdown()
             if not more:
                 raise refusal(address, _whole(error), option) from error
+
+
+def _leave_out_last_words() -> None:
+    """Ray prints the end of the log of a node that dies; that it has died is said in one line."""
+    from ray._private import worker
+
+    shown = worker.print_to_stdstream
+
+    def print_others(data: dict[str, Any], *arguments: Any, **named: Any) -> None:
+        if not any("Raylet is terminated" in line for line in data["lines"]):
+            shown(data, *arguments, **named)
+
+    worker.print_to_stdstream = print_others
+
+
+class LostError(Exception):
+    """Ray's node on this machine, the cluster's head or all of its machines have gone; the message is one line."""
+
+
+class Watch:
+    """Looks whether the Ray that this process has joined is still there. Ray itself would wait for it for ever.
+
+    Arguments:
+        fits: whether there is a machine left for the work; asked in a thread, since Ray may not answer.
+
+    *When to use*: by the thread that has the signals, while another one waits for Ray.
+    """
+
+    def __init__(self, fits: Callable[[], bool] = lambda: True) -> None:
+        from ray._private import worker
+
+        node: Any = worker._global_node
+        self.node = socket.socket(socket.AF_UNIX)  # held open: its end is that of the node
+        self.node.connect(node.raylet_socket_name)
+        self.node.setblocking(False)
+        self.head = node.gcs_address
+        self.fits, self.asked, self.room = fits, in_background(fits), True
+        self.looked = self.there = time.monotonic()
+
+    def check(self) -> None:
+        """Raises LostError where the node has gone, or what else it takes has been away for some seconds."""
+        if _closed(self.node):
+            raise LostError("Ray's node on this machine has gone")
+        if time.monotonic() - self.looked < LOOK_SECONDS:
+            return
+        away = self._away()
+        self.looked = time.monotonic()
+        if away is None:
+            self.there = self.looked
+        elif self.looked - self.there > LOSS_SECONDS:
+            raise LostError(f"{away} has gone")
+
+    def _away(self) -> str | None:
+        if self.asked.done():
+            self.room = self.asked.exception() is not None or self.asked.result()
+            self.asked = in_background(self.fits)
+        host, _, port = self.head.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), LISTEN_SECONDS).close()
+        except OSError:
+            return f"the head of the Ray cluster at {self.head}"
+        return None if self.room else "the last machine of the cluster that a trial fits on"
+
+
+def _closed(connection: socket.socket) -> bool:
+    """Whether the other side, which has nothing to say, has closed a connection."""
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def leave() -> None:
+    """End the session, or leave the cluster: also one that does not answer any more, and nothing of it is left."""
+    import ray
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    own = {} if node is None or not node.head else node.all_processes
+    raylets = [started.process.pid for started in own.get("raylet", ())]  # known until they are ended
+    wait([in_background(ray.shutdown)], STOP_SECONDS)
+    if ray.is_initialized():
+        atexit.unregister(ray.shutdown)  # which would wait again
+    for raylet in raylets:
+        end_all_of(node.get_session_dir_path(), raylet)
+
+
+def end_all_of(session: str, raylet: int) -> None:
+    """Kill the processes that a session has left.
+
+    Arguments:
+        session: its folder, which the command lines of most of them name.
+        raylet: id of its node process, which the environment of agents and workers names.
+    """
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, variables = process.info["cmdline"] or (), process.info["environ"] or {}
+        if any(session in word for word in words) or variables.get("RAY_RAYLET_PID") == str(raylet):
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def python_path() -> str:

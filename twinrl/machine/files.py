@@ -1,6 +1,8 @@
 """Files and folders that are whole or not there, and locks that die with their process."""
 
+import errno
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +15,12 @@ from typing import IO, Any
 from twinrl.config.errors import InputError
 
 POLL_SECONDS = 0.05
+GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""What an error says of a file that is not there as it was written; others are about rights, disks and machines."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+MASK = os.umask(0o077)
+"""The rights that files of this process do not have."""
+os.umask(MASK)
 
 
 def check_writable(folder: Path, what: str, fix: str) -> None:
@@ -34,8 +42,8 @@ def check_writable(folder: Path, what: str, fix: str) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where ``path`` is written before it takes its name."""
-    return path.with_name(f".{path.name}.new")
+    """Where ``path`` is written before it takes its name; hidden, with its suffix, by which writers know the format."""
+    return path.with_name(f".{path.stem}.new{path.suffix}")
 
 
 @contextmanager
@@ -43,6 +51,7 @@ def publishing(path: Path) -> Iterator[Path]:
     """A free path to write a file or folder to; where the block ends well, it is on disk and takes its name at once.
 
     What was there before is replaced, or stays if the block fails. What a killed process left half written goes away.
+    Files have the rights that the umask gives, also where a library has made them private.
     """
     new, old = unfinished(path), path.with_name(f".{path.name}.old")
     remove(new)
@@ -53,9 +62,11 @@ def publishing(path: Path) -> Iterator[Path]:
             path.rename(old)
         new.replace(path)
         _sync_one(path.parent)
-    except BaseException:
+    except BaseException as error:
         if old.exists() and not path.exists():
             old.rename(path)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         raise
     finally:
         remove(new)
@@ -77,10 +88,18 @@ def remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Put a file, or a folder and all that is in it, on disk."""
+    """Put a file, or a folder and all that is in it, on disk, with the rights of the umask."""
     for inside in path.iterdir() if path.is_dir() else ():
         _sync(inside)
+    open_up(path)
     _sync_one(path)
+
+
+def open_up(path: Path) -> None:
+    """Give a file the rights that the umask gives: safetensors makes it readable by its owner alone."""
+    mode = path.stat().st_mode
+    if path.is_file() and (wanted := mode | 0o666 & ~MASK) != mode:
+        path.chmod(wanted)
 
 
 def _sync_one(path: Path) -> None:
@@ -92,8 +111,26 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[None]:
+    """Inside, this process alone holds the lock file at ``path``, made if need be; arguments as for :func:`lock`.
+
+    Who holds it may delete it, and its folder: who has waited for it then takes the one that has its name now.
+    It is opened for writing, without which NFS gives no lock.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            lock(file, refusal, patience)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                yield
+                return
+
+
 def lock(file: IO[Any], refusal: Exception, patience: float = 0.0) -> None:
     """Take the lock of an open file; closing it, or the end of the process however it comes, lets it go.
+
+    It holds between machines where the file system hands it on. One that has no locks costs a warning.
 
     Arguments:
         file: that all who want the lock open.
@@ -107,3 +144,10 @@ def lock(file: IO[Any], refusal: Exception, patience: float = 0.0) -> None:
             if time.monotonic() >= deadline:
                 raise refusal from error
             time.sleep(POLL_SECONDS)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logging.getLogger(__name__).warning(
+                "%s cannot be locked (%s): see to it that no other process writes there", file.name, error.strerror
+            )
+            return None

@@ -112,13 +112,14 @@ def read_weights(path: Path, inside: str | None = None) -> dict[str, Tensor]:
 
 def _read(path: Path) -> Mapping[str, Any]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+
+    from twinrl.machine import tensors
 
     try:
         if path.suffix == ".safetensors":
-            return dict(load_file(path))
+            return tensors.load(path)
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} cannot be read as weights ({path.stat().st_size} bytes)",
             got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,

@@ -11,31 +11,30 @@ are read here too.
 import json
 import pickle
 import shutil
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.config import one_line
 from twinrl.config.errors import InputError
 from twinrl.machine import files
+from twinrl.machine import tensors as safetensors
+from twinrl.machine.background import in_background
 from twinrl.run.layout import SHARDS, STATE, STEP, available, of_step
 
 CHECKPOINT_FORMAT = 2
 RUN_FIX = "use the model.network settings that they were trained with"
 TENSORS_SHOWN = 3
 """Names of tensors in a message."""
-T = TypeVar("T")
 Formats: TypeAlias = Mapping[str, torch.dtype]
 
 
@@ -71,7 +70,7 @@ def saving(directory: Path) -> Iterator[None]:
     """Raises SaveError where the disk under ``directory`` is full, read-only or away."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise SaveError(
             f"no checkpoint can be written to {directory}; got {' '.join(str(error).split())}; those before are whole; "
             f"fix: make room or mend the rights and resume, or set checkpoint.on_error=continue to go on without"
@@ -130,28 +129,11 @@ def save_later(directory: Path, step: int, checkpoint: Checkpoint, keep: int) ->
     return in_background(write_copy)
 
 
-def in_background(action: Callable[[], T]) -> "Future[T]":
-    """Do something in a thread; a process that has to end before does not wait for it."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:  # noqa: BLE001  whoever waits for the result gets it
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
 def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint's files into ``folder``, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
     for part, tensors in checkpoint.tensors.items():
-        save_file(
-            {name: t.detach().contiguous() for name, t in tensors.items()},
-            folder / f"{part}.safetensors",
-        )
+        safetensors.write(folder / f"{part}.safetensors", tensors)
     (folder / STATE).write_text(json.dumps({"format": CHECKPOINT_FORMAT, **checkpoint.state}, indent=1))
 
 
@@ -196,7 +178,7 @@ def load_state(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint in folder ``path``; errors as for :func:`load`."""
     try:
         state = json.loads((path / STATE).read_text())
-    except (OSError, ValueError) as error:
+    except (*files.GONE, ValueError) as error:
         raise _corrupted(path / STATE, error) from error
     try:
         CheckpointState.model_validate(state)
@@ -249,8 +231,8 @@ def entry(origin: str, name: str) -> Iterator[None]:
 
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return safetensors.load(path)
+    except (*files.GONE, SafetensorError) as error:
         raise _corrupted(path, error) from error
 
 
@@ -264,7 +246,7 @@ def shard_metadata(folder: Path) -> dict[str, Any]:
 
     try:
         return ShardReader(folder).read_metadata().state_dict_metadata
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
+    except (*files.GONE, EOFError, pickle.UnpicklingError) as error:
         raise _corrupted(folder, error) from error
 
 
@@ -279,7 +261,7 @@ def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
             checkpoint.load(flat, storage_reader=ShardReader(folder), no_dist=True)
-    except (OSError, checkpoint.CheckpointException) as error:
+    except (*files.GONE, checkpoint.CheckpointException) as error:
         raise _corrupted(folder, str(error).splitlines()[0]) from error
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():

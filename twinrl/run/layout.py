@@ -9,7 +9,7 @@
     metrics.parquet  the log as a table             result.json    how the run ended; written last
     evaluation/      of ``twinrl evaluate``         bench.json     of ``twinrl bench``
     mlflow.json      which MLflow run shows this one
-    start.json       metrics of the start weights
+    start.json       metrics of the start weights  .lock          held by the process that trains the run
 
 Imports neither torch nor pandas, so that studies and analysis read runs through it, too.
 """
@@ -34,6 +34,7 @@ RING, CAPSULES, EVENT = "ring", "capsules", "event.json"
 SAMPLES, RANKS = "samples", "ranks"
 EVALUATION, TABLE, BENCH = "evaluation", "table.json", "bench.json"
 MLFLOW, START = "mlflow.json", "start.json"
+LOCK = ".lock"
 
 STEP = "step-"
 """What the name of a step's checkpoint and pictures begins with."""
@@ -62,7 +63,7 @@ def read_environment(run: Path) -> dict[str, Any]:
     """What is noted of the machine, the code and the launchers; empty where there is nothing yet."""
     try:
         return json.loads((run / ENVIRONMENT).read_bytes())
-    except (OSError, ValueError):  # none, or its process was killed while writing
+    except (*files.GONE, ValueError):  # none, or its process was killed while writing
         return {}
 
 
@@ -142,7 +143,8 @@ def available(checkpoints: Path) -> list[Path]:
     """The published checkpoints in a folder, oldest first."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.glob(f"{STEP}*") if re.fullmatch(rf"{STEP}\d+", path.name))
+    found = checkpoints.iterdir()  # where a pattern would find nothing in a folder that may not be read
+    return sorted(path for path in found if re.fullmatch(rf"{STEP}\d+", path.name))
 
 
 def newest(checkpoints: Path) -> Path | None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 
 if TYPE_CHECKING:
     import pandas
@@ -165,6 +166,7 @@ def rows(path: str | os.PathLike[str], start: int = 0, stop: int | None = None) 
 
     Raises:
         InputError: the file is missing, or a line is not a JSON object.
+        OSError: it cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -174,7 +176,7 @@ def rows(path: str | os.PathLike[str], start: int = 0, stop: int | None = None) 
                 if not line.endswith(b"\n") or (stop is not None and end > stop):
                     return
                 yield _parse(line, Path(path), end)
-    except OSError as error:
+    except files.GONE as error:
         raise InputError(
             f"cannot read the run log {path}", got=error.strerror, fix="name a run directory that has one"
         ) from error

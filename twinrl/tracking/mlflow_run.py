@@ -49,7 +49,8 @@ class MlflowRun:
         self._images: set[str] | None = None
         self._tagged: dict[str, str] = {}
         experiment = store.experiment_id(self._client, state.experiment, uri)
-        self._delete(state.superseded)
+        if state.superseded is not None:
+            store.delete_run(self._client, state.superseded)
         run = self._find(experiment, state.key)
         fresh = run is None
         run = run or self._create(experiment, state)
@@ -71,16 +72,6 @@ class MlflowRun:
             tags={KEY_TAG: state.key},
             start_time=int(born.stat().st_mtime * 1000),
         )
-
-    def _delete(self, run_id: str | None) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            if run_id and self._client.get_run(run_id).info.lifecycle_stage == "active":
-                self._client.delete_run(run_id)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
 
     def _describe(self, run: Any, state: ViewState) -> None:
         """Add the parameters and tags that the run does not have yet, and mark it as running."""
@@ -109,7 +100,8 @@ class MlflowRun:
 
     def log_files(self) -> None:
         """Send the configuration, sample grids and figures that are new or changed since the last call."""
-        for path in (path for pattern in PUBLISHED_FILES for path in sorted(self._dir.glob(pattern))):
+        found = (path for pattern in PUBLISHED_FILES for path in sorted(self._dir.glob(pattern)))
+        for path in (path for path in found if not path.name.startswith(".")):  # as what is being written
             modified = path.stat().st_mtime_ns
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()

@@ -16,7 +16,7 @@ FINGERPRINT_BYTES = 4096
 
 @dataclass
 class ViewState:
-    """The bookkeeping of one run directory, written to disk by every method that changes it.
+    """The bookkeeping of one run directory, written to disk by the methods that change what MLflow has of it.
 
     Attributes:
         folder: the run directory.
@@ -31,6 +31,7 @@ class ViewState:
         published: bytes of the log that are certainly in MLflow.
         claimed: bytes of the log that may be in MLflow.
         claim: fingerprint of the log's last rows before ``claimed``.
+        home: where the run directory was when this was written; None in those of older versions.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class ViewState:
     published: int = 0
     claimed: int = 0
     claim: str = ""
+    home: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> "ViewState":
@@ -62,8 +64,14 @@ class ViewState:
         except (AttributeError, ValueError, TypeError) as error:
             raise InputError(f"{path} is corrupted", got=error, fix="delete it and publish again") from error
 
+    @property
+    def here(self) -> str:
+        """Where the run directory is."""
+        return str(self.folder.resolve())
+
     def save(self) -> None:
         """Write the state in one move."""
+        self.home = self.here
         content = asdict(self)
         del content["folder"]
         files.write_text(self.folder / MLFLOW, json.dumps(content, indent=1) + "\n")
@@ -82,11 +90,10 @@ class ViewState:
         self.save()
 
     def start_over(self, replaces: bool = True) -> None:
-        """Ask for a new, empty MLflow run; if it ``replaces`` the present one, that will be deleted."""
+        """Ask for a new MLflow run, not yet on disk; if it ``replaces`` the present one, that will be deleted."""
         self.superseded = (self.run_id or self.superseded) if replaces else None
         self.key, self.run_id = uuid.uuid4().hex, None
         self.published = self.claimed = 0
-        self.save()
 
     def attach(self, run_id: str, fresh: bool) -> None:
         """Publish to ``run_id`` from now on; a ``fresh`` run holds nothing yet."""

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
-from twinrl.tracking import store
+from twinrl.tracking import moved, store
 from twinrl.tracking.mlflow_run import MlflowRun
 from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.thinning import MetricPoint, Thinner
@@ -189,6 +190,7 @@ def publish(
 
     Raises:
         InputError: there is no log, or MLflow cannot be reached.
+        OSError: a file of the run or of the store cannot be written.
     """
     folder = Path(run_dir)
     length = _length(folder)
@@ -199,8 +201,12 @@ def publish(
             if final:
                 publisher.finish(_status(folder))
     except store.failures() as error:
+        if isinstance(error, OSError) and error.filename is not None:  # of a file, not of a server
+            raise
         raise InputError(
-            "MLflow cannot be reached", got=brief(error), fix="start its server or name another store"
+            "MLflow cannot be reached",
+            got=brief(error),
+            fix="start its server, mend the rights of its file, or name another store",
         ) from error
     return publisher.run_id
 
@@ -218,12 +224,18 @@ def _open(
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = ViewState.load(folder)
-    if not state.fits(folder / layout.LOG):
-        state.start_over()
+    moved.find_again(state)
+    if uri is None and state.asked_for is not None:
+        moved.check_there(state, state.asked_for)
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
-    if state.run_id is not None and state.store != store.shown(where):
+    fits, stays = state.fits(folder / layout.LOG), state.store == store.shown(where)
+    if state.run_id is not None and not (fits and stays):
         store.reach(where)  # before the bookkeeping of the store that has the run is given up
+        if not stays and state.asked_for is None:
+            moved.leave(state)
+    if not fits:
+        state.start_over()
     state.aim(store.shown(where), experiment, {name: str(tag) for name, tag in tags.items()}, total or planned(folder))
     return Publisher(folder, where, state)
 
@@ -249,5 +261,5 @@ def _length(folder: Path) -> int:
     """
     try:
         return (folder / layout.LOG).stat().st_size
-    except OSError as error:
+    except files.GONE as error:
         raise InputError(f"{folder} has no {layout.LOG}", fix="name a run directory") from error

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from twinrl.config.errors import InputError
 
@@ -100,7 +100,54 @@ def connect(uri: str) -> Any:
     import mlflow
 
     with impatient():
-        return mlflow.MlflowClient(tracking_uri=uri)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+    if database := sqlite_path(uri):
+        _keep_beside(database)
+    return client
+
+
+def _keep_beside(database: Path) -> None:
+    """Let the experiments of a sqlite store, which may have been moved, keep their artifacts beside it."""
+    with closing(sqlite3.connect(database, timeout=STORE_PATIENCE_SECONDS)) as connection, connection:
+        for name, old in connection.execute("SELECT name, artifact_location FROM experiments").fetchall():
+            new = _artifact_location(name, f"sqlite:///{database}")
+            if new is None or old == new or _tail(old) != _tail(new):
+                continue
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE name = ?", (new, name))
+            connection.execute(
+                "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, ?) WHERE substr(artifact_uri, 1, ?) = ?",
+                (new, len(old) + 1, len(old) + 1, f"{old}/"),
+            )
+
+
+def _tail(location: str | None) -> list[str]:
+    """The last two parts of a location: the folder of artifacts, and the experiment."""
+    return (location or "").rsplit("/", 2)[1:]
+
+
+def has_run(uri: str, run_id: str | None) -> bool:
+    """Whether a sqlite store is there and has an active run of this id."""
+    database = sqlite_path(uri)
+    if run_id is None or database is None or not database.is_file():
+        return False
+    with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as connection:
+        try:
+            asked = "SELECT 1 FROM runs WHERE run_uuid = ? AND lifecycle_stage = 'active'"
+            return connection.execute(asked, (run_id,)).fetchone() is not None
+        except sqlite3.OperationalError:  # no table: a store that was never used
+            return False
+
+
+def delete_run(client: Any, run_id: str) -> None:
+    """Delete a run, unless it is gone already."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        if client.get_run(run_id).info.lifecycle_stage == "active":
+            client.delete_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
 
 
 def probe(uri: str) -> None:

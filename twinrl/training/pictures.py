@@ -2,18 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, tensors
 from twinrl.run import layout, names
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
 from twinrl.training.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Validator:
@@ -36,7 +38,8 @@ class Validator:
         """The one-step grid of ``step`` as a picture, and one sample of each class for the picture over training."""
         path = self.run.samples / f"{layout.of_step(step)}.png"
         images = save_grid(self.protocol, self.judged(network), 1, path, f"step {step:,}")
-        save_file({"pixels": _as_bytes(images[:, 0])}, path.with_suffix(".safetensors"))
+        with files.publishing(path.with_suffix(".safetensors")) as new:
+            tensors.write(new, {"pixels": _as_bytes(images[:, 0])})
 
 
 def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
@@ -44,7 +47,7 @@ def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path,
     from twinrl.evaluation.grids import sample_grid
 
     images = protocol.grid(network, few_step(nfe))
-    sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE").save(path)
+    _write(sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE"), path)
     return images
 
 
@@ -65,7 +68,7 @@ def save_diversity(protocol: FixedProtocol, network: nn.Module, nfe: int, path: 
     from twinrl.evaluation.grids import diversity_grid
 
     prompt, images = protocol.diversity(network, few_step(nfe), n)
-    diversity_grid(images, prompt, nfe=nfe).save(path)
+    _write(diversity_grid(images, prompt, nfe=nfe), path)
 
 
 def check_picture(path: Path) -> None:
@@ -102,9 +105,10 @@ def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, pat
         picture = sample_grid(torch.stack(images), prompts, title=f"{name}, {nfe} NFE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        _write(picture, path)
     except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
-        raise InputError(f"{path} cannot be written", got=error, fix="name a .png file in a writable folder") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written", got=why, fix="name a .png file in a writable folder") from error
 
 
 def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
@@ -125,15 +129,15 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, 
     """One sample of each class at up to ``most`` validations, noise fixed."""
     from twinrl.evaluation.grids import training_grid
 
-    files = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
-    if not files:
+    found = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
+    if not found:
         return
     chosen = [
-        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
+        found[round(i * (len(found) - 1) / max(1, min(most, len(found)) - 1))] for i in range(min(most, len(found)))
     ]
-    snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
+    snapshots = [tensors.load(file)["pixels"].float() / 127.5 - 1 for file in chosen]
     steps = [layout.step_of(file) for file in chosen]
-    training_grid(snapshots, steps, list(classes)).save(path)
+    _write(training_grid(snapshots, steps, list(classes)), path)
 
 
 def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
@@ -154,6 +158,11 @@ def save_norms(run: RunDirectory, path: Path) -> None:
     if not rows or names.grad("total", "norm_raw") not in rows[0]:
         return
     figures.save(figures.gradient_norms(rows, layout.read_events(run.path), title=run.path.name), path)
+
+
+def _write(picture: "Image", path: Path) -> None:
+    with files.publishing(path) as new:
+        picture.save(new)
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class RunDirectory:
         return self.exists and not set(known).isdisjoint(filter(None, launchers))
 
     def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
-        """Make the directory of a new run; ``fresh`` deletes an older one first.
+        """Make the directory of a new run; ``fresh`` deletes an older one first. The caller holds the lock.
 
         Arguments:
             settings: the configuration.
@@ -83,23 +83,27 @@ class RunDirectory:
             launchers: names of those that begin it, for their restarts.
 
         Raises:
-            InputError: a run exists here already (finished, to be resumed, or being trained with ``fresh``), or the
-                folder can't be written.
+            InputError: a run exists here already (finished, or to be resumed), or the folder can't be written.
         """
         if not fresh:
             self.refuse_existing()
-        try:
+        with self._writing():
             if self.exists:
-                self._clear()
+                self._clear((layout.LOCK, layout.MLFLOW))  # the new run's view is to replace that MLflow run
             self.samples.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
             self._note(environment.describe(), launchers)
             files.write_text(self.path / layout.CONFIG, dump(settings))  # last: with it the run exists
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"the run directory {self.path} cannot be written",
                 got=error.strerror,
-                fix="set run.dir to a writable folder",
+                fix="set run.dir to a writable folder, or mend its rights",
             ) from error
 
     def _note(self, described: Mapping[str, Any], launchers: Iterable[str]) -> None:
@@ -114,31 +118,43 @@ class RunDirectory:
 
     @contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
-        """For the process that trains the run: a second one would cut the log back under its feet.
+        """For the process that trains the run, before it looks at anything: two would cut each other's log.
 
-        The lock dies with its process.
+        The lock dies with its process. Where the input turns out wrong, what was made for it goes away.
 
         Raises:
-            InputError: another process has held it for ``patience`` seconds.
+            InputError: another process has held it for ``patience`` seconds, or the folder can't be written.
         """
         refusal = InputError(f"another process is training this run: {self.path}", fix="wait for it to end, or stop it")
-        with (self.path / layout.CONFIG).open() as file:
-            files.lock(file, refusal, patience)
-            yield
+        lock = self.path / layout.LOCK
+        new = [path for path in (lock, *lock.parents) if not path.exists()]
+        with ExitStack() as stack:
+            with self._writing():
+                stack.enter_context(files.locked(lock, refusal, patience))
+            try:
+                yield
+            except InputError:
+                self._leave(lock, new)
+                raise
 
-    def _clear(self) -> None:
-        """Delete everything but the name of the MLflow run, which the new run's view is to replace."""
-        view = self.path / layout.MLFLOW
-        published = view.read_bytes() if view.is_file() else None
-        with self.locked():
-            self.discard()
-        if published is not None:
-            self.path.mkdir()
-            view.write_bytes(published)
+    def _leave(self, lock: Path, new: Sequence[Path]) -> None:
+        """Delete the ``lock`` file of no run, and it and the folders that are ``new`` where nothing is in them."""
+        if lock in new or not self.exists:
+            lock.unlink(missing_ok=True)
+        with suppress(OSError):  # something is in it
+            for folder in dict.fromkeys((self.path, *new[1:])):
+                folder.rmdir()
+
+    def _clear(self, kept: Container[str] = (layout.LOCK,)) -> None:
+        """Delete what is in the directory; the configuration last, without which there is no run to be deleted."""
+        found = sorted(self.path.iterdir(), key=lambda path: path.name == layout.CONFIG)
+        for path in found:
+            if path.name not in kept:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def discard(self) -> None:
-        """Delete the directory."""
-        shutil.rmtree(self.path)
+        """Delete the run."""
+        self._clear()
 
     def refuse_existing(self) -> None:
         """Raises InputError where a run exists: finished, or to be resumed."""

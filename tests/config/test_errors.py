@@ -1,0 +1,24 @@
+"""What the system says of a file is one line: the file, its words, the likely fix."""
+
+import errno
+import os
+
+import pytest
+
+from twinrl.config.errors import of_system
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "; fix: make room on its disk"),
+        (errno.EROFS, "; fix: write elsewhere, or mount its disk for writing"),
+        (errno.EACCES, "; fix: mend its rights, or be its owner"),
+        (errno.EISDIR, ""),
+    ],
+)
+def test_one_line(number: int, fix: str) -> None:
+    said = os.strerror(number)
+    assert of_system(OSError(number, said, "runs/a\nb")) == f"runs/a b cannot be used; got {said}{fix}"
+    assert of_system(OSError(number, said)) == f"a file cannot be used; got {said}{fix}"
+    assert of_system(OSError(number, said, b"a", None, "b")).startswith("b cannot be used")

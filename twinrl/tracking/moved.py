@@ -1,0 +1,63 @@
+"""Run directories that were moved or copied, alone or with their store: each has one MLflow run, and it is here.
+
+A default store lies beside its run directories, so a move takes it along or leaves it behind.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from twinrl.config.errors import InputError
+from twinrl.run.layout import MLFLOW
+from twinrl.tracking import store
+from twinrl.tracking.mlflow_state import ViewState
+
+
+def find_again(state: ViewState) -> None:
+    """Let the bookkeeping speak of the store that was moved along, or, in a copy, of no MLflow run yet."""
+    beside = store.default_uri(state.folder.resolve().parent)
+    if state.store != store.shown(beside) and store.has_run(beside, state.run_id):
+        state.asked_for = state.asked_for and beside
+        state.store = store.shown(beside)
+    elif copied(state):
+        state.start_over(replaces=False)
+
+
+def copied(state: ViewState) -> bool:
+    """Whether the directory in which the state was written is another one that has it still."""
+    if state.home is None or state.home == state.here:
+        return False
+    with suppress(OSError, InputError):  # not there, not ours to read, or of something else
+        there = Path(state.home)
+        return (
+            (there / MLFLOW).is_file()
+            and not os.path.samefile(there, state.folder)
+            and ViewState.load(there).key == state.key
+        )
+    return False
+
+
+def check_there(state: ViewState, asked_for: str) -> None:
+    """Raises InputError where a moved run directory names a sqlite store that is gone: it would be made anew there."""
+    database = store.sqlite_path(asked_for)
+    if _moved(state) and state.run_id is not None and database is not None and not database.is_file():
+        raise InputError(
+            f"the MLflow store {database}, which has the run that was moved to {state.folder}, is gone",
+            fix="name its new place, or another store, with --tracking-uri",
+        )
+
+
+def _moved(state: ViewState) -> bool:
+    """Whether the state was written elsewhere; unknown, and so not, of older versions' states."""
+    return state.home not in (None, state.here)
+
+
+def leave(state: ViewState) -> None:
+    """Delete the MLflow run that a moved run directory has in the default store of its old place.
+
+    Raises:
+        one of :func:`twinrl.tracking.store.failures`.
+    """
+    database = store.sqlite_path(state.store or "")
+    if _moved(state) and state.run_id is not None and database is not None and database.is_file():
+        store.delete_run(store.connect(f"sqlite:///{database}"), state.run_id)
