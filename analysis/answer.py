@@ -34,13 +34,13 @@ def blocks(
     """
     question: list[PageBlock] = [Text(study.question)] if study.question else []
     glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
-    table: list[PageBlock] = [Table(glance)] if glance is not None else []
+    table: list[PageBlock] = [Table(glance, "glance")] if glance is not None else []
     told = Facts(facts(study, metric, lines, factors, effect))
     return [*question, told, *table, Text(INTERVALS_NOTE, note=True), *_left_out(study), Heading("The evidence")]
 
 
 def facts(
-    study: Study, metric: str, lines: Sequence[ArmLine], factors: Factors, effect: float = 1.0
+    study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float = 1.0
 ) -> list[tuple[str, str]]:
     """The questions and their answers; arguments as for :func:`blocks`."""
     made = [("Made by what?", study.note)] if study.note else []

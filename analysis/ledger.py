@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.config.errors import InputError
+from twinrl.machine import memory
 from twinrl.run import runlog
 
 LEDGER_FORMAT = "twinrl-ledger/1"
@@ -24,14 +25,15 @@ def read(path: Path, belongs: Callable[[str, str], bool]) -> list[dict[str, Any]
     """
     files = sorted(path.glob("*.jsonl")) + sorted(path.glob("ledger/*.jsonl")) if path.is_dir() else [path]
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for file in files:
-        for record in runlog.rows(file):
-            if record.get("format") != LEDGER_FORMAT:
-                raise InputError(f"{file} is no ledger", got=record.get("format"), expected=LEDGER_FORMAT,
-                                 fix="name another program's columns with --column")  # fmt: skip
-            mine = belongs(record["config_hash"], record["fingerprint"])
-            if mine and record["status"] in (*ENDED, "pruned"):
-                found[record["config_hash"], record["seed"]] = _from_record(record)
+    with memory.uncollected():
+        for file in files:
+            for record in runlog.rows(file):
+                if record.get("format") != LEDGER_FORMAT:
+                    raise InputError(f"{file} is no ledger", got=record.get("format"), expected=LEDGER_FORMAT,
+                                     fix="name another program's columns with --column")  # fmt: skip
+                mine = belongs(record["config_hash"], record["fingerprint"])
+                if mine and record["status"] in (*ENDED, "pruned"):
+                    found[record["config_hash"], record["seed"]] = _from_record(record)
     return list(found.values())
 
 
@@ -58,4 +60,5 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
         **failed(record.get("diverged"), step),
         "seconds": float(record.get("seconds", math.nan)),
         "directory": str(record.get("where", {}).get("directory", "")),
+        "rollbacks": math.nan,
     } | {name: float(runlog.decode(value)) for name, value in record["metrics"].items()}  # type: ignore[arg-type]

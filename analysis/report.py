@@ -3,7 +3,7 @@
     <out>/report.html      everything in one file        <out>/report.md      the same as Markdown
     <out>/figures/*.svg    and *.pdf, for papers         <out>/trials.csv     a study's table
 
-``metrics.parquet`` is written beside every run's log.
+``metrics.parquet`` is written beside every run's log, for the next report.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +62,7 @@ def report(
         )  # fmt: skip
     if mapping:
         log = other_logs.read(path, mapping)
-        page = run_page.build(Run(path, {}, log.rows), [], _made(figures))
+        page = run_page.build(Run.of(path, log.rows), [], _made(figures))
         if log.replaced:
             page.add(Text(f"{log.replaced} values were logged again for their step; the last ones count.", note=True))
     elif path.is_dir() and is_run(path):
@@ -94,6 +94,4 @@ def _of_run(run: Run, figures: Path) -> Page:
 def _of_study(
     study: StudyFrame, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
-    for run in study.runs.values():
-        layout.write_metrics(run.path)
     return study_page.build(study, figures, metric, effect, interactions)
