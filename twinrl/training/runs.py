@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from twinrl.run import environment, layout, runlog
 from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
 from twinrl.training import schema
+
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where PyYAML has it
 
 
 class EventLog(runlog.RunLog):
@@ -183,9 +185,10 @@ class RunDirectory:
         return found
 
 
-def dump(settings: schema.RunConfig) -> str:
-    """The configuration as YAML that loads to the same configuration."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(settings: schema.RunConfig, leave_out: Set[str] = frozenset()) -> str:
+    """The configuration as YAML that loads to the same configuration, but for the first keys to ``leave_out``."""
+    plain = settings.model_dump(mode="json", exclude=set(leave_out))
+    return yaml.dump(plain, Dumper=DUMPER, sort_keys=False, allow_unicode=True)
 
 
 def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mapping[str, Any]) -> None:
