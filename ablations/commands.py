@@ -152,10 +152,10 @@ def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str,
         "arms": [
             {
                 "name": arm,
-                "config_hash": trial.settings.hash,
+                "config_hash": trial.config_hash,
                 "levels": dict(trial.levels),
                 "steps": trial.settings.train.steps,
-                "fingerprint": version.fingerprints[trial.settings.hash],
+                "fingerprint": version.fingerprints[trial.config_hash],
             }
             for arm, trial in arms.items()
         ],

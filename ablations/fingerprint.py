@@ -12,7 +12,7 @@ import ast
 import hashlib
 import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
     ``processes`` sum in another order than one.
     """
     parts: dict[str, object] = {
-        "sources": first_with_its_numbers(sources(unused=unused(settings, processes))),
+        "sources": first_with_its_numbers(planned(unused(settings, processes))),
         "components": {module: source_hash(path) for module, path in sorted(own_modules(settings.numeric()))},
         "content": content_hash,
         "start": start_weights(settings.train.init),
@@ -64,6 +64,12 @@ def fingerprint(settings: "RunConfig", content_hash: str, processes: int = 1) ->
 def unused(settings: "RunConfig", processes: int = 1) -> tuple[str, ...]:
     """Files and folders of the package, relative to it, that a trial with ``settings`` runs nothing of."""
     return (() if settings.model.is_pretrained else WITHOUT_FAMILY) + (WITHOUT_RANKS if processes == 1 else ())
+
+
+@cache
+def planned(unused: tuple[str, ...]) -> str:
+    """:func:`sources` as this process found them first: what it plans is of one version of the code."""
+    return sources(unused=unused)
 
 
 def sources(package: Path = PACKAGE, unused: Sequence[str] = ()) -> str:
@@ -92,7 +98,12 @@ def first_with_its_numbers(digest: str) -> str:
 
 def releases_by_numbers() -> list[dict[str, list[str]]]:
     """Releases that give the same numbers together, oldest first: version → its :func:`digests`."""
-    return yaml.safe_load(RELEASES.read_text())
+    return _releases(RELEASES, RELEASES.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _releases(path: Path, modified: int) -> list[dict[str, list[str]]]:
+    return yaml.safe_load(path.read_text())
 
 
 def source_hash(path: Path) -> str:
@@ -157,9 +168,10 @@ def start_weights(init: str) -> str:
     if newest is None:
         return ""
     files = sorted(path for path in newest.rglob("*") if path.is_file() and path.name != layout.STATE)
-    return _digest(_content(path) for path in files)
+    return _digest(_content(path, path.stat().st_mtime_ns, path.stat().st_size) for path in files)
 
 
-def _content(path: Path) -> str:
+@lru_cache(maxsize=1024)
+def _content(path: Path, modified: int, size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

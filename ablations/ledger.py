@@ -18,13 +18,14 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import IO, Any
 
 from pydantic import ValidationError
 
 from twinrl.config import one_line
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, memory
 from twinrl.run import runlog, trial_lines
 from twinrl.run.trial_lines import LEDGER_FORMAT
 
@@ -34,7 +35,7 @@ RANK = {"failed": 0, "pruned": 1} | dict.fromkeys(FINAL, 2)
 LEDGER_PATIENCE_SECONDS = 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TrialRecord:
     """The outcome of a trial.
 
@@ -89,7 +90,7 @@ def provenance(directory: Path, revision: str | None) -> dict[str, Any]:
 
 
 class Ledger:
-    """Records in one or several files.
+    """Records in one or several files, of which only what is new is read again.
 
     Arguments:
         paths: files, or folders whose ``*.jsonl`` are all read. The first is written to; in a folder that is the
@@ -103,16 +104,38 @@ class Ledger:
         self.paths = paths
         first = paths[0]
         self.own = first if first.suffix == ".jsonl" else first / f"{socket.gethostname()}.jsonl"
+        self._known: dict[str, TrialRecord] = {}
+        self._ends: dict[Path, tuple[int, int]] = {}  # file → its inode, and the bytes of it that are known
+        self._reading = Lock()  # a study's table and its view in MLflow read in threads of their own
 
     def read(self) -> dict[str, TrialRecord]:
         """Key → record, of all files; a final record goes before a pruned and that before a failed one."""
-        found: dict[str, TrialRecord] = {}
-        for path in self._files():
-            for record in _records(path):
-                known = found.get(record.key)
+        with self._reading:
+            paths = list(self._files())
+            if any(path not in paths or not _grown(path, *end) for path, end in self._ends.items()):
+                self._known, self._ends = {}, {}
+            for path in paths:
+                self._learn(path)
+            return dict(self._known)
+
+    def _learn(self, path: Path) -> None:
+        """Take in the lines of a file that are not known yet."""
+        inode, end = self._ends.get(path, (0, 0))
+        try:
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                file.seek(end)
+                lines = file.read().split(b"\n")[:-1]  # what has no newline is no line
+        except OSError as error:
+            raise InputError(f"the ledger {path} can't be read", got=error.strerror) from error
+        with memory.uncollected():
+            for line in lines:
+                end += len(line) + 1
+                record = _parse(line, path, end)
+                known = self._known.get(key := record.key)
                 if known is None or RANK[record.status] > RANK[known.status]:
-                    found[record.key] = record
-        return found
+                    self._known[key] = record
+        self._ends[path] = inode, end
 
     def _files(self) -> Iterable[Path]:
         for path in self.paths:
@@ -147,7 +170,7 @@ def append(path: Path, record: TrialRecord) -> None:
     line = record.line().encode() + b"\n"
     with open(path, "ab+", buffering=0) as file:
         _lock(file, path)
-        length = path.read_bytes().rfind(b"\n") + 1
+        length = runlog.end_of_last_line(file.fileno())
         file.truncate(length)
         write_line(file, line, length)
 
@@ -175,20 +198,19 @@ def _lock(file: IO[bytes], path: Path) -> None:
     files.lock(file, refusal, LEDGER_PATIENCE_SECONDS)
 
 
-def _records(path: Path) -> Iterable[TrialRecord]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"the ledger {path} can't be read", got=error.strerror) from error
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # what has no newline is no line
-        yield _parse(line, path, number)
+def _grown(path: Path, inode: int, end: int) -> bool:
+    """Whether a file is the one that was read, with no less in it."""
+    found = path.stat()
+    return found.st_ino == inode and found.st_size >= end
 
 
-def _parse(line: bytes, path: Path, number: int) -> TrialRecord:
+def _parse(line: bytes, path: Path, end: int) -> TrialRecord:
+    """The record of a line that ends at byte ``end``."""
     try:
         return TrialRecord(**trial_lines.checked(json.loads(line)))
     except (ValueError, TypeError) as error:
         got = one_line(error.errors()) if isinstance(error, ValidationError) else repr(line[:60])
+        number = path.read_bytes()[:end].count(b"\n")
         raise InputError(
             f"{path}, line {number}, is not a ledger's", got=got, expected=f"a record of {LEDGER_FORMAT}",
             fix="name another --ledger, or delete the line",

@@ -13,7 +13,7 @@ Divergence need not be monotone in the rate; the bracket is then one such crossi
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -114,6 +114,7 @@ class Search:
     study: Study
     workspace: Workspace
     run: PlanRunner
+    _trials: dict[tuple[str, float, str | None], Trial] = field(default_factory=dict)
 
     def complete(self) -> tuple[list[Bracket], list[str]]:
         """Probe until every bracket is narrow, or a probe failed, the budget is used up or the study was stopped.
@@ -132,18 +133,17 @@ class Search:
 
     def known(self) -> list[Bracket]:
         """The brackets as far as the ledger has probes; none where the search has not begun."""
-        return self.state()[1] if self._started() else []
+        return self._brackets() if self._started() else []
 
     def state(self) -> tuple[list[Trial], list[Bracket]]:
         """The probes wanted next and the brackets, from the ledger alone."""
-        records, probes, brackets = self.workspace.ledger.read(), [], []
-        for seed in self.study.config.seeds:
-            for arm in self.study.arms:
-                bracket = self._bracket(arm, seed, records)
-                brackets.append(bracket)
-                if bracket.next is not None:
-                    probes.append(self.probe(arm, seed, bracket.next))
+        arms, brackets = {arm.name: arm for arm in self.study.arms}, self._brackets()
+        probes = [self.probe(arms[found.arm], found.seed, found.next) for found in brackets if found.next is not None]
         return probes, brackets
+
+    def _brackets(self) -> list[Bracket]:
+        records = self.workspace.ledger.read()
+        return [self._bracket(arm, seed, records) for seed in self.study.config.seeds for arm in self.study.arms]
 
     def _bracket(self, arm: Arm, seed: int, records: Mapping[str, TrialRecord]) -> Bracket:
         def healthy(rate: float) -> bool | None:
@@ -158,7 +158,10 @@ class Search:
         """The trial of an arm and a seed at a learning rate."""
         margin = self.study.config.margin
         start = str(self._start(seed).run.path) if margin.warmup_steps else None
-        return self._trial(probe_of(arm, margin, rate, start), seed)
+        key = (arm.name, rate, start)
+        if key not in self._trials:
+            self._trials[key] = self._trial(probe_of(arm, margin, rate, start), seed)
+        return self._trials[key].seeded(seed)
 
     def _start(self, seed: int) -> Trial:
         """The run whose last checkpoint every probe of a seed starts from."""

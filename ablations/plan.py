@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ablations.fingerprint import fingerprint, sources, unused
+from ablations.fingerprint import fingerprint, planned, unused
 from ablations.ledger import Ledger, TrialRecord
 from ablations.study import Arm, Resources, Study
 from ablations.trial import Task, environment, last_line
@@ -48,7 +48,7 @@ class Workspace:
     root: Path = DEFAULT_ROOT
     ledgers: tuple[Path, ...] = ()
 
-    @property
+    @cached_property
     def ledger(self) -> Ledger:
         """The ledger."""
         return Ledger(*(self.ledgers or (self.root / LEDGER_NAME,)))
@@ -64,7 +64,7 @@ class Trial:
 
     Attributes:
         arm: name of the arm. levels: its factor levels.
-        settings: the whole configuration, with seed, threads, device and folder.
+        settings: the whole configuration, with seed, threads, device and folder. config_hash: its hash.
         fingerprint: what else decides its numbers.
         unused: parts of twinrl that do not. sources: hash of the others, as the fingerprint found them.
     """
@@ -72,6 +72,7 @@ class Trial:
     arm: str
     levels: Mapping[str, str]
     settings: RunConfig
+    config_hash: str
     fingerprint: str
     unused: tuple[str, ...]
     sources: str
@@ -84,12 +85,17 @@ class Trial:
     @property
     def key(self) -> str:
         """As in the ledger."""
-        return f"{self.settings.hash}-s{self.settings.seed}-{self.fingerprint}"
+        return f"{self.config_hash}-s{self.settings.seed}-{self.fingerprint}"
 
     @property
     def run(self) -> RunDirectory:
         """Its run directory."""
-        return RunDirectory(self.settings.directory)
+        own = self.settings
+        return RunDirectory(own.run.dir / layout.folder_name(own.name, self.config_hash, own.seed))
+
+    def seeded(self, seed: int) -> "Trial":
+        """The arm's trial with another seed, which neither hash nor fingerprint depend on."""
+        return replace(self, settings=self.settings.model_copy(update={"seed": seed}))
 
 
 @dataclass(frozen=True)
@@ -135,9 +141,9 @@ class Plan:
 
 def make(study: Study, workspace: Workspace) -> Plan:
     """The plan of a study. Loads its data (for the content's hash), which the first time may build them."""
-    trials = [
-        trial_of(arm, seed, study.config.resources, workspace) for seed in study.config.seeds for arm in study.arms
-    ]
+    first, *others = study.config.seeds
+    trials = [trial_of(arm, first, study.config.resources, workspace) for arm in study.arms]
+    trials += [trial.seeded(seed) for seed in others for trial in trials[: len(study.arms)]]
     return Plan(study, workspace, trials, workspace.ledger.read())
 
 
@@ -153,7 +159,8 @@ def trial_of(arm: Arm, seed: int, resources: Resources, workspace: Workspace) ->
     found = fingerprint(settings, content_hash(settings), resources.workers)
     parts = unused(settings, resources.workers)
     place = settings.run.model_copy(update={"dir": workspace.root / found[:8]})
-    return Trial(arm.name, arm.levels, settings.model_copy(update={"run": place}), found, parts, sources(unused=parts))
+    settings = settings.model_copy(update={"run": place})
+    return Trial(arm.name, arm.levels, settings, arm.hash, found, parts, planned(parts))
 
 
 _HASHES: dict[tuple[str, ...], str] = {}
@@ -168,24 +175,35 @@ def content_hash(settings: RunConfig) -> str:
 
 
 def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
-    """The trial as its process needs it; writes the configuration that the process reads."""
-    folder = plan.workspace.study_folder(plan.study)
-    name = trial.run.path.name
-    config = folder / "configs" / trial.fingerprint[:8] / f"{name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(dump(trial.settings))
+    """The trial as its process needs it."""
+    folder = plan.workspace.study_folder(plan.study).resolve()
+    run = trial.run.path
+    output = folder / "outputs" / f"{trial.fingerprint[:8]}-{run.name}.txt"
     resources, stop = plan.study.config.resources, plan.study.config.stop
     steps = trial.settings.train.steps
     return Task(
-        title=trial.title, config_hash=trial.settings.hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
-        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(trial.run.path),
-        config=str(config.resolve()),
-        output=str((folder / "outputs" / f"{trial.fingerprint[:8]}-{name}.txt").resolve()),
+        title=trial.title, config_hash=trial.config_hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
+        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(run),
+        config=str(_configuration(trial, folder)), output=str(output),
         ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
         metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
-        stop=str((folder / "stop").resolve()), deadline=deadline,
+        stop=str(folder / "stop"), deadline=deadline,
         rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
     )  # fmt: skip
+
+
+def write_configurations(trials: Iterable[Trial], plan: Plan) -> None:
+    """Write what the trials' processes read. Seeds of an arm differ in one line."""
+    folder, texts = plan.workspace.study_folder(plan.study).resolve(), dict[str, str]()
+    for trial in trials:
+        if trial.arm not in texts:
+            texts[trial.arm] = dump(trial.settings, leave_out={"seed"})
+            _configuration(trial, folder).parent.mkdir(parents=True, exist_ok=True)
+        _configuration(trial, folder).write_text(f"{texts[trial.arm]}seed: {trial.settings.seed}\n")
+
+
+def _configuration(trial: Trial, folder: Path) -> Path:
+    return folder / "configs" / trial.fingerprint[:8] / f"{trial.run.path.name}.yaml"
 
 
 @cache

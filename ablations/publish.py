@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 from ablations.display import by_arm
 from ablations.ledger import TrialRecord
@@ -57,6 +57,7 @@ class StudyView:
         self._offsets: dict[str, int] = {}
         self._ended: set[str] = set()
         self._runs: dict[str, dict[str, str]] = {}
+        self._arms: dict[str, str] = {}
         self._paused_until = 0.0
         self.uri = store.resolve(uri, plan.workspace.root)
         try:
@@ -144,7 +145,7 @@ class StudyView:
         if not mine:
             return {f"study.{name}": trial.arm}
         place = {"study": name, "arm": trial.arm, "seed": seed, store.PARENT_TAG: arm}
-        return place | {"config_hash": trial.settings.hash, "fingerprint": trial.fingerprint}
+        return place | {"config_hash": trial.config_hash, "fingerprint": trial.fingerprint}
 
     def _place(self, trial: Trial, run: str) -> None:
         """Give a seed run its factor levels and its arm the link to the curves of its seeds."""
@@ -169,12 +170,18 @@ class StudyView:
             self.client.log_param(run, fitting(f"factor.{factor}"), level)
 
     def _arm(self, trial: Trial) -> str:
-        """Id of the arm's parent run."""
-        study = self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
-        key = f"arm/{self.plan.study.name}/{trial.arm}"
-        run = self._parent(key, trial.arm, {"level": "arm", "arm": trial.arm, store.PARENT_TAG: study})
-        self._levels(run, trial)
-        return run
+        """Id of the arm's parent run; the store is asked once, as a search goes through all its runs."""
+        if trial.arm not in self._arms:
+            key, tags = f"arm/{self.plan.study.name}/{trial.arm}", {"level": "arm", "arm": trial.arm}
+            run = self._parent(key, trial.arm, {**tags, store.PARENT_TAG: self._study})
+            self._levels(run, trial)
+            self._arms[trial.arm] = run
+        return self._arms[trial.arm]
+
+    @cached_property
+    def _study(self) -> str:
+        """Id of the study's parent run."""
+        return self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
 
     def _parent(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """Id of the run with ``key``, made if need be."""
@@ -208,21 +215,32 @@ class StudyView:
 
     def compare(self, summaries: Sequence[str]) -> str:
         """Link the study's run to the page that overlays its arms; the page's address."""
-        study = self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
-        return self._note(study, "the arms of this study, medians over seeds", summaries)
+        return self._note(self._study, "the arms of this study, medians over seeds", summaries)
 
     def summary(self, trial: Trial, curves: Mapping[str, Sequence[BandPoint]]) -> str:
         """A new summary run of the arm of ``trial`` with curves by metric; the one before is deleted."""
         arm, name = self._arm(trial), f"{trial.arm} (summary)"
-        older = f"tags.`{store.PARENT_TAG}` = '{arm}' and tags.level = 'summary'"
-        for run in self.client.search_runs([self.experiment], filter_string=older):
-            self.client.delete_run(run.info.run_id)
+        for older in self._summaries.pop(arm, []):
+            self.client.delete_run(older)
         tags = {"level": "summary", "study": self.plan.study.name, "arm": trial.arm, store.PARENT_TAG: arm}
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
+        self._summaries[arm] = [run]
         self._levels(run, trial)
         self._log(run, curves)
         self.client.set_terminated(run)
         return run
+
+    @cached_property
+    def _summaries(self) -> dict[str, list[str]]:
+        """Arm's run → its summary runs, found in one search."""
+        found: dict[str, list[str]] = {}
+        wanted, token = f"tags.study = '{_quoted(self.plan.study.name)}' and tags.level = 'summary'", None
+        while token != "":
+            page = self.client.search_runs([self.experiment], filter_string=wanted, page_token=token)
+            for run in page:
+                found.setdefault(run.data.tags.get(store.PARENT_TAG, ""), []).append(run.info.run_id)
+            token = page.token or ""
+        return found
 
     def _log(self, run: str, curves: Mapping[str, Sequence[BandPoint]]) -> None:
         from mlflow.entities import Metric

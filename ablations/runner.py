@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from ablations import cluster, ledger
 from ablations.cluster import Machine
 from ablations.display import Board, failure_lines
 from ablations.ledger import TrialRecord
-from ablations.plan import Plan, Trial, task_of
+from ablations.plan import Plan, Trial, task_of, write_configurations
 from ablations.study import Resources
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking, undisturbed
@@ -131,6 +130,7 @@ def _harvest(plan: Plan) -> Plan:
 def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str, Task]:
     """The trials' tasks by key. Raises InputError where their configurations can't be written."""
     try:
+        write_configurations(trials, plan)
         return {trial.key: task_of(trial, plan, deadline) for trial in trials}
     except OSError as error:
         raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
@@ -151,7 +151,7 @@ def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int
     placement = tune.PlacementGroupFactory(bundles(config.resources), strategy="STRICT_PACK")
     tuner = tune.Tuner(
         tune.with_resources(RayTrial, placement),
-        param_space={"task": tune.grid_search([asdict(task) for task in board.tasks.values()])},
+        param_space={"task": tune.grid_search(list(board.tasks.values()))},
         tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True, max_concurrent_trials=slots),
         run_config=tune.RunConfig(
             name="tune", storage_path=scratch, verbose=0,
@@ -205,10 +205,10 @@ class Follow(tune.Callback):
         return {}
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.board.start(Task(**trial.config["task"]).key)
+        self.board.start(trial.config["task"].key)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        task, last = Task(**trial.config["task"]), trial.last_result
+        task, last = trial.config["task"], trial.last_result
         halved = last.get("reason") == "rung"
         if halved:
             _note(self.plan, task, pruned(task, last["step"]))
@@ -217,7 +217,7 @@ class Follow(tune.Callback):
             self.ended(self.trials[task.key])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        task, message = Task(**trial.config["task"]), _message(trial.pickled_error_file)
+        task, message = trial.config["task"], _message(trial.pickled_error_file)
         where = ledger.provenance(Path(task.directory), task.revision)
         failed = TrialRecord(task.config_hash, task.seed, task.fingerprint, "failed", message=message, where=where)
         _note(self.plan, task, failed)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import Field, field_validator, model_validator
 
 from ablations.design import DESIGNS, Factors
-from twinrl.config import PRESETS, Settings, component, nearest, read_yaml, validate
+from twinrl.config import PRESETS, Settings, component, load_mapping, nearest, read_yaml, validate
 from twinrl.config.errors import InputError
 from twinrl.run import names
 from twinrl.training import schema
@@ -202,6 +202,11 @@ class Arm:
     levels: Mapping[str, str]
     settings: RunConfig
 
+    @cached_property
+    def hash(self) -> str:
+        """Of its settings."""
+        return self.settings.hash
+
 
 @dataclass(frozen=True)
 class Study:
@@ -238,12 +243,18 @@ class Study:
         _check_distinct(arms)
         return arms
 
-    def base(self, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-        """The configuration that arms start from, with ``{key.path: value}`` laid over it."""
+    @cached_property
+    def _base(self) -> tuple[dict[str, Any], str]:
+        """What the base says, and its name."""
         beside = self.folder / self.config.base
         preset = (PRESETS / f"{self.config.base}.yaml").is_file()
         base = str(beside) if not preset and beside.is_file() else self.config.base
-        return schema.load(base, [_assignment(k, v) for k, v in {**self.config.set, **(overrides or {})}.items()])
+        return load_mapping(base), Path(base).stem
+
+    def base(self, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+        """The configuration that arms start from, with ``{key.path: value}`` laid over it."""
+        values = {**self.config.set, **(overrides or {})}
+        return schema.made(*self._base, [_assignment(key, value) for key, value in values.items()])
 
     def _arm(self, name: str, chosen: Mapping[str, Any]) -> Arm:
         levels = {factor: str(level) for factor, level in chosen.items() if factor in self.factors}
@@ -280,7 +291,7 @@ class Study:
 def _check_distinct(arms: list[Arm]) -> None:
     names: dict[str, str] = {}
     for arm in arms:
-        same = names.setdefault(found := arm.settings.hash, arm.name)
+        same = names.setdefault(found := arm.hash, arm.name)
         if same != arm.name:
             raise InputError(
                 f"arms {same} and {arm.name} are equal", got=f"the same configuration {found}",

@@ -93,6 +93,10 @@ class Task:
         """Whether the run has its result."""
         return (self.path / layout.RESULT).is_file()
 
+    def __deepcopy__(self, memo: object) -> "Task":
+        """Itself, as nothing of it changes: Tune copies all trials' settings for each trial."""
+        return self
+
     def asked_to_stop(self) -> bool:
         """Whether the study wants its trials to end for now."""
         return Path(self.stop).exists() or (self.deadline is not None and time.time() > self.deadline)
@@ -299,7 +303,7 @@ class RayTrial(Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the task."""
-        self.task = Task(**config["task"])
+        self.task: Task = config["task"]
         self.rungs = list(self.task.rungs)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -29,9 +29,9 @@ class Version:
 
 def to_report(plan: Plan) -> Version:
     """Today's version, unless others have finished more of the study: then in each arm the one with the most seeds."""
-    today = {trial.settings.hash: trial.fingerprint for trial in plan.trials}
+    today = {trial.config_hash: trial.fingerprint for trial in plan.trials}
     own = sum(plan.record(trial) is not None for trial in plan.trials)
-    older = {config: _most(plan, config, fingerprint) for config, fingerprint in today.items()}
+    older = _older(plan, today)
     made = [record for records in older.values() for record in records]
     if own >= len(made):
         return Version(today, len(plan.trials) - own)
@@ -49,15 +49,19 @@ def hint(plan: Plan) -> str:
     )
 
 
-def _most(plan: Plan, config: str, today: str) -> Sequence[TrialRecord]:
-    """The finished trials of an arm by the other version that has most of them, of several the latest."""
+def _older(plan: Plan, today: Mapping[str, str]) -> dict[str, Sequence[TrialRecord]]:
+    """Of each arm the finished trials by the other version that has most of them, of several the latest."""
     seeds = {trial.settings.seed for trial in plan.trials}
-    found: dict[str, list[TrialRecord]] = {}
+    found: dict[str, dict[str, list[TrialRecord]]] = {config: {} for config in today}
     for record in plan.records.values():
-        mine = record.config_hash == config and record.seed in seeds
-        if mine and record.fingerprint != today and plan.counts(record):
-            found.setdefault(record.fingerprint, []).append(record)
-    return max(found.values(), key=lambda records: (len(records), max(map(_at, records))), default=[])
+        config, made_by = record.config_hash, record.fingerprint
+        if config in found and record.seed in seeds and made_by != today[config] and plan.counts(record):
+            found[config].setdefault(made_by, []).append(record)
+    return {config: max(versions.values(), key=_most, default=[]) for config, versions in found.items()}
+
+
+def _most(records: Sequence[TrialRecord]) -> tuple[int, str]:
+    return len(records), max(map(_at, records))
 
 
 def _at(record: TrialRecord) -> str:

@@ -34,7 +34,7 @@ def blocks(
     """
     question: list[PageBlock] = [Text(study.question)] if study.question else []
     glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
-    table: list[PageBlock] = [Table(glance)] if glance is not None else []
+    table: list[PageBlock] = [Table(glance, "glance")] if glance is not None else []
     told = Facts(facts(study, metric, lines, factors, effect))
     return [*question, told, *table, Text(INTERVALS_NOTE, note=True), *_left_out(study), Heading("The evidence")]
 

@@ -184,7 +184,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def _least_squares(blocks: Sequence[FactorColumns], seeds: np.ndarray, y: np.ndarray, scale: str) -> list[Effect]:
-    import statsmodels.api as sm
+    from statsmodels.regression.linear_model import OLS
 
     x = np.concatenate([np.ones((len(y), 1)), *(block.columns for block in blocks), seeds], axis=1)
     if x.shape[1] >= len(y):
@@ -194,7 +194,7 @@ def _least_squares(blocks: Sequence[FactorColumns], seeds: np.ndarray, y: np.nda
             expected=f"more than {x.shape[1]}",
             fix="add seeds",
         )
-    result = sm.OLS(y, x).fit()
+    result = OLS(y, x).fit()
     nothing = 1e-12 * np.abs(y).max()  # what rounding leaves where a column has no effect
     values = np.column_stack([result.params, result.conf_int(1 - LEVEL)])
     values[np.abs(values) < nothing] = 0

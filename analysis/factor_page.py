@@ -53,7 +53,7 @@ def estimate(study: StudyFrame, metric: str, interactions: Sequence[tuple[str, s
     reference = study.arm(study.base).iloc[0][list(study.factors)].to_dict()
     ended = study.trials[study.trials["status"].isin(ENDED)].copy()
     try:
-        ended[metric] = [values_of(ended.loc[[k]], metric).iloc[0] for k in ended.index]
+        ended[metric] = values_of(ended, metric).to_numpy()
         found = main_effects(ended, metric, study.factors, interactions, reference, bool(ended["diverged"].any()))
         odds = odds_effects(study.trials, study.factors, "diverged", interactions, reference)
     except InputError as error:
@@ -136,4 +136,4 @@ def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> l
         for effect in found
     )
     figure = plots.save(plots.effects(found, label), figures / f"{name}.svg")
-    return [Heading(label[0].upper() + label[1:], 3), Table(table), Picture(figure)]
+    return [Heading(label[0].upper() + label[1:], 3), Table(table, name), Picture(figure)]

@@ -7,6 +7,7 @@ A *run* is its log, one row a step (:func:`load_run`). A *study* is one row a tr
     diverged, time, kind        whether it failed; at which step, else the steps it was watched
     after, recovered            its failure began in (after, time]; whether its last evaluation was not bad any more
     seconds, directory          cost, and where its files are (empty if they are gone)
+    rollbacks                   how often it returned to a checkpoint; nan where its log is gone
     <metric with a slash>       last logged value, e.g. val/quality; nan where the run failed since
     <setting with a dot, or a factor's name>   level of each factor
 
@@ -21,8 +22,11 @@ import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from analysis import ledger
 from analysis.margins import Critical, from_brackets
@@ -46,17 +50,31 @@ class Run:
 
     Attributes:
         path: the directory. config: the resolved configuration, as nested plain values.
-        rows: the log, one mapping a step; non-finite numbers as floats.
-        events: lines of events.jsonl. result: how it ended; empty while it is unfinished.
+        result: how it ended; empty while it is unfinished.
         start: metrics of its start weights; None where they were not evaluated.
     """
 
     path: Path
     config: Mapping[str, Any]
-    rows: list[dict[str, Any]]
-    events: list[dict[str, Any]] = field(default_factory=list)
     result: Mapping[str, Any] = field(default_factory=dict)
     start: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, path: Path, rows: list[dict[str, Any]], events: Sequence[dict[str, Any]] = ()) -> "Run":
+        """What is known of a run without a directory: its log and events."""
+        run = cls(path, {})
+        vars(run).update(rows=rows, events=list(events))
+        return run
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The log, one mapping a step; non-finite numbers as floats. Read when first asked for."""
+        return layout.read_rows(self.path)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """Lines of events.jsonl."""
+        return layout.read_events(self.path)
 
     @property
     def name(self) -> str:
@@ -141,11 +159,10 @@ def load_run(path: Path) -> Run:
     """
     if not is_run(path):
         raise InputError(f"{path} is not a run directory", expected=f"a folder with {layout.CONFIG} and {layout.LOG}")
-    config, rows = layout.read_config(path), layout.read_rows(path)
-    if not rows:
-        raise InputError(f"the run {path} has no steps yet", fix="wait for its first checkpoint, or resume it")
-    ended = layout.read_result(path) or {}
-    return Run(path, config, rows, layout.read_events(path), ended, layout.read_start(path))
+    with (path / layout.LOG).open("rb") as file:
+        if not file.readline().endswith(b"\n"):
+            raise InputError(f"the run {path} has no steps yet", fix="wait for its first checkpoint, or resume it")
+    return Run(path, layout.read_config(path), layout.read_result(path) or {}, layout.read_start(path))
 
 
 def hash_of(folder: Path) -> str:
@@ -172,9 +189,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def trial_of(run: Run) -> dict[str, Any]:
     """The run's line in a study's table, without arm and factors."""
-    made = int(run.result.get("step", run.rows[-1]["step"]))
-    failure = run_divergence(run)
-    nonzero = [float(row.get(names.STEP_SECONDS) or 0) for row in run.rows]
+    log = layout.read_columns(run.path, _tells)
+    made = int(run.result.get("step", log.values["step"][-1]))
+    events = layout.read_events(run.path) if run.status == "diverged" else []
+    failure = verdict.of_columns(run.config, log, run.start, run.result, events)
+    seconds = log.values.get(names.STEP_SECONDS, np.zeros(0))
     return {
         "seed": int(run.config.get("seed", 0)),
         "config_hash": run.config_hash,
@@ -182,9 +201,15 @@ def trial_of(run: Run) -> dict[str, Any]:
         "step": made,
         "planned": int(run.config.get("train", {}).get("steps", made)),
         **ledger.failed(None if failure is None else vars(failure), made),
-        "seconds": math.fsum(value for value in nonzero if math.isfinite(value)),
+        "seconds": math.fsum(seconds[np.isfinite(seconds)].tolist()),
         "directory": str(run.path),
-    } | verdict.final_values(run.lasting, names.is_outcome, failure)
+        "rollbacks": log.rollbacks,
+    } | verdict.since(failure, log.last(names.is_outcome))
+
+
+def _tells(name: str) -> bool:
+    """Whether a study's table needs a series."""
+    return names.is_outcome(name) or verdict.telling(name) or name == names.STEP_SECONDS
 
 
 def run_divergence(run: Run) -> Diverged | None:

@@ -12,6 +12,7 @@ from analysis.frames import StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, holm, improvement, iqm, mean_t, mid_p, seeds_needed, wins
 from analysis.ledger import ENDED
 from twinrl.config.errors import InputError
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +218,7 @@ def judged(study: StudyFrame) -> "pd.Series":
     known = accuracies(study).notna().any(axis=1)
     columns = _prompts(study)
     for k, run in study.runs.items():
-        known[k] |= any(name in row for row in run.lasting for name in columns)
+        known[k] = known[k] or bool(layout.read_columns(run.path, columns.__contains__).last(columns.__contains__))
     return known & ~study.trials["diverged"]
 
 

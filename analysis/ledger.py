@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from twinrl.config import one_line
 from twinrl.config.errors import InputError
+from twinrl.machine import memory
 from twinrl.run import runlog, trial_lines
 from twinrl.run.trial_lines import LEDGER_FORMAT
 
@@ -27,15 +28,16 @@ def read(path: Path, belongs: Callable[[str, str], bool]) -> list[dict[str, Any]
     """
     files = sorted(path.glob("*.jsonl")) + sorted(path.glob("ledger/*.jsonl")) if path.is_dir() else [path]
     found: dict[tuple[str, int], dict[str, Any]] = {}
-    for file in files:
-        for number, line in enumerate(runlog.rows(file), 1):
-            if line.get("format") != LEDGER_FORMAT:
-                raise InputError(f"{file} is no ledger", got=line.get("format"), expected=LEDGER_FORMAT,
-                                 fix="name another program's columns with --column")  # fmt: skip
-            record = _checked(line, file, number)
-            mine = belongs(record["config_hash"], record["fingerprint"])
-            if mine and record["status"] in (*ENDED, "pruned"):
-                found[record["config_hash"], record["seed"]] = _from_record(record)
+    with memory.uncollected():
+        for file in files:
+            for number, line in enumerate(runlog.rows(file), 1):
+                if line.get("format") != LEDGER_FORMAT:
+                    raise InputError(f"{file} is no ledger", got=line.get("format"), expected=LEDGER_FORMAT,
+                                     fix="name another program's columns with --column")  # fmt: skip
+                record = _checked(line, file, number)
+                mine = belongs(record["config_hash"], record["fingerprint"])
+                if mine and record["status"] in (*ENDED, "pruned"):
+                    found[record["config_hash"], record["seed"]] = _from_record(record)
     return list(found.values())
 
 
@@ -72,4 +74,5 @@ def _from_record(record: Mapping[str, Any]) -> dict[str, Any]:
         **failed(record.get("diverged"), step),
         "seconds": float(record.get("seconds", math.nan)),
         "directory": str(record.get("where", {}).get("directory", "")),
+        "rollbacks": math.nan,
     } | {name: float(value) for name, value in record.get("metrics", {}).items()}

@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,20 @@ FOLDER = "report"
 REPORT_TAG = "twinrl.report"
 NONFINITE_PREFIX = "nonfinite/"
 """Before a metric's name: how many of its values were not finite."""
+MOST_LINKS = 60
 STATUS = {"FINISHED": "finished", "FAILED": "diverged"}
 """How a run ended by MLflow's status, where no tag says it."""
 LOCAL = "http://127.0.0.1:5000"
 
 
 def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """(name, address) of a page that overlays the runs' losses, and of every run; empty if none was published.
+    """(name, address) of a page that overlays the runs' losses, and of each run; empty if none was published.
 
-    A store that cannot be reached gives no links: the report does not depend on it.
+    Of many runs only the first :data:`MOST_LINKS` are there. A store that cannot be reached gives no links: the
+    report does not depend on it.
     """
-    published = {run.name: state for run in runs if (state := _state(run)) and state.get("run_id")}
+    states = ((run.name, state) for run in runs if (state := _state(run)) and state.get("run_id"))
+    published = dict(islice(states, MOST_LINKS))
     stores = {str(state["store"]) for state in published.values()}
     if len(stores) != 1:
         return []
@@ -45,7 +50,8 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
     except failures:
         return []
     ids = [state["run_id"] for state in published.values()]
-    overlay = ("all curves", ui.compare_url(base, next(iter(experiments.values())), ids))
+    title = "all curves" if len(ids) < MOST_LINKS else f"curves of the first {MOST_LINKS}"
+    overlay = (title, ui.compare_url(base, next(iter(experiments.values())), ids))
     return [overlay, *((n, ui.run_url(base, experiments[n], state["run_id"])) for n, state in published.items())]
 
 
@@ -66,23 +72,25 @@ def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
     try:
         with store.impatient():
             client = store.connect(uri)
-            found = [client.get_run(state["run_id"]) for state in states]
-            target = found[0] if len(found) == 1 else _above(client, found) or _for_reports(client, found[0], name)
+            run = cache(client.get_run)
+            first = run(states[0]["run_id"])
+            target = first if len(states) == 1 else _above(run, states) or _for_reports(client, first, name)
             client.log_artifacts(target.info.run_id, str(folder), FOLDER)
     except failures:
         return None
     return ui.run_url(uri if uri.startswith("http") else LOCAL, target.info.experiment_id, target.info.run_id)
 
 
-def _above(client: Any, runs: Sequence[Any]) -> Any | None:
-    """The topmost run that all ``runs`` are below of, by their parent tags; None if there is none."""
-    tops = []
-    for run in runs:
-        while parent := run.data.tags.get(store.PARENT_TAG):
-            run = client.get_run(parent)
-        tops.append(run)
-    same = len({top.info.run_id for top in tops}) == 1
-    return tops[0] if same else None
+def _above(run: Callable[[str], Any], states: Sequence[Mapping[str, Any]]) -> Any | None:
+    """The topmost run that all published ones are below of, by their parent tags; None if there is none.
+
+    Arguments:
+        run: id → MLflow run; an arm, which many runs are below of, is asked for once.
+    """
+    tops = {state["tags"].get(store.PARENT_TAG) or state["run_id"] for state in states}
+    while above := {parent for top in tops if (parent := run(top).data.tags.get(store.PARENT_TAG))}:
+        tops = above | {top for top in tops if not run(top).data.tags.get(store.PARENT_TAG)}
+    return run(tops.pop()) if len(tops) == 1 else None
 
 
 def _for_reports(client: Any, run: Any, name: str) -> Any:
@@ -101,7 +109,7 @@ def _is_gone(uri: str) -> bool:
     return database is not None and not database.is_file()
 
 
-def _state(run: Run) -> dict[str, str] | None:
+def _state(run: Run) -> dict[str, Any] | None:
     file = run.path / layout.MLFLOW
     return json.loads(file.read_text()) if file.is_file() else None
 
@@ -159,7 +167,7 @@ def _from_mlflow_run(client: Any, run: Any) -> dict[str, Any]:
         "config_hash": tags.get("config_hash", ""),
         "status": status,
         "step": step, "planned": int(params.get("train.steps", step)),
-        **ledger.failed(failure, step), "seconds": math.nan, "directory": "",
+        **ledger.failed(failure, step), "seconds": math.nan, "directory": "", "rollbacks": math.nan,
     }  # fmt: skip
     return settings | base | _outcomes(client, run)
 

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -33,6 +34,10 @@ figure{margin:1rem 0} figure img{max-width:100%;height:auto} figcaption{color:#5
 .facts dt{font-weight:600} .facts dd{margin:.1rem 0 .7rem;max-width:56rem} .facts dd:last-child{margin-bottom:0}
 @media print{body{margin:0;max-width:none} h2{break-after:avoid} figure{break-inside:avoid}}
 """
+MOST_ROWS = 60
+"""Rows of a table on a page; a longer one is in a file beside it."""
+PICTURE_BYTES = 600_000
+"""Pictures of samples inside a page; further ones are linked."""
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg"}
 
 
@@ -54,9 +59,24 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; numbers are shown with three digits."""
+    """A table; numbers are shown with three digits. Of a long one the page shows the first rows.
+
+    Attributes:
+        name: of the file that holds all rows of a long one.
+    """
 
     frame: "pd.DataFrame"
+    name: str = "table"
+
+    @property
+    def file(self) -> str:
+        """Where all its rows are, beside the page; empty where the page has them."""
+        return f"tables/{self.name}.csv" if len(self.frame) > MOST_ROWS else ""
+
+    @property
+    def said(self) -> str:
+        """What a reader must know of a long one."""
+        return f"The first {MOST_ROWS} of {len(self.frame):,} rows; all of them:"
 
 
 @dataclass(frozen=True)
@@ -103,20 +123,23 @@ class Page:
         self.blocks.extend(blocks)
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        """Write ``report.md`` and ``report.html`` into ``folder``; returns both paths."""
+        """Write ``report.md`` and ``report.html``, and long tables, into ``folder``; returns both paths."""
         markdown, page = folder / "report.md", folder / "report.html"
+        for table in (block for block in self.blocks if isinstance(block, Table) and block.file):
+            (folder / table.file).parent.mkdir(exist_ok=True)
+            files.write_text(folder / table.file, table.frame.map(cell).to_csv(index=False))
         files.write_text(markdown, self.markdown(folder))
-        files.write_text(page, self.html())
+        files.write_text(page, self.html(folder))
         return markdown, page
 
     def markdown(self, folder: Path) -> str:
         """The page as Markdown, its images referred to relative to ``folder``."""
         return "\n\n".join([f"# {self.title}", *(_markdown(block, folder) for block in self.blocks)]) + "\n"
 
-    def html(self) -> str:
-        """The page as HTML with style and images inside."""
+    def html(self, folder: Path) -> str:
+        """The page as HTML with style and images inside; what is too much for a page is linked, as in ``folder``."""
         title = html.escape(self.title)
-        body = "\n".join(_html(block) for block in self.blocks)
+        body = "\n".join(_html(block, folder) for block in self.blocks)
         head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
         return (
             f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n'
@@ -151,7 +174,8 @@ def _markdown(block: PageBlock, folder: Path) -> str:
         case Text(text, note):
             return f"*{text}*" if note else text
         case Table(frame):
-            return _markdown_table(frame)
+            more = f"\n\n{block.said} [{block.file}]({block.file})" if block.file else ""
+            return _markdown_table(frame[:MOST_ROWS]) + more
         case Picture(path, caption):
             return f"![{caption}]({_relative(path, folder)})" + (f"\n\n{caption}" if caption else "")
         case Gallery(pictures):
@@ -180,19 +204,20 @@ def _relative(path: Path, folder: Path) -> str:
 # --- HTML -------------------------------------------------------------------------------------------------
 
 
-def _html(block: PageBlock) -> str:
+def _html(block: PageBlock, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return f"<h{level}>{html.escape(text)}</h{level}>"
         case Text(text, note):
             return f"<p{' class=note' if note else ''}>{html.escape(text)}</p>"
         case Table(frame):
-            return _html_table(frame)
+            more = f'<p class=note>{block.said} <a href="{block.file}">{block.file}</a></p>' if block.file else ""
+            return _html_table(frame[:MOST_ROWS]) + more
         case Picture(path, caption):
             below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
             return f'<figure><img alt="{html.escape(caption, quote=True)}" src="{data_uri(path)}">{below}</figure>'
         case Gallery(pictures):
-            return f"<div class=grids>{''.join(_html(picture) for picture in pictures)}</div>"
+            return _html_gallery(pictures, folder)
         case Links(targets):
             items = (
                 f'<li><a href="{html.escape(to, quote=True)}">{html.escape(name)}</a></li>' for name, to in targets
@@ -201,6 +226,15 @@ def _html(block: PageBlock) -> str:
         case Facts(pairs):
             texts = (f"<dt>{html.escape(question)}</dt><dd>{html.escape(answer)}</dd>" for question, answer in pairs)
             return f"<dl class=facts>{''.join(texts)}</dl>"
+
+
+def _html_gallery(pictures: Sequence[Picture], folder: Path) -> str:
+    """Pictures as far as a page can hold them, the first in any case; links to the others."""
+    sizes = accumulate(picture.path.stat().st_size for picture in pictures)
+    inside = max(1, sum(size <= PICTURE_BYTES for size in sizes))
+    shown = "".join(_html(picture, folder) for picture in pictures[:inside])
+    others = Links([(picture.caption, _relative(picture.path, folder)) for picture in pictures[inside:]])
+    return f"<div class=grids>{shown}</div>" + (_html(others, folder) if others.targets else "")
 
 
 def _html_table(frame: "pd.DataFrame") -> str:

@@ -3,8 +3,10 @@
 Each function returns a matplotlib ``Figure`` that pyplot does not know; :func:`save` writes SVG, PDF and PNG.
 """
 
+import io
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,16 +32,23 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 INK, GREY = "#202124", "#5f6368"
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
+MOST_LINES = 60  # of a figure with a line for each arm or effect
+MOST_POINTS = 2000  # of a curve: more than a figure has pixels
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write ``path`` (``*.svg``) and the same as PDF beside it; returns ``path``."""
+    """Write ``path`` (``*.svg``) and, unless it is there of the same figure, a PDF beside it; returns ``path``."""
     import matplotlib
 
+    page, picture = path.with_suffix(".pdf"), io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "twinrl", "pdf.fonttype": 42}):
-        for target, date in ((path, "Date"), (path.with_suffix(".pdf"), "CreationDate")):
-            with files.publishing(target) as new:
-                figure.savefig(new, facecolor="white", metadata={date: None})
+        figure.savefig(picture, format="svg", facecolor="white", metadata={"Date": None})
+        if not (page.is_file() and path.is_file() and path.read_bytes() == picture.getvalue()):
+            figure.set_layout_engine("none")  # once found it stays
+            with files.publishing(page) as new:
+                figure.savefig(new, format="pdf", facecolor="white", metadata={"CreationDate": None})
+            with files.publishing(path) as new:
+                new.write_bytes(picture.getvalue())
     return path
 
 
@@ -83,6 +92,8 @@ def forest(
     Arguments:
         rows: name → interval, drawn from the top. label: of the axis. reference: drawn as a line.
     """
+    label += _left_out(len(rows))
+    rows = dict(islice(rows.items(), MOST_LINES))
     figure, axes = _figure(size=(6.4, 0.9 + 0.34 * len(rows)))
     axis = axes[0, 0]
     low, high = _limits(list(rows.values()), reference, log_scale)
@@ -98,6 +109,11 @@ def forest(
     axis.grid(axis="y", visible=False)
     _label(axis, label, "")
     return figure
+
+
+def _left_out(count: int) -> str:
+    """What the label of a figure says where it has not all of ``count`` lines."""
+    return f"; the first {MOST_LINES} of {count:,}" if count > MOST_LINES else ""
 
 
 def _limits(intervals: Sequence[Interval], reference: float | None, log_scale: bool) -> tuple[float, float]:
@@ -133,6 +149,8 @@ def _whisker(axis: "Axes", at: int, interval: Interval, low: float, high: float)
 
 def arms(lines: Sequence[ArmLine], values: Mapping[str, "pd.Series"], metric: str, better: str) -> "Figure":
     """Every seed as a dot, the interquartile mean and its interval over it; diverged seeds at the edge."""
+    cut, lines = _left_out(len(lines)), lines[:MOST_LINES]
+    values = {line.arm: values[line.arm] for line in lines}
     figure, axes = _figure(size=(6.4, 1.0 + 0.42 * len(lines)))
     axis = axes[0, 0]
     finite = np.concatenate([v[np.isfinite(v)].to_numpy(float) for v in values.values()] or [np.zeros(1)])
@@ -152,7 +170,7 @@ def arms(lines: Sequence[ArmLine], values: Mapping[str, "pd.Series"], metric: st
     axis.set_yticks(range(len(lines)), [f"{line.arm}  (n = {line.n})" for line in lines], fontsize=9)
     axis.set_ylim(len(lines) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)
-    _label(axis, f"{metric} ({better} is better)", "")
+    _label(axis, f"{metric} ({better} is better){cut}", "")
     return figure
 
 
@@ -204,6 +222,7 @@ def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "
 
 def prompts(accuracy: "pd.DataFrame") -> "Figure":
     """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades; NaN as such, on none."""
+    cut, accuracy = _left_out(accuracy.shape[1]), accuracy.iloc[:, :MOST_LINES]
     height, width = accuracy.shape
     figure, axes = _figure(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
     axis = axes[0, 0]
@@ -216,6 +235,7 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
         axis.text(column, row, shown, ha="center", va="center", fontsize=8, color=ink)
     axis.set_xticks(range(width), list(accuracy.columns), fontsize=8, rotation=30, ha="right")
     axis.set_yticks(range(height), list(accuracy.index), fontsize=8)
+    _label(axis, cut.removeprefix("; "), "")
     return figure
 
 
@@ -230,9 +250,8 @@ def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
     figure, axes = _figure(size=(7.2, 3.8))
     axis = axes[0, 0]
     for k, (label, name) in enumerate(series.items()):
-        values = frame[name].astype(float)
         tint = INK if k == 0 else colour(k - 1)
-        axis.plot(frame["step"], values.where(np.isfinite(values)), color=tint, label=label,
+        axis.plot(*drawn(frame["step"], frame[name]), color=tint, label=label,
                   linewidth=0.9, alpha=0.9, zorder=3 - 0.1 * k)  # fmt: skip
     for spike in spikes:
         axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.35, zorder=0)
@@ -240,6 +259,21 @@ def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
     axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6)
     _label(axis, "training step (vertical lines: spikes)", "gradient norm before clipping")
     return figure
+
+
+def drawn(x: "pd.Series | pd.Index", y: "pd.Series", most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """The points of a curve, of many the lowest and the highest of every stretch; what is not finite is a gap."""
+    at, values = x.to_numpy(), y.to_numpy(float)
+    values = np.where(np.isfinite(values), values, np.nan)
+    if len(values) <= most:
+        return at, values
+    width = math.ceil(2 * len(values) / most)
+    starts = np.arange(0, len(values), width)
+    padded = np.pad(values, (0, len(starts) * width - len(values)), constant_values=np.nan).reshape(-1, width)
+    lowest = starts + np.where(np.isnan(padded), np.inf, padded).argmin(axis=1)
+    highest = starts + np.where(np.isnan(padded), -np.inf, padded).argmax(axis=1)
+    kept = np.unique([lowest, highest])
+    return at[kept], values[kept]
 
 
 def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -> "Figure":
@@ -296,13 +330,12 @@ def against_arm(run: Run, others: Sequence[Run], metric: str = names.GRAD_TOTAL_
     axis = axes[0, 0]
     columns = [other.frame().drop_duplicates("step", keep="last").set_index("step")[metric] for other in others]
     band = pd.concat(columns, axis=1).astype(float).quantile([0.1, 0.5, 0.9], axis=1).T
-    axis.fill_between(band.index, band[0.1], band[0.9], color=colour(0), alpha=0.2, linewidth=0)
-    axis.plot(
-        band.index, band[0.5], color=colour(0), linewidth=1.2, label=f"median and 10–90 % of {len(others)} others"
-    )
+    shown = band.iloc[:: math.ceil(len(band) / MOST_POINTS)]
+    axis.fill_between(shown.index, shown[0.1], shown[0.9], color=colour(0), alpha=0.2, linewidth=0)
+    label = f"median and 10–90 % of {len(others)} others"
+    axis.plot(*drawn(band.index, band[0.5]), color=colour(0), linewidth=1.2, label=label)
     frame = run.frame()
-    values = frame[metric].astype(float)
-    axis.plot(frame["step"], values.where(np.isfinite(values)), color=COLOURS[1], linewidth=0.9, label="this run")
+    axis.plot(*drawn(frame["step"], frame[metric]), color=COLOURS[1], linewidth=0.9, label="this run")
     axis.set_yscale("log")
     axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2)
     _label(axis, "training step", metric)

@@ -3,11 +3,11 @@
     <out>/report.html      everything in one file        <out>/report.md      the same as Markdown
     <out>/figures/*.svg    and *.pdf, for papers         <out>/trials.csv     a study's table
 
-``metrics.parquet`` is written beside every run's log.
+``metrics.parquet`` is written beside every run's log, for the next report.
 """
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def report(
         )  # fmt: skip
     if mapping:
         log = other_logs.read(path, mapping)
-        page = run_page.build(Run(path, {}, log.rows), [], _made(figures))
+        page = run_page.build(Run.of(path, log.rows), [], _made(figures))
         if log.replaced:
             page.add(Text(f"{log.replaced} values were logged again for their step; the last ones count.", note=True))
     elif path.is_dir() and is_run(path):
@@ -88,27 +88,11 @@ def _made(folder: Path) -> Path:
 
 
 def _of_run(run: Run, figures: Path) -> Page:
-    unwritten = _tables([run])
-    page = run_page.build(run, siblings(run), figures)
-    page.add(*unwritten)
-    return page
-
-
-def _tables(runs: Iterable[Run]) -> list[Text]:
-    """Write the runs' logs as tables beside them; a note if a folder takes none, as on a read-only disk."""
-    try:
-        for run in runs:
-            layout.write_metrics(run.path)
-    except OSError as error:
-        why = f"{error.filename}: {error.strerror}"
-        return [Text(f"{layout.METRICS} could not be written beside every log; got {why}.", note=True)]
-    return []
+    layout.write_metrics(run.path)
+    return run_page.build(run, siblings(run), figures)
 
 
 def _of_study(
     study: StudyFrame, figures: Path, metric: str | None, effect: float, interactions: Sequence[tuple[str, str]]
 ) -> Page:
-    unwritten = _tables(study.runs.values())
-    page = study_page.build(study, figures, metric, effect, interactions)
-    page.add(*unwritten)
-    return page
+    return study_page.build(study, figures, metric, effect, interactions)

@@ -28,7 +28,7 @@ from analysis.survival import (
     times_of,
 )
 from twinrl.config.errors import InputError
-from twinrl.run import layout, names, runlog
+from twinrl.run import layout, names
 from twinrl.stability.divergence import FALL, NEVER_WHOLE
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _ranking(study: StudyFrame, metric: str, effect: float, figures: Path) -> tu
     direction = "higher" if higher_is_better(metric) else "lower"
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
-    blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base))]
+    blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base), "ranking")]
     blocks.append(Picture(figure, "Dot: a seed; line: interquartile mean with its 95 % interval."))
     return lines, [*blocks, Text(RANKING_NOTE, note=True)]
 
@@ -118,8 +118,8 @@ def _survival(study: StudyFrame, figures: Path) -> list[PageBlock]:
     arms = {arm: times_of(study.arm(arm)) for arm in study.arms}
     horizon = float(study.trials["planned"].max())
     table = survival_table(arms, study.base, horizon)
-    blocks: list[PageBlock] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table)]
-    if rescued := sum(runlog.rollbacks(run.rows) > 0 for k, run in study.runs.items() if not study.trials.diverged[k]):
+    blocks: list[PageBlock] = [Heading("Time to divergence"), Text(_survival_text(arms)), Table(table, "divergence")]
+    if rescued := int(((study.trials["rollbacks"] > 0) & ~study.trials["diverged"]).sum()):
         blocks.append(Text(f"Rolled back to a checkpoint on the way, and not diverged: {rescued} of the runs."))
     blocks += [Text(line) for line in told(study.trials)]
     if any(times.events for times in arms.values()):
@@ -205,7 +205,7 @@ def _critical(study: StudyFrame, figures: Path) -> list[PageBlock]:
     names = list(dict.fromkeys(rate.arm for rate in rates))
     found = {name: critical_margin(rates, name, base) for name in names if name != base}
     rows = [_critical_row(name, rates, base, found.get(name)) for name in names]
-    blocks: list[PageBlock] = [Heading("Critical learning rate"), Table(pd.DataFrame(rows))]
+    blocks: list[PageBlock] = [Heading("Critical learning rate"), Table(pd.DataFrame(rows), "critical")]
     if shown := {name: margin for name, margin in found.items() if margin is not None}:
         figure = plots.forest(shown, f"margin over {base} (doublings of the learning rate)", reference=0.0)
         blocks.append(Picture(plots.save(figure, figures / "margins.svg")))
@@ -284,7 +284,7 @@ def _prompts(study: StudyFrame, figures: Path) -> list[PageBlock]:
         f"Collapsed: below {percent(COLLAPSED)} of its samples are recognised, or nan, as samples of it were not "
         "finite. Diverged runs are not counted here."
     )
-    return [Heading("Prompts"), Table(table), Picture(figure, caption), Text(note, note=True)]
+    return [Heading("Prompts"), Table(table, "prompts"), Picture(figure, caption), Text(note, note=True)]
 
 
 def _cost(study: StudyFrame) -> list[PageBlock]:
@@ -305,7 +305,7 @@ def _cost(study: StudyFrame) -> list[PageBlock]:
             "hours in all": float(trials["seconds"].sum() / 3600),
         })  # fmt: skip
     note = "Training steps, without validation. The ratio is paired by seed; it means something on one machine only."
-    return [Heading("Cost"), Table(pd.DataFrame(rows)), Text(note, note=True)]
+    return [Heading("Cost"), Table(pd.DataFrame(rows), "cost"), Text(note, note=True)]
 
 
 # --- samples and links ------------------------------------------------------------------------------------

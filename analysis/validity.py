@@ -243,7 +243,7 @@ def recurrences(studies: int) -> Iterator[ValidityRow]:
              "t": (rng.random(32) ** 2).tolist(), "branches": rng.choice(["mul", "any", "adv"], 32).tolist()}
             for k in range(12)
         ]  # fmt: skip
-        rows += bool(spikes.recurring_rows(Run(Path(), {}, [], events)))
+        rows += bool(spikes.recurring_rows(Run.of(Path(), [], events)))
         places += bool(clusters.clusters(events, draws=200, seed=int(rng.integers(1 << 30))))
     yield ValidityRow("recurring data rows", "random batches", 12, LEVEL, rows / studies, studies)
     yield ValidityRow("clusters in t and branches", "random batches", 12, LEVEL, places / studies, studies)

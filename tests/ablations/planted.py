@@ -4,8 +4,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from ablations import fingerprint, runner, trial
 from ablations import plan as plans
+from ablations import runner, trial
 from ablations.display import Board
 from ablations.plan import Plan, Trial
 from ablations.runner import Runner
@@ -52,9 +51,6 @@ class Planted:
         monkeypatch.setattr(runner, "_tune", self.tune)
         monkeypatch.setattr(Runner, "_slots", lambda this, resources: 1)
         monkeypatch.setattr(plans, "content_hash", lambda settings: "content")
-        once = cache(fingerprint.sources)  # they do not change meanwhile
-        monkeypatch.setattr(fingerprint, "sources", once)
-        monkeypatch.setattr(plans, "sources", once)
 
     def advance(self, task: Task, rung: int | None = None) -> str:
         """As ``ablations.trial.advance``."""
@@ -85,7 +81,7 @@ class Planted:
         follow, scheduler = runner.Follow(plan, board, ended), runner._scheduler(plan)
         for number, task in enumerate(board.tasks.values()):
             self.begun.append(task.title)
-            one = SimpleNamespace(trial_id=str(number), config={"task": asdict(task)}, last_result={})
+            one = SimpleNamespace(trial_id=str(number), config={"task": task}, last_result={})
             scheduler.on_trial_add(None, one)
             follow.on_trial_start(0, [], one)
             try:

@@ -22,7 +22,7 @@ def lines(tmp_path: Path, width: int = 80, **content: object) -> list[str]:
     """The rows of a plan's table, without its title and head."""
     config = StudyConfig.model_validate({"name": "mine", "base": "twinflow"} | content)
     study = Study(config)
-    trials = [Trial(arm.name, arm.levels, arm.settings, "f" * 16, (), "s") for arm in study.arms]
+    trials = [Trial(arm.name, arm.levels, arm.settings, arm.settings.hash, "f" * 16, (), "s") for arm in study.arms]
     console = Console(file=StringIO(), width=width)
     console.print(arms_table(Plan(study, Workspace(tmp_path), trials)))
     shown = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -71,6 +71,38 @@ def test_a_line_that_fits_in_part_is_undone(tmp_path: Path) -> None:
     assert book.own.read_bytes() == before
 
 
+def test_a_second_reading_takes_in_what_is_new_and_forgets_what_is_gone(tmp_path: Path) -> None:
+    first, other = replace(DONE, seed=1), replace(DONE, seed=2)
+    book = Ledger(tmp_path / "books")
+    book.own.parent.mkdir()
+    book.append(DONE)
+    before = book.read()
+    Ledger(book.own).append(first)  # another process
+    assert list(book.read()) == [DONE.key, first.key]
+    assert list(before) == [DONE.key], "what was read before is a snapshot"
+    beside = Ledger(tmp_path / "books" / "zz.jsonl")
+    beside.append(other)
+    assert list(book.read()) == [DONE.key, first.key, other.key]
+    book.own.write_text(first.line() + "\n")  # shorter
+    assert list(book.read()) == [first.key, other.key]
+    beside.own.unlink()
+    assert list(book.read()) == [first.key]
+    longer = tmp_path / "new"
+    longer.write_text(DONE.line() + "\n" + other.line() + "\n")
+    longer.replace(book.own)  # another file
+    assert list(book.read()) == [DONE.key, other.key]
+
+
+def test_a_foreign_line_that_comes_later_is_named_by_its_number(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "a.jsonl")
+    book.append(DONE)
+    book.read()
+    with book.own.open("a") as file:
+        file.write("no record\n")
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2, is not a ledger's"):
+        book.read()
+
+
 def test_ledgers_of_several_machines_add_up(tmp_path: Path) -> None:
     failed, pruned = replace(DONE, status="failed", metrics={}), replace(DONE, seed=1, status="pruned")
     mine, other = Ledger(tmp_path / "mine.jsonl"), Ledger(tmp_path / "shared" / "there.jsonl")

@@ -2,11 +2,13 @@
 
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ablations import fingerprint as prints
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.plan import MeasuredCost, Plan, Trial, Workspace, measure, remaining_seconds, shortened
@@ -59,7 +61,7 @@ def plan_of(tmp_path: Path) -> Callable[..., Plan]:
 
     def make(*overrides: str) -> Plan:
         settings = schema.load("twinflow", [f"{key}={value}" for key, value in TINY.items()] + list(overrides))
-        trial = Trial("arm", {}, settings, "f" * 16, (), "")
+        trial = Trial("arm", {}, settings, settings.hash, "f" * 16, (), "")
         return Plan(studies.load(write(tmp_path / "study.yaml")), Workspace(tmp_path), [trial])
 
     return make
@@ -107,3 +109,25 @@ def test_the_cost_of_a_trial_is_what_is_fixed_and_its_steps(plan_of: Callable[..
     timing, made = MeasuredCost(step=0.5, fixed=10), plan_of("train.steps=100")
     assert timing.trial(100) == 60
     assert [remaining_seconds(made, timing, slots) for slots in (1, 2)] == [60, 30]
+
+
+def test_trials_share_what_a_seed_does_not_change_and_are_what_their_settings_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, once = [], cache(prints.planned.__wrapped__)
+    monkeypatch.setattr(plans, "content_hash", lambda settings: "content")
+    monkeypatch.setattr(prints, "sources", lambda unused: listed.append(unused) or "sources")
+    for module in (prints, plans):
+        monkeypatch.setattr(module, "planned", once)
+    plan = plans.make(studies.load(write(tmp_path / "study.yaml", seeds=3)), Workspace(tmp_path / "work"))
+    plans.write_configurations(plan.trials, plan)
+    assert len(listed) == 1, "the sources are read once for all trials of a kind"
+    assert [trial.title for trial in plan.trials] == [
+        f"rate={rate} s{seed}" for seed in range(3) for rate in ("small", "large")
+    ]
+    for trial in plan.trials:
+        assert trial.config_hash == trial.settings.hash
+        assert trial.run.path == trial.settings.directory
+        assert trial.fingerprint == prints.fingerprint(trial.settings, "content")
+        assert schema.load(plans.task_of(trial, plan).config) == trial.settings
+    assert len({trial.key for trial in plan.trials}) == 6

@@ -1,24 +1,28 @@
 import json
+import math
 import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from analysis import cli, plots
+from analysis import page as page_module
 from analysis.intervals import Interval
 from analysis.page import Gallery, Heading, Links, Page, Picture, Table, Text, cell
 from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking import stores
 from twinrl.config.errors import InputError
-from twinrl.run import layout
+from twinrl.run import layout, runlog
 from twinrl.tracking import store
 
 
@@ -130,6 +134,20 @@ def test_a_figure_that_is_drawn_again_is_the_same(tmp_path: Path) -> None:
     for kind in (".svg", ".pdf"):
         first, second = ((tmp_path / name).with_suffix(kind).read_bytes() for name in ("first.svg", "second.svg"))
         assert first == second
+
+
+def test_a_pdf_is_drawn_again_where_its_figure_has_changed(tmp_path: Path) -> None:
+    path = tmp_path / "a.svg"
+    seen = []
+    for high in (2.0, 2.0, 3.0):
+        plots.save(plots.forest({"a": Interval(1.0, 0.5, high, 5, "")}, "hazard ratio"), path)
+        stat = path.with_suffix(".pdf").stat()
+        seen.append((stat.st_mtime_ns, path.with_suffix(".pdf").read_bytes()))
+    assert seen[0] == seen[1]
+    assert seen[1][1] != seen[2][1]
+    path.with_suffix(".pdf").unlink()
+    plots.save(plots.forest({"a": Interval(1.0, 0.5, 3.0, 5, "")}, "hazard ratio"), path)
+    assert path.with_suffix(".pdf").read_bytes() == seen[2][1]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -319,7 +337,7 @@ def test_text_cannot_break_a_page(tmp_path: Path) -> None:
     table = pd.DataFrame({"arm|x": ["<b>|"], "value": [0.5]})
     page = Page("<t>", [Heading("a<b"), Text("x & y", note=True), Table(table), Gallery([Picture(picture, '"q"')]),
                         Links([("here", 'http://x/"y')])])  # fmt: skip
-    html = page.html()
+    html = page.html(tmp_path)
     assert "<b>" not in html
     assert "&lt;b&gt;|" in html
     assert 'href="http://x/&quot;y"' in html
@@ -349,3 +367,78 @@ def test_open_intervals_are_drawn_as_arrows(tmp_path: Path) -> None:
     texts = {text.get_text() for text in figure.axes[0].texts}
     assert texts == {"no estimate", "estimate ∞"}
     assert plots.save(figure, tmp_path / "f.svg").read_text().startswith("<?xml")
+
+
+def test_a_page_of_many_arms_stays_small(tmp_path: Path) -> None:
+    """Of a long table the first rows, of many pictures the first; the rest is beside the page, and linked."""
+    pictures = []
+    for k in range(5):
+        pictures.append(Picture(tmp_path / f"grid {k}.png", f"arm {k}"))
+        pictures[-1].path.write_bytes(bytes(page_module.PICTURE_BYTES // 3))
+    frame = pd.DataFrame({"arm": [f"a{k}" for k in range(500)], "value": [0.5] * 500})
+    markdown, page = Page("many", [Table(frame, "ranking"), Gallery(pictures)]).write(tmp_path)
+    text = page.read_text()
+    assert len(text) < 2e6
+    assert text.count("<tr>") == page_module.MOST_ROWS + 1
+    assert text.count("<img") == 3
+    assert 'href="grid%203.png"' in text
+    assert 'href="tables/ranking.csv"' in text
+    assert "](tables/ranking.csv)" in markdown.read_text()
+    assert pd.read_csv(tmp_path / "tables" / "ranking.csv")["arm"].tolist() == frame["arm"].tolist()
+
+
+def test_figures_have_as_many_lines_as_can_be_read_and_say_so() -> None:
+    rows = {f"arm {k}": Interval(1.0, 0.5, 2.0, 5, "") for k in range(plots.MOST_LINES + 40)}
+    axis = plots.forest(rows, "hazard ratio").axes[0]
+    assert len(axis.get_yticks()) == plots.MOST_LINES
+    assert axis.get_xlabel() == f"hazard ratio; the first {plots.MOST_LINES} of {len(rows)}"
+    assert plots.forest({"a": rows["arm 0"]}, "hazard ratio").axes[0].get_xlabel() == "hazard ratio"
+
+
+def test_a_curve_keeps_its_extremes_and_gaps_at_as_many_points_as_pixels() -> None:
+    rng = np.random.default_rng(0)
+    values = pd.Series(rng.lognormal(size=20_001))
+    values[7_777], values[3_333] = 1e6, 1e-6
+    values[15_000:15_200] = math.inf
+    x, y = plots.drawn(pd.Series(range(len(values))), values)
+    assert len(x) <= plots.MOST_POINTS
+    assert (np.diff(x) > 0).all()
+    assert (y[x == 7_777], y[x == 3_333]) == ([1e6], [1e-6])
+    assert np.isnan(y[(x >= 15_000) & (x < 15_200)]).all()
+    assert ((x >= 15_000) & (x < 15_200)).any()
+    short = plots.drawn(pd.Series(range(5)), values[:5])
+    assert short[1].tolist() == values[:5].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("undrawn")
+def test_a_report_from_tables_says_what_one_from_logs_says(tmp_path: Path) -> None:
+    """Rollbacks, numbers that are not finite and prompts that are nan among them."""
+    study = simulated.make_study(tmp_path, seeds=3)
+    rolled, broken, lost = sorted(study.iterdir())[1:4]
+    rows = runlog.read(rolled / layout.LOG)
+    again = [row | {"iteration": 400 + k} for k, row in enumerate(rows[200:])]
+    _write(rolled, [*rows[:300], *again])
+    _write(
+        broken,
+        [row | ({"loss/total": math.nan} if row["step"] > 350 else {}) for row in runlog.read(broken / layout.LOG)],
+    )
+    _write(lost, [row | {name: math.nan for name in row if name.startswith("val/accuracy/two")}
+                  for row in runlog.read(lost / layout.LOG)])  # fmt: skip
+    said = [_said(report(study, mlflow=False)) for _ in range(2)]
+    assert len(list(study.glob(f"*/{layout.METRICS}"))) == 9
+    for table in study.glob(f"*/{layout.METRICS}"):
+        table.write_bytes(b"damaged")
+    said.append(_said(report(study, mlflow=False)))
+    assert said[0] == said[1] == said[2]
+
+
+def _write(run: Path, rows: list[dict[str, Any]]) -> None:
+    (run / layout.LOG).unlink()
+    with runlog.RunLog(run / layout.LOG) as log:
+        for row in rows:
+            log.append(row)
+
+
+def _said(page: Path) -> list[str]:
+    return [(page.parent / name).read_text() for name in ("report.md", "report.html", "trials.csv")]

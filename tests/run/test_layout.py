@@ -13,7 +13,7 @@ import twinrl
 from twinrl.config.errors import InputError
 from twinrl.run import layout
 
-NAMES = {name for key, name in vars(layout).items() if key.isupper() and Path(name).suffix}
+NAMES = {name for key, name in vars(layout).items() if key.isupper() and isinstance(name, str) and Path(name).suffix}
 PACKAGES = [Path(package.__file__).parent for package in (twinrl, ablations, analysis)]
 
 

@@ -9,12 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from analysis import effects, frames
 from analysis.frames import load_study
-from twinrl.run import layout, names, runlog
+from twinrl.run import columns, layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
 
@@ -127,3 +128,47 @@ def test_no_final_value_is_from_before_the_failure() -> None:
     assert found.pop("opt/lr") == 0.1
     assert set(found) == {"step", "val/quality", "loss/total"}
     assert math.isnan(found["val/quality"])
+
+
+def random_log(rng: np.random.Generator) -> list[dict[str, Any]]:
+    """Rows with bad numbers, evaluations about the margins, and rollbacks."""
+    rows, step = [], 0
+    for iteration in range(24):
+        step = 1 + (int(rng.integers(0, step + 1)) if rng.random() < 0.1 else step)
+        row: dict[str, Any] = {"iteration": iteration, "step": step}
+        if rng.random() < 0.8:
+            row[names.LOSS_TOTAL] = math.nan if rng.random() < 0.15 else float(rng.random())
+        if rng.random() < 0.2:
+            row["loss/other"] = math.inf if rng.random() < 0.15 else 1
+        if rng.random() < 0.3:
+            row[names.VAL_QUALITY] = math.nan if rng.random() < 0.1 else float(rng.random())
+            row["val/accuracy_1nfe"] = float(rng.random())
+        if rng.random() < 0.05:
+            row[names.event("nonfinite_parameters")] = int(rng.random() < 0.5)
+        rows.append(row)
+    return rows
+
+
+def test_columns_have_the_verdict_of_the_rows(tmp_path: Path) -> None:
+    seen = set()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        rows = random_log(rng)
+        margins = {"evaluations": int(rng.integers(1, 3)), "nonfinite_steps": int(rng.integers(1, 4))}
+        config = {"stability": {"divergence": margins}, "evaluation": {"nfe": [1]}}
+        start = {names.VAL_QUALITY: 0.2, "val/accuracy_1nfe": 0.9} if rng.random() < 0.5 else None
+        result = {"status": ("finished", "diverged")[seed % 2], "step": 24, "message": "why"}
+        known = (start, result, [{"kind": "spike"}])
+        expected = verdict.verdict(config, rows, *known)
+        log = columns.Columns.of(columns.of_rows(rows, tmp_path))
+        assert _told(verdict.of_columns(config, log, *known)) == _told(expected), seed
+        values = verdict.since(expected, log.last(names.is_outcome))
+        last = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, expected)
+        assert {name: repr(value) for name, value in values.items()} == {n: repr(v) for n, v in last.items()}, seed
+        seen.add((expected and expected.kind, expected and expected.recovered))
+    assert len(seen) >= 5
+
+
+def _told(found: Diverged | None) -> tuple[object, ...] | None:
+    """All but the words, and which of several series that are not finite in one row is named."""
+    return found and (found.step, found.detected, found.reference, found.kind, found.after, found.recovered)

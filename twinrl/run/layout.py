@@ -16,6 +16,8 @@ Imports neither torch nor pandas, so that studies and analysis read runs through
 
 import json
 import re
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from twinrl.config import one_line
 from twinrl.config.errors import InputError
 from twinrl.machine import files
-from twinrl.run import runlog
+from twinrl.run import columns, runlog
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 LOG, EVENTS, METRICS = "log.jsonl", "events.jsonl", "metrics.parquet"
@@ -36,6 +38,8 @@ EVALUATION, TABLE, BENCH = "evaluation", "table.json", "bench.json"
 MLFLOW, START = "mlflow.json", "start.json"
 LOCK = ".lock"
 
+SEED = re.compile(r"^seed: (\d+)\n", re.MULTILINE)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML has it
 STEP = "step-"
 """What the name of a step's checkpoint and pictures begins with."""
 
@@ -46,17 +50,27 @@ def is_run(run: Path) -> bool:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The resolved configuration as plain nested values; empty where there is none.
+    """The resolved configuration as plain nested values, which runs may share; empty where there is none.
 
     Raises:
         InputError: the file is not YAML.
     """
     path = run / CONFIG
     try:
-        config = yaml.safe_load(path.read_text()) if path.exists() else None
+        text = path.read_text() if path.exists() else ""
+        seed = SEED.search(text)
+        config = _plain(SEED.sub("", text, count=1))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML", got=error, fix="restore the resolved configuration") from error
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        return {}
+    return config | ({"seed": int(seed[1])} if seed else {})
+
+
+@lru_cache(maxsize=64)
+def _plain(text: str) -> Any:
+    """The value of a YAML text, which the runs of an arm share."""
+    return yaml.load(text, LOADER)
 
 
 def read_environment(run: Path) -> dict[str, Any]:
@@ -107,15 +121,18 @@ class _Result(BaseModel):
 
 
 def write_metrics(run: Path) -> Path:
-    """Write the log as a table beside it, replacing an older one in one move; its path.
+    """Write the log as a table beside it, unless it is there; its path.
 
     Raises:
         InputError: the log is missing or corrupted.
     """
-    target = run / METRICS
-    with files.publishing(target) as new:
-        runlog.to_frame(run / LOG).to_parquet(new, index=False)
-    return target
+    columns.write(run / LOG, run / METRICS)
+    return run / METRICS
+
+
+def read_columns(run: Path, wanted: Callable[[str], bool]) -> columns.Columns:
+    """The columns of the log that are ``wanted``, and its steps. Raises InputError: it is missing, or damaged."""
+    return columns.read(run / LOG, run / METRICS, wanted)
 
 
 def read_start(run: Path) -> dict[str, Any] | None:
@@ -124,6 +141,11 @@ def read_start(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     return {name: runlog.decode(value) for name, value in json.loads(path.read_text()).items()}
+
+
+def folder_name(name: str, config_hash: str, seed: int) -> str:
+    """What the directory of a run is called."""
+    return f"{name}-{config_hash}-s{seed}"
 
 
 # --- steps ------------------------------------------------------------------------------------------------------

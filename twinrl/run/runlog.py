@@ -81,7 +81,7 @@ class RunLog:
                 raise InputError(
                     f"cannot write the run log {self.path}", got=error.strerror, fix="check the folder's rights"
                 ) from error
-            self._cut(_end_of_last_line(self._opened.fileno()))
+            self._cut(end_of_last_line(self._opened.fileno()))
         return self._opened
 
     def append(self, row: Mapping[str, object]) -> None:
@@ -144,7 +144,7 @@ class RunLog:
         self.close()
 
 
-def _end_of_last_line(descriptor: int, block: int = 1 << 16) -> int:
+def end_of_last_line(descriptor: int, block: int = 1 << 16) -> int:
     """Byte offset just after the last newline of an open file; 0 if there is none."""
     end = os.fstat(descriptor).st_size
     while end > 0:
@@ -185,7 +185,7 @@ def rows(path: str | os.PathLike[str], start: int = 0, stop: int | None = None) 
 def _parse(line: bytes, path: Path, end: int) -> dict[str, Any]:
     """The row that ``line``, which ends at byte ``end``, stands for."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
     except ValueError:
         row = None
     if not isinstance(row, dict):

@@ -7,11 +7,15 @@ same :class:`~twinrl.stability.divergence.Divergence` on its way.
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinrl.run import layout, runlog
+from twinrl.run import layout, names, runlog
+from twinrl.run.columns import Columns
 from twinrl.run.runlog import LogRow
-from twinrl.stability.divergence import Diverged, Divergence, first_divergence
+from twinrl.stability.divergence import NONFINITE_PARAMETERS, Diverged, Divergence, first_divergence
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COMPLETE = ("finished", "stopped")
 """How a run ends that no failure has ended."""
@@ -33,11 +37,54 @@ def verdict(
         rows: the whole log. start: metrics of the start weights. result: of ``result.json``; None while it goes on.
         events: lines of ``events.jsonl``: the last one says at what a policy has stopped the run.
     """
+    log = list(rows)
+    return _of_lasting(config, runlog.surviving(log, log), start, result, events)
+
+
+def of_columns(
+    config: Mapping[str, Any],
+    log: Columns,
+    start: LogRow | None,
+    result: Mapping[str, Any] | None,
+    events: Sequence[Mapping[str, Any]],
+) -> Diverged | None:
+    """:func:`verdict` by the columns of a log that are :func:`telling`."""
+    return _of_lasting(config, log.rows(_telling_rows(log)), start, result, events)
+
+
+def telling(name: str) -> bool:
+    """Whether a series of the log can decide a verdict."""
+    return name.startswith((names.loss(""), "val/")) or name == NONFINITE_PARAMETERS
+
+
+def _telling_rows(log: Columns) -> "np.ndarray":
+    """Evaluations, rows with numbers that are not finite, and the next finite losses after those."""
+    import numpy as np
+
+    nothing = np.zeros(len(log.lasting), bool)
+    losses = [name for name in log.values if name.startswith(names.loss(""))]
+    measured = np.logical_or.reduce([nothing, *(log.logged[name] for name in losses)])
+    bad = np.logical_or.reduce([nothing, *(log.logged[name] & ~np.isfinite(log.values[name]) for name in losses)])
+    at = np.flatnonzero(measured & log.lasting)
+    after = nothing.copy()
+    after[at[1:]] = bad[at[:-1]]
+    evaluated = log.logged.get(names.VAL_QUALITY, nothing)
+    broken = log.logged.get(NONFINITE_PARAMETERS, nothing) & (log.values.get(NONFINITE_PARAMETERS, nothing) != 0)
+    return log.lasting & (evaluated | bad | after | broken)
+
+
+def _of_lasting(
+    config: Mapping[str, Any],
+    rows: Iterable[LogRow],
+    start: LogRow | None,
+    result: Mapping[str, Any] | None,
+    events: Sequence[Mapping[str, Any]],
+) -> Diverged | None:
     own = (config.get("stability") or {}).get("divergence")
     nfe = (config.get("evaluation") or {}).get("nfe") or [1]
-    log, status = list(rows), (result or {}).get("status")
+    status = (result or {}).get("status")
     margins = Divergence.Config.model_validate(own) if own else None
-    found = first_divergence(runlog.surviving(log, log), margins, int(nfe[0]), start, status in COMPLETE)
+    found = first_divergence(rows, margins, int(nfe[0]), start, status in COMPLETE)
     if found is not None or status != "diverged":
         return found
     assert result is not None
@@ -80,6 +127,11 @@ def final_values(
     for row in rows:
         numbers = {name: value for name, value in row.items() if wanted(name) and _is_number(value)}
         found |= {name: (int(row["step"]), float(value)) for name, value in numbers.items()}
+    return since(failure, found)
+
+
+def since(failure: Diverged | None, found: Mapping[str, tuple[int, float]]) -> dict[str, float]:
+    """The last (step, value) of each series as its value; nan where that is from before the run failed."""
     failed = -1 if failure is None else failure.step
     return {name: math.nan if step < failed else value for name, (step, value) in found.items()}
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from twinrl.run import environment, layout, runlog
 from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
 from twinrl.training import schema
+
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where PyYAML has it
 
 
 class EventLog(runlog.RunLog):
@@ -207,9 +209,10 @@ def start_of(init: str) -> RunDirectory:
     return run
 
 
-def dump(settings: schema.RunConfig) -> str:
-    """The configuration as YAML that loads to the same configuration."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump(settings: schema.RunConfig, leave_out: Set[str] = frozenset()) -> str:
+    """The configuration as YAML that loads to the same configuration, but for the first keys to ``leave_out``."""
+    plain = settings.model_dump(mode="json", exclude=set(leave_out))
+    return yaml.dump(plain, Dumper=DUMPER, sort_keys=False, allow_unicode=True)
 
 
 def check_unchanged(settings: schema.RunConfig, content_hash: str, state: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from twinrl.gradients import GradientsConfig
 from twinrl.renoise import RENOISE
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.reward import RewardSettings
+from twinrl.run import layout
 from twinrl.stability.policy import StabilityConfig
 from twinrl.terms import TERMS, gradient_owners
 from twinrl.terms.term import check_branches
@@ -400,7 +401,7 @@ class RunConfig(Settings):
     @property
     def directory(self) -> Path:
         """``<run.dir>/<name>-<hash>-s<seed>``."""
-        return self.run.dir / f"{self.name}-{self.hash}-s{self.seed}"
+        return self.run.dir / layout.folder_name(self.name, self.hash, self.seed)
 
 
 # data.root and model.path are where things lie, not what they are: checkpoints compare the content's hash
@@ -418,7 +419,11 @@ def load(name: str, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         InputError: one line naming the key, what was got and what is expected.
     """
-    mapping = configuration.override(configuration.load_mapping(name), overrides or [])
-    mapping.setdefault("name", Path(name).stem)
+    return made(configuration.load_mapping(name), Path(name).stem, overrides or [])
+
+
+def made(mapping: dict[str, Any], name: str, overrides: list[str]) -> RunConfig:
+    """:func:`load` given what the preset or file says, for many configurations of one; ``name`` where it has none."""
+    mapping = {"name": name} | configuration.override(mapping, overrides)
     foreign.refuse(mapping)
     return configuration.validate(RunConfig, mapping)
