@@ -139,8 +139,6 @@ def build_cut_run(folder: Path, command: Callable[..., None]) -> None:
 WEIGHTS = ("*.safetensors", "*/state.json")
 """What a checkpoint holds is what its files say: readable damage is other weights."""
 TOLD = ("*/log.jsonl", "*/events.jsonl", "*/config.yaml", "*/result.json", "*/start.json", "*/env.json")
-    f"*/{name}" for name in ("log.jsonl", "events.jsonl", "config.yaml", "result.json", "start.json", "env.json")
-)
 
 STUDY_CONTENT = {
     "base": "twinflow",

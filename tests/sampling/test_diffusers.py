@@ -207,7 +207,7 @@ def test_a_step_keeps_shape_and_dtype_and_takes_the_times_in_order(settings, ste
     assert scheduler.timesteps.shape == (steps,)
     assert scheduler.sigmas.shape == (steps + 1,)
     assert bool((scheduler.timesteps.diff() <= 0).all())
-    assert 0 < scheduler.timesteps.min()
+    assert scheduler.timesteps.min() > 0
     assert scheduler.timesteps.max() <= scheduler.config["num_train_timesteps"]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         assert walk(scheduler, steps, image(dtype=dtype)).dtype == dtype

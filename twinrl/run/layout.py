@@ -14,15 +14,14 @@
 Imports neither torch nor pandas, so that studies and analysis read runs through it, too.
 """
 
-import json
+import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from twinrl.config import one_line
+from twinrl.config import one_line, read_yaml, stored
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import runlog
@@ -48,22 +47,26 @@ def read_config(run: Path) -> dict[str, Any]:
     """The resolved configuration as plain nested values; empty where there is none.
 
     Raises:
-        InputError: the file is not YAML.
+        InputError: the file is damaged.
     """
     path = run / CONFIG
-    try:
-        config = yaml.safe_load(path.read_text()) if path.exists() else None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not valid YAML", got=error, fix="restore the resolved configuration") from error
-    return config if isinstance(config, dict) else {}
+    return read_yaml(path) if path.exists() else {}
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """What is noted of the machine, the code and the launchers; empty where there is nothing yet."""
+    """What is noted of the machine, the code and the launchers; empty where there is nothing yet, or it is damaged:
+    no number hangs on it."""
     try:
-        return json.loads((run / ENVIRONMENT).read_bytes())
-    except (OSError, ValueError):  # none, or its process was killed while writing
+        return stored.read(run / ENVIRONMENT, _Environment, "").model_dump()
+    except (FileNotFoundError, InputError):  # none, or its process was killed while writing
         return {}
+
+
+class _Environment(BaseModel):
+    """What others read of ``env.json``; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow")
+    launchers: list[str] = []
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
@@ -72,9 +75,50 @@ def read_rows(run: Path) -> list[dict[str, Any]]:
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``events.jsonl``, whose values may be lists; none if the file is missing."""
+    """The lines of ``events.jsonl``; none if the file is missing. Raises InputError: a line is no event."""
     path = run / EVENTS
-    return runlog.read(path) if path.is_file() else []
+    if not os.path.lexists(path):
+        return []
+    entries = runlog.read(path)
+    for number, entry in enumerate(entries, 1):
+        try:
+            _Event.model_validate(entry, strict=True)
+        except ValidationError as error:
+            raise InputError(
+                f"{path}, line {number}, is no event", got=one_line(error.errors()), fix="restore or delete the line"
+            ) from error
+    return entries
+
+
+def read_event(capsule: Path) -> dict[str, Any]:
+    """The event that a capsule was kept for. Raises InputError: the file is missing or damaged."""
+    fix = "delete the capsule, which cannot be replayed"
+    try:
+        return stored.read(capsule / EVENT, _Event, fix).model_dump(exclude_unset=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{capsule / EVENT} is missing", fix=fix) from error
+
+
+Number = int | float | Literal["nan", "inf", "-inf"]
+"""As strict JSON has it."""
+
+
+class _Event(BaseModel):
+    """A line of ``events.jsonl``; :class:`twinrl.stability.events.Event` says what each entry is."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: NonNegativeInt
+    iteration: NonNegativeInt
+    kind: str
+    terms: list[str]
+    rows: list[int]
+    message: str
+    shares: dict[str, list[Number]] = {}
+    series: str = ""
+    value: Number | None = None
+    reference: Number | None = None
+    t: list[float] = []
+    branches: list[str] = []
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -83,18 +127,11 @@ def read_result(run: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the file is damaged.
     """
-    path = run / RESULT
     try:
-        content = path.read_bytes()
+        result = stored.read(run / RESULT, _Result, f"delete it: `twinrl resume {run}` then makes it again")
     except FileNotFoundError:
         return None
-    try:
-        return _Result.model_validate_json(content).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged or not of a run", got=one_line(error.errors()),
-            fix=f"delete it: `twinrl resume {run}` then makes it again",
-        ) from error  # fmt: skip
+    return result.model_dump(exclude_unset=True)
 
 
 class _Result(BaseModel):
@@ -118,11 +155,16 @@ def write_metrics(run: Path) -> Path:
 
 
 def read_start(run: Path) -> dict[str, Any] | None:
-    """Metrics of the start weights, by name; None where they were not evaluated, as from random weights."""
-    path = run / START
-    if not path.is_file():
+    """Metrics of the start weights, by name; None where they were not evaluated, as from random weights.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        start = stored.read(run / START, dict[str, Number], "restore it, or delete it and judge the run without it")
+    except FileNotFoundError:
         return None
-    return {name: runlog.decode(value) for name, value in json.loads(path.read_text()).items()}
+    return {name: runlog.decode(value) for name, value in start.items()}
 
 
 # --- steps ------------------------------------------------------------------------------------------------------

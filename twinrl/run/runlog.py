@@ -166,6 +166,8 @@ def rows(path: str | os.PathLike[str], start: int = 0, stop: int | None = None) 
     Raises:
         InputError: the file is missing, or a line is not a JSON object.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # whoever opens a pipe would wait for ever
+        raise InputError(f"the run log {path} is no file", fix="name a run directory that has one")
     try:
         with open(path, "rb") as file:
             end = file.seek(start)
@@ -184,7 +186,7 @@ def _parse(line: bytes, path: Path, end: int) -> dict[str, Any]:
     """The row that ``line``, which ends at byte ``end``, stands for."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise InputError(

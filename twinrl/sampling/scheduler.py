@@ -252,7 +252,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         return self.target_timesteps.to(timestep.device)[distance.argmin(dim=1)]
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The entry of ``timesteps`` equal to ``timestep``: the first of all, else of two the second, which predicts."""
+        """The entry of ``timesteps`` equal to ``timestep``: the first, or of two later ones that which predicts."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (schedule == torch.as_tensor(timestep).to(schedule)).nonzero()
         if len(found) == 0:
