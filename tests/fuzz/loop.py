@@ -165,8 +165,8 @@ IMPORTED = (
     "torch._dynamo", "diffusers", "transformers", "sklearn.metrics", "lifelines", "statsmodels.api",
     "analysis.report", "analysis.cli", "ablations.cli", "ablations.commands", "ablations.publish", "ablations.trial",
     "twinrl.commands.processes", "twinrl.commands.train", "twinrl.commands.inspect", "twinrl.commands.replay",
-    "twinrl.commands.data", "twinrl.commands.doctor", "twinrl.commands.plan", "twinrl.evaluation.grids",
-    "twinrl.evaluation.figures", "twinrl.training.schema", "twinrl.training.opened", "twinrl.data.training",
+    "twinrl.commands.data", "twinrl.commands.doctor", "twinrl.commands.memory_plan", "twinrl.evaluation.grids",
+    "twinrl.evaluation.figures", "twinrl.training.schema", "twinrl.training.opened", "twinrl.data.prepared",
     "tests.ablations.tiny", "tests.fake_source", "tests.backends.families.made", "twinrl.lab",
     "twinrl.tracking.mlflow_view",
 )  # fmt: skip

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,3 +105,29 @@ def test_it_needs_neither_torch_nor_pandas() -> None:
     asked = f"import sys, {layout.__name__}; print([name for name in ('torch', 'pandas') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"step": 2, "iteration": 1, "loss/total": "text"}, "line 2, is damaged; got loss/total 'text'"),
+        ({"step": 2, "iteration": 1, "loss/total": [1.0]}, "line 2, is damaged; got loss/total"),
+        ({"step": "2", "iteration": 1}, "line 2, is damaged; got step '2'"),
+        ({"step": True, "iteration": 1}, "line 2, is damaged; got step True"),
+        ({"step": -2, "iteration": 1}, "line 2, is damaged; got step -2"),
+        ({"iteration": 1}, "line 2, is damaged; got step None"),
+    ],
+)
+def test_a_row_of_the_log_has_whole_counts_and_numbers(row: dict[str, object], said: str, tmp_path: Path) -> None:
+    first = {"step": 1, "iteration": 0, "loss/total": "nan", "val/quality": None}
+    (tmp_path / layout.LOG).write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=re.escape(said)):
+        layout.read_rows(tmp_path)
+
+
+def test_pictures_that_are_no_files_are_none(tmp_path: Path) -> None:
+    (tmp_path / layout.SAMPLES).mkdir()
+    kept, lost = (tmp_path / layout.SAMPLES / f"{layout.of_step(step)}.png" for step in (1, 2))
+    kept.write_bytes(b"a picture")
+    lost.symlink_to("nowhere")
+    assert layout.grids(tmp_path) == [kept]

@@ -70,8 +70,23 @@ class _Environment(BaseModel):
 
 
 def read_rows(run: Path) -> list[dict[str, Any]]:
-    """All rows of the log. Raises InputError: it is missing, or damaged."""
-    return runlog.read(run / LOG)
+    """All rows of the log. Raises InputError: it is missing, or damaged; names the line."""
+    path = run / LOG
+    rows = runlog.read(path)
+    for number, row in enumerate(rows, 1):
+        counts = (row.get(name) for name in ("step", "iteration"))
+        if not all(type(count) is int and count >= 0 for count in counts):
+            said = f"step {row.get('step')!r:.40}, iteration {row.get('iteration')!r:.40}"
+            raise _damaged_row(path, number, said, "whole numbers")
+        odd = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
+        if odd is not None:
+            raise _damaged_row(path, number, f"{odd} {row[odd]!r:.40}", "a number")
+    return rows
+
+
+def _damaged_row(path: Path, number: int, got: str, expected: str) -> InputError:
+    fix = "resume from a checkpoint before that line, or restore the line"
+    return InputError(f"{path}, line {number}, is damaged", got=got, expected=expected, fix=fix)
 
 
 def read_events(run: Path) -> list[dict[str, Any]]:
@@ -195,4 +210,4 @@ def newest(checkpoints: Path) -> Path | None:
 
 def grids(run: Path) -> list[Path]:
     """The pictures of samples over training, oldest first."""
-    return sorted((run / SAMPLES).glob(f"{STEP}*.png"))
+    return sorted(path for path in (run / SAMPLES).glob(f"{STEP}*.png") if path.is_file())

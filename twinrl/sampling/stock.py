@@ -74,7 +74,7 @@ def _candidates(ours: TwinFlowScheduler) -> Iterator[dict[str, Any]]:
     yield ends | {"use_beta_sigmas": True}  # three times of equal distance
 
 
-def _grids(stock: FlowMatchEulerDiscreteScheduler, steps: int) -> Iterator[Tensor]:
+def _grids(stock: Any, steps: int) -> Iterator[Tensor]:
     """With and without the ramp that some pipelines pass by default."""
     stock.set_timesteps(steps)
     yield stock.sigmas

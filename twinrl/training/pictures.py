@@ -139,18 +139,16 @@ def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, 
 def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
     """Losses and quality against steps, the real-against-real floor dotted."""
     from twinrl.evaluation import figures
-    from twinrl.run import runlog
 
-    figure = figures.training_curves(runlog.read(run.log), floor=protocol.floor, title=run.path.name)
+    figure = figures.training_curves(layout.read_rows(run.path), floor=protocol.floor, title=run.path.name)
     figures.save(figure, path)
 
 
 def save_norms(run: RunDirectory, path: Path) -> None:
     """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
     from twinrl.evaluation import figures
-    from twinrl.run import runlog
 
-    rows = runlog.read(run.log)
+    rows = layout.read_rows(run.path)
     if not rows or names.grad("total", "norm_raw") not in rows[0]:
         return
     figures.save(figures.gradient_norms(rows, layout.read_events(run.path), title=run.path.name), path)
