@@ -142,6 +142,7 @@ SPECIAL: dict[tuple[str, ...], Callable[[], None]] = {
 def _prepared(words: Sequence[str], fake: bool, variables: dict[str, str]) -> None:
     """In the fork, before the command: data that load at once, no figures, no network."""
     import pytest
+    from matplotlib.figure import Figure
 
     from tests.ablations.tiny import without_figures
     from tests.fake_source import register
@@ -151,6 +152,7 @@ def _prepared(words: Sequence[str], fake: bool, variables: dict[str, str]) -> No
     if fake:
         register(patch)
     without_figures(patch)
+    patch.setattr(Figure, "savefig", lambda figure, file, **options: Path(file).write_text("<svg/>"))
     if special := SPECIAL.get(tuple(words)):
         special()
         raise SystemExit(0)

@@ -131,3 +131,21 @@ def test_pictures_that_are_no_files_are_none(tmp_path: Path) -> None:
     kept.write_bytes(b"a picture")
     lost.symlink_to("nowhere")
     assert layout.grids(tmp_path) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: text", "seed"),
+        ("train: {steps: many}", "train.steps"),
+        ("evaluation: {nfe: []}", "evaluation.nfe"),
+        ("stability: nothing", "stability"),
+        ("terms: {base: {branches: 3}}", "terms.base.branches"),
+        ("[]", "mapping"),
+        ("a: &a [*a]", "YAML"),
+    ],
+)
+def test_a_damaged_configuration_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / layout.CONFIG).write_text(text)
+    with pytest.raises(InputError, match=rf"{layout.CONFIG}.*{said}"):
+        layout.read_config(tmp_path)

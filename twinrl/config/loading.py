@@ -263,7 +263,7 @@ def _same_kind(key: str, old: Mapping[str, Any], value: Mapping[str, Any]) -> bo
 
 def load_mapping(name: str, relative_to: Path | None = None, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The raw mapping of a preset or file with everything that it ``extends``."""
-    path = locate(name, relative_to).resolve()
+    path = Path(os.path.realpath(locate(name, relative_to)))  # of pathlib's, one fails where a link leads to itself
     if path in _seen:
         raise InputError("configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path)))
     value = read_yaml(path)

@@ -17,9 +17,9 @@ Imports neither torch nor pandas, so that studies and analysis read runs through
 import os
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from twinrl.config import one_line, read_yaml, stored
 from twinrl.config.errors import InputError
@@ -50,7 +50,50 @@ def read_config(run: Path) -> dict[str, Any]:
         InputError: the file is damaged.
     """
     path = run / CONFIG
-    return read_yaml(path) if path.exists() else {}
+    if not os.path.lexists(path):
+        return {}
+    config = read_yaml(path)
+    try:
+        _Config.model_validate(config, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged", got=one_line(error.errors()), fix="restore it") from error
+    return config
+
+
+class _Part(BaseModel):
+    """What others than training read of the configuration; training has the whole schema."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Train(_Part):
+    steps: NonNegativeInt = 0
+
+
+class _Evaluation(_Part):
+    nfe: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
+
+
+class _Data(_Part):
+    source: str | None = None
+
+
+class _Stability(_Part):
+    divergence: dict[str, Any] | None = None
+
+
+class _Term(_Part):
+    branches: list[str] | None = None
+
+
+class _Config(_Part):
+    name: str = ""
+    seed: NonNegativeInt = 0
+    train: _Train | None = None
+    evaluation: _Evaluation | None = None
+    data: _Data | None = None
+    stability: _Stability | None = None
+    terms: dict[str, _Term] | None = None
 
 
 def read_environment(run: Path) -> dict[str, Any]:
@@ -158,14 +201,16 @@ class _Result(BaseModel):
 
 
 def write_metrics(run: Path) -> Path:
-    """Write the log as a table beside it, replacing an older one in one move; its path.
+    """Write the log as a table beside it, a row a line, a column a name, absent values NaN; its path.
 
     Raises:
-        InputError: the log is missing or corrupted.
+        InputError: the log is missing or damaged.
     """
-    target = run / METRICS
+    import pandas
+
+    target, rows = run / METRICS, read_rows(run)
     with files.publishing(target) as new:
-        runlog.to_frame(run / LOG).to_parquet(new, index=False)
+        pandas.DataFrame.from_records(rows).to_parquet(new, index=False)
     return target
 
 

@@ -14,12 +14,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from twinrl.config.errors import InputError
-
-if TYPE_CHECKING:
-    import pandas
 
 LogRow: TypeAlias = Mapping[str, Any]
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -226,16 +223,3 @@ def surviving(entries: Iterable[dict[str, Any]], rows: Iterable[Mapping[str, Any
 def rollbacks(rows: Sequence[Mapping[str, Any]]) -> int:
     """How often a run returned to a checkpoint: the places where its log goes back in steps."""
     return sum(after["step"] <= before["step"] for before, after in pairwise(rows))
-
-
-def to_frame(path: str | os.PathLike[str]) -> "pandas.DataFrame":
-    """The log as a table, one row a line in order and one column a name; absent values are NaN.
-
-    *When to use*: to look at curves. Where "not logged" and "was NaN" must be told apart, use :func:`read`.
-
-    Raises:
-        InputError: as for :func:`rows`.
-    """
-    import pandas
-
-    return pandas.DataFrame.from_records(read(path))

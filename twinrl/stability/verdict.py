@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from twinrl.config import validate
 from twinrl.run import layout, runlog
 from twinrl.run.runlog import LogRow
 from twinrl.stability.divergence import Diverged, Divergence, first_divergence
@@ -36,7 +37,7 @@ def verdict(
     own = (config.get("stability") or {}).get("divergence")
     nfe = (config.get("evaluation") or {}).get("nfe") or [1]
     log, status = list(rows), (result or {}).get("status")
-    margins = Divergence.Config.model_validate(own) if own else None
+    margins = validate(Divergence.Config, own) if own else None
     found = first_divergence(runlog.surviving(log, log), margins, int(nfe[0]), start, status in COMPLETE)
     if found is not None or status != "diverged":
         return found

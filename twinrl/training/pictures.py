@@ -1,10 +1,12 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,6 +16,8 @@ from twinrl.run import layout, names
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
 from twinrl.training.runs import RunDirectory
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -122,18 +126,28 @@ def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: 
 
 
 def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, most: int = 10) -> None:
-    """One sample of each class at up to ``most`` validations, noise fixed."""
+    """One sample of each class at up to ``most`` validations, noise fixed; damaged ones are left out with a warning."""
     from twinrl.evaluation.grids import training_grid
 
     files = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
-    if not files:
-        return
-    chosen = [
-        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
-    ]
-    snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
-    steps = [layout.step_of(file) for file in chosen]
-    training_grid(snapshots, steps, list(classes)).save(path)
+    last = max(1, min(most, len(files)) - 1)
+    chosen = [files[round(i * (len(files) - 1) / last)] for i in range(min(most, len(files)))]
+    found = {file: pixels for file in chosen if (pixels := _snapshot(file, len(classes))) is not None}
+    for file in chosen:
+        if file not in found:
+            logger.warning("%s is damaged; %s goes without it", file, path.name)
+    if found:
+        snapshots = [pixels.float() / 127.5 - 1 for pixels in found.values()]
+        training_grid(snapshots, [layout.step_of(file) for file in found], list(classes)).save(path)
+
+
+def _snapshot(file: Path, rows: int) -> Tensor | None:
+    """The samples of a validation, bytes (rows, C, H, W); None where the file is damaged."""
+    try:
+        pixels = load_file(file)["pixels"] if file.is_file() else torch.zeros(0)
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return pixels if pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == rows else None
 
 
 def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
