@@ -23,12 +23,13 @@ FAST = [
     "evaluation={every: 4, n: 20, nfe: [1], teacher_steps: 1, velocity_rows: 5, grid_samples: 1}",
     "tracking.mlflow=false", "run.dir=.", "machine.threads=1",
 ]  # fmt: skip
+KEPT, LAST = 8, 12
+"""Steps of the checkpoint from which the cut run goes on, and of the whole run's last one."""
 EVENT = [
-    "train.steps=12", "checkpoint={every: 4, keep: 9}", "terms.planted={at: 6, size: 1000, branches: [any], row: 9}",
+    f"train.steps={LAST}", "checkpoint={every: 4, keep: 9}",
+    "terms.planted={at: 6, size: 1000, branches: [any], row: 9}",
     "stability={capsules: {every: 2, before: 2}, watch: {spike: {warmup: 4}}}",
 ]  # fmt: skip
-KEPT = 8
-"""Step of the checkpoint from which the cut run goes on."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,16 @@ def build_cut_run(folder: Path, command: Callable[..., None]) -> None:
     """As a kill leaves it, four steps before its end."""
     build_run(folder, command)
     run = folder / RUN
-    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    shutil.rmtree(run / "checkpoints" / f"step-{LAST:08d}")
     for name in ("result.json", "metrics.parquet"):
         (run / name).unlink()
 
 
-WEIGHTS = ("*.safetensors", "*/state.json")
-"""What a checkpoint holds is what its files say: readable damage is other weights."""
+def checkpoint(step: int) -> tuple[str, ...]:
+    """What a checkpoint holds is what its files say: readable damage is other weights, which are another answer."""
+    return (f"{RUN}/checkpoints/step-{step:08d}/*",)
+
+
 TOLD = ("*/log.jsonl", "*/events.jsonl", "*/config.yaml", "*/result.json", "*/start.json", "*/env.json")
 
 STUDY_CONTENT = {
@@ -250,17 +254,17 @@ def write_config() -> None:
 
 TARGETS = {
     "cut run": Target(
-        build_cut_run, (Command(("resume", RUN), rows_after(KEPT), (*WEIGHTS, "*/ring/*", "*/capsules/*")),),
+        build_cut_run, (Command(("resume", RUN), rows_after(KEPT), checkpoint(KEPT)),),
         (f"{RUN}/*",), 0.22,
     ),
     "run": Target(
         build_run,
         (
             Command(("analyze", RUN, "--out", "report", "--no-mlflow"), text_of("report/*.md"), TOLD),
-            Command(("sample", RUN, "-n", "1", "--out", "out.png"), picture, WEIGHTS),
-            Command(("evaluate", RUN), table, WEIGHTS),
-            Command(("replay", RUN), text_of(), ("*/events.jsonl", "*/event.json", "*/log.jsonl")),
-            Command(("replay", RUN, "--event", "1", "--after", "1"), text_of(), ("*",), may_end_badly=True),
+            Command(("sample", RUN, "-n", "1", "--out", "out.png"), picture, checkpoint(LAST)),
+            Command(("evaluate", RUN), table, checkpoint(LAST)),
+            Command(("replay", RUN), text_of(), ("*/events.jsonl",)),
+            Command(("replay", RUN, "--event", "1", "--after", "1"), text_of(), (*TOLD, f"{RUN}/capsules/*")),
             Command(("resume", RUN), text_of(), TOLD),
         ),
         (f"{RUN}/*",), 0.24,
@@ -268,7 +272,7 @@ TARGETS = {
     "study": Target(
         build_study,
         (
-            Command(("ablate", "status", STUDY, *WHERE), text_of(), ("*",)),
+            Command(("ablate", "status", STUDY, *WHERE), text_of(), (STUDY, "ledger.jsonl")),
             Command(("ablate", "report", STUDY, *WHERE, "--out", "report"), text_of("report/*.md"), ("*",)),
             Command(("analyze", "ledger.jsonl", "--out", "report", "--no-mlflow"), text_of("report/*.md"), ("*",)),
         ),
