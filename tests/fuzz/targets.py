@@ -144,6 +144,9 @@ def checkpoint(step: int) -> tuple[str, ...]:
 
 TOLD = ("*/log.jsonl", "*/events.jsonl", "*/config.yaml", "*/result.json", "*/start.json", "*/env.json")
 
+OFTEN = (f"{RUN}/*", *TOLD * 4, "*/state.json", "*/event.json")
+"""What of a run is damaged; what is read by most is damaged most."""
+
 STUDY_CONTENT = {
     "base": "twinflow",
     "set": {
@@ -255,7 +258,7 @@ def write_config() -> None:
 TARGETS = {
     "cut run": Target(
         build_cut_run, (Command(("resume", RUN), rows_after(KEPT), checkpoint(KEPT)),),
-        (f"{RUN}/*",), 0.22,
+        OFTEN, 0.22,
     ),
     "run": Target(
         build_run,
@@ -267,7 +270,7 @@ TARGETS = {
             Command(("replay", RUN, "--event", "1", "--after", "1"), text_of(), (*TOLD, f"{RUN}/capsules/*")),
             Command(("resume", RUN), text_of(), TOLD),
         ),
-        (f"{RUN}/*",), 0.24,
+        OFTEN, 0.24,
     ),
     "study": Target(
         build_study,
@@ -276,7 +279,7 @@ TARGETS = {
             Command(("ablate", "report", STUDY, *WHERE, "--out", "report"), text_of("report/*.md"), ("*",)),
             Command(("analyze", "ledger.jsonl", "--out", "report", "--no-mlflow"), text_of("report/*.md"), ("*",)),
         ),
-        ("*.yaml", "*.jsonl", "*/config.yaml", "*/result.json", "*/events.jsonl", "*/start.json", "*/log.jsonl"), 0.16,
+        (*[STUDY, "ledger.jsonl"] * 6, *TOLD), 0.16,
     ),
     "images": Target(
         build_images,

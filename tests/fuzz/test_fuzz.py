@@ -14,7 +14,7 @@ from tests.fuzz import loop, mutations, targets, trying
 from tests.fuzz.trying import Done
 
 COUNT, SMALL = 2000, 60
-QUICK = ("cut run", "run", "study", "images", "configuration")
+QUICK = ("cut run", "run", "images", "configuration")
 """Targets that need neither a pipeline nor the laboratory."""
 
 
