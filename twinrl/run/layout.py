@@ -158,7 +158,7 @@ def read_event(capsule: Path) -> dict[str, Any]:
 
 
 Number = int | float | Literal["nan", "inf", "-inf"]
-"""As strict JSON has it."""
+"""As strict JSON has it; ``float`` takes all of them."""
 
 
 class _Event(BaseModel):
