@@ -112,10 +112,10 @@ class _Environment(BaseModel):
     launchers: list[str] = []
 
 
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """All rows of the log. Raises InputError: it is missing, or damaged; names the line."""
+def read_rows(run: Path, stop: int | None = None) -> list[dict[str, Any]]:
+    """All rows of the log, or those up to byte ``stop``. Raises InputError: it is missing, or a row is damaged."""
     path = run / LOG
-    rows = runlog.read(path)
+    rows = list(runlog.rows(path, stop=stop))
     for number, row in enumerate(rows, 1):
         counts = (row.get(name) for name in ("step", "iteration"))
         if not all(type(count) is int and count >= 0 for count in counts):
@@ -132,12 +132,16 @@ def _damaged_row(path: Path, number: int, got: str, expected: str) -> InputError
     return InputError(f"{path}, line {number}, is damaged", got=got, expected=expected, fix=fix)
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``events.jsonl``; none if the file is missing. Raises InputError: a line is no event."""
+def read_events(run: Path, stop: int | None = None) -> list[dict[str, Any]]:
+    """The lines of ``events.jsonl``, or those up to byte ``stop``; none if the file is missing.
+
+    Raises:
+        InputError: a line is no event.
+    """
     path = run / EVENTS
     if not os.path.lexists(path):
         return []
-    entries = runlog.read(path)
+    entries = list(runlog.rows(path, stop=stop))
     for number, entry in enumerate(entries, 1):
         try:
             _Event.model_validate(entry, strict=True)
