@@ -414,7 +414,7 @@ class Trainer:
         """Up to these bytes the logs are kept, and all that the run's end will read must be readable."""
         self.log.check(log)
         self.events.check(events)
-        if self.ranks.first:
+        if self.ranks.first and log:
             layout.read_rows(self.run.path, log)
             layout.read_events(self.run.path, events)
             layout.read_start(self.run.path)
