@@ -12,7 +12,7 @@ import numpy as np
 
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
-from twinrl.run import names, runlog
+from twinrl.run import layout, names
 from twinrl.run.runlog import LogRow
 from twinrl.tracking.thinning import MOST_POINTS
 
@@ -43,7 +43,7 @@ class BandPoint:
 def curves(plan: Plan, trials: Sequence[Trial]) -> dict[str, list[BandPoint]]:
     """The study's metric and the total loss over the seeds of an arm, as far as their logs are on this machine."""
     wanted = dict.fromkeys([plan.study.config.metric, names.LOSS_TOTAL])
-    logs = [(runlog.read(t.run.log), plan.record(t)) for t in trials if t.run.log.exists()]
+    logs = [(layout.read_rows(t.run.path), plan.record(t)) for t in trials if t.run.log.exists()]
     return {metric: [*thinned(list(curve(logs, metric))), *_broken_end(logs, metric)] for metric in wanted}
 
 

@@ -31,6 +31,7 @@ from twinrl.config.errors import InputError
 from twinrl.run import names, runlog
 from twinrl.run.runlog import RunLog
 from twinrl.stability import verdict
+from twinrl.stability.events import Event
 from twinrl.tracking import store, thinning, ui
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.tracking.thinning import Thinner
@@ -170,7 +171,7 @@ def test_a_divergence_is_a_metric_and_tags(workspace: Workspace) -> None:
     plan = plan_of(workspace)
     trial, view = plan.trials[0], StudyView(plan)
     train(trial, until=1000, durable=1000)
-    (trial.run.events).write_text(json.dumps({"step": 999, "kind": "spike", "message": "m"}) + "\n")
+    (trial.run.events).write_text(json.dumps(Event(999, 998, "spike", (), (), "m").as_dict()) + "\n")
     end(plan, trial, diverged={"step": 999, "kind": "nonfinite"})
     for _ in range(2):
         view.trial(trial)

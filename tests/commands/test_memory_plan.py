@@ -15,7 +15,7 @@ from tests.fake_source import register, small
 from twinrl.backends.families import FAMILIES
 from twinrl.commands.memory_plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
 from twinrl.config.errors import InputError
-from twinrl.data.prepare import MANIFEST
+from twinrl.data.prepare import CACHE_FORMAT, MANIFEST
 from twinrl.run import checkpoints
 from twinrl.training import assembly, schema
 from twinrl.training.runs import RunDirectory
@@ -210,7 +210,9 @@ def test_another_familys_pipeline_is_not_planned(tmp_path: Path) -> None:
 def test_latents_beyond_a_models_positions_are_refused(tmp_path: Path) -> None:
     tiny.build("sd3").save_pretrained(tmp_path / "pipeline")
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / MANIFEST).write_text(json.dumps({"buckets": [{"latent_shape": [4, 1024, 1024]}]}))
+    bucket = {"name": "8192x8192", "width": 8192, "height": 8192, "latent_shape": [4, 1024, 1024]}
+    manifest = {"encoder": "x", "content_hash": "x", "images": True, "lengths": {}, "buckets": [bucket]}
+    (tmp_path / "data" / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, **manifest}))
     given = [
         f"model={{family: sd3, path: {tmp_path / 'pipeline'}}}",
         f"data={{source: folder, root: {tmp_path / 'data'}}}",

@@ -383,13 +383,19 @@ def test_a_damaged_or_foreign_cache_is_one_line(folder: Path, tmp_path: Path, en
     run(folder, out, encoder)
     assert encoder.images == 4
     entries = (out / ENTRIES).read_text().splitlines(keepends=True)
+    manifest = json.loads((out / MANIFEST).read_text())
     assert len(CachedDataset(out)) > 0
     (out / ENTRIES).write_text("".join(entries[1:]))
     with pytest.raises(InputError, match=r"entries\.jsonl and manifest\.json of two different runs"):
         CachedDataset(out)
     (out / ENTRIES).write_text('{"name": "x"}\n')
-    with pytest.raises(InputError, match="not a complete prepared folder"):
+    with pytest.raises(InputError, match=r"entries\.jsonl, line 1, is damaged; got bucket"):
         CachedDataset(out)
-    (out / MANIFEST).write_text("[]")
-    with pytest.raises(InputError, match="another format"):
-        CachedDataset(out)
+    for content, said in (("[]", "object"), (json.dumps(manifest | {"format": 9}), "format"), ("{", "JSON")):
+        (out / MANIFEST).write_text(content)
+        with pytest.raises(InputError, match=rf"manifest\.json is damaged; got .*{said}"):
+            CachedDataset(out)
+    for key in ("encoder", "content_hash", "images", "lengths", "buckets"):
+        (out / MANIFEST).write_text(json.dumps(manifest | {key: [{"a": 1}]}))
+        with pytest.raises(InputError, match=rf"manifest\.json is damaged; got {key}"):
+            CachedDataset(out)

@@ -1,6 +1,10 @@
 """The files of a run directory: named in one place, read alike by everybody, without torch."""
 
 import ast
+import json
+import math
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +19,7 @@ from twinrl.run import layout
 
 NAMES = {name for key, name in vars(layout).items() if key.isupper() and isinstance(name, str) and Path(name).suffix}
 PACKAGES = [Path(package.__file__).parent for package in (twinrl, ablations, analysis)]
+EVENT = {"step": 4, "iteration": 4, "kind": "spike", "terms": ["base"], "rows": [1], "message": "a spike"}
 
 
 def spelled(path: Path) -> set[str]:
@@ -40,9 +45,52 @@ def test_a_directory_without_files_is_no_run_and_has_nothing(tmp_path: Path) -> 
 
 def test_what_a_kill_has_left_half_written_is_nothing_yet(tmp_path: Path) -> None:
     (tmp_path / layout.ENVIRONMENT).write_text('{"launchers": ["a')
-    (tmp_path / layout.EVENTS).write_text('{"kind": "spike"}\n{"kind"')
+    (tmp_path / layout.EVENTS).write_text(json.dumps(EVENT) + '\n{"kind"')
     assert layout.read_environment(tmp_path) == {}
-    assert layout.read_events(tmp_path) == [{"kind": "spike"}]
+    assert layout.read_events(tmp_path) == [EVENT]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("what", "line 2, is corrupted"),
+        (json.dumps({key: EVENT[key] for key in EVENT if key != "step"}), "line 2, is no event; got step"),
+        (json.dumps(EVENT | {"rows": "all"}), "line 2, is no event; got rows"),
+        (json.dumps(EVENT | {"more": 1}), "line 2, is no event; got more"),
+    ],
+)
+def test_a_line_that_is_no_event_is_named(line: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / layout.EVENTS).write_text(f"{json.dumps(EVENT)}\n{line}\n")
+    with pytest.raises(InputError, match=said):
+        layout.read_events(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"val/quality": "text"}', '{"val/quality": [1]}', "{", ""])
+def test_damaged_metrics_of_the_start_are_no_metrics(content: str, tmp_path: Path) -> None:
+    (tmp_path / layout.START).write_text(content)
+    with pytest.raises(InputError, match=layout.START):
+        layout.read_start(tmp_path)
+
+
+def test_metrics_of_the_start_may_be_no_numbers(tmp_path: Path) -> None:
+    (tmp_path / layout.START).write_text('{"a": 1, "b": 0.5, "c": "-inf"}')
+    assert layout.read_start(tmp_path) == {"a": 1, "b": 0.5, "c": -math.inf}
+
+
+@pytest.mark.parametrize("name", [layout.RESULT, layout.START, layout.EVENTS, layout.LOG, layout.CONFIG])
+@pytest.mark.timeout(20)
+def test_a_pipe_in_a_file_s_place_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    readers = {layout.RESULT: layout.read_result, layout.START: layout.read_start, layout.EVENTS: layout.read_events}
+    read = (readers | {layout.LOG: layout.read_rows, layout.CONFIG: layout.read_config})[name]
+    with pytest.raises(InputError, match=name):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", '{"launchers": 3}', "\x00"])
+def test_a_damaged_note_of_the_machine_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / layout.ENVIRONMENT).write_text(content)
+    assert layout.read_environment(tmp_path) == {}
 
 
 def test_checkpoints_are_in_the_order_of_their_steps_and_unpublished_ones_are_none(tmp_path: Path) -> None:
@@ -57,3 +105,47 @@ def test_it_needs_neither_torch_nor_pandas() -> None:
     asked = f"import sys, {layout.__name__}; print([name for name in ('torch', 'pandas') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"step": 2, "iteration": 1, "loss/total": "text"}, "line 2, is damaged; got loss/total 'text'"),
+        ({"step": 2, "iteration": 1, "loss/total": [1.0]}, "line 2, is damaged; got loss/total"),
+        ({"step": "2", "iteration": 1}, "line 2, is damaged; got step '2'"),
+        ({"step": True, "iteration": 1}, "line 2, is damaged; got step True"),
+        ({"step": -2, "iteration": 1}, "line 2, is damaged; got step -2"),
+        ({"iteration": 1}, "line 2, is damaged; got step None"),
+    ],
+)
+def test_a_row_of_the_log_has_whole_counts_and_numbers(row: dict[str, object], said: str, tmp_path: Path) -> None:
+    first = {"step": 1, "iteration": 0, "loss/total": "nan", "val/quality": None}
+    (tmp_path / layout.LOG).write_text(f"{json.dumps(first)}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=re.escape(said)):
+        layout.read_rows(tmp_path)
+
+
+def test_pictures_that_are_no_files_are_none(tmp_path: Path) -> None:
+    (tmp_path / layout.SAMPLES).mkdir()
+    kept, lost = (tmp_path / layout.SAMPLES / f"{layout.of_step(step)}.png" for step in (1, 2))
+    kept.write_bytes(b"a picture")
+    lost.symlink_to("nowhere")
+    assert layout.grids(tmp_path) == [kept]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("seed: text", "seed"),
+        ("train: {steps: many}", "train.steps"),
+        ("evaluation: {nfe: []}", "evaluation.nfe"),
+        ("stability: nothing", "stability"),
+        ("terms: {base: {branches: 3}}", "terms.base.branches"),
+        ("[]", "mapping"),
+        ("a: &a [*a]", "YAML"),
+    ],
+)
+def test_a_damaged_configuration_is_named(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / layout.CONFIG).write_text(text)
+    with pytest.raises(InputError, match=rf"{layout.CONFIG}.*{said}"):
+        layout.read_config(tmp_path)

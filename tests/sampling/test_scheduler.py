@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from tests import reference
+from tests.rounding import assert_rounded
 from tests.sampling.gaussian import GaussianFlow
 from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
@@ -137,7 +138,15 @@ def test_order_2_lists_the_times_between_twice():
     expected = torch.cat([times[:1], times[1:].repeat_interleave(2)]) * 1000
     torch.testing.assert_close(scheduler.timesteps, expected.float())
     assert len(scheduler.timesteps) == nfe(CONFIGS["mul order 2"])
-    assert scheduler.order == 2
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4, 5])
+@pytest.mark.parametrize("order", [1, 2])
+def test_there_is_an_entry_for_every_step(order, steps):
+    """Pipelines cut a schedule by the number of steps that they asked for."""
+    scheduler = TwinFlowScheduler(order=order)
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == len(scheduler.target_timesteps) == steps * scheduler.order
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -183,9 +192,42 @@ def test_target_times_can_be_read_by_index_tensor_and_timestep(name):
     assert torch.equal(scheduler.target_for(rounded), scheduler.target_timesteps)
 
 
-def test_scale_noise_is_the_transport():
-    scheduler, x, z = TwinFlowScheduler(), normal(2, 1, 2, 2), normal(2, 1, 2, 2, seed=1)
-    torch.testing.assert_close(scheduler.scale_noise(x, torch.tensor([250.0]), z), 0.25 * z + 0.75 * x)
+@pytest.mark.parametrize("shape", [(3, 1, 2, 2), (3, 5, 4), (3, 2, 2, 2, 2)])
+@pytest.mark.parametrize("times", [[250.0], [250.0, 500.0, 1000.0], [250, 500, 0]])
+def test_noise_is_added_along_the_transport(shape, times):
+    """For one time or one a row, also integers; ``scale_noise`` and ``add_noise`` differ in their order alone."""
+    scheduler, x, z = TwinFlowScheduler(), normal(*shape), normal(*shape, seed=1)
+    t = (torch.tensor(times, dtype=torch.float64) / 1000).view(-1, *[1] * (len(shape) - 1))
+    for noisy in (scheduler.scale_noise(x, torch.tensor(times), z), scheduler.add_noise(x, z, torch.tensor(times))):
+        torch.testing.assert_close(noisy, t * z + (1 - t) * x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_added_noise_keeps_the_dtype_and_is_rounded_once(dtype):
+    """In float16 a time of 999 of 1000 alone would be off by more."""
+    scheduler, x, z = TwinFlowScheduler(), normal(2, 1, 2, 2).to(dtype), normal(2, 1, 2, 2, seed=1).to(dtype)
+    noisy = scheduler.add_noise(x, z, torch.tensor([999.0, 333.0]))
+    t = torch.tensor([0.999, 0.333], dtype=torch.float64).view(2, 1, 1, 1)
+    assert noisy.dtype == dtype
+    assert_rounded(noisy, (t * z.double() + (1 - t) * x.double()).to(dtype), 2)
+
+
+def test_timesteps_of_another_number_than_the_rows_are_refused():
+    with pytest.raises(InputError, match="1 or 3 of them"):
+        TwinFlowScheduler().add_noise(normal(3, 2), normal(3, 2), torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 6, 9])
+@pytest.mark.parametrize("style", ["few", "any", "mul"])
+def test_order_2_ends_at_the_data_from_every_start(style, steps):
+    """All data lie at 0. At a correction there is nothing to correct yet: the sample stays, the next one predicts."""
+    for begin in range(steps):
+        scheduler, x = TwinFlowScheduler(style=style, order=2), normal(2, 1, 2, 2)
+        scheduler.set_timesteps(steps)
+        scheduler.set_begin_index(begin)
+        for time in scheduler.timesteps[begin:]:
+            x = scheduler.step(x / (time.double() / 1000), time, x, return_dict=False)[0]
+        torch.testing.assert_close(x, torch.zeros_like(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("by", ["index", "timestep"])
@@ -266,14 +308,6 @@ def test_stepping_without_or_beyond_a_schedule_is_refused():
     scheduler.step(z, scheduler.timesteps[0], z)
     with pytest.raises(InputError, match="set_timesteps"):
         scheduler.step(z, scheduler.timesteps[0], z)
-
-
-def test_starting_at_a_correction_is_refused():
-    scheduler, z = TwinFlowScheduler(style="mul", order=2), normal(2, 1, 2, 2)
-    scheduler.set_timesteps(9)
-    scheduler.set_begin_index(3)
-    with pytest.raises(InputError, match="correcting"):
-        scheduler.step(z, scheduler.timesteps[3], z)
 
 
 # --- in a pipeline --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names, runlog
 from twinrl.run.runlog import RunLog
+from twinrl.stability.events import Event
 from twinrl.tracking import store
 from twinrl.tracking.mlflow_run import MlflowRun, flatten
 from twinrl.tracking.mlflow_state import ViewState
@@ -245,9 +246,14 @@ def write_log(run: Path, **series: list[float]) -> None:
             log.append({"iteration": step - 1, "step": step, **values})
 
 
+def event_line(step: int, kind: str, message: str) -> dict[str, object]:
+    """What a run writes of an event."""
+    return Event(step, step - 1, kind, (), (), message).as_dict()
+
+
 def test_events_become_tags_and_a_failure_says_when_how_and_why(runs: Path) -> None:
     run = make_run(runs, rows=8)
-    spikes = [{"step": step, "kind": "spike", "message": "spike of grad/base/norm_raw"} for step in (3, 5)]
+    spikes = [event_line(step, "spike", "spike of grad/base/norm_raw") for step in (3, 5)]
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in spikes))
     publish(run)
     assert tags_of(run) == {"events.spike": "2", "diverged": "false"}
@@ -269,7 +275,7 @@ def test_events_become_tags_and_a_failure_says_when_how_and_why(runs: Path) -> N
 def test_a_failure_that_a_rollback_took_back_is_counted_and_no_verdict(runs: Path) -> None:
     run = make_run(runs, rows=8)
     write_log(run, **{names.LOSS_TOTAL: [1.0] * 6 + [math.nan]})
-    fell = {"step": 7, "iteration": 6, "kind": "diverged", "message": "non-finite loss/total"}
+    fell = event_line(7, "diverged", "non-finite loss/total")
     (run / "events.jsonl").write_text(json.dumps(fell) + "\n")
     publish(run)
     assert tags_of(run)["diverged.step"] == "7"

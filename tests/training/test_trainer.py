@@ -14,7 +14,7 @@ from tests.rounding import bound
 from tests.training.trainers import CPU, At, assert_same, finish, kill, make, rows, state, weight_size
 from twinrl.config.errors import InputError
 from twinrl.flow import draws
-from twinrl.run import checkpoints, names, runlog
+from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.training import assembly
 from twinrl.training.pictures import Validator
 from twinrl.training.runs import RunDirectory
@@ -291,6 +291,22 @@ def test_a_resume_neither_loses_nor_repeats_events(tmp_path: Path) -> None:
     kill(settings, 9)
     logged = logs.events(finish(settings).run)
     assert [(event["step"], event["kind"]) for event in logged] == [(7, "nonfinite"), (7, "diverged")]
+
+
+@pytest.mark.parametrize("name", [layout.LOG, layout.EVENTS, layout.START])
+def test_what_the_end_of_a_run_will_read_is_read_before_it_goes_on(tmp_path: Path, name: str) -> None:
+    settings = poisoned(tmp_path, "record")
+    kill(settings, 11)
+    path = settings.directory / name
+    if name == layout.START:
+        path.write_text("[]")
+    else:
+        first, *others = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"x" * (len(first) - 1) + b"\n" + b"".join(others))
+    before = {file: file.read_bytes() for file in settings.directory.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=name):
+        make(settings)
+    assert {file: file.read_bytes() for file in settings.directory.rglob("*") if file.is_file()} == before
 
 
 def test_event_names_only_the_term_at_fault(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """``twinrl replay``: an event's steps again, with a change, side by side."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.table import Table
 
 from twinrl.commands.progress import METRICS_SHOWN
 from twinrl.flow.source import Data
-from twinrl.run import names, runlog
+from twinrl.run import layout, names, runlog
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.replay import Replay, ReplayValidation, Trace
@@ -69,9 +68,7 @@ def listing(run: RunDirectory, capsules: Capsules) -> Table:
     for column in ("event", "step", "kind", "terms", "replay", "message"):
         table.add_column(column)
     kept = set(capsules.numbers())
-    lines = run.events.read_text().splitlines() if run.events.is_file() else []
-    for number, line in enumerate(lines, 1):
-        event = json.loads(line)
+    for number, event in enumerate(layout.read_events(run.path), 1):
         can = "yes" if number in kept else "no capsule"
         table.add_row(str(number), str(event["step"]), event["kind"], ", ".join(event["terms"]), can, event["message"])
     return table

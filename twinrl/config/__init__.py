@@ -17,7 +17,9 @@ from twinrl.config.loading import (
     nearest,
     one_line,
     override,
+    parsed_yaml,
     presets,
+    read_text,
     read_yaml,
     validate,
 )
@@ -39,7 +41,9 @@ __all__ = [
     "nearest",
     "one_line",
     "override",
+    "parsed_yaml",
     "presets",
+    "read_text",
     "read_yaml",
     "validate",
 ]

@@ -177,15 +177,9 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping. Raises InputError with file, line and reason where it is not one."""
     try:
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no file", fix=f"name a YAML file, or a preset ({', '.join(presets())})")
-        if (size := path.stat().st_size) > LARGEST_FILE:
-            raise InputError(f"{path} is no configuration", got=f"{size:,} bytes", expected=f"at most {LARGEST_FILE:,}")
-        value = _parsed(path.read_text())
+        value = parsed_yaml(read_text(path))
     except FileNotFoundError as error:
         raise InputError(f"no configuration at {path}", fix=f"use a preset ({', '.join(presets())})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read", got=error) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML", got=error) from error
     if not isinstance(value, dict):
@@ -193,7 +187,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parsed(text: str) -> Any:
+def read_text(path: Path) -> str:
+    """The text of a YAML file. Raises FileNotFoundError, or InputError where it is none, too long or no text."""
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no file", fix=f"name a YAML file, or a preset ({', '.join(presets())})")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise InputError(f"{path} is no configuration", got=f"{size:,} bytes", expected=f"at most {LARGEST_FILE:,}")
+        return path.read_text()
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read", got=error) from error
+
+
+def parsed_yaml(text: str) -> Any:
     """The value of a YAML text. Raises YAMLError, or RecursionError where it contains itself."""
     value = yaml.load(text, _Loader)
     waiting, most = [value], len(text) + 2  # aliases can make it exponentially larger than its text
@@ -263,7 +271,7 @@ def _same_kind(key: str, old: Mapping[str, Any], value: Mapping[str, Any]) -> bo
 
 def load_mapping(name: str, relative_to: Path | None = None, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The raw mapping of a preset or file with everything that it ``extends``."""
-    path = locate(name, relative_to).resolve()
+    path = Path(os.path.realpath(locate(name, relative_to)))  # of pathlib's, one fails where a link leads to itself
     if path in _seen:
         raise InputError("configurations extend each other in a circle", got=" → ".join(p.stem for p in (*_seen, path)))
     value = read_yaml(path)
@@ -280,7 +288,7 @@ def override(value: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         if not equals or not path:
             raise InputError(f"override {assignment!r} is not an assignment", expected="key.path=value")
         try:
-            leaf = _parsed(text)
+            leaf = parsed_yaml(text)
         except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"override {assignment!r} has a malformed value", got=error) from error
         for key in reversed(path.split(".")):

@@ -1,13 +1,14 @@
 """A prepared folder as training reads it: rows by number, latents and conditions straight from the cache."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.data.buckets import Bucket
 from twinrl.data.cache import pad
@@ -17,6 +18,9 @@ from twinrl.data.prepare import CACHE_FORMAT, ENTRIES, MANIFEST, content_hash, s
 from twinrl.data.verify import Entry
 from twinrl.flow.conditions import Condition
 from twinrl.machine import files
+
+PREPARE = "run `twinrl data prepare IMAGES --model MODEL --to PREPARED`"
+"""What mends a prepared folder."""
 
 
 class CachedDataset:
@@ -39,21 +43,20 @@ class CachedDataset:
     """
 
     def __init__(self, folder: Path, split: str = "train", encoder: str | None = None):
-        manifest = _manifest(folder)
-        if encoder is not None and manifest["encoder"] != encoder:
+        manifest = read_manifest(folder)
+        if encoder is not None and manifest.encoder != encoder:
             raise InputError(
-                f"{folder} was prepared with another encoder", got=manifest["encoder"], expected=encoder,
-                fix=_mended(manifest["encoder"], encoder),
+                f"{folder} was prepared with another encoder", got=manifest.encoder, expected=encoder,
+                fix=_mended(manifest.encoder, encoder),
             )  # fmt: skip
         self.folder, self.split = folder, split
-        self.content_hash: str = manifest["content_hash"]
-        self.has_images: bool = manifest["images"]
-        self.buckets = {row["name"]: Bucket(row["width"], row["height"]) for row in manifest["buckets"]}
-        self.latent_shapes = {row["name"]: tuple(row["latent_shape"]) for row in manifest["buckets"]}
-        self._lengths: dict[str, int] = manifest["lengths"]
-        self._latents, self._prompts = stores(folder, manifest["encoder"])
+        self.content_hash, self.has_images = manifest.content_hash, manifest.images
+        self.buckets = {row.name: Bucket(row.width, row.height) for row in manifest.buckets}
+        self.latent_shapes = {row.name: row.latent_shape for row in manifest.buckets}
+        self._lengths = manifest.lengths
+        self._latents, self._prompts = stores(folder, manifest.encoder)
         entries = _entries(folder)
-        if content_hash(manifest["encoder"], entries) != self.content_hash:
+        if content_hash(manifest.encoder, entries) != self.content_hash:
             raise _unprepared(folder, f"{ENTRIES} and {MANIFEST} of two different runs")
         self._entries = [entry for entry in entries if entry.split == split]
         self.members = {name: self._rows_of(name) for name in self.buckets}
@@ -126,28 +129,44 @@ def _mended(got: str, expected: str) -> str:
     return f"model.frozen_dtype={there}, or {again} and --dtype {here}"
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    if not (folder / MANIFEST).is_file():
-        raise _unprepared(folder, f"no {MANIFEST} in it" if folder.is_dir() else "no such folder")
+class BucketRow(BaseModel):
+    """A bucket of the manifest: its size in pixels, its latents' shape."""
+
+    name: str
+    width: PositiveInt
+    height: PositiveInt
+    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+
+
+class Manifest(BaseModel):
+    """What is read of ``manifest.json``."""
+
+    format: Annotated[int, Field(ge=CACHE_FORMAT, le=CACHE_FORMAT)]
+    encoder: str
+    content_hash: str
+    images: bool
+    lengths: dict[str, NonNegativeInt]
+    buckets: Annotated[list[BucketRow], Field(min_length=1)]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """What a prepared folder holds. Raises InputError: it is none, or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (*files.GONE, ValueError) as error:
-        raise _unprepared(folder, error) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != CACHE_FORMAT:
-        raise _unprepared(folder, f"{MANIFEST} of another format")
-    return manifest
+        return stored.read(folder / MANIFEST, Manifest, PREPARE)
+    except files.GONE as error:
+        raise _unprepared(folder, f"no {MANIFEST} in it" if folder.is_dir() else "no such folder") from error
 
 
 def _entries(folder: Path) -> list[Entry]:
+    path = folder / ENTRIES
     try:
-        with (folder / ENTRIES).open(encoding="utf-8") as lines:
-            return [Entry(**json.loads(line)) for line in lines]
-    except (*files.GONE, ValueError, TypeError) as error:
+        lines = stored.read_bytes(path).splitlines()
+    except files.GONE as error:
         raise _unprepared(folder, error) from error
+    return [stored.parse(line, Entry, f"{path}, line {number},", PREPARE) for number, line in enumerate(lines, 1)]
 
 
 def _unprepared(folder: Path, why: object) -> InputError:
     return InputError(
-        f"{folder} is not a complete prepared folder", got=why,
-        fix="run `twinrl data prepare IMAGES --model MODEL --to PREPARED` and set data.root=PREPARED",
+        f"{folder} is not a complete prepared folder", got=why, fix=f"{PREPARE} and set data.root=PREPARED"
     )  # fmt: skip

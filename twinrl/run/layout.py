@@ -14,17 +14,17 @@
 Imports neither torch nor pandas, so that studies and analysis read runs through it, too.
 """
 
-import json
+import os
 import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from twinrl.config import one_line
+from twinrl.config import one_line, parsed_yaml, read_text, stored
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import columns, runlog
@@ -39,7 +39,6 @@ MLFLOW, START = "mlflow.json", "start.json"
 LOCK = ".lock"
 
 SEED = re.compile(r"^seed: (\d+)\n", re.MULTILINE)
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML has it
 STEP = "step-"
 """What the name of a step's checkpoint and pictures begins with."""
 
@@ -53,43 +52,155 @@ def read_config(run: Path) -> dict[str, Any]:
     """The resolved configuration as plain nested values, which runs may share; empty where there is none.
 
     Raises:
-        InputError: the file is not YAML.
+        InputError: the file is damaged.
     """
     path = run / CONFIG
+    if not os.path.lexists(path):
+        return {}
     try:
-        text = path.read_text() if path.exists() else ""
+        text = read_text(path)
         seed = SEED.search(text)
         config = _plain(SEED.sub("", text, count=1))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML", got=error, fix="restore the resolved configuration") from error
-    if not isinstance(config, dict):
-        return {}
+    except ValidationError as error:
+        raise InputError(f"{path} is damaged", got=one_line(error.errors()), fix="restore it") from error
     return config | ({"seed": int(seed[1])} if seed else {})
 
 
 @lru_cache(maxsize=64)
-def _plain(text: str) -> Any:
-    """The value of a YAML text, which the runs of an arm share."""
-    return yaml.load(text, LOADER)
+def _plain(text: str) -> dict[str, Any]:
+    """The value of a configuration's YAML, which the runs of an arm share.
+
+    Raises:
+        YAMLError, RecursionError, ValidationError: it is none.
+    """
+    config: dict[str, Any] = parsed_yaml(text)
+    _Config.model_validate(config, strict=True)
+    return config
+
+
+class _Part(BaseModel):
+    """What others than training read of the configuration; training has the whole schema."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _Train(_Part):
+    steps: NonNegativeInt = 0
+
+
+class _Evaluation(_Part):
+    nfe: Annotated[list[PositiveInt], Field(min_length=1)] = [1]
+
+
+class _Data(_Part):
+    source: str | None = None
+
+
+class _Stability(_Part):
+    divergence: dict[str, Any] | None = None
+
+
+class _Term(_Part):
+    branches: list[str] | None = None
+
+
+class _Config(_Part):
+    name: str = ""
+    seed: NonNegativeInt = 0
+    train: _Train | None = None
+    evaluation: _Evaluation | None = None
+    data: _Data | None = None
+    stability: _Stability | None = None
+    terms: dict[str, _Term] | None = None
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """What is noted of the machine, the code and the launchers; empty where there is nothing yet."""
+    """What is noted of the machine, the code and the launchers; empty where there is nothing yet, or it is damaged:
+    no number hangs on it."""
     try:
-        return json.loads((run / ENVIRONMENT).read_bytes())
-    except (*files.GONE, ValueError):  # none, or its process was killed while writing
+        return stored.read(run / ENVIRONMENT, _Environment, "").model_dump()
+    except (*files.GONE, InputError):  # none, or its process was killed while writing
         return {}
 
 
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    """All rows of the log. Raises InputError: it is missing, or damaged."""
-    return runlog.read(run / LOG)
+class _Environment(BaseModel):
+    """What others read of ``env.json``; the rest is for people."""
+
+    model_config = ConfigDict(extra="allow")
+    launchers: list[str] = []
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``events.jsonl``, whose values may be lists; none if the file is missing."""
+def read_rows(run: Path, stop: int | None = None) -> list[dict[str, Any]]:
+    """All rows of the log, or those up to byte ``stop``. Raises InputError: it is missing, or a row is damaged."""
+    path = run / LOG
+    rows = list(runlog.rows(path, stop=stop))
+    for number, row in enumerate(rows, 1):
+        counts = (row.get(name) for name in ("step", "iteration"))
+        if not all(type(count) is int and count >= 0 for count in counts):
+            said = f"step {row.get('step')!r:.40}, iteration {row.get('iteration')!r:.40}"
+            raise _damaged_row(path, number, said, "whole numbers")
+        odd = next((name for name, value in row.items() if not isinstance(value, int | float | None)), None)
+        if odd is not None:
+            raise _damaged_row(path, number, f"{odd} {row[odd]!r:.40}", "a number")
+    return rows
+
+
+def _damaged_row(path: Path, number: int, got: str, expected: str) -> InputError:
+    fix = "resume from a checkpoint before that line, or restore the line"
+    return InputError(f"{path}, line {number}, is damaged", got=got, expected=expected, fix=fix)
+
+
+def read_events(run: Path, stop: int | None = None) -> list[dict[str, Any]]:
+    """The lines of ``events.jsonl``, or those up to byte ``stop``; none if the file is missing.
+
+    Raises:
+        InputError: a line is no event.
+    """
     path = run / EVENTS
-    return runlog.read(path) if path.is_file() else []
+    if not os.path.lexists(path):
+        return []
+    entries = list(runlog.rows(path, stop=stop))
+    for number, entry in enumerate(entries, 1):
+        try:
+            _Event.model_validate(entry, strict=True)
+        except ValidationError as error:
+            raise InputError(
+                f"{path}, line {number}, is no event", got=one_line(error.errors()), fix="restore or delete the line"
+            ) from error
+    return entries
+
+
+def read_event(capsule: Path) -> dict[str, Any]:
+    """The event that a capsule was kept for. Raises InputError: the file is missing or damaged."""
+    fix = "delete the capsule, which cannot be replayed"
+    try:
+        return stored.read(capsule / EVENT, _Event, fix).model_dump(exclude_unset=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{capsule / EVENT} is missing", fix=fix) from error
+
+
+Number = int | float | Literal["nan", "inf", "-inf"]
+"""As strict JSON has it; ``float`` takes all of them."""
+
+
+class _Event(BaseModel):
+    """A line of ``events.jsonl``; :class:`twinrl.stability.events.Event` says what each entry is."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: NonNegativeInt
+    iteration: NonNegativeInt
+    kind: str
+    terms: list[str]
+    rows: list[int]
+    message: str
+    shares: dict[str, list[Number]] = {}
+    series: str = ""
+    value: Number | None = None
+    reference: Number | None = None
+    t: list[float] = []
+    branches: list[str] = []
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -98,18 +209,11 @@ def read_result(run: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the file is damaged.
     """
-    path = run / RESULT
     try:
-        content = path.read_bytes()
+        result = stored.read(run / RESULT, _Result, f"delete it: `twinrl resume {run}` then makes it again")
     except FileNotFoundError:
         return None
-    try:
-        return _Result.model_validate_json(content).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged or not of a run", got=one_line(error.errors()),
-            fix=f"delete it: `twinrl resume {run}` then makes it again",
-        ) from error  # fmt: skip
+    return result.model_dump(exclude_unset=True)
 
 
 class _Result(BaseModel):
@@ -124,7 +228,7 @@ def write_metrics(run: Path) -> Path:
     """Write the log as a table beside it, unless it is there; its path.
 
     Raises:
-        InputError: the log is missing or corrupted.
+        InputError: the log is missing or damaged.
     """
     columns.write(run / LOG, run / METRICS)
     return run / METRICS
@@ -136,11 +240,16 @@ def read_columns(run: Path, wanted: Callable[[str], bool]) -> columns.Columns:
 
 
 def read_start(run: Path) -> dict[str, Any] | None:
-    """Metrics of the start weights, by name; None where they were not evaluated, as from random weights."""
-    path = run / START
-    if not path.is_file():
+    """Metrics of the start weights, by name; None where they were not evaluated, as from random weights.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        start = stored.read(run / START, dict[str, Number], "restore it, or delete it and judge the run without it")
+    except FileNotFoundError:
         return None
-    return {name: runlog.decode(value) for name, value in json.loads(path.read_text()).items()}
+    return {name: runlog.decode(value) for name, value in start.items()}
 
 
 def folder_name(name: str, config_hash: str, seed: int) -> str:
@@ -177,4 +286,4 @@ def newest(checkpoints: Path) -> Path | None:
 
 def grids(run: Path) -> list[Path]:
     """The pictures of samples over training, oldest first."""
-    return sorted((run / SAMPLES).glob(f"{STEP}*.png"))
+    return sorted(path for path in (run / SAMPLES).glob(f"{STEP}*.png") if path.is_file())

@@ -14,13 +14,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from twinrl.config.errors import InputError
 from twinrl.machine import files
-
-if TYPE_CHECKING:
-    import pandas
 
 LogRow: TypeAlias = Mapping[str, Any]
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -168,6 +165,8 @@ def rows(path: str | os.PathLike[str], start: int = 0, stop: int | None = None) 
         InputError: the file is missing, or a line is not a JSON object.
         OSError: it cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # whoever opens a pipe would wait for ever
+        raise InputError(f"the run log {path} is no file", fix="name a run directory that has one")
     try:
         with open(path, "rb") as file:
             end = file.seek(start)
@@ -186,7 +185,7 @@ def _parse(line: bytes, path: Path, end: int) -> dict[str, Any]:
     """The row that ``line``, which ends at byte ``end``, stands for."""
     try:
         row = json.loads(line.decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         raise InputError(
@@ -226,16 +225,3 @@ def surviving(entries: Iterable[dict[str, Any]], rows: Iterable[Mapping[str, Any
 def rollbacks(rows: Sequence[Mapping[str, Any]]) -> int:
     """How often a run returned to a checkpoint: the places where its log goes back in steps."""
     return sum(after["step"] <= before["step"] for before, after in pairwise(rows))
-
-
-def to_frame(path: str | os.PathLike[str]) -> "pandas.DataFrame":
-    """The log as a table, one row a line in order and one column a name; absent values are NaN.
-
-    *When to use*: to look at curves. Where "not logged" and "was NaN" must be told apart, use :func:`read`.
-
-    Raises:
-        InputError: as for :func:`rows`.
-    """
-    import pandas
-
-    return pandas.DataFrame.from_records(read(path))

@@ -5,9 +5,11 @@ It walks the same ``plan`` with the same ``update`` (``twinrl/sampling/update.py
 to import, so ``twinrl.sampling`` does not.
 """
 
+import inspect
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +32,8 @@ from twinrl.sampling.settings import (
 )
 from twinrl.sampling.update import Evaluation, SamplerState, high_precision, initial_state, plan, update
 
+logger = logging.getLogger(__name__)
+
 SAMPLER_STYLES = {"few": few_step, "any": any_step, "mul": multi_step}
 
 
@@ -42,6 +46,8 @@ class TwinFlowSchedulerOutput(SchedulerOutput):
 
 class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the mixins disagree themselves
     """UCGM-S sampling (arXiv:2505.07447) in diffusers pipelines; equal to ``twinrl.sampling.sample``.
+
+    Every network evaluation is a step of the pipeline, at order 2 too: hence diffusers' attribute ``order`` is 1.
 
     Settings left at None come from the style's public settings for the number of steps: ``few_step``,
     ``any_step`` or ``multi_step``. So ``TwinFlowScheduler()`` with 2 or 4 inference steps is what TwinFlow's
@@ -86,7 +92,6 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         seed: int | None = 0,
     ):
         _check_basics(prediction_type, shift, style)
-        self.order = order
         self.num_inference_steps: int | None = None
         self._plan: tuple[Evaluation, ...] = ()
         self.sampler_config(2)  # wrong settings fail here rather than in the pipeline
@@ -100,6 +105,22 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
     def from_sampler(cls, config: SamplerConfig, **settings: Any) -> "TwinFlowScheduler":
         """The scheduler with a sampler's settings; ``config.steps`` is what to give to ``set_timesteps``."""
         return cls(**config.model_dump(exclude={"steps"}), **settings)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The scheduler of a configuration. Of another class's the shift is left out, with a warning.
+
+        Arguments:
+            config: nested mapping, as ``scheduler.config`` of any scheduler.
+            return_unused_kwargs: also return what the class does not know.
+            kwargs: settings that go before those of ``config``.
+
+        Raises:
+            InputError: the other scheduler predicts no flow, or counts its times from data to noise.
+        """
+        if isinstance(config, Mapping):
+            config = _without_foreign_shift(config, cls, given=kwargs)
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def sampler_config(self, num_inference_steps: int) -> SamplerConfig:
         """The sampler's settings for a number of steps, with those left at None filled in."""
@@ -125,9 +146,9 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         """Lays out the evaluations of one sample.
 
         Arguments:
-            num_inference_steps: ``SamplerConfig.steps``: evaluations at order 1. Order 2 visits
-                (steps + 1) // 2 intervals with two evaluations each, one in the last; as in diffusers' Heun
-                scheduler the times between are then listed twice.
+            num_inference_steps: ``SamplerConfig.steps``: entries of ``timesteps``, network evaluations. Order 2
+                visits (steps + 1) // 2 intervals with two evaluations each, one in the last: the times between are
+                listed twice. Of an even number the first answer corrects nothing and is not used.
             device: of ``timesteps``.
             sigmas: own times t, falling, without the closing 0. Many pipelines pass the ramp
                 ``linspace(1, 1/n, n)`` when their user gave none; it is taken for the number of steps alone.
@@ -143,6 +164,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         config = self.sampler_config(steps)
         grid = time_grid(config) if own is None or _is_default_ramp(own) else torch.cat([own, own.new_zeros(1)])
         self._plan = plan(config, self._shifted(grid, self._shift_factor(mu)))
+        if own is None and len(self._plan) < steps:  # pipelines count on an entry for every step
+            self._plan = (replace(self._plan[0], corrects=True), *self._plan)
         self.num_inference_steps = steps
         self._lay_out(device)
 
@@ -195,6 +218,11 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         self._state: SamplerState | None = None
 
     @property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What ``set_timesteps`` has laid out, one for each entry of ``timesteps``."""
+        return self._plan
+
+    @property
     def step_index(self) -> int | None:
         """The evaluation that the next ``step`` answers; None before the first."""
         return self._step_index
@@ -224,21 +252,38 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         return self.target_timesteps.to(timestep.device)[distance.argmin(dim=1)]
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The entry of ``timesteps`` equal to ``timestep``; of two equal ones the second, which predicts."""
+        """The entry of ``timesteps`` equal to ``timestep``: the first, or of two later ones that which predicts."""
         schedule = self.timesteps if schedule_timesteps is None else schedule_timesteps
         found = (schedule == torch.as_tensor(timestep).to(schedule)).nonzero()
         if len(found) == 0:
             raise InputError("no such timestep", got=timestep, expected=f"one of {schedule.tolist()}")
-        return int(found[-1])
+        return 0 if found[0] == 0 else int(found[-1])
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The sample itself; flow models need no scaling."""
         return sample
 
-    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """``x_t = t·noise + (1−t)·sample`` at ``timestep`` (B,) or (1,), to start from an image."""
-        t = (timestep.reshape(-1) / self.config["num_train_timesteps"]).to(sample)
-        return interpolate(sample, noise, t)
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """``x_t = t·noise + (1−t)·sample``, to start from an image.
+
+        Arguments:
+            sample: data (B, ...), whose dtype and device the result has.
+            timestep: (B,), (1,) or a number, in units of ``num_train_timesteps``; need be none of ``timesteps``.
+            noise: z ~ N(0, I) (B, ...).
+
+        Raises:
+            InputError: neither one timestep nor one for each row.
+        """
+        time = torch.as_tensor(timestep).reshape(-1).to(sample.device)
+        if len(time) not in (1, len(sample)):
+            raise InputError("timesteps of another length", got=len(time), expected=f"1 or {len(sample)} of them")
+        precise = torch.promote_types(sample.dtype, torch.float32)
+        t = time.to(precise) / self.config["num_train_timesteps"]
+        return interpolate(sample.to(precise), noise.to(sample.device, precise), t).to(sample.dtype)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """:meth:`scale_noise` by the name and the order of arguments that other pipelines use."""
+        return self.scale_noise(original_samples, timesteps, noise)
 
     def step(
         self,
@@ -268,7 +313,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         evaluation, state = self._evaluation(index), self._resumed(sample)
         if evaluation.needs_noise and noise is None:
             noise = self._draw(evaluation.step, sample, generator)
-        state = update(evaluation, state, model_output, noise)
+        if not evaluation.corrects or state.origin is not None:  # else started here, with nothing to correct
+            state = update(evaluation, state, model_output, noise)
         last = index + 1 == len(self._plan)
         self._step_index, self._state = index + 1, None if last else state
         previous = state.x.to(model_output.dtype)
@@ -286,10 +332,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         if self._step_index is not None:
             return self._step_index
         self._evaluation(0)
-        index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
-        if self._evaluation(index).corrects:
-            raise InputError("cannot start at a correcting evaluation", got=index, expected="an even index")
-        return index
+        return self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
 
     def _resumed(self, sample: Tensor) -> SamplerState:
         """The state in full precision, unless the sample is not the one that was returned from it."""
@@ -306,6 +349,26 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
 
     def __len__(self) -> int:
         return self.config["num_train_timesteps"]
+
+
+SHIFTS = {"shift": 1.0, "use_dynamic_shifting": False}
+"""What moves a scheduler's grid, and the value that does not."""
+
+
+def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without another class's shift: it moves that class's grid, which TwinFlow's is not."""
+    known = inspect.signature(own).parameters
+    told = own.__name__ if all(name in known or name.startswith("_") for name in config) else "another scheduler"
+    other = config.get("_class_name", told)  # a configuration that was never written down has no name
+    if other == own.__name__:
+        return dict(config)
+    if config.get("invert_sigmas"):
+        raise InputError(f"invert_sigmas of {other} counts times from data to noise", expected="a scheduler without it")
+    dropped = {name: config[name] for name, none in SHIFTS.items() if config.get(name, none) != none}
+    if left_out := ", ".join(f"{name}={value}" for name, value in dropped.items() if name not in given):
+        said = "%s of %s is left out: TwinFlow has a grid of its own; fix: pass it to from_config to keep it"
+        logger.warning(said, left_out, other)
+    return {name: value for name, value in config.items() if name not in dropped}
 
 
 def _check_basics(prediction_type: str, shift: float, style: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinrl.config import validate
 from twinrl.run import layout, names, runlog
 from twinrl.run.columns import Columns
 from twinrl.run.runlog import LogRow
@@ -83,7 +84,7 @@ def _of_lasting(
     own = (config.get("stability") or {}).get("divergence")
     nfe = (config.get("evaluation") or {}).get("nfe") or [1]
     status = (result or {}).get("status")
-    margins = Divergence.Config.model_validate(own) if own else None
+    margins = validate(Divergence.Config, own) if own else None
     found = first_divergence(rows, margins, int(nfe[0]), start, status in COMPLETE)
     if found is not None or status != "diverged":
         return found

@@ -7,6 +7,7 @@ to the right one into ``capsules/event-<n>/``.
 
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ class Capsules:
         """An event and the state from which its steps can be run again.
 
         Raises:
-            InputError: the event has no capsule.
+            InputError: the event has no capsule, or a damaged one.
         """
         folder = self.run / layout.CAPSULES / f"event-{number}"
         if not folder.is_dir():
@@ -81,13 +82,15 @@ class Capsules:
                 got=f"capsules of events {', '.join(map(str, self.numbers())) or '(none)'}",
                 fix="see stability.capsules: every, most",
             )
-        event = Event.from_dict(json.loads((folder / layout.EVENT).read_text()))
-        return event, checkpoints.load(layout.available(folder)[-1])
+        state = layout.newest(folder)
+        if state is None:
+            raise InputError(f"{folder} has no state", fix="delete the capsule, which cannot be replayed")
+        return Event.from_dict(layout.read_event(folder)), checkpoints.load(state)
 
     def numbers(self) -> list[int]:
         """Numbers of the events that have a capsule."""
         found = (self.run / layout.CAPSULES).glob("event-*")
-        return sorted(int(path.name.removeprefix("event-")) for path in found)
+        return sorted(int(path.name.removeprefix("event-")) for path in found if re.fullmatch(r"event-\d+", path.name))
 
 
 def _link(source: str, target: str) -> None:

@@ -13,6 +13,7 @@ from twinrl.backends.families.family import FamilyNetwork
 from twinrl.backends.families.lora import add_lora
 from twinrl.backends.families.pipelines import INDEX, check_class, components, quiet, read_index, transformer_config
 from twinrl.config.errors import InputError
+from twinrl.data.dataset import read_manifest
 from twinrl.data.prepare import MANIFEST
 from twinrl.flow.conditions import Condition
 from twinrl.fsdp.initial import META
@@ -107,9 +108,8 @@ class Described:
     def _latent_shape(self, settings: RunConfig) -> tuple[int, int, int]:
         """Of the largest bucket; where no data are prepared, the size that the model was made for, or 1024² pixels."""
         root = settings.data.root
-        if root is not None and (root / MANIFEST).is_file():
-            shapes = [row["latent_shape"] for row in json.loads((root / MANIFEST).read_text())["buckets"]]
-            return max(((c, h, w) for c, h, w in shapes), key=math.prod)
+        if root is not None and (root / MANIFEST).exists():
+            return max((row.latent_shape for row in read_manifest(root).buckets), key=math.prod)
         side = self.transformer.get("sample_size") or DEFAULT_PIXELS // self.family.COMPRESSION
         return self.family.channels, side, side
 

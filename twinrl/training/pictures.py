@@ -1,10 +1,12 @@
 """The pictures of a run: sample grids at every validation, the same noise over training, curves."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
@@ -16,6 +18,8 @@ from twinrl.training.runs import RunDirectory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 
 class Validator:
@@ -126,35 +130,43 @@ def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: 
 
 
 def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, most: int = 10) -> None:
-    """One sample of each class at up to ``most`` validations, noise fixed."""
+    """One sample of each class at up to ``most`` validations, noise fixed; damaged ones are left out with a warning."""
     from twinrl.evaluation.grids import training_grid
 
-    found = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
-    if not found:
-        return
-    chosen = [
-        found[round(i * (len(found) - 1) / max(1, min(most, len(found)) - 1))] for i in range(min(most, len(found)))
-    ]
-    snapshots = [tensors.load(file)["pixels"].float() / 127.5 - 1 for file in chosen]
-    steps = [layout.step_of(file) for file in chosen]
-    _write(training_grid(snapshots, steps, list(classes)), path)
+    saved = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
+    last = max(1, min(most, len(saved)) - 1)
+    chosen = [saved[round(i * (len(saved) - 1) / last)] for i in range(min(most, len(saved)))]
+    found = {file: pixels for file in chosen if (pixels := _snapshot(file, len(classes))) is not None}
+    for file in chosen:
+        if file not in found:
+            logger.warning("%s is damaged; %s goes without it", file, path.name)
+    if found:
+        snapshots = [pixels.float() / 127.5 - 1 for pixels in found.values()]
+        _write(training_grid(snapshots, [layout.step_of(file) for file in found], list(classes)), path)
+
+
+def _snapshot(file: Path, rows: int) -> Tensor | None:
+    """The samples of a validation, bytes (rows, C, H, W); None where the file is damaged."""
+    try:
+        pixels = tensors.load(file)["pixels"] if file.is_file() else torch.zeros(0)
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return pixels if pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == rows else None
 
 
 def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
     """Losses and quality against steps, the real-against-real floor dotted."""
     from twinrl.evaluation import figures
-    from twinrl.run import runlog
 
-    figure = figures.training_curves(runlog.read(run.log), floor=protocol.floor, title=run.path.name)
+    figure = figures.training_curves(layout.read_rows(run.path), floor=protocol.floor, title=run.path.name)
     figures.save(figure, path)
 
 
 def save_norms(run: RunDirectory, path: Path) -> None:
     """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
     from twinrl.evaluation import figures
-    from twinrl.run import runlog
 
-    rows = runlog.read(run.log)
+    rows = layout.read_rows(run.path)
     if not rows or names.grad("total", "norm_raw") not in rows[0]:
         return
     figures.save(figures.gradient_norms(rows, layout.read_events(run.path), title=run.path.name), path)

@@ -21,9 +21,9 @@ import torch
 from twinrl import config
 from twinrl.config.errors import InputError
 from twinrl.flow.source import Data
-from twinrl.run import names, runlog
+from twinrl.run import names
 from twinrl.run.checkpoints import Checkpoint
-from twinrl.run.layout import read_start
+from twinrl.run.layout import read_rows, read_start
 from twinrl.run.runlog import LogRow
 from twinrl.stability.divergence import Diverged, Divergence, first_divergence
 from twinrl.stability.events import Event
@@ -191,7 +191,7 @@ def replay_each(
         for group in (versions, harmless)
     )
     first = checkpoint.state["iteration"]
-    log = runlog.read(run.log)
+    log = read_rows(run.path)
     logged = [row for row in log if first <= row["iteration"] < first + steps]
     before = [row for row in log if row["iteration"] < first]
     start, judged = read_start(run.path), (settings.stability.divergence, settings.evaluation.nfe[0])

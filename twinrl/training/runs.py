@@ -114,9 +114,10 @@ class RunDirectory:
 
     def joined_by(self, launchers: Iterable[str]) -> None:
         """Note who trains a run that is begun already: machines have come in the place of lost ones."""
-        described = json.loads((self.path / layout.ENVIRONMENT).read_text())
-        if new := set(launchers) - {"", *described["launchers"]}:
-            self._note(described, [*described["launchers"], *new])
+        described = layout.read_environment(self.path)
+        before = described.get("launchers", [])
+        if new := set(launchers) - {"", *before}:
+            self._note(described, [*before, *new])
 
     @contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:

@@ -404,12 +404,20 @@ class Trainer:
         checkpoints.check_place(newest, checkpoint.state, self.settings.train.steps)
         check_unchanged(self.settings, self.source.content_hash, checkpoint.state)
         self.restore(checkpoint, str(newest))
-        self.log.check(checkpoint.state["log_offset"])
-        self.events.check(checkpoint.state["events_offset"])
+        self._check_logs(checkpoint.state["log_offset"], checkpoint.state["events_offset"])
         self.saver.newest = self.iteration  # from here on nothing is refused any more
         self.capsules.forget_after(self.step)
         self.log.trim(checkpoint.state["log_offset"])
         self.events.trim(checkpoint.state["events_offset"])
+
+    def _check_logs(self, log: int, events: int) -> None:
+        """Up to these bytes the logs are kept, and all that the run's end will read must be readable."""
+        self.log.check(log)
+        self.events.check(events)
+        if self.ranks.first and log:
+            layout.read_rows(self.run.path, log)
+            layout.read_events(self.run.path, events)
+            layout.read_start(self.run.path)
 
     def restore(self, checkpoint: Checkpoint, origin: str, strict: bool = True) -> None:
         """Be in the state of a checkpoint; the logs stay as they are.
