@@ -14,6 +14,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.text import Text
 
 from twinrl.run import names
@@ -90,3 +91,8 @@ class MLflowObserver:
 
     def after_event(self, event: Event) -> None:
         """Events are in the log's rows."""
+
+
+def judging(console: Console) -> Status:
+    """A line while a run is judged."""
+    return console.status("judging samples of the student and its teacher on the test split")

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from twinrl.commands import program, starts
 from twinrl.commands.failures import FAILED, in_one_line
-from twinrl.commands.inspect import judge
 from twinrl.commands.interrupt import asking
-from twinrl.commands.progress import ConsoleObserver, MLflowObserver
+from twinrl.commands.progress import ConsoleObserver, MLflowObserver, judging
 from twinrl.config.errors import InputError
+from twinrl.evaluation import figures
 from twinrl.flow.branches import allocate
 from twinrl.flow.source import Data
 from twinrl.fsdp import mesh, restart
@@ -125,10 +125,10 @@ def _trainer(
     if trainer.step == 0:
         _take_start(trainer, validator)
         validator.save_snapshot(trainer.objective.teacher.best, 0)
-        pictures.save_times(trainer.times(), shown.samples / "times.png")
+        figures.save_times(trainer.times(), shown.samples / "times.png")
         if (renoise := trainer.settings.renoise) is not None:
             times = trainer.feed.renoise_times(trainer.settings.seed)
-            pictures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
+            figures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
     return trainer
 
 
@@ -210,10 +210,12 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         with ExitStack() as stack:
             folder = run.samples if trainer.ranks.first else _scratch(stack).samples
             best = trainer.objective.teacher.best
-            table = judge(OpenedRun.trained(run, trainer.provider, best, folder), console)
-        result["table"] = table.as_dict()
+            with judging(console):
+                judged = OpenedRun.trained(run, trainer.provider, best, folder).judge()
+        console.print(*judged.rich())
+        result["table"] = judged.table.as_dict()
     if trainer.ranks.first:
-        pictures.save_norms(run, run.samples / "norms.png")
+        figures.save_norms(run.path, run.samples / "norms.png")
         layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):

@@ -1,4 +1,4 @@
-"""The pictures of a run: sample grids at every validation, the same noise over training, curves."""
+"""The pictures of a run: sample grids at every validation, and what is drawn of a judged network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
-from twinrl.run import layout, names
+from twinrl.evaluation import figures, grids
+from twinrl.run import layout
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
 from twinrl.training.runs import RunDirectory
+
+DIVERSE, SHOWN = 40, 10
+"""Samples in the picture of one prompt; validations in the one over training."""
 
 
 class Validator:
@@ -40,31 +44,29 @@ class Validator:
 
 def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
     """Write a grid of samples (a row for each class, the same noise in a column); returns its pixels."""
-    from twinrl.evaluation.grids import sample_grid
-
     images = protocol.grid(network, few_step(nfe))
-    sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE").save(path)
+    grids.sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE").save(path)
     return images
 
 
 def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
-    """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE."""
+    """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE.
+
+    Grids, one prompt under other noise (whether the student still varies), the same noise over training, curves.
+    """
     evaluations = protocol.config.nfe
     paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
     for nfe, path in zip(evaluations, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
-    save_diversity(protocol, network, evaluations[0], folder / "diversity.png")
-    save_over_training(run, protocol.row_names, folder / "over-training.png")
-    save_curves(run, protocol, folder / "curves.png")
+    prompt, images = protocol.diversity(network, few_step(evaluations[0]), DIVERSE)
+    grids.diversity_grid(images, prompt, nfe=evaluations[0]).save(folder / "diversity.png")
+    if files := sorted(run.samples.glob(f"{layout.STEP}*.safetensors")):
+        spread = torch.linspace(0, len(files) - 1, min(SHOWN, len(files)), dtype=torch.float64).round().int()
+        snapshots = {layout.step_of(files[i]): load_file(files[i])["pixels"].float() / 127.5 - 1 for i in spread}
+        over_training = grids.training_grid([*snapshots.values()], [*snapshots], protocol.row_names)
+        over_training.save(folder / "over-training.png")
+    figures.save_curves(run.path, protocol.floor, folder / "curves.png")
     return paths[0]
-
-
-def save_diversity(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, n: int = 40) -> None:
-    """One prompt, other noise: whether the student still varies."""
-    from twinrl.evaluation.grids import diversity_grid
-
-    prompt, images = protocol.diversity(network, few_step(nfe), n)
-    diversity_grid(images, prompt, nfe=nfe).save(path)
 
 
 def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, path: Path) -> None:
@@ -77,67 +79,16 @@ def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, pat
     Raises:
         InputError: ``path`` cannot be written.
     """
-    from twinrl.evaluation.grids import diversity_grid, sample_grid
-
     prompts, images = zip(*samples, strict=True)
     if len(samples) == 1:
-        picture = diversity_grid(images[0], prompts[0], nfe=nfe)
+        picture = grids.diversity_grid(images[0], prompts[0], nfe=nfe)
     else:
-        picture = sample_grid(torch.stack(images), prompts, title=f"{name}, {nfe} NFE")
+        picture = grids.sample_grid(torch.stack(images), prompts, title=f"{name}, {nfe} NFE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
     except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
         raise InputError(f"{path} cannot be written", got=error, fix="name a .png file in a writable folder") from error
-
-
-def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
-    """Where the formulation evaluates the student: t against r, coloured by sign (experimental)."""
-    from twinrl.evaluation import figures
-
-    figures.save(figures.time_scatter(*times), path)
-
-
-def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: Path) -> None:
-    """How the drawn renoise times move over the run."""
-    from twinrl.evaluation import figures
-
-    figures.save(figures.renoise_histograms(times, placement), path)
-
-
-def save_over_training(run: RunDirectory, classes: tuple[str, ...], path: Path, most: int = 10) -> None:
-    """One sample of each class at up to ``most`` validations, noise fixed."""
-    from twinrl.evaluation.grids import training_grid
-
-    files = sorted(run.samples.glob(f"{layout.STEP}*.safetensors"))
-    if not files:
-        return
-    chosen = [
-        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
-    ]
-    snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
-    steps = [layout.step_of(file) for file in chosen]
-    training_grid(snapshots, steps, list(classes)).save(path)
-
-
-def save_curves(run: RunDirectory, protocol: FixedProtocol, path: Path) -> None:
-    """Losses and quality against steps, the real-against-real floor dotted."""
-    from twinrl.evaluation import figures
-    from twinrl.run import runlog
-
-    figure = figures.training_curves(runlog.read(run.log), floor=protocol.floor, title=run.path.name)
-    figures.save(figure, path)
-
-
-def save_norms(run: RunDirectory, path: Path) -> None:
-    """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
-    from twinrl.evaluation import figures
-    from twinrl.run import runlog
-
-    rows = runlog.read(run.log)
-    if not rows or names.grad("total", "norm_raw") not in rows[0]:
-        return
-    figures.save(figures.gradient_norms(rows, layout.read_events(run.path), title=run.path.name), path)
 
 
 def _as_bytes(pixels: Tensor) -> Tensor:
