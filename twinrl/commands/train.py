@@ -53,7 +53,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
         begin = run.joined_by if goes_on else partial(run.start, settings, fresh)
         ranks.on_first(lambda: begin(launchers))
-        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        ranks.on_first(lambda: stack.enter_context(run.locked(restart.patience())))
         console = _of_rank(console, ranks)
         try:
             trainer = _trainer(settings, run, source, device, stack, ranks)
@@ -74,7 +74,7 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
         console.print(f"{path} has {result['status']} after {result['step']} steps; nothing to resume")
         return 0
     with _launched(settings) as (ranks, device), ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        ranks.on_first(lambda: stack.enter_context(run.locked(restart.patience())))
         source = ranks.together(lambda: assembly.load_source(settings, device))
         trainer = _trainer(settings, run, source, device, stack, ranks)
         return _continue(trainer, _of_rank(console, ranks), stop)

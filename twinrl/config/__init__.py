@@ -14,12 +14,14 @@ from twinrl.config.loading import (
     load_mapping,
     locate,
     merge,
+    named,
     nearest,
     one_line,
     override,
     presets,
     read_yaml,
     validate,
+    with_kind,
 )
 
 __all__ = [
@@ -36,10 +38,12 @@ __all__ = [
     "load_mapping",
     "locate",
     "merge",
+    "named",
     "nearest",
     "one_line",
     "override",
     "presets",
     "read_yaml",
     "validate",
+    "with_kind",
 ]

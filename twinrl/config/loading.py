@@ -42,6 +42,7 @@ LONGEST_SHOWN = 200
 """Characters of a name or value that are looked at or shown."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
+OWN_KIND = "a class of your own is named by its dotted path, as in kind=my_file.MyClass"
 IDENTITY = "identity"
 STORED = "stored"
 """Contexts: a dump of what tells two configurations apart; the validation of one that an older version has written."""
@@ -108,8 +109,9 @@ def _plain(field: FieldInfo, default: Any) -> Any:
 
 def nearest(key: str, valid: Mapping[str, Any]) -> str:
     """The closest valid key in words, or the list of all of them."""
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
+    if close := difflib.get_close_matches(key, valid, n=1, cutoff=0.5):
+        return f"did you mean {close[0]}?"
+    return f"valid keys: {', '.join(valid)}" + (f"; {OWN_KIND}" if "kind" in valid else "")
 
 
 # --- components -----------------------------------------------------------------------------------------
@@ -124,7 +126,8 @@ def component(registry: Registry[Any]) -> Any:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({registry.what})")
+            expected = f"expected a name or a mapping with `kind` ({registry.what}); {OWN_KIND}"
+            raise PydanticCustomError("component", "{message}", {"message": expected})
         try:
             return registry.find(str(value["kind"])).Config.model_validate(value, context=info.context)
         except InputError as error:
@@ -133,6 +136,36 @@ def component(registry: Registry[Any]) -> Any:
             raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
 
     return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
+
+
+def with_kind(component: object, kind: str) -> object:
+    """The raw settings of a component, of ``kind`` unless they name one."""
+    return {"kind": kind, **component} if isinstance(component, Mapping) and "kind" not in component else component
+
+
+def named(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw settings of components by name, each of the kind that its name says unless it names one; null is left out.
+
+    The command line has divided dotted paths at their dots. Where such parts lead to classes, whose names begin with a
+    capital letter, they are one name again: ``my_terms: {Smoothness: {…}}`` is ``my_terms.Smoothness: {…}``.
+    """
+    found: dict[str, Any] = {}
+    for name, settings in components.items():
+        if _divided(name, settings):
+            for path, inner in named({f"{name}.{part}": inner for part, inner in settings.items()}).items():
+                found = merge(found, {path: inner})
+        elif settings is not None:
+            found[name] = with_kind(settings, name)
+    return found
+
+
+def _divided(path: str, settings: object) -> bool:
+    """Whether a mapping is no component's, but leads to classes whose paths begin with ``path``."""
+    if str(path).rpartition(".")[2][:1].isupper():
+        return False
+    if not isinstance(settings, Mapping) or not settings:
+        return False
+    return all(str(part)[:1].isupper() or _divided(part, inner) for part, inner in settings.items())
 
 
 # --- loading --------------------------------------------------------------------------------------------
@@ -302,6 +335,8 @@ def one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
     shown = (
         "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {told}"
     )
+    if isinstance(got, Mapping) and first["type"] == "string_type":
+        shown = f", without keys below it; fix: {where}=…"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"
 

@@ -29,6 +29,11 @@ def launch() -> str:
     return f"{socket.gethostname()}:{parent}:{_started(parent)}"
 
 
+def patience() -> float:
+    """Seconds to wait for a lost attempt's processes to die; torchrun waits by itself, Ray may still be ending them."""
+    return 60.0 if LAUNCH in os.environ else 0.0
+
+
 def _started(process: int) -> str:
     """When a process was started, in the system's ticks; tells it from a later one of the same number."""
     try:
