@@ -5,10 +5,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,11 @@ import torch
 from ablations.fingerprint import fingerprint, sources, unused
 from ablations.ledger import Ledger, TrialRecord
 from ablations.study import Arm, Resources, Study
-from ablations.trial import Task, environment, last_line
+from ablations.trial import environment, last_line
 from twinrl.config import validate
 from twinrl.config.errors import InputError
 from twinrl.flow.schedules import ANCHOR, SCHEDULES, position
 from twinrl.run import layout, names
-from twinrl.run.environment import git_state
 from twinrl.training.assembly import load_source
 from twinrl.training.runs import RunDirectory, dump
 from twinrl.training.schema import RunConfig
@@ -165,41 +163,6 @@ def content_hash(settings: RunConfig) -> str:
     if key not in _HASHES:
         _HASHES[key] = load_source(settings, torch.device("cpu")).content_hash
     return _HASHES[key]
-
-
-def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
-    """The trial as its process needs it; writes the configuration that the process reads."""
-    folder = plan.workspace.study_folder(plan.study)
-    name = trial.run.path.name
-    config = folder / "configs" / trial.fingerprint[:8] / f"{name}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(dump(trial.settings))
-    resources, stop = plan.study.config.resources, plan.study.config.stop
-    steps = trial.settings.train.steps
-    return Task(
-        title=trial.title, config_hash=trial.settings.hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
-        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(trial.run.path),
-        config=str(config.resolve()),
-        output=str((folder / "outputs" / f"{trial.fingerprint[:8]}-{name}.txt").resolve()),
-        ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
-        metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
-        stop=str((folder / "stop").resolve()), deadline=deadline,
-        rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
-    )  # fmt: skip
-
-
-@cache
-def revision() -> str | None:
-    """Git revision of the code, with a mark where files differ from it; provenance."""
-    state = git_state(Path(__file__).parent)
-    return None if state is None else f"{state['revision']}{'+changes' if state['dirty'] else ''}"
-
-
-def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
-    """Steps at which successive halving decides: grace · reduction^k, below the run's end."""
-    while grace < steps:
-        yield grace
-        grace *= reduction
 
 
 # --- cost -------------------------------------------------------------------------------------------------

@@ -9,9 +9,10 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from ablations import cluster, ledger
 from ablations.cluster import Machine
 from ablations.display import Board, failure_lines
 from ablations.ledger import TrialRecord
-from ablations.plan import Plan, Trial, task_of
+from ablations.plan import Plan, Trial
 from ablations.study import Resources
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking
 from twinrl.config.errors import InputError
 from twinrl.machine import files
+from twinrl.run.environment import git_state
+from twinrl.training.runs import dump
 
 
 class Runner:
@@ -126,6 +129,41 @@ def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str,
         return {trial.key: task_of(trial, plan, deadline) for trial in trials}
     except OSError as error:
         raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
+
+
+def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
+    """The trial as its process needs it; writes the configuration that the process reads."""
+    folder = plan.workspace.study_folder(plan.study)
+    name = trial.run.path.name
+    config = folder / "configs" / trial.fingerprint[:8] / f"{name}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(dump(trial.settings))
+    resources, stop = plan.study.config.resources, plan.study.config.stop
+    steps = trial.settings.train.steps
+    return Task(
+        title=trial.title, config_hash=trial.settings.hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
+        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(trial.run.path),
+        config=str(config.resolve()),
+        output=str((folder / "outputs" / f"{trial.fingerprint[:8]}-{name}.txt").resolve()),
+        ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
+        metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
+        stop=str((folder / "stop").resolve()), deadline=deadline,
+        rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
+    )  # fmt: skip
+
+
+@cache
+def revision() -> str | None:
+    """Git revision of the code, with a mark where files differ from it; provenance."""
+    state = git_state(Path(__file__).parent)
+    return None if state is None else f"{state['revision']}{'+changes' if state['dirty'] else ''}"
+
+
+def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
+    """Steps at which successive halving decides: grace · reduction^k, below the run's end."""
+    while grace < steps:
+        yield grace
+        grace *= reduction
 
 
 # --- Ray --------------------------------------------------------------------------------------------------

@@ -215,7 +215,8 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(*judged.rich())
         result["table"] = judged.table.as_dict()
     if trainer.ranks.first:
-        figures.save_norms(run.path, run.samples / "norms.png")
+        rows, events = layout.read_rows(run.path), layout.read_events(run.path)
+        figures.save_norms(rows, events, run.path.name, run.samples / "norms.png")
         layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):

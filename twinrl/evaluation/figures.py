@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from twinrl.run import layout, names, runlog
+from twinrl.run import names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,36 +26,34 @@ A value that was not finite is NaN in a row that has it, and the run log's strin
 gap (nothing logged), as is NaN in a frame or in columns."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-PNG: dict[str, Any] = {"dpi": 130, "facecolor": "white"}
 WINDOWS = 100  # a curve's running median spans 1/WINDOWS of its points
 
 
 def save(figure: "Figure", path: Path) -> Path:
     """Write ``figure`` (format by suffix, PNG at 130 dpi) and return its path."""
-    figure.savefig(path, **PNG)
+    figure.savefig(path, dpi=130, facecolor="white")
     return path
 
 
 def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
     """Where the formulation evaluates the student: t against r, coloured by sign (experimental)."""
-    time_scatter(*times).savefig(path, **PNG)
+    save(time_scatter(*times), path)
 
 
 def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: Path) -> None:
     """How the drawn renoise times move over the run."""
-    renoise_histograms(times, placement).savefig(path, **PNG)
+    save(renoise_histograms(times, placement), path)
 
 
-def save_curves(run: Path, floor: Mapping[str, float], path: Path) -> None:
-    """Losses and quality of a run directory against steps, the real-against-real floor dotted."""
-    training_curves(runlog.read(run / layout.LOG), floor=floor, title=run.name).savefig(path, **PNG)
+def save_curves(rows: Frame, floor: Mapping[str, float], title: str, path: Path) -> None:
+    """Losses and quality against steps, the real-against-real floor dotted."""
+    save(training_curves(rows, floor=floor, title=title), path)
 
 
-def save_norms(run: Path, path: Path) -> None:
+def save_norms(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
-    rows = runlog.read(run / layout.LOG)
     if rows and names.grad("total", "norm_raw") in rows[0]:
-        gradient_norms(rows, layout.read_events(run), title=run.name).savefig(path, **PNG)
+        save(gradient_norms(rows, events, title=title), path)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple["Figure", np.ndarray]:

@@ -3,11 +3,15 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,6 +29,11 @@ def as_uint8(pixels: Tensor) -> np.ndarray:
     levels = ((channels_last.clamp(-1, 1) + 1) * 127.5).round()
     finite = channels_last.isfinite().all(-1, keepdim=True)
     return torch.where(finite, levels, torch.tensor(BROKEN).float()).to(torch.uint8).numpy()
+
+
+def save(picture: "Image", path: Path) -> None:
+    """Write a picture; the format is the suffix's."""
+    picture.save(path)
 
 
 @dataclass(frozen=True)
@@ -144,6 +153,19 @@ def training_grid(
     """
     labels = [f"step {step:,}" for step in steps]
     return sample_grid(torch.stack(list(snapshots)), labels, column_labels, title=title or "Same noise over training")
+
+
+def save_over_training(samples: Path, classes: Sequence[str], path: Path, most: int = 10) -> None:
+    """One sample of each class at up to ``most`` of the validations that a run keeps in ``samples``, noise fixed."""
+    files = sorted(samples.glob(f"{layout.STEP}*.safetensors"))
+    if not files:
+        return
+    chosen = [
+        files[round(i * (len(files) - 1) / max(1, min(most, len(files)) - 1))] for i in range(min(most, len(files)))
+    ]
+    snapshots = [load_file(file)["pixels"].float() / 127.5 - 1 for file in chosen]
+    steps = [layout.step_of(file) for file in chosen]
+    save(training_grid(snapshots, steps, classes), path)
 
 
 def diversity_grid(images: Tensor, prompt: str, *, nfe: int = 1, columns: int = 10) -> "Image":

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
 from twinrl.evaluation import figures, grids
-from twinrl.run import layout
+from twinrl.run import layout, runlog
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
 from twinrl.training.runs import RunDirectory
 
-DIVERSE, SHOWN = 40, 10
-"""Samples in the picture of one prompt; validations in the one over training."""
+DIVERSE = 40
+"""Samples in the picture of one prompt."""
 
 
 class Validator:
@@ -45,7 +45,7 @@ class Validator:
 def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
     """Write a grid of samples (a row for each class, the same noise in a column); returns its pixels."""
     images = protocol.grid(network, few_step(nfe))
-    grids.sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE").save(path)
+    grids.save(grids.sample_grid(images, protocol.grid_prompts(), title=f"{title}, {nfe} NFE"), path)
     return images
 
 
@@ -59,13 +59,9 @@ def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, f
     for nfe, path in zip(evaluations, paths, strict=True):
         save_grid(protocol, network, nfe, path, run.path.name)
     prompt, images = protocol.diversity(network, few_step(evaluations[0]), DIVERSE)
-    grids.diversity_grid(images, prompt, nfe=evaluations[0]).save(folder / "diversity.png")
-    if files := sorted(run.samples.glob(f"{layout.STEP}*.safetensors")):
-        spread = torch.linspace(0, len(files) - 1, min(SHOWN, len(files)), dtype=torch.float64).round().int()
-        snapshots = {layout.step_of(files[i]): load_file(files[i])["pixels"].float() / 127.5 - 1 for i in spread}
-        over_training = grids.training_grid([*snapshots.values()], [*snapshots], protocol.row_names)
-        over_training.save(folder / "over-training.png")
-    figures.save_curves(run.path, protocol.floor, folder / "curves.png")
+    grids.save(grids.diversity_grid(images, prompt, nfe=evaluations[0]), folder / "diversity.png")
+    grids.save_over_training(run.samples, protocol.row_names, folder / "over-training.png")
+    figures.save_curves(runlog.read(run.log), protocol.floor, run.path.name, folder / "curves.png")
     return paths[0]
 
 
@@ -86,7 +82,7 @@ def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, pat
         picture = grids.sample_grid(torch.stack(images), prompts, title=f"{name}, {nfe} NFE")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        grids.save(picture, path)
     except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
         raise InputError(f"{path} cannot be written", got=error, fix="name a .png file in a writable folder") from error
 
