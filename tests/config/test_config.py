@@ -293,8 +293,8 @@ def test_dotted_path_as_a_key(own_module: str) -> None:
 @pytest.mark.parametrize(
     ("key", "form"),
     [
-        ("optim.mine.SGD.lr=1", "unknown key optim.mine; .*as in kind=my_file.MyClass"),
-        ("lr_policy.mine.Fall={}", "unknown key lr_policy.mine; .*as in kind=my_file.MyClass"),
+        ("optim.mine.SGD.lr=1", "unknown key optim.mine; a class of your own is a value: kind=mine.SGD"),
+        ("lr_policy={mine.rates.Fall: {}}", "unknown key lr_policy.mine.rates.Fall; .* kind=mine.rates.Fall"),
         ("judges.mine.Judge={}", "judges.mine: expected a name .*as in kind=my_file.MyClass"),
         ("data.source.mine.Data={}", "data.source: input should be a valid string, without keys .*; fix: data.source="),
         ("gradients.total.mine.Rule={}", "gradients.total.mine.Rule: .*'mine.Rule' cannot be imported"),

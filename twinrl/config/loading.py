@@ -67,7 +67,7 @@ class Settings(BaseModel):
                     raise PydanticCustomError(
                         "unknown_key",
                         "{hint}",
-                        {"key": str(key), "hint": nearest(str(key), cls.model_fields)},
+                        {"key": str(key), "hint": _hint(str(key), value[key], cls.model_fields)},
                     )
             if info.context == STORED:
                 return cls.later_keys() | dict(value)
@@ -109,9 +109,8 @@ def _plain(field: FieldInfo, default: Any) -> Any:
 
 def nearest(key: str, valid: Mapping[str, Any]) -> str:
     """The closest valid key in words, or the list of all of them."""
-    if close := difflib.get_close_matches(key, valid, n=1, cutoff=0.5):
-        return f"did you mean {close[0]}?"
-    return f"valid keys: {', '.join(valid)}" + (f"; {OWN_KIND}" if "kind" in valid else "")
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
 
 
 # --- components -----------------------------------------------------------------------------------------
@@ -136,6 +135,13 @@ def component(registry: Registry[Any]) -> Any:
             raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
 
     return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
+
+
+def _hint(key: str, under_it: object, valid: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown key; a class of one's own is a value and no key of its settings."""
+    path = next(iter(named({key: under_it})), key)
+    own = "kind" in valid and path.rpartition(".")[2][:1].isupper()
+    return f"a class of your own is a value: kind={path}" if own else nearest(key, valid)
 
 
 def with_kind(component: object, kind: str) -> object:
