@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from twinrl.machine.memory import importing
 from twinrl.tracking.store import without_password
 
 app = typer.Typer(no_args_is_help=True, help="Ablation studies: plan, run, look, find the critical learning rate.")
@@ -44,7 +45,8 @@ def plan(
     timing: Annotated[bool, typer.Option("--timing/--no-timing", help="measure a few steps for the cost")] = True,
 ) -> None:
     """Show arms and trials, what is done, and what the rest costs. Starts nothing."""
-    from ablations.commands import plan as command
+    with importing():
+        from ablations.commands import plan as command
 
     raise typer.Exit(command(study, seeds, root, ledger, cpus, timing))
 
@@ -61,7 +63,8 @@ def run(
     uri: Uri = None,
 ) -> None:
     """Run what is missing. Kill it at any moment: the same command goes on."""
-    from ablations.commands import run as command
+    with importing():
+        from ablations.commands import run as command
 
     raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri))
 
@@ -69,7 +72,8 @@ def run(
 @app.command()
 def status(study: StudyFile, seeds: Seeds = None, root: Root = ROOT, ledger: Ledgers = None) -> None:
     """Show what is done, what failed and what is missing."""
-    from ablations.commands import status as command
+    with importing():
+        from ablations.commands import status as command
 
     raise typer.Exit(command(study, seeds, root, ledger))
 
@@ -87,7 +91,8 @@ def report(
 
     After an update of twinrl it shows the trials of the version before, and says so, until as many are made anew.
     """
-    from ablations.commands import report as command
+    with importing():
+        from ablations.commands import report as command
 
     raise typer.Exit(command(study, seeds, root, ledger, base, out))
 
@@ -102,6 +107,7 @@ def margin(
     cpus: Cpus = None,
 ) -> None:
     """Find the largest learning rate at which each arm stays healthy, by bisection."""
-    from ablations.commands import margin as command
+    with importing():
+        from ablations.commands import margin as command
 
     raise typer.Exit(command(study, seeds, root, ledger, address, cpus))

@@ -20,11 +20,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from pydantic import ValidationError
+
+from twinrl.config import one_line
 from twinrl.config.errors import InputError
 from twinrl.machine import files
-from twinrl.run import runlog
+from twinrl.run import runlog, trial_lines
+from twinrl.run.trial_lines import LEDGER_FORMAT
 
-LEDGER_FORMAT = "twinrl-ledger/1"
 FINAL = ("finished", "stopped", "diverged")
 """How a run ends by its own rules; also what the study's halving prunes and what failed is on record."""
 RANK = {"failed": 0, "pruned": 1} | dict.fromkeys(FINAL, 2)
@@ -182,16 +185,10 @@ def _records(path: Path) -> Iterable[TrialRecord]:
 
 def _parse(line: bytes, path: Path, number: int) -> TrialRecord:
     try:
-        content = json.loads(line)
-        if content.pop("format") != LEDGER_FORMAT:
-            raise ValueError("another format")
-        content["metrics"] = {name: runlog.decode(value) for name, value in content["metrics"].items()}
-        record = TrialRecord(**content)
-        if record.status not in RANK:
-            raise ValueError(f"unknown status {record.status}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return TrialRecord(**trial_lines.checked(json.loads(line)))
+    except (ValueError, TypeError) as error:
+        got = one_line(error.errors()) if isinstance(error, ValidationError) else repr(line[:60])
         raise InputError(
-            f"{path}, line {number}, is not a ledger's", got=repr(line[:60]), expected=f"a record of {LEDGER_FORMAT}",
+            f"{path}, line {number}, is not a ledger's", got=got, expected=f"a record of {LEDGER_FORMAT}",
             fix="name another --ledger, or delete the line",
         ) from error  # fmt: skip
-    return record

@@ -40,7 +40,7 @@ def blocks(
 
 
 def facts(
-    study: Study, metric: str, lines: Sequence[ArmLine], factors: Factors, effect: float = 1.0
+    study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float = 1.0
 ) -> list[tuple[str, str]]:
     """The questions and their answers; arguments as for :func:`blocks`."""
     made = [("Made by what?", study.note)] if study.note else []

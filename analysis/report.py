@@ -6,6 +6,7 @@
 ``metrics.parquet`` is written beside every run's log.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from analysis.frames import Run, StudyFrame, is_run, load_run, load_study, sibli
 from analysis.mlflow_store import FOLDER, from_mlflow, log_report
 from analysis.page import Page, Text
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout
 
 
@@ -48,12 +50,14 @@ def report(
     path = Path(path)
     if tracking_uri:
         folder = Path(out) if out else Path(f"{path.name}-{FOLDER}")
+        files.check_writable(folder, str(folder), "name another --out")
         study = from_mlflow(tracking_uri, str(path), base)
         page = study_page.build(study, _made(folder / "figures"), metric, effect, interactions)
         return page.write(folder)[1]
-    if not path.exists():
+    if not os.path.exists(path):  # False where the name is too long for a file
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
+    files.check_writable(folder, str(folder), "name another --out")
     figures, runs = folder / "figures", []
     if not mapping and (kind := other_logs.kind_of(path)):
         raise InputError(
@@ -79,10 +83,7 @@ def report(
 
 
 def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written", got=error.strerror, fix="name another --out") from error
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

@@ -150,7 +150,7 @@ def twinflow_rows(settings: RunConfig) -> tuple[int, int]:
     """Rows of a step with and without gradient: see ``step_time.py``, whose tests count them in the real trainer."""
     import step_time
 
-    passes = step_time.twinflow_passes(settings)
+    passes = step_time.joined(settings)
     return sum(passes.with_backward), sum(passes.forward)
 
 

@@ -4,8 +4,12 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +122,27 @@ def median(values: Sequence[float]) -> Estimate:
     found = bootstrap((values,), np.median, n_resamples=9999, method="percentile", rng=np.random.default_rng(0))
     interval = found.confidence_interval
     return Estimate(point, float(interval.low), float(interval.high))
+
+
+# --- another commit -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def worktree(commit: str) -> Iterator[Path]:
+    """The sources of another commit in a folder, for the block."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", str(tree), commit], cwd=REPOSITORY, check=True)
+        try:
+            yield tree
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=REPOSITORY, check=True)
+
+
+def run_in(tree: Path, script: str, *arguments: str) -> None:
+    """Run a script of this folder in a process of its own, on the packages of another source tree."""
+    command = [sys.executable, str(Path(script).resolve()), *arguments]
+    subprocess.run(command, cwd=tree, check=True, env=os.environ | {"PYTHONPATH": str(tree)})
 
 
 # --- results --------------------------------------------------------------------------------------------

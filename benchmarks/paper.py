@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from step_time import twinflow_passes
+from step_time import joined
 from torch import nn
 
 from twinrl.commands.memory_plan import Item, of_training
@@ -119,7 +119,7 @@ def cost(layout: Layout) -> Cost:
         network = _network(layout.overrides)
         items = [*of_training(settings, network, layout.processes), *_rows(settings, network, layout)]
     held = [(item.name, item.each(layout.shards)) for item in items]
-    passes = twinflow_passes(settings)
+    passes = joined(settings)
     rows = 4 * sum(passes.with_backward) + sum(passes.forward)  # forward, backward twice, recomputed once
     count, trained = _numbers(network)
     weights = 2 * count * (2 * len(passes.with_backward) + len(passes.forward))

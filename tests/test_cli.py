@@ -19,11 +19,12 @@ import torch
 from tests import logs, pages
 from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
-from twinrl import cli
+from twinrl import __version__, cli
 from twinrl.commands.progress import ConsoleObserver
 from twinrl.evaluation import figures as drawn
 from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.stability import verdict
+from twinrl.training.opened import OpenedRun
 from twinrl.training.runs import RunDirectory
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,17 @@ def test_bad_input(twinrl: Any, case: str) -> None:
     overrides, words = BAD[case]
     refused(twinrl(*TWINFLOW, *overrides), *words)
     assert not list(Path().glob("runs/*"))  # nothing half made in the way of the next try
+
+
+def test_version(twinrl: Any) -> None:
+    assert twinrl("--version").out == f"twinrl {__version__}\n"
+
+
+def test_a_working_directory_that_is_gone(twinrl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused(twinrl("--version"), "the working directory is gone", "fix: cd to another")
 
 
 def test_unknown_preset(twinrl: Any) -> None:
@@ -264,9 +276,13 @@ def test_checkpoint_that_is_not_there(twinrl: Any, interrupted: RunDirectory) ->
     refused(result, "no checkpoint of step 6", "expected one of 5, 7")
 
 
-@pytest.mark.parametrize("out", ["file/x.png", "x.nonsense"])
-def test_picture_that_cannot_be_written(twinrl: Any, interrupted: RunDirectory, out: str) -> None:
+@pytest.mark.parametrize("out", ["file/x.png", "x.nonsense", "x", "folder.png", "/proc/x/x.png"])
+def test_a_picture_that_cannot_be_written_is_not_drawn(
+    twinrl: Any, interrupted: RunDirectory, out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpenedRun, "sample", None)
     Path("file").touch()
+    Path("folder.png").mkdir()
     result = twinrl("sample", str(interrupted.path), "-n", "1", "--out", out)
     refused(result, f"{out} cannot be written", "fix: ")
 

@@ -4,7 +4,6 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 130 interrupted with a checkpoint written.
 """
 
-import io
 import os
 import sys
 import traceback
@@ -14,8 +13,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from twinrl import __version__
 from twinrl.config.components import ComponentError, failures_named
 from twinrl.config.errors import InputError
+from twinrl.machine import streams
+from twinrl.machine.memory import end_without_search, importing
 from twinrl.tracking.store import without_password
 
 app = typer.Typer(
@@ -43,9 +45,18 @@ RunArgument = Annotated[Path, typer.Argument(help="a run directory, e.g. runs/la
 StepOption = Annotated[int | None, typer.Option(help="checkpoint of this step instead of the newest")]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"twinrl {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option(DEBUG, help="also show the traceback behind a one-line error")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="show the version", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """What every command takes, anywhere on its line; :func:`main` reads it."""
 
@@ -61,10 +72,11 @@ def train(
     It goes to runs/<name>-<hash>-s<seed>/ and ends in a table, sample grids and curves. Ctrl-C writes a
     checkpoint first; `twinrl resume` goes on from there, bit for bit.
     """
-    from twinrl.training import schema
-
+    with importing():
+        from twinrl.training import schema
     settings = schema.load(config, overrides or [])
-    from twinrl.commands.processes import train as command
+    with importing():
+        from twinrl.commands.processes import train as command
 
     raise typer.Exit(command(settings, fresh, _console()))
 
@@ -72,7 +84,8 @@ def train(
 @app.command()
 def resume(run: RunArgument) -> None:
     """Continue an unfinished run from its newest checkpoint."""
-    from twinrl.commands.processes import resume as command
+    with importing():
+        from twinrl.commands.processes import resume as command
 
     raise typer.Exit(command(run, _console()))
 
@@ -255,11 +268,9 @@ def doctor(
 
 
 def _console():  # no return type: it would import rich.console at start
-    """Prints names and messages as they are; what the stream's encoding lacks is escaped."""
+    """Prints names and messages as they are."""
     from rich.console import Console
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     return Console(soft_wrap=True, markup=False, emoji=False)
 
 
@@ -274,7 +285,10 @@ def _find_own_classes() -> None:
 
     Dotted paths then name classes beside the command, whichever way it was started.
     """
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except OSError as error:
+        raise InputError("the working directory is gone", got=error.strerror, fix="cd to another") from error
     if not sys.flags.safe_path and sys.path[0] not in ("", here):
         sys.path.insert(0, here)
 
@@ -284,6 +298,8 @@ def main() -> None:
 
     Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
+    streams.prepare()
+    end_without_search()
     debug, sys.argv = DEBUG in sys.argv, [argument for argument in sys.argv if argument != DEBUG]
     try:
         _register_subcommands()
@@ -294,5 +310,5 @@ def main() -> None:
         if debug:
             traceback.print_exception(error)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
-            print(f"twinrl: {error}", file=sys.stderr)
+            streams.say(str(error))
         sys.exit(2)

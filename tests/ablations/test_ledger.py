@@ -1,5 +1,6 @@
 """The ledger: atomic appends by several processes, merging, and what it does with torn and foreign files."""
 
+import json
 import math
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from ablations import ledger
 from ablations.ledger import Ledger, TrialRecord
+from analysis import ledger as analysed
 from tests.disk import files_of_at_most
 from twinrl.config.errors import InputError
 
@@ -81,6 +83,23 @@ def test_ledgers_of_several_machines_add_up(tmp_path: Path) -> None:
     concatenated = tmp_path / "both.jsonl"
     concatenated.write_bytes(other.own.read_bytes() + mine.own.read_bytes() * 2)
     assert Ledger(concatenated).read() == merged
+
+
+DAMAGES = {
+    "seed": "0", "step": "800", "seconds": "12", "status": 3, "metrics": {"val/quality": "high"}, "where": [],
+    "more": 1,
+    "diverged": {"step": "7"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", DAMAGES)
+def test_text_in_the_place_of_a_number_is_refused_by_either_reader(tmp_path: Path, entry: str) -> None:
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(DONE.line() + "\n" + json.dumps(json.loads(DONE.line()) | {entry: DAMAGES[entry]}) + "\n")
+    for read in (lambda: Ledger(path).read(), lambda: analysed.read(path, lambda config_hash, fingerprint: True)):
+        with pytest.raises(InputError, match=rf"ledger\.jsonl, line 2, is not a ledger's.*{entry}") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_foreign_and_missing_ledgers_are_refused(tmp_path: Path) -> None:

@@ -235,6 +235,10 @@ def test_mlflow_experiments_are_studies(tmp_path: Path, tmp_path_factory: pytest
 def test_bad_input_is_one_line(study_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing at"):
         report(tmp_path / "absent")
+    with pytest.raises(InputError, match="nothing at nnn"):
+        report("n" * 400)
+    with pytest.raises(InputError, match=r"/proc/x cannot be written; got .*; fix: name another --out"):
+        report(study_folder, "/proc/x")
     with pytest.raises(InputError, match="holds no trials"):
         report(tmp_path)
     with pytest.raises(InputError, match="no run logged val/fid; expected one of"):

@@ -97,11 +97,15 @@ def cases(quick: set[tuple[str, str]], settings: dict[str, list[str]]) -> Any:
     return pytest.mark.parametrize(("family", "name"), [pytest.param(*case, marks=marks[case]) for case in both])
 
 
-HELD = {"full": [], "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"]}
+HELD = {
+    "full": [],
+    "bf16": ["model.dtype=bf16"],
+    "lora": ["model={lora: {rank: 2}, dtype: bf16}", "teacher={kind: ema, guidance: frozen}"],
+}
 
 
 @pytest.mark.slow
-@cases({("z_image", "lora"), ("stable_diffusion", "full")}, HELD)
+@cases({("z_image", "lora"), ("stable_diffusion", "full"), ("z_image", "bf16")}, HELD)
 def test_families(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, name: str) -> None:
     settings = of_family(base, tmp_path, family, SIZES, HELD[name])
     expected, found = planned(settings, monkeypatch), held(settings)

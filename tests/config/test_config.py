@@ -500,6 +500,9 @@ def test_the_walk_over_the_schema_reaches_everything() -> None:
         ("extends: lab\ntrain: null\n", "train: "),
         ("extends: lab\ntrain:\n- steps\n", "train: "),
         ("[" * 100_000, "not valid YAML"),
+        ("name: 2026-13-45\n", "not valid YAML; got no timestamp: month must be in 1..12"),
+        ("name: !!bool x\n", "not valid YAML; got no bool"),
+        ("name: !!timestamp x\n", "not valid YAML; got no timestamp"),
         ("extends: lab\nterms: {rectify: {weight: " + "1" * 2_000_000 + "}}", "expected at most 1,000,000"),
     ],
 )  # fmt: skip
@@ -507,6 +510,17 @@ def test_what_is_no_configuration_is_refused_in_one_short_line(text: str, words:
     message = refused(write(tmp_path, "c.yaml", text))
     assert words in message
     assert len(message) < 600
+
+
+def test_one_message_tells_of_every_mistake_or_how_many_there_are() -> None:
+    message = refused("lab", "train.steps=many", "optim.lr=-1", "terms.rectify.clampp=1")
+    assert "train.steps: input should be a valid integer" in message
+    assert "unknown key terms.rectify.clampp" in message
+    assert "optim.lr: input should be greater than 0, got -1" in message
+    shares = ", ".join(f"{name}: x" for name in "abcdefghijk")
+    assert refused("lab", f"branches={{{shares}}}").endswith(
+        "branches.h: input should be a valid number, unable to parse string as a number, got 'x'; and 3 more"
+    )
 
 
 def test_a_section_that_is_a_list_is_not_mended_by_an_override(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "sd3 lora": ("sd3", (LORA, "teacher={kind: frozen, guidance: ema}", "guidance={form: teacher, strength: 1}")),
+    "sd3 bf16": ("sd3", ("model.dtype=bf16",)),
     "sd3 lora bf16": ("sd3", (LORA, "model.dtype=bf16")),
     "qwen_image": ("qwen_image", ("model.gradient_checkpointing=true",)),
     "qwen_image lora": ("qwen_image", (LORA, "model.target_time=false")),

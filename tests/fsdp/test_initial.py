@@ -18,7 +18,7 @@ from twinrl.config.errors import InputError
 from twinrl.flow.branches import BatchDraws, TimeLaw, divide
 from twinrl.fsdp import wrap
 from twinrl.fsdp.initial import SafetensorsPart, has_hidden_buffers, outline, streamed
-from twinrl.fsdp.sharded import check_equal_shares, shared
+from twinrl.fsdp.sharded import check_equal_shares
 from twinrl.fsdp.wrap import block_classes, part
 
 NETWORKS = {
@@ -126,7 +126,7 @@ def test_ranks_share_every_branch() -> None:
     x = torch.arange(16.0).view(16, 1, 1, 1).expand(16, 2, 4, 4)
     c = {"c": torch.arange(16.0)[:, None]}
     batch = divide(mix, TimeLaw(), x, c, c, BatchDraws(0, 0, (16, 2, 4, 4)))
-    parts = [shared(batch, 4, rank) for rank in range(4)]
+    parts = [batch.share(4, rank) for rank in range(4)]
     assert torch.cat([p.rows.index for p in parts]).sort().values.tolist() == list(range(16))
     for one in parts:
         assert {name: len(at) for name, at in one.branch.items()} == dict.fromkeys(mix, 1)

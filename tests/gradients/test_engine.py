@@ -2,12 +2,15 @@
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.fake_source import register, small
 from tests.gradients.steps import BATCH, PRESETS, Perceptron, Step, assert_close, flat, step_of
@@ -16,7 +19,8 @@ from tests.training.trainers import assert_same, finish, kill, rows
 from twinrl.flow.branches import Rows
 from twinrl.gradients import Engine
 from twinrl.run import names
-from twinrl.terms import Context, Query, Target, Term, TermConfig
+from twinrl.terms import Ascent, Context, Query, Target, Term, TermConfig
+from twinrl.terms.objective import Objective
 from twinrl.terms.term import instant
 from twinrl.training import schema
 
@@ -25,6 +29,7 @@ LAST = {"twinflow": "rectify", "lab": "rectify", "tutorial": "one_step_consisten
 NO_LIMIT = "clip: {max_norm: .inf}, zclip: {z: .inf, warmup: 2}"
 IN_PARAMETERS = ", agc: {ratio: .inf}"
 TAKEN_APART = ("parameter", "output")
+ALL = "gradients.telemetry={shares_every: 1, cosines_every: 1}"
 CLIPPED = [("twinflow", 5), ("lab", 5), ("tutorial", BATCH), ("simpletuner", BATCH)]
 
 
@@ -90,6 +95,56 @@ def test_under_autocast(preset: str, space: str) -> None:
     assert gradient.dtype == torch.float32
     assert torch.cosine_similarity(gradient, step.plain(), dim=0) > 0.9995
     assert gradient.norm().item() == pytest.approx(step.plain().norm().item(), rel=bound(5, dtype=torch.bfloat16))
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of one tensor."""
+
+    def __init__(self, tensor: Tensor):
+        super().__init__()
+        self.tensor, self.number = tensor, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cast = func is torch.ops.aten._to_copy.default
+        self.number += cast and args[0].data_ptr() == self.tensor.data_ptr() and args[0].shape == self.tensor.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro", [BATCH, 5])
+@pytest.mark.parametrize("space", SPACES)
+def test_passes_without_gradient_share_one_cast(space: str, micro: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live teacher's weights are cast once for guidance, recursion, fake samples and rectify; no number changes."""
+
+    def gradient() -> tuple[Tensor, int]:
+        live = "teacher={kind: live, allow_live: true}", f"gradients.space={space}"
+        student = Perceptron(dtype=torch.float32)
+        step = step_of("twinflow", *live, student=student, micro=micro, dtype=torch.float32, autocast=torch.bfloat16)
+        with Casts(student.enter.weight) as casts:
+            found, _, _ = step.run()
+        return found, casts.number
+
+    once, few = gradient()
+    monkeypatch.setattr(Objective, "casting_once", lambda self, device: nullcontext())
+    every, many = gradient()
+    assert once.abs().max() > 0
+    assert torch.equal(once, every)
+    assert few < many
+
+
+@pytest.mark.parametrize("space", TAKEN_APART)
+@pytest.mark.parametrize("rests", [True, False])
+def test_a_force_that_rests_is_not_back_propagated(space: str, rests: bool) -> None:
+    """The reward's term before its schedule starts: the same gradient and measures as from zeros."""
+    step = step_of("lab", "terms.reward={branches: [e2e]}", ALL, f"gradients.space={space}")
+    zeros = Ascent(torch.zeros(BATCH // 4, 2, 3, 3, dtype=torch.float64), rests=rests)
+    step.made = replace(step.made, reward=lambda samples, rows: zeros)
+    found, losses, measures = step.run()
+    assert losses[0]["reward"].loss == 0
+    without = step_of("lab", f"gradients.space={space}").run()[0]
+    assert torch.equal(found, without) if rests else torch.allclose(found, without, rtol=1e-12, atol=0)
+    told = {name: float(value) for name, value in measures.items() if "reward" in name}
+    assert {told[names.grad("reward", kind)] for kind in ("norm_raw", "norm_clipped", "share")} == {0.0}
+    assert told[names.grad("reward", "clip_coef")] == 1
 
 
 @pytest.mark.parametrize("micro", [BATCH, 5])

@@ -23,8 +23,10 @@ def test_norm_and_product_by_hand() -> None:
 def test_parameters_that_only_one_reaches() -> None:
     a, b = Gradient({0: torch.ones(2), 1: torch.ones(3)}), Gradient({1: 2 * torch.ones(3), 4: torch.ones(1)})
     assert a.dot(b) == 6
-    a.add_(b, 0.5)
-    assert {i: tensor.tolist() for i, tensor in a.tensors.items()} == {0: [1] * 2, 1: [2] * 3, 4: [0.5]}
+    summed = a.plus(b)
+    a.add_(b).tensors[4].add_(1)
+    assert {i: tensor.tolist() for i, tensor in a.tensors.items()} == {0: [1] * 2, 1: [3] * 3, 4: [2]}
+    assert {i: tensor.tolist() for i, tensor in summed.tensors.items()} == {0: [1] * 2, 1: [3] * 3, 4: [1]}
     assert b.tensors[4].item() == 1
 
 
@@ -42,7 +44,7 @@ def test_scaling_takes_the_norm_along_and_adding_measures_again() -> None:
     gradient.scale_(torch.tensor(-0.5, dtype=torch.float64))
     assert gradient.norm == 2.5
     assert gradient.tensors[1].item() == 2
-    gradient.add_(vector([1.5, 0.0], [-2.0]), torch.tensor(2.0, dtype=torch.float64))
+    gradient.add_(vector([3.0, 0.0], [-4.0]))
     assert gradient.tensors[0].tolist() == [1.5, 0]
     assert gradient.norm.item() == pytest.approx(math.hypot(1.5, 2))
     gradient.tensors[0].zero_()

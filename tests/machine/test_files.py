@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from twinrl.config.errors import InputError
 from twinrl.machine import files
 
 
@@ -54,3 +55,17 @@ def test_a_lock_is_waited_for(tmp_path: Path) -> None:
             files.lock(second, refusal)
         threading.Timer(2 * files.POLL_SECONDS, first.close).start()
         files.lock(second, refusal, patience=60)
+
+
+def test_a_folder_that_can_be_written_is_found_out_without_a_trace(tmp_path: Path) -> None:
+    files.check_writable(tmp_path / "new" / "deep", "it", "no fix")
+    files.check_writable(tmp_path, "it", "no fix")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", ["file", "file/new", "/proc/new/deep", "n" * 300])
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, folder: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"the report cannot be written; got [A-Z][a-z ]+; fix: name another"):
+        files.check_writable(tmp_path / folder, "the report", "name another")
+    assert names(tmp_path) == ["file"]

@@ -1,10 +1,13 @@
 """The allocator's setting takes effect: freed memory is used again without a page fault."""
 
+import gc
 import platform
 import subprocess
 import sys
 
 import pytest
+
+from twinrl.machine import memory
 
 MEASURE = """
 import ctypes, resource, torch
@@ -31,3 +34,18 @@ def test_freed_memory_is_used_again() -> None:
     assert int(before) > 1000
     assert kept == "True"
     assert int(after) < 100
+
+
+def test_what_was_imported_is_not_looked_through_again() -> None:
+    with memory.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
+
+
+def test_a_failed_import_leaves_the_search_on() -> None:
+    with pytest.raises(ImportError), memory.importing():
+        raise ImportError
+    assert gc.isenabled()
+    gc.unfreeze()

@@ -8,6 +8,7 @@ from scipy import stats
 from scipy.integrate import quad
 from scipy.special import expit, logit
 
+from twinrl.config.errors import InputError
 from twinrl.flow import draws
 from twinrl.renoise.distributions import Beta, LogitNormal
 from twinrl.run import names
@@ -61,3 +62,22 @@ def test_metrics() -> None:
     found = LogitNormal(0, 1).metrics()
     assert math.isclose(found.pop(names.RENOISE_T_MEAN), 0.5, abs_tol=1e-12)
     assert found == {names.RENOISE_LOCATION: 0, names.RENOISE_SCALE: 1}
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"parameters": None}, {"parameters": {"k": "1"}}, {"mean": None}, {"mean": torch.ones(2)}]
+)
+def test_what_an_own_distribution_says_of_itself_is_checked(wrong: dict[str, object]) -> None:
+    class Own(Beta):
+        @property
+        def mean(self):
+            return wrong.get("mean", 0.5)
+
+        def parameters(self):
+            return wrong.get("parameters", {})
+
+    (name,) = wrong
+    with pytest.raises(
+        InputError, match=rf"Own\.{name}\S* returns .* at .*test_distributions\.py:\d+; expected (float|dict)"
+    ):
+        Own(1.0, 1.0).metrics()

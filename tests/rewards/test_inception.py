@@ -1,11 +1,15 @@
 """FID's network on small images: torchvision's where they agree, pools where they differ, files that are wrong."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.tiny import encoded, picture
+from tests.rounding import bound
 from twinrl.config.errors import InputError
 from twinrl.rewards import inception
 
@@ -30,6 +34,51 @@ def _own_cache_and_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_images_are_seen_at_the_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     assert inception.SIZE == 299
+
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "clean_fid_pixels.json").read_text())
+
+
+def board(width: int, height: int, field: int) -> np.ndarray:
+    """Saturated fields: black and white in red, the reverse in green, black and 200 in blue."""
+    y, x = np.mgrid[:height, :width]
+    on = (x // field + y // field) % 2
+    return np.stack([255 * on, 255 - 255 * on, 200 - 200 * on], 2).astype(np.uint8)
+
+
+def grey(width: int, height: int) -> np.ndarray:
+    """One channel that jumps everywhere."""
+    y, x = np.mgrid[:height, :width]
+    return ((37 * x + 101 * y) % 256).astype(np.uint8)
+
+
+PICTURES = {
+    "saturated 32x32": board(32, 32, 4), "saturated 512x400": board(512, 400, 5), "saturated 3x2": board(3, 2, 1),
+    "one pixel": board(1, 1, 1), "grey 40x30": grey(40, 30),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_the_network_is_given_what_clean_fid_gives_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    Image.fromarray(PICTURES[name]).save(tmp_path / "a.png")
+    given = inception.prepared(inception._pixels(tmp_path / "a.png"))
+    assert given.shape == (1, 3, 299, 299)
+    values, at = given[0] * 128 + 128, torch.tensor(GOLDEN["at"])
+    expected = torch.tensor(GOLDEN[name])
+    off = bound(1, scale=512 * 255)  # where a pixel lies is rounded, and a pixel on it may be 255 brighter
+    torch.testing.assert_close(values[:, at][:, :, at], expected, atol=off + 0.0005, rtol=0)
+    assert values.min() >= 0
+    assert values.max() <= 255
+
+
+def test_features_of_another_resizing_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = folder(tmp_path / "images", range(2))
+    before = inception._digest(sorted(images.iterdir()), images, images / "0.png")
+    monkeypatch.setattr(inception, "RESIZING", "another")
+    assert inception._digest(sorted(images.iterdir()), images, images / "0.png") != before
 
 
 def folder(path: Path, seeds: range) -> Path:

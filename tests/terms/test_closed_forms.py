@@ -262,9 +262,9 @@ def rectify_descent(term: Rectify) -> dict[str, Tensor]:
     rows = Rows(*(getattr(rows, f) for f in ("index", "x", "z", "t", "r", "c", "null")), GivenDraws(drawn), B)
 
     class Context:
-        def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
+        def both_branches(self, x: Tensor, tau: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                return network(x, t, r, c)
+                return network(x, -tau, -tau, c), network(x, tau, tau, c)
 
     query = term.query(rows, Context())  # type: ignore[arg-type]
     F = network(query.x, query.t, query.r, {})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinrl.config import component
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, ConstantLR, CosineLR, EarlyStop, Plateau
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, ConstantLR, CosineLR, EarlyStop, Plateau, update
 
 NAN = math.nan
 QUALITIES = [1.0, 0.5, 0.6, NAN, 0.4999999, 0.3, NAN, NAN, 0.4, 0.31, 0.29, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -24,6 +24,19 @@ def observed(policy: Plateau, qualities: list[float]) -> list[float]:
         policy.observe(quality)
         factors.append(policy.factor(10**6))
     return factors
+
+
+def test_an_update_is_measured_over_the_weights() -> None:
+    """‖(3, 4)‖ / ‖(6, 8)‖ over two parameters together; the rate is the one that is given."""
+    parameters = [torch.nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (6.0, 8.0)]
+    optimizer = torch.optim.SGD(parameters, lr=1e-3)
+    for parameter, gradient in zip(parameters, (-3.0, 4.0), strict=True):
+        parameter.grad = torch.tensor([gradient], dtype=torch.float64)
+    ratio = update(optimizer, 1.0, parameters, measure=True)
+    assert ratio is not None
+    assert ratio.item() == 0.5
+    assert [p.item() for p in parameters] == [9, 4]
+    assert update(optimizer, 0.0, parameters, measure=False) is None
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

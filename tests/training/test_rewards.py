@@ -17,7 +17,7 @@ from tests.rounding import assert_rounded, bound
 from tests.training.trainers import CPU, assert_same, finish, kill, make, rows, state
 from twinrl.config import Settings
 from twinrl.config.errors import InputError
-from twinrl.rewards import REWARDS, Reward
+from twinrl.rewards import REWARDS, Reward, keepers
 from twinrl.run import names
 from twinrl.sampling import few_step, sample
 from twinrl.terms import Ascent
@@ -306,7 +306,7 @@ def test_per_prompt_takes_what_processes_and_micro_batches_have_in_any_order(tmp
     for at in (torch.arange(16).split(16), order.split(5)):
         guide = make(rewarded(tmp_path, "generator", model)).guide
         assert guide is not None
-        guide.observe([(rows_, {"reward/mean_of_x.reward": scores[rows_]}) for rows_ in at], captions)
+        keepers.observe(guide.reward, [(rows_, {"reward/mean_of_x.reward": scores[rows_]}) for rows_ in at], captions)
         states.append(guide.state())
     assert states[0] == states[1]
     assert states[0]["x"]["pooled"]["mean"] == pytest.approx(float(scores.mean()))

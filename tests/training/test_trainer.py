@@ -403,3 +403,17 @@ def test_other_data_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as error:
         make(settings, source=FakeSource(content_hash="other"))
     assert "data of digits have changed" in one_line(error)
+
+
+def test_a_validation_batch_that_is_not_finite_is_told_and_the_rate_follows_the_published_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The published run took such a batch for 0: 2 is the mean of 1, 0, 3 and 4."""
+    policy = "lr_policy={kind: plateau, monitor: objective}"
+    trainer = make(small(tmp_path, "train.steps=4", "evaluation.objective=true", policy))
+    seen: list[float] = []
+    monkeypatch.setattr(trainer, "objective_on_validation", lambda: torch.tensor([1.0, math.nan, 3.0, 4.0]))
+    monkeypatch.setattr(trainer.lr_policy, "observe", seen.append)
+    trainer.train()
+    last = rows(trainer)[-1]
+    assert (str(last[names.VAL_OBJECTIVE]), last[names.VAL_OBJECTIVE_NONFINITE], seen) == ("nan", 0.25, [2.0])

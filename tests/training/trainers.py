@@ -58,13 +58,13 @@ def finish(settings: RunConfig, **arguments: Any) -> Trainer:
     return trainer
 
 
-def kill(settings: RunConfig, step: int) -> None:
+def kill(settings: RunConfig, step: int, **arguments: Any) -> None:
     """Train and die right after ``step`` was logged."""
 
     def die() -> None:
         raise Killed
 
-    trainer = make(settings)
+    trainer = make(settings, **arguments)
     trainer.observers.append(At(step, die))
     with pytest.raises(Killed):
         trainer.train()

@@ -39,6 +39,7 @@ from twinrl.data.problems import Problem
 from twinrl.data.settings import PrepareConfig
 from twinrl.data.verify import Pair, verify
 from twinrl.fsdp.mesh import device_named
+from twinrl.machine import files
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def prepare_data(
         to = Path("prepared") / path.resolve().name
         check_origin(path, to)
     check_apart(path, to)
+    files.check_writable(to, f"the prepared folder {to}", "name another with --to")
     if model is None:
         _verify(path, config, to, console)
     else:

@@ -40,10 +40,10 @@ def export(
     """
     token = _token() if push_to else None
     opened = open_run(path, step)
-    opened.export(folder, lora, dtype)
+    cost = opened.export(folder, lora, dtype)
     with (folder / "README.md").open("a") as card:
         card.write(provenance(opened))
-    console.print(f"{_step(opened)} exported to {folder}")
+    console.print(f"{_step(opened)} exported to {folder}: {cost}")
     if push_to and token:
         push(folder, push_to, token)
         console.print(f"uploaded to {push_to}")

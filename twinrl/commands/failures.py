@@ -1,7 +1,6 @@
 """What ends a run from outside, on one line: a full disk, another process that has gone."""
 
 import errno
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec
@@ -9,6 +8,7 @@ from typing import ParamSpec
 import torch.distributed as dist
 
 from twinrl.fsdp import mesh
+from twinrl.machine.streams import say
 from twinrl.run.checkpoints import SaveError
 
 FAILED = 1
@@ -31,15 +31,15 @@ def in_one_line(command: Callable[P, int]) -> Callable[P, int]:
             return command(*arguments, **named)
         except SaveError as error:  # of all processes
             if mesh.process_rank() == 0:
-                _say(str(error))
+                say(str(error))
         except OSError as error:
             if error.errno not in DISK:
                 raise
-            _say(f"{_here()}a file cannot be written; got {error}; fix: make room or mend the rights, then resume")
+            say(f"{_here()}a file cannot be written; got {error}; fix: make room or mend the rights, then resume")
         except RuntimeError as error:
             if not _of_a_lost_peer(error):
                 raise
-            _say(f"{_here()}another process of this training has gone; fix: see its message, then resume")
+            say(f"{_here()}another process of this training has gone; fix: see its message, then resume")
         return FAILED
 
     return run
@@ -51,7 +51,3 @@ def _of_a_lost_peer(error: RuntimeError) -> bool:
 
 def _here() -> str:
     return f"rank {mesh.process_rank()}: " if mesh.world_size() > 1 else ""
-
-
-def _say(line: str) -> None:
-    print(f"twinrl: {' '.join(line.split())}", file=sys.stderr, flush=True)

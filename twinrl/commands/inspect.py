@@ -5,16 +5,19 @@ from pathlib import Path
 from rich.console import Console
 
 from twinrl.commands.progress import judging
+from twinrl.machine import files
 from twinrl.run import layout
 from twinrl.training.opened import open_run
-from twinrl.training.pictures import save_samples
+from twinrl.training.pictures import check_picture, save_samples
 
 
 def sample(
     path: Path, prompts: list[str], nfe: int, n: int, seed: int, out: Path, step: int | None, console: Console
 ) -> int:
     """Write a picture of ``n`` samples for each prompt; one prompt alone becomes a diversity grid."""
-    save_samples(open_run(path, step).sample(prompts, n, nfe, seed), path.name, nfe, out)
+    opened = open_run(path, step)
+    check_picture(out)
+    save_samples(opened.sample(prompts, n, nfe, seed), path.name, nfe, out)
     console.print(f"samples: {out}")
     return 0
 
@@ -22,6 +25,7 @@ def sample(
 def evaluate(path: Path, step: int | None, console: Console) -> int:
     """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
     opened = open_run(path, step)
+    files.check_writable(opened.folder, str(opened.folder), "mend its rights, or evaluate a copy of the run")
     with judging(console):
         judged = opened.judge()
     console.print(*judged.rich())

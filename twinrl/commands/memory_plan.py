@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from twinrl.backends.families.pipelines import quiet
 from twinrl.commands import footprint
 from twinrl.config.errors import InputError
+from twinrl.flow.teacher import LOW
 from twinrl.machine.dtypes import DTYPES
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.latent import LatentReward
@@ -84,8 +85,8 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
 
 
 def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
-    """Student, gradients, optimizer and teachers. Several processes cannot share a LoRA's frozen base between student
-    and average, since each gathers its own."""
+    """Student, gradients, optimizer and teachers. An average is in float32 where the student is not. Several processes
+    cannot share a LoRA's frozen base between student and average, since each gathers its own."""
     parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])
@@ -97,7 +98,8 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
     buffers = size_of(network.buffers()) if len(trained) < len(parameters) else 0
     if "ema" in roles:
         base = size_of(p for p in parameters if not p.requires_grad) if processes > 1 else 0
-        yield Item("average (EMA)", own + base + buffers)
+        wider = sum((4 - p.element_size()) * p.numel() for p in trained if p.dtype in LOW)
+        yield Item("average (EMA)", own + base + buffers + wider)
     if "frozen" in roles and settings.model.lora is None:
         yield Item("frozen teacher", own)
     if settings.gradients.space == "parameter" and len(settings.terms) > 1:

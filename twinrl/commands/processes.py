@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from twinrl.commands import beforehand
 from twinrl.commands import train as process
 from twinrl.commands.failures import in_one_line
 from twinrl.commands.launch import launch
@@ -15,6 +16,7 @@ from twinrl.training.schema import RunConfig
 @in_one_line
 def train(settings: RunConfig, fresh: bool, console: Console) -> int:
     """Start a new run and train it to its end; the exit code. ``fresh`` deletes an older one first."""
+    beforehand.check(settings)
     if _launched_from_here(settings):
         return launch(settings, RunDirectory(settings.directory), fresh, console)
     return process.train(settings, fresh, console)

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from twinrl.config import canonical_hash
+from twinrl.config.errors import InputError
 from twinrl.flow.source import cache_dir
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.lab.storage import damaged, load_json, publish
@@ -39,11 +41,11 @@ def evaluated(
     if settings.train.init == "random":
         return None
     path = cache_dir() / "starts" / content_hash[:12] / f"{key(settings, content_hash)}.json"
-    if not ranks.anywhere(ranks.first and not path.is_file()):
+    if not ranks.anywhere(ranks.first and not os.path.isfile(path)):
         text = ranks.together(lambda: json.dumps(_load(path)) if ranks.first else "")
         return verdict.decoded(json.loads(ranks.gathered(text)[0]))
     made = ranks.agree(dict(evaluate()))
-    with suppress(OSError):  # a cache that cannot be written: the next run evaluates again, and this one keeps its own
+    with suppress(OSError, InputError):  # an unwritable cache: this run keeps its own, the next evaluates again
         ranks.on_first(lambda: publish(path, lambda file: file.write_text(json.dumps(verdict.encoded(made)))))
     return made
 

@@ -208,7 +208,8 @@ def _path(cls: type) -> str:
 
 
 def _place(function: Any) -> str:
-    """`` at FILE:LINE`` of a function; nothing of what has none."""
+    """`` at FILE:LINE`` of a function or property; nothing of what has none."""
+    function = getattr(function, "fget", function)
     code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
     return f" at {_short(code.co_filename)}:{code.co_firstlineno}" if code else ""
 

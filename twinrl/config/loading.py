@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +41,8 @@ LARGEST_FILE = 1_000_000
 """Bytes of a configuration."""
 LONGEST_SHOWN = 200
 """Characters of a name or value that are looked at or shown."""
+MOST_TOLD = 8
+"""Mistakes that one message tells."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
 OWN_KIND = "a class of your own is named by its dotted path, as in kind=my_file.MyClass"
@@ -181,11 +184,18 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
     """YAML 1.2 floats (``5e-4`` is a number) and no duplicate keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        repeated = {str(k) for k in keys if keys.count(k) > 1}
-        if repeated:
+        keys = Counter(str(self.construct_object(key, deep=deep)) for key, _ in node.value)
+        if repeated := [key for key, times in keys.items() if times > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"key {', '.join(repeated)} twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Where a text is none of its tag's values, such as a 13th month, the file is wrong, and not the program."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, KeyError, AttributeError) as error:
+            tag = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"no {tag}: {error}", node.start_mark) from error
 
     def construct_yaml_int(self, node: Any) -> int | str:
         """Text where Python takes no number of so many digits; what wanted a number then says so."""
@@ -231,7 +241,7 @@ def _parsed(text: str) -> Any:
             return value
         found = waiting.pop()
         waiting += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    raise RecursionError("the text refers to itself")
+    raise RecursionError("the text refers to itself, or repeats itself beyond measure")
 
 
 def presets() -> list[str]:
@@ -327,24 +337,29 @@ def validate(schema: type[BaseModel], value: Mapping[str, Any], context: str | N
 
 
 def one_line(errors: Any, prefix: tuple[Any, ...] = ()) -> str:
-    first = errors[0]
-    location = prefix + tuple(first["loc"])
-    if first["type"] == "nested":
-        return one_line(first["ctx"]["errors"], location)
-    if first["type"] == "unknown_key":
-        return f"unknown key {'.'.join(map(str, (*location, first['ctx']['key'])))}; {first['msg']}"
+    """What is wrong with a configuration, the first few things of it."""
+    said = [_told(error, prefix) for error in errors[:MOST_TOLD]]
+    more = f"and {len(errors) - MOST_TOLD} more" if len(errors) > MOST_TOLD else ""
+    return "; ".join([*said, *filter(None, [more])])
+
+
+def _told(error: Any, prefix: tuple[Any, ...]) -> str:
+    location = prefix + tuple(error["loc"])
+    if error["type"] == "nested":
+        return one_line(error["ctx"]["errors"], location)
+    if error["type"] == "unknown_key":
+        return f"unknown key {'.'.join(map(str, (*location, error['ctx']['key'])))}; {error['msg']}"
     where = ".".join(map(str, location))
-    message = first["msg"].removeprefix("Value error, ")
-    got = first["input"]
+    message = error["msg"].removeprefix("Value error, ")
+    got = error["input"]
     told = repr(got)
     told = told if len(told) <= LONGEST_SHOWN else f"{told[:LONGEST_SHOWN]}…"
     shown = (
-        "" if isinstance(got, Mapping) or first["type"] in ("value_error", "missing", "component") else f", got {told}"
+        "" if isinstance(got, Mapping) or error["type"] in ("value_error", "missing", "component") else f", got {told}"
     )
-    if isinstance(got, Mapping) and first["type"] == "string_type":
+    if isinstance(got, Mapping) and error["type"] == "string_type":
         shown = f", without keys below it; fix: {where}=…"
-    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return f"{where}: {message[0].lower() + message[1:]}{shown}{more}" if where else f"{message}{more}"
+    return f"{where}: {message[0].lower() + message[1:]}{shown}" if where else message
 
 
 # --- identity -------------------------------------------------------------------------------------------

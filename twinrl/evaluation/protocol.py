@@ -7,7 +7,7 @@ protocol differ because the networks differ. No number involves the training obj
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import Field, PositiveInt
@@ -17,14 +17,17 @@ from twinrl.config import Settings
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
+from twinrl.evaluation.shelf import Entry, Shelf
 from twinrl.flow import conditions, draws, transport
 from twinrl.flow.conditions import Condition, Network
-from twinrl.flow.source import Scorer, Source, Split, scored
+from twinrl.flow.source import Scorer, Source, Split, scored, seen
 from twinrl.run import names
 from twinrl.sampling import SamplerConfig, few_step, nfe, sample
 
 HeldOut: TypeAlias = Literal["validation", "test"]
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+KEPT_BY = ("n", "seed", "batch", "captions", "neighbours")
+"""Settings that decide every judgement that is kept."""
 
 
 class GuidedConfig(Settings):
@@ -94,6 +97,19 @@ class JudgedImages:
             torch.cat([p.finite for p in parts]),
         )
 
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Everything by name, as :meth:`of` takes it."""
+        own = {"labels": self.labels, "features": self.features, "correct": self.correct, "finite": self.finite}
+        own |= {f"scores/{name}": score for name, score in self.scores.items()}
+        return {f"{prefix}/{name}": value for name, value in own.items()}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor], prefix: str) -> "JudgedImages":
+        """From :meth:`tensors`."""
+        own = {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
+        scores = {name.removeprefix("scores/"): own[name] for name in own if name.startswith("scores/")}
+        return JudgedImages(own["labels"], own["features"], own["correct"], scores, own["finite"])
+
 
 def balanced_rows(labels: Tensor, n: int, seed: int, purpose: str) -> Tensor:
     """(n,) rows with classes as equal in number as they can be, sorted so that classes alternate.
@@ -133,6 +149,7 @@ class LabelProtocol:
         split: "validation" during training, "test" for the final table.
         device: where the networks are.
         judges: further rewards by name, which training never follows.
+        shelf: keeps what is the same for every run; None keeps nothing.
 
     Attributes:
         scorers: everything that scores samples, by name. held_out: those that training never follows.
@@ -151,10 +168,12 @@ class LabelProtocol:
         split: HeldOut = "validation",
         device: torch.device | str = "cpu",
         judges: Mapping[str, Scorer] | None = None,
+        shelf: Shelf | None = None,
     ):
         self.scorers = {**source.scorers, **(judges or {})}
         self.held_out = source.held_out | frozenset(judges or {})
         self.source, self.config, self.split, self.device = source, config, split, torch.device(device)
+        self.shelf = shelf
         held_out = len(source.validation) + len(source.test)
         self.n = min(config.n, len(getattr(source, split)), held_out // 2)
         self.rows, self._reference_images, self._other_images = self._choose_images()
@@ -163,7 +182,8 @@ class LabelProtocol:
         with undisturbed(seed=config.seed, device=self.device):
             self.condition = source.condition(self.prompts)
             self._velocity_batch = self._velocity_inputs()
-        self.reference, self.other = self.judge_real(lambda pixels: pixels)
+        real = self.kept("real-images", self._judge_originals)
+        self.reference, self.other = JudgedImages.of(real.tensors, "reference"), JudgedImages.of(real.tensors, "other")
         self.floor = self.distances(self.other)
 
     def _choose_images(self) -> tuple[Tensor, Split, Split]:
@@ -178,6 +198,17 @@ class LabelProtocol:
         parts = _take(own, from_own), _take(second, from_second)
         other = Split(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts]))
         return rows, _take(own, rows), other
+
+    def kept(self, name: str, make: Callable[[], Entry], **decides: Any) -> Entry:
+        """What ``make`` gives, of this protocol's images, from the shelf where there is one."""
+        if self.shelf is None:
+            return make()
+        own = {key: getattr(self.config, key) for key in KEPT_BY}
+        return self.shelf.get(f"{name}-{self.split}", make, protocol=own, **decides)
+
+    def _judge_originals(self) -> Entry:
+        reference, other = self.judge_real(lambda pixels: pixels)
+        return Entry(reference.tensors("reference") | other.tensors("other"))
 
     def judge_real(self, through: Callable[[Tensor], Tensor]) -> tuple[JudgedImages, JudgedImages]:
         """The reference images and the other real images, judged after ``through`` (pixels → pixels)."""
@@ -279,9 +310,10 @@ class LabelProtocol:
             values = values.detach().to("cpu", torch.float64)
             return torch.where(transport.like(finite, values), values, torch.nan)
 
-        correct = judge.logits(shown).argmax(1).cpu() == labels.cpu()
+        features, logits = seen(judge, shown)
+        correct = logits.argmax(1).cpu() == labels.cpu()
         scores = {name: valid(scored(scorer, shown, prompts)) for name, scorer in scorers.items()}
-        return JudgedImages(labels.cpu(), valid(judge.features(shown)), valid(correct), scores, finite)
+        return JudgedImages(labels.cpu(), valid(features), valid(correct), scores, finite)
 
     def distances(self, judged: JudgedImages) -> dict[str, float]:
         """fd, kid, precision, recall, density and coverage against the reference images."""

@@ -4,16 +4,18 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinrl.evaluation.distances import frechet_distance
 from twinrl.evaluation.protocol import JudgedImages, LabelProtocol, balanced_rows
+from twinrl.evaluation.shelf import Entry, has_digest, weights
 from twinrl.flow.conditions import Network
-from twinrl.sampling import SamplerConfig, euler, few_step, nfe
+from twinrl.sampling import euler, few_step, nfe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,6 +44,12 @@ class TableRow:
     name: str
     nfe: int
     metrics: Mapping[str, IntervalEstimate]
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> "TableRow":
+        """From ``asdict``."""
+        metrics = {name: IntervalEstimate(**estimate) for name, estimate in plain["metrics"].items()}
+        return TableRow(plain["name"], plain["nfe"], metrics)
 
 
 @dataclass(frozen=True)
@@ -144,25 +152,27 @@ def _show(estimate: IntervalEstimate, digits: int) -> "str | Text":
 
 def mean_interval(values: Sequence[float]) -> IntervalEstimate:
     """Mean with Student's 95% interval over repeats of start noise (no interval for one repeat)."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
 
     x = torch.tensor(values, dtype=torch.float64)
     mean = x.mean().item()
     if len(x) < 2:
         return IntervalEstimate(mean)
-    half = float(t.ppf(0.975, len(x) - 1)) * x.std().item() / math.sqrt(len(x))
+    half = float(stdtrit(len(x) - 1, 0.975)) * x.std().item() / math.sqrt(len(x))
     return IntervalEstimate(mean, mean - half, mean + half, REPEATED_NOISE)
 
 
 def proportion_interval(hits: Tensor) -> IntervalEstimate:
-    """Share of ones in ``hits`` (N,) with Wilson's 95% interval."""
-    from scipy.stats import binomtest
+    """Share of ones in ``hits`` (N,) with Wilson's 95% interval (Newcombe 1998, method 3)."""
+    from scipy.special import ndtri
 
-    share = hits.mean().item()
+    share, n = hits.mean().item(), len(hits)
     if math.isnan(share):
         return IntervalEstimate(share)
-    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return IntervalEstimate(share, float(interval.low), float(interval.high), WILSON)
+    k, z = int(hits.sum()), float(ndtri(0.975))
+    p, width = k / n, 2 * (n + z**2)
+    centre, half = (2 * n * p + z**2) / width, z / width * math.sqrt(4 * n * p * (1 - p) + z**2)
+    return IntervalEstimate(share, 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half, WILSON)
 
 
 def resplit_interval(value: float, reference: JudgedImages, other: JudgedImages, seed: int) -> IntervalEstimate:
@@ -220,11 +230,29 @@ def _score(scorer: str) -> str:
 
 def real_rows(protocol: LabelProtocol) -> list[TableRow]:
     """Real images through the codec (the best that a generator of latents can do) and as they are (floor)."""
-    reference, other = protocol.round_trip()
-    return [
-        _real_row("real, via codec", protocol, reference, other),
-        _real_row("real (floor)", protocol, protocol.reference, protocol.other),
-    ]
+
+    def make() -> Entry:
+        through = _real_row("real, via codec", protocol, *protocol.round_trip())
+        floor = _real_row("real (floor)", protocol, protocol.reference, protocol.other)
+        return Entry({}, [asdict(through), asdict(floor)])
+
+    return [TableRow.of(row) for row in protocol.kept("real-rows", make).plain]
+
+
+def teacher_row(
+    protocol: LabelProtocol, teacher: Network, repeats: int, guidance: float, settings: Mapping[str, Any] | None
+) -> TableRow:
+    """The teacher under many Euler steps, from the shelf where all that decides it has a digest."""
+    sampler = euler(protocol.config.teacher_steps)
+
+    def make() -> Entry:
+        draw = partial(protocol.samples, teacher, sampler, guidance=guidance)
+        return Entry({}, asdict(sample_row("teacher, Euler", nfe(sampler, guidance), protocol, draw, repeats)))
+
+    if settings is None or not isinstance(teacher, nn.Module) or not has_digest(teacher):
+        return TableRow.of(make().plain)
+    about = {"network": dict(settings), "weights": weights(teacher), "steps": protocol.config.teacher_steps}
+    return TableRow.of(protocol.kept("teacher-row", make, **about, repeats=repeats, guidance=guidance).plain)
 
 
 def final_table(
@@ -234,6 +262,7 @@ def final_table(
     *,
     repeats: int = 5,
     teacher_guidance: float = 0.0,
+    teacher_settings: Mapping[str, Any] | None = None,
 ) -> FinalTable:
     """Judge a student at every NFE of the protocol, its teacher, and real images.
 
@@ -242,17 +271,16 @@ def final_table(
         network: the student. teacher: sampled with ``teacher_steps`` Euler steps; no such row if None.
         repeats: independent draws of start noise behind each sample row, the same for all rows.
         teacher_guidance: classifier-free guidance of the teacher's samples.
+        teacher_settings: plain values that decide the teacher beside its weights; None: its row is not kept.
     """
 
-    def row(name: str, net: Network, sampler: SamplerConfig, guidance: float = 0.0) -> TableRow:
-        def draw(i: int) -> Tensor:
-            return protocol.samples(net, sampler, i, guidance)
+    def student(evaluations: int) -> TableRow:
+        sampler = few_step(evaluations)
+        return sample_row("student", nfe(sampler), protocol, partial(protocol.samples, network, sampler), repeats)
 
-        return sample_row(name, nfe(sampler, guidance), protocol, draw, repeats)
-
-    rows = [row("student", network, few_step(evaluations)) for evaluations in protocol.config.nfe]
+    rows = [student(evaluations) for evaluations in protocol.config.nfe]
     if teacher is not None:
-        rows.append(row("teacher, Euler", teacher, euler(protocol.config.teacher_steps), teacher_guidance))
+        rows.append(teacher_row(protocol, teacher, repeats, teacher_guidance, teacher_settings))
     rows += real_rows(protocol)
     return FinalTable(
         rows, protocol.n, protocol.split, repeats, tuple(protocol.scorers), tuple(sorted(protocol.held_out))

@@ -11,8 +11,9 @@ TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -81,6 +82,7 @@ class Rows:
         global_batch: rows in the global batch.
         captions: the prompts of the *global* batch; :attr:`prompts` are these rows'. Empty where there are none.
         renoise: placement → time law (uniforms to times) that takes the place of the usual one there.
+        jump: all rows are the one-step jump (t, r) = (1, 0); known without a look at the device.
     """
 
     index: Tensor
@@ -94,9 +96,15 @@ class Rows:
     global_batch: int
     captions: Sequence[str] = ()
     renoise: Mapping[str, TimeMap] = field(default_factory=dict)
+    jump: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """The index as Python numbers, with which rows are counted and compared on the host."""
+        return tuple(self.index.tolist())
 
     @property
     def x_t(self) -> Tensor:
@@ -111,26 +119,26 @@ class Rows:
     @property
     def prompts(self) -> list[str]:
         """The prompt of each row; empty where the data have none."""
-        return [self.captions[i] for i in self.index.tolist()] if self.captions else []
+        return [self.captions[i] for i in self.numbers] if self.captions else []
 
     def normal(self, purpose: str) -> Tensor:
         """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
-        return self.draws.normal(purpose)[self.index].to(self.x)
+        return self.draws.normal(purpose)[selection(self.numbers)].to(self.x)
 
     def uniform(self, purpose: str) -> Tensor:
         """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
-        return self.draws.uniform(purpose)[self.index].to(self.t)
+        return self.draws.uniform(purpose)[selection(self.numbers)].to(self.t)
 
     def time(self, placement: str, purpose: str) -> Tensor:
         """(B,) times in [0, 1] for ``purpose``: uniform, or as renoise shapes the times of ``placement``."""
         return self.renoise.get(placement, lambda u: u)(self.uniform(purpose))
 
-    def select(self, keep: Tensor) -> "Rows":
-        """The rows at the positions ``keep`` (indices into these rows, or a boolean mask over them)."""
+    def select(self, keep: Tensor | slice) -> "Rows":
+        """The rows at the positions ``keep``: indices into these rows, a mask over them, or a run of them."""
         return Rows(
             self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
-            self.captions, self.renoise,
+            self.captions, self.renoise, self.jump,
         )  # fmt: skip
 
 
@@ -148,16 +156,35 @@ class Batch:
 
     def on(self, branches: tuple[str, ...]) -> Rows:
         """The rows of the named branches, joined in the order of the batch."""
-        return self.rows.select(torch.cat([self.branch[name] for name in branches]).sort().values)
+        places = sorted(i for name in branches for i in self.branch[name].tolist())
+        return replace(self.rows.select(selection(places)), jump=set(branches) == {"e2e"})
 
     def chunks(self, size: int) -> list["Batch"]:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
         n = len(self.rows)
         return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
 
+    def share(self, parts: int, number: int) -> "Batch":
+        """The rows of one of ``parts`` processes: an equal, consecutive part of every branch."""
+        if parts == 1:
+            return self
+        sizes = {name: -(-len(places) // parts) for name, places in self.branch.items()}
+        mine = {name: places[number * sizes[name] :][: sizes[name]] for name, places in self.branch.items()}
+        keep = torch.cat(list(mine.values())).sort().values
+        rows = self.rows.select(selection(keep.tolist()))
+        return Batch(rows, {name: torch.searchsorted(keep, places) for name, places in mine.items()})
+
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
-        return Batch(self.rows.select(torch.arange(start, stop)), inside)
+        return Batch(self.rows.select(slice(start, stop)), inside)
+
+
+def selection(positions: Sequence[int]) -> Tensor | slice:
+    """What takes the rows at ascending ``positions``: a slice where these are a run, so that nothing is copied and no
+    index is sent to the device."""
+    if positions and positions[-1] - positions[0] + 1 == len(positions):
+        return slice(positions[0], positions[-1] + 1)
+    return torch.tensor(positions, dtype=torch.long)
 
 
 class TimeLaw(Settings):

@@ -33,7 +33,10 @@ class Split:
 
 
 class Judge(Protocol):
-    """A classifier that training never sees; its features define the quality metrics."""
+    """A classifier that training never sees; its features define the quality metrics.
+
+    One whose logits follow from its features may say so by ``logits_of``: (B, D) → (B, K); see :func:`seen`.
+    """
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) pixels in [−1, 1] → (B, D) features."""
@@ -42,6 +45,12 @@ class Judge(Protocol):
     def logits(self, pixels: Tensor) -> Tensor:
         """(B, C, H, W) pixels in [−1, 1] → (B, K) class logits."""
         ...
+
+
+def seen(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, D) features and (B, K) logits; a judge that has ``logits_of`` looks once."""
+    features = judge.features(images)
+    return features, judge.logits_of(features) if hasattr(judge, "logits_of") else judge.logits(images)
 
 
 class Scorer(Protocol):

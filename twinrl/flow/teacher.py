@@ -7,7 +7,8 @@ student (default), a frozen copy of its initial weights, or the live student its
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 from twinrl.config import Settings
 
 TeacherKind = Literal["ema", "live", "frozen"]
+LOW = (torch.bfloat16, torch.float16)
+"""Formats that would swallow the small steps of an average: 0.1 % of a difference is below half a unit of a weight."""
 
 
 class TeacherConfig(Settings):
@@ -41,11 +44,35 @@ class TeacherConfig(Settings):
         return self
 
 
-def copy_of(student: nn.Module) -> nn.Module:
+def copy_of(student: nn.Module, average: bool = False) -> nn.Module:
     """A copy without gradients. What the student does not train is shared with it: under LoRA a copy costs its
-    adapters and no more."""
+    adapters and no more.
+
+    Arguments:
+        student: the network.
+        average: whether the copy is to follow the student in small steps; it is :func:`widened` then.
+    """
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
-    return deepcopy(student, shared).requires_grad_(False)
+    copied = deepcopy(student, shared)
+    if average and (low := widened(copied)) is not None:
+        copied.forward = partial(in_low_precision, copied.forward, low)
+    return copied.requires_grad_(False)
+
+
+def widened(network: nn.Module) -> torch.dtype | None:
+    """Give what is trained of a network in a format of :data:`LOW` float32 instead, in place; the former format, or
+    None where nothing had one."""
+    low = [p for p in network.parameters() if p.requires_grad and p.dtype in LOW]
+    formats = {p.dtype for p in low}
+    for parameter in low:
+        parameter.data = parameter.data.float()
+    return next(iter(formats), None)
+
+
+def in_low_precision(forward: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *rest: Any) -> Tensor:
+    """A forward pass of weights that are wider than ``dtype``, at its speed; the caller need not be under autocast."""
+    with torch.autocast(x.device.type, dtype):
+        return forward(x, *rest).to(x.dtype)
 
 
 class Teacher:
@@ -54,7 +81,7 @@ class Teacher:
     Arguments:
         student: the network being trained; copies start from its present weights.
         config: which roles need which copy.
-        copy: makes a copy without gradients; of a sharded student, one that is sharded alike.
+        copy: as :func:`copy_of`; of a sharded student, it makes one that is sharded alike.
         pretrained: takes the place of the frozen copy: the model under a student's adapters.
     """
 
@@ -62,15 +89,15 @@ class Teacher:
         self,
         student: nn.Module,
         config: TeacherConfig,
-        copy: Callable[[nn.Module], nn.Module] = copy_of,
+        copy: Callable[[nn.Module, bool], nn.Module] = copy_of,
         pretrained: nn.Module | None = None,
     ):
         self.config = config
         self.student = student
         self.decay = 0.0  # ramped up by every update
         roles = {config.kind, config.guidance or config.kind}
-        self.ema = copy(student) if "ema" in roles else None
-        self.frozen = (pretrained or copy(student)) if "frozen" in roles else None
+        self.ema = copy(student, True) if "ema" in roles else None
+        self.frozen = (pretrained or copy(student, False)) if "frozen" in roles else None
         # kept, since a sharded module shows other tensors while it is gathered
         averages = list(self.ema.parameters()) if self.ema is not None else []
         pairs = [(v, a) for v, a in zip(student.parameters(), averages, strict=False) if v is not a and v.requires_grad]
@@ -101,8 +128,12 @@ class Teacher:
         """One EMA update towards the student: parameters only; then the ramp ``d ← d + (1−d)(decay−d)/2`` from 0."""
         if self.ema is None:
             return
-        averages, values = ([_own(p) for p in tensors] for tensors in (self._averages, self._values))
-        torch._foreach_lerp_(averages, values, 1 - self.decay)
+        pairs = [(_own(a), _own(v)) for a, v in zip(self._averages, self._values, strict=True)]
+        if alike := [(a, v) for a, v in pairs if a.dtype == v.dtype]:
+            averages, values = zip(*alike, strict=True)
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        for average, value in (pair for pair in pairs if pair[0].dtype != pair[1].dtype):  # one at a time, for memory
+            average.lerp_(value.to(average.dtype), 1 - self.decay)
         self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from twinrl.fsdp.agreement import on_first
-from twinrl.fsdp.initial import SafetensorsPart, Stored, read_into
+from twinrl.fsdp.initial import META, SafetensorsPart, Stored, described, read_into
 from twinrl.machine import files
 from twinrl.run import checkpoints, layout
 from twinrl.run.checkpoints import SHARDS, Checkpoint
@@ -111,6 +111,7 @@ def load(path: Path) -> Checkpoint:
         parts = {part: ShardedPart(path / SHARDS, part) for part in state["parts"]}
     else:
         parts = {part: SafetensorsPart([path / f"{part}.safetensors"]) for part in state["parts"]}
+    checkpoints.check_numbers(path, state, parts)
     return Checkpoint(parts, state)
 
 
@@ -125,8 +126,9 @@ class ShardedPart(Stored):
         start = f"{self.part}/"
         return {key.removeprefix(start): found for key, found in self._metadata.items() if key.startswith(start)}
 
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: found.size for name, found in self._of_part().items()}
+    def described(self) -> dict[str, Tensor]:
+        parts = self._of_part().items()
+        return {name: torch.empty(found.size, dtype=found.properties.dtype, device=META) for name, found in parts}
 
     def __getitem__(self, name: str) -> Tensor:
         found = self._of_part()[name]
@@ -139,19 +141,23 @@ class ShardedPart(Stored):
         dcp.load(wanted, storage_reader=self.reader, no_dist=not dist.is_initialized())
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    origin: str,
+    kept: checkpoints.Kept | None = None,
+) -> None:
     """As :func:`twinrl.run.checkpoints.load_optimizer`, into state that is sharded as the parameters are."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = tensors.shapes() if isinstance(tensors, Stored) else {n: t.shape for n, t in tensors.items()}
-    targets = {key: _target(key, shape, parameters, origin) for key, shape in shapes.items()}
+    parameters, entries = [p for group in optimizer.param_groups for p in group["params"]], described(tensors)
+    checkpoints.check_optimizer(optimizer, entries, origin, kept)
+    targets = {key: _target(key, entry, parameters, origin) for key, entry in entries.items()}
     read_into(targets, tensors)
     checkpoints.load_optimizer(optimizer, targets, origin)
 
 
-def _target(key: str, shape: torch.Size, parameters: list[Tensor], origin: str) -> Tensor:
+def _target(key: str, entry: Tensor, parameters: list[Tensor], origin: str) -> Tensor:
     """An empty tensor for one entry of the state: sharded as its parameter if it has its shape."""
-    parameter = checkpoints.parameter_of(key, shape, parameters, origin)
-    if isinstance(parameter, DTensor) and parameter.shape == shape:
-        return torch.empty_like(parameter.detach())
-    dtype = torch.float32 if key.endswith(".step") else parameter.dtype
-    return torch.empty(shape, dtype=dtype)
+    parameter = checkpoints.parameter_of(key, entry.shape, parameters, origin)
+    if isinstance(parameter, DTensor) and parameter.shape == entry.shape:
+        return torch.empty_like(parameter.detach(), dtype=entry.dtype)
+    return torch.empty(entry.shape, dtype=entry.dtype)

@@ -104,15 +104,21 @@ def copy_parts(source: nn.Module, target: nn.Module) -> None:
         local(mine).copy_(local(theirs))
 
 
-def load_parts(network: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+def described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same shapes and formats; of stored ones nothing is read."""
+    return tensors.described() if isinstance(tensors, Stored) else tensors
+
+
+def load_parts(
+    network: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: checkpoints.Formats | None = None
+) -> None:
     """Load weights strictly into a sharded network; of lazily read ones (:class:`Stored`) this rank's parts alone.
 
     Raises:
-        InputError: keys or shapes differ; names them and ``origin``.
+        InputError: keys, shapes or formats differ (:func:`checkpoints.check_fit`); names them and ``origin``.
     """
     own: dict[str, Tensor] = network.state_dict()
-    shapes = tensors.shapes() if isinstance(tensors, Stored) else {n: t.shape for n, t in tensors.items()}
-    checkpoints.check_fit({name: tensor.shape for name, tensor in own.items()}, shapes, origin)
+    checkpoints.check_fit(own, described(tensors), origin, formats=formats)
     read_into(own, tensors)
 
 
@@ -131,18 +137,22 @@ class Stored(Mapping[str, Tensor], ABC):
     """Tensors in files, of which a rank reads what it needs. Subclasses read one kind of file."""
 
     @abstractmethod
+    def described(self) -> dict[str, Tensor]:
+        """Name → a tensor of that shape and format on the meta device; none is read."""
+
     def shapes(self) -> dict[str, torch.Size]:
-        """Name → shape, without reading a tensor."""
+        """Name → shape."""
+        return {name: tensor.shape for name, tensor in self.described().items()}
 
     @abstractmethod
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Fill (sharded) tensors of the same shapes; called by all ranks together."""
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes())
+        return iter(self.described())
 
     def __len__(self) -> int:
-        return len(self.shapes())
+        return len(self.described())
 
 
 @dataclass(frozen=True)
@@ -176,8 +186,13 @@ class SafetensorsPart(Stored):
             file = safe_open(path, framework="pt")
             self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
-    def shapes(self) -> dict[str, torch.Size]:
-        return {name: torch.Size(file.get_slice(key).get_shape()) for name, (file, key) in self._where.items()}
+    def described(self) -> dict[str, Tensor]:
+        found = {}
+        for name, (file, key) in self._where.items():
+            shape = file.get_slice(key).get_shape()
+            dtype = (file.get_slice(key)[:0] if shape else file.get_tensor(key)).dtype  # the file's own are other names
+            found[name] = torch.empty(shape, dtype=dtype, device=META)
+        return found
 
     def __getitem__(self, name: str) -> Tensor:
         file, key = self._where[name]
@@ -222,9 +237,9 @@ class Pretrained(Stored):
     def __len__(self) -> int:
         return len(self.origins)
 
-    def shapes(self) -> dict[str, torch.Size]:
+    def described(self) -> dict[str, Tensor]:
         """Of what is in the files."""
-        found = self.stored.shapes()
+        found = self.stored.described()
         return {name: found[origin] for name, origin in self.origins.items() if origin is not None}
 
     def __getitem__(self, name: str) -> Tensor:

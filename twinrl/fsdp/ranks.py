@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends import tells_trajectories_apart
-from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
 from twinrl.gradients import Losses
 from twinrl.run import checkpoints
-from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.checkpoints import Checkpoint, Formats, Kept
 
 T = TypeVar("T")
 
@@ -48,10 +47,6 @@ class Ranks:
 
     def begin(self, step: int) -> None:
         """This process begins a step."""
-
-    def share(self, batch: Batch) -> Batch:
-        """This process's rows of a global batch: an equal number of every branch's."""
-        return batch
 
     def check_shares(self, counts: Mapping[str, int]) -> None:
         """Raises InputError where the rows of a branch cannot be shared by the processes equally."""
@@ -110,9 +105,9 @@ class Ranks:
         """The network where it is trained, in the dtype of its parameters; None: as they are."""
         return network.to(device=device, dtype=dtype)
 
-    def copy(self, student: nn.Module) -> nn.Module:
-        """A copy without gradients, for a teacher."""
-        return copy_of(student)
+    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
+        """See :func:`twinrl.flow.teacher.copy_of`."""
+        return copy_of(student, average)
 
     def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
         """Keep frozen modules, which are used inside :func:`twinrl.machine.visiting.visiting` alone, as configured."""
@@ -139,13 +134,17 @@ class Ranks:
         """See :func:`twinrl.run.checkpoints.load`."""
         return checkpoints.load(path)
 
-    def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    def load_module(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: Formats | None = None
+    ) -> None:
         """See :func:`twinrl.run.checkpoints.load_module`."""
-        checkpoints.load_module(module, tensors, origin)
+        checkpoints.load_module(module, tensors, origin, formats=formats)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+    def load_optimizer(
+        self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
+    ) -> None:
         """See :func:`twinrl.run.checkpoints.load_optimizer`."""
-        checkpoints.load_optimizer(optimizer, tensors, origin)
+        checkpoints.load_optimizer(optimizer, tensors, origin, kept)
 
 
 ALONE = Ranks()

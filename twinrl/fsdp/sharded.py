@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
-from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
+from twinrl.flow.teacher import widened
 from twinrl.fsdp import agreement, initial, mesh, wrap
 from twinrl.fsdp import checkpoint as storage
 from twinrl.fsdp.config import FSDPConfig
@@ -24,7 +24,7 @@ from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
 from twinrl.machine.visiting import IN_PARTS
-from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.checkpoints import Checkpoint, Formats, Kept
 
 
 class Sharded(Ranks):
@@ -63,9 +63,6 @@ class Sharded(Ranks):
 
     def begin(self, step: int) -> None:
         self.progress.step, self.progress.doing = step, "forward and backward passes"
-
-    def share(self, batch: Batch) -> Batch:
-        return shared(batch, self.world, self.rank)
 
     def check_shares(self, counts: Mapping[str, int]) -> None:
         check_equal_shares(counts, self.world)
@@ -143,10 +140,10 @@ class Sharded(Ranks):
         wrap.reduce_whole_parameters(network, wrap.all_reduced)
         return network
 
-    def _sharded(self, hollow: nn.Module, trained: bool) -> nn.Module:
+    def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
         inner = hollow.network if isinstance(hollow, WithoutTargetTime) else hollow  # a LoRA teacher calls it directly
-        wrap.shard(inner, self.config, self.mesh, self.low_precision, trained)
+        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
         hollow.to_empty(device="cpu")
@@ -162,9 +159,11 @@ class Sharded(Ranks):
     def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
         return network
 
-    def copy(self, student: nn.Module) -> nn.Module:
+    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
         assert self._outline is not None, "the student was not made by these ranks"
-        copied = self._sharded(deepcopy(self._outline).requires_grad_(False), trained=False)
+        hollow = deepcopy(self._outline)
+        low = widened(hollow) if average else None
+        copied = self._sharded(hollow.requires_grad_(False), trained=False, low_precision=low)
         initial.copy_parts(student, copied)
         return copied
 
@@ -191,7 +190,7 @@ class Sharded(Ranks):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if len({isinstance(p, DTensor) for p in parameters}) > 1:
             for group in optimizer.param_groups:
-                group["foreach"] = False  # torch does not join sharded and whole tensors in one operation
+                group |= {"foreach": False, "fused": False}  # torch does not join sharded and whole tensors
         return optimizer
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
@@ -209,20 +208,17 @@ class Sharded(Ranks):
     def load(self, path: Path) -> Checkpoint:
         return storage.load(path)
 
-    def load_module(self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    def load_module(
+        self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: Formats | None = None
+    ) -> None:
         for unit in wrap.sharded_modules(module):
             unit.reshard()  # what is gathered would be out of date
-        initial.load_parts(module, tensors, origin)
+        initial.load_parts(module, tensors, origin, formats)
 
-    def load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
-        storage.load_optimizer(optimizer, tensors, origin)
-
-
-def shared(batch: Batch, world: int, rank: int) -> Batch:
-    """The rows of a global batch that belong to one of ``world`` ranks: an equal, consecutive part of every branch."""
-    mine = {name: at[wrap.part(len(at), world, rank)] for name, at in batch.branch.items()}
-    keep = torch.cat(list(mine.values())).sort().values
-    return Batch(batch.rows.select(keep), {name: torch.searchsorted(keep, at) for name, at in mine.items()})
+    def load_optimizer(
+        self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
+    ) -> None:
+        storage.load_optimizer(optimizer, tensors, origin, kept)
 
 
 def check_equal_shares(counts: Mapping[str, int], world: int) -> None:

@@ -8,7 +8,6 @@ rank, and its gradient is summed over the ranks.
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.utils.checkpoint import checkpoint
 
 from twinrl.config.errors import InputError
+from twinrl.flow.teacher import in_low_precision
 from twinrl.fsdp.config import FSDPConfig
 
 
@@ -91,7 +91,7 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
     _prefetch(blocks, config.prefetch)
     if low_precision:
-        network.forward = partial(_in_low_precision, network.forward, low_precision)
+        network.forward = partial(in_low_precision, network.forward, low_precision)
     return blocks
 
 
@@ -109,12 +109,6 @@ def _compile(blocks: Iterable[nn.Module], backend: str) -> None:
     functorch_config.donated_buffer = False  # terms go back through one forward pass one after the other
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)
-
-
-def _in_low_precision(forward: Callable[..., Tensor], dtype: torch.dtype, x: Tensor, *rest: Any) -> Tensor:
-    """A forward pass on parameters that are gathered in ``dtype``; the caller's own need not be under autocast."""
-    with torch.autocast(x.device.type, dtype):
-        return forward(x, *rest).to(x.dtype)
 
 
 def _outermost(blocks: Iterable[nn.Module]) -> list[nn.Module]:

@@ -6,9 +6,8 @@ A new rule is one class in :mod:`twinrl.gradients.transforms` and a line in its 
 from twinrl.gradients.chain import GradientsConfig
 from twinrl.gradients.engine import Engine, Losses
 from twinrl.gradients.gradient import Gradient
-from twinrl.gradients.telemetry import is_due
 from twinrl.gradients.transforms import TRANSFORMS, RuleContext, Transform
 
 __all__ = [
-    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "RuleContext", "Transform", "is_due",
+    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "RuleContext", "Transform",
 ]  # fmt: skip

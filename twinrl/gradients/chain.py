@@ -31,6 +31,11 @@ class TelemetryConfig(Settings):
     rms_every: int = Field(1, ge=0, description="steps between RMS_t from Adam's state; no buffer; 0 = never")
     update_every: int = Field(10, ge=0, description="steps between update/weight ratios; one buffer; 0 = never")
 
+    def due(self, what: Literal["shares", "cosines", "rms", "update"], step: int) -> bool:
+        """Whether something is measured at this step."""
+        every: int = getattr(self, f"{what}_every")
+        return every > 0 and step % every == 0
+
 
 class GradientsConfig(Settings):
     """Per-term gradients: where they are taken apart, what changes them, what is measured.

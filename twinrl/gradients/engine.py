@@ -25,8 +25,7 @@ from torch import Tensor, nn
 
 from twinrl.flow.branches import Batch
 from twinrl.gradients.chain import Chain, GradientsConfig
-from twinrl.gradients.gradient import Gradient
-from twinrl.gradients.telemetry import is_due
+from twinrl.gradients.gradient import Gradient, dots
 from twinrl.gradients.transforms import RuleContext
 from twinrl.run import names
 from twinrl.terms.objective import Objective, Pass, TermLoss
@@ -72,7 +71,9 @@ class Engine:
         return self.config.space == "parameter"
 
     def passes(self, objective: Objective, chunks: Iterable[Batch], counts: Mapping[str, int]) -> list[Pass]:
-        """The micro-batches of a step, given the rows of each branch in the global batch."""
+        """The micro-batches of a step, given the rows of each branch in the global batch; the teacher's average takes
+        in the last step's weights first."""
+        objective.teacher.update()
         return [objective.evaluate(chunk, counts, self.separate) for chunk in chunks]
 
     def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
@@ -124,10 +125,17 @@ class Engine:
         """Back through the one micro-batch's graph, term by term; each is settled with its gradient in ``.grad``."""
         (one,) = passes
         with one.evaluated() as found:
-            for name, owners in self.owners.items():
-                _backward(_parts(found.losses, owners, name), retain_graph=self._still_needed(name, one))
+            parts = {name: _parts(found.losses, owners, name) for name, owners in self.owners.items()}
+            goes_through = {name: self._points(name, one) if parts[name] else set() for name in parts}
+            for name, scalars in parts.items():
+                points = goes_through.pop(name)  # whose graphs are freed unless a later term needs them
+                _backward(scalars, retain_graph=any(points & later for later in goes_through.values()))
                 settle(name)
             return [_detached(found.losses)]
+
+    def _points(self, name: str, one: Pass) -> set[str]:
+        """Where the student was evaluated for a gradient's terms."""
+        return {one.queries()[owner][1].point for owner in self.owners[name] if owner in one.queries()}
 
     def _in_turn(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
         """Forward and back through every micro-batch for each term."""
@@ -141,15 +149,6 @@ class Engine:
                     known |= _detached(found.losses)
             settle(name)
         return losses
-
-    def _still_needed(self, name: str, one: Pass) -> bool:
-        """Whether a later term goes back through a forward pass of this one: else its graph is freed at once."""
-        points = {
-            key: {one.queries()[o][1].point for o in owners if o in one.queries()}
-            for key, owners in self.owners.items()
-        }
-        later = list(self.owners)[list(self.owners).index(name) + 1 :]
-        return any(points[name] & points[other] for other in later)
 
     # --- output space -------------------------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class Engine:
 
     def _keeps(self, step: int) -> bool:
         telemetry = self.config.telemetry
-        return is_due(telemetry.shares_every, step) or is_due(telemetry.cosines_every, step)
+        return telemetry.due("shares", step) or telemetry.due("cosines", step)
 
     def _settle(
         self, name: str, gradient: Gradient, account: "_Account", parameters: Sequence[Tensor], step: int
@@ -208,12 +207,17 @@ class Engine:
 
     def _geometry(self, account: "_Account", step: int) -> Measures:
         """Signed shares and pairwise cosines of what the terms contribute."""
-        kept, telemetry, measures = list(account.kept.items()), self.config.telemetry, {}
-        if is_due(telemetry.shares_every, step):
+        kept, telemetry = list(account.kept.items()), self.config.telemetry
+        measures: Measures = {}
+        if telemetry.due("shares", step):
             square = account.sum.norm.square()
-            for name, gradient in kept:
-                measures[names.grad(name, "share")] = _ratio(gradient.dot(account.sum), square, 0.0)
-        if is_due(telemetry.cosines_every, step):
+            products = dots(list(account.kept.values())[:-1], account.sum)
+            products.append(square - torch.stack(products).sum() if products else square)  # the parts make the sum
+            measures = {
+                names.grad(name, "share"): _ratio(product, square, 0.0)
+                for name, product in zip(account.kept, products, strict=True)
+            }
+        if telemetry.due("cosines", step):
             for i, (a, first) in enumerate(kept):
                 for b, second in kept[i + 1 :]:
                     measures[names.cosine(a, b)] = _ratio(first.dot(second), first.norm * second.norm, 0.0)
@@ -256,11 +260,12 @@ class _Account:
         self.kept: dict[str, Gradient] = {}
         self.measures: Measures = {}
         self._others: Gradient | None = None
+        self._shown = True  # the sum is also somebody else's, so it is not to be written to
 
     def others(self, wanted: bool) -> Gradient | None:
         """The sum of the terms that do not wait for others, for one that does."""
         if wanted and self._others is None:
-            self._others = self.sum.clone() if self.several_wait else self.sum
+            self._others, self._shown = self.sum, self._shown or self.several_wait
         return self._others if wanted else None
 
     def add(self, name: str, gradient: Gradient) -> None:
@@ -268,7 +273,11 @@ class _Account:
         if self.keep:
             self.kept[name] = gradient
         if not self.sum.tensors:
-            self.sum = gradient.clone() if self.keep else gradient
+            self.sum, self._shown = gradient, self.keep
+        elif not gradient.tensors:
+            return
+        elif self._shown:
+            self.sum, self._shown = self.sum.plus(gradient), False
         else:
             self.sum.add_(gradient)
 

@@ -1,10 +1,13 @@
 """A gradient as one vector that happens to lie in several tensors."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial
+
+T = TypeVar("T")
 
 
 def over_ranks(value: Tensor) -> Tensor:
@@ -17,6 +20,19 @@ def all_over_ranks(sums: Sequence[Tensor]) -> list[Tensor]:
     sharded: list[Tensor] = [value for value in sums if isinstance(value, DTensor)]
     whole = iter(over_ranks(torch.stack(sharded)).unbind()) if sharded else iter(())
     return [next(whole) if isinstance(value, DTensor) else value for value in sums]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of_sum(own: Tensor, tensor: Tensor) -> Tensor:
+    """A 0-dim sum over what this rank holds of ``tensor``, as its share of the sum over all ranks."""
+    if not isinstance(tensor, DTensor):
+        return own
+    placements = [Partial() if placement.is_shard() else placement for placement in tensor.placements]
+    return DTensor.from_local(own, tensor.device_mesh, placements)
 
 
 class Gradient:
@@ -73,8 +89,7 @@ class Gradient:
 
     def dot(self, other: "Gradient") -> Tensor:
         """0-dim inner product; parameters that only one of both reaches contribute nothing."""
-        products = [_product(tensor, other.tensors[i]) for i, tensor in self.tensors.items() if i in other.tensors]
-        return self._sum([torch.stack(group).double().sum() for group in _apart(products)])
+        return dots([self], other)[0]
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of 0-dim tensors and over the ranks."""
@@ -85,21 +100,37 @@ class Gradient:
     def scale_(self, factor: Tensor | float) -> "Gradient":
         """Multiply by a number; the norm follows without being measured again."""
         norm = self.norm
-        for group in _apart(self.tensors.values()):
+        alone = not isinstance(factor, Tensor) or factor.device.type == "cpu"  # a number that can be looked at
+        for group in _apart(self.tensors.values()) if not alone or factor != 1 else ():
             torch._foreach_mul_(group, factor.to(group[0].device) if isinstance(factor, Tensor) else factor)
         self._norm = norm * (factor.abs() if isinstance(factor, Tensor) else abs(factor))
         return self
 
-    def add_(self, other: "Gradient", factor: Tensor | float = 1.0) -> "Gradient":
-        """Add ``factor`` times another; parameters that only the other reaches are taken over as copies."""
-        for i, tensor in other.tensors.items():
-            part = tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor
-            if i in self.tensors:
-                self.tensors[i].add_(part)
-            else:
-                self.tensors[i] = part.clone() if part is tensor else part
+    def add_(self, other: "Gradient") -> "Gradient":
+        """Add another; parameters that only the other reaches are taken over as copies."""
+        alone = other._copies_beside(self)
+        for _, own, more in self._shared(other):
+            torch._foreach_add_(own, more)
+        self.tensors |= alone
         self._norm = None
         return self
+
+    def plus(self, other: "Gradient") -> "Gradient":
+        """The sum with another, in tensors of its own."""
+        tensors = self._copies_beside(other) | other._copies_beside(self)
+        for places, own, more in self._shared(other):
+            tensors |= zip(places, torch._foreach_add(own, more), strict=True)
+        return Gradient(tensors, self.total, self.device)
+
+    def _shared(self, other: "Gradient") -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Positions that both reach, with the tensors of both; sharded and plain ones apart."""
+        shared = [i for i in self.tensors if i in other.tensors]
+        for places in _apart(shared, self.tensors.__getitem__):
+            yield places, [self.tensors[i] for i in places], [other.tensors[i] for i in places]
+
+    def _copies_beside(self, other: "Gradient") -> dict[int, Tensor]:
+        """Copies of the tensors that the other lacks."""
+        return {i: tensor.clone() for i, tensor in self.tensors.items() if i not in other.tensors}
 
     def changed(self) -> None:
         """To be called after writing to ``tensors``."""
@@ -110,14 +141,27 @@ class Gradient:
         return Gradient({i: tensor.clone() for i, tensor in self.tensors.items()}, self.total, self.device)
 
 
+def dots(parts: Sequence[Gradient], whole: Gradient) -> list[Tensor]:
+    """0-dim inner products of each of the parts with ``whole``; parameters that only one of both reaches contribute
+    nothing. Parameter by parameter, so that a cache which holds one of ``whole``'s serves all parts."""
+    products: list[list[Tensor]] = [[] for _ in parts]
+    for i, tensor in whole.tensors.items():
+        for part, found in zip(parts, products, strict=True):
+            if i in part.tensors:
+                found.append(_product(part.tensors[i], tensor))
+    return [
+        part._sum([torch.stack(group).double().sum() for group in _apart(found)])
+        for part, found in zip(parts, products, strict=True)
+    ]
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    if isinstance(a, DTensor):  # which cannot be flattened without talking to the other ranks
-        return (a * b).sum()
-    return torch.dot(a.flatten(), b.flatten())
+    return share_of_sum(torch.dot(local(a).flatten(), local(b).flatten()), a)
 
 
-def _apart(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Sharded and plain tensors in groups of their own, since torch does not mix them."""
-    every = list(tensors)
-    groups = ([t for t in every if isinstance(t, DTensor) is sharded] for sharded in (True, False))
+def _apart(items: Iterable[T], tensor_of: Callable[[T], object] = lambda item: item) -> list[list[T]]:
+    """Items of sharded and of plain tensors in groups of their own, since torch does not mix them."""
+    groups: tuple[list[T], list[T]] = ([], [])
+    for item in items:
+        groups[isinstance(tensor_of(item), DTensor)].append(item)
     return [group for group in groups if group]

@@ -44,7 +44,11 @@ class DigitJudge(nn.Module):
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, 32, 32) in [−1, 1] → (B, 10) class logits."""
-        return self.head(self.trunk(pixels))
+        return self.logits_of(self.trunk(pixels))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """(B, 64) features → (B, 10) class logits."""
+        return self.head(features)
 
 
 def train_judge(judge: DigitJudge, data: Split, recipe: Recipe, tick: Callable[[], None]) -> None:

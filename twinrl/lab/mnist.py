@@ -70,7 +70,11 @@ class MNISTJudge(nn.Module):
 
     def logits(self, pixels: Tensor) -> Tensor:
         """(B, 1, 28, 28) pixels in [−1, 1] → (B, 10) class logits."""
-        return self.head(self.features(pixels))
+        return self.logits_of(self.features(pixels))
+
+    def logits_of(self, features: Tensor) -> Tensor:
+        """(B, 64) features → (B, 10) class logits."""
+        return self.head(features)
 
 
 def train_judge(digits: Split, recipe: Recipe) -> MNISTJudge:

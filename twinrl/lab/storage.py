@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError
@@ -33,15 +35,29 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     """Make ``path``, a file or folder, by ``write(temporary path)`` unless it exists; all or nothing.
 
     Processes that want the same path wait for the first one, whose lock dies with it.
+
+    Raises:
+        InputError: the folder cannot be written.
     """
-    if path.exists():
+    if os.path.exists(path):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("a") as file:
+    with _locking(path) as file:
         files.lock(file, TimeoutError(path), patience=math.inf)
         if not path.exists():
             with files.publishing(path) as new:
                 write(new)
+
+
+def _locking(path: Path) -> IO[str]:
+    """The file that those who want ``path`` lock, open."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return (path.parent / f".{path.name}.lock").open("a")
+    except OSError as error:
+        raise InputError(
+            f"the folder {path.parent} cannot be written", got=error.strerror,
+            fix="set TWINRL_CACHE, or data.root where that lies in it, to a writable folder",
+        ) from error  # fmt: skip
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -3,13 +3,34 @@
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from twinrl.config.errors import InputError
+
 POLL_SECONDS = 0.05
+
+
+def check_writable(folder: Path, what: str, fix: str) -> None:
+    """Before time is spent: raises InputError where no file can be made in a folder, which need not exist yet.
+
+    Arguments:
+        folder: where a nameless file is made, or in the nearest folder above it that there is.
+        what: is said not to be writable.
+        fix: likely remedy.
+    """
+    there = folder
+    try:
+        while not there.exists():
+            there = there.parent
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise InputError(f"{what} cannot be written", got=error.strerror, fix=fix) from error
 
 
 def unfinished(path: Path) -> Path:

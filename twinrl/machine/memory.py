@@ -1,7 +1,11 @@
-"""The C library's allocator, set for training on a CPU."""
+"""The C library's allocator, set for training on a CPU; Python's search for garbage, kept away from modules."""
 
+import atexit
 import ctypes
+import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 GIBIBYTE = 2**30
@@ -28,3 +32,23 @@ def keep_freed_memory() -> bool:
         return False
     # the value is an int: one gibibyte above which blocks are mapped by themselves, and −1 for "never trim"
     return bool(library.mallopt(M_MMAP_THRESHOLD, GIBIBYTE)) and bool(library.mallopt(M_TRIM_THRESHOLD, -1))
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Inside, large modules are imported: no garbage is looked for, and none in them afterwards.
+
+    They make a million objects that live as long as the process. Looking through them takes 0.7 s of 3.7 s that the
+    imports of a training take, and 1.1 s more when the process ends (measured on one core).
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def end_without_search() -> None:
+    """When the process ends, its objects go without a search for garbage among them."""
+    atexit.register(gc.freeze)

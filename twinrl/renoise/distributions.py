@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twinrl.config.components import checked
 from twinrl.flow import draws
 from twinrl.run import names
 
@@ -33,7 +34,10 @@ class TimeDistribution(ABC):
 
     def metrics(self) -> dict[str, float]:
         """What the log says about it: parameters and expected time."""
-        return {**self.parameters(), names.RENOISE_T_MEAN: self.mean}
+        parameters = checked(self.parameters(), dict, self, "parameters")
+        for name, value in parameters.items():
+            checked(value, float, self, f"parameters.{name}")
+        return {**parameters, names.RENOISE_T_MEAN: checked(self.mean, float, self, "mean")}
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@
 context (``ctx.reward(samples, rows)``); it does not know through which route its ascent enters the loss.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +18,7 @@ from twinrl.flow.branches import Rows
 from twinrl.flow.schedules import RewardSchedule
 from twinrl.flow.source import Data
 from twinrl.machine.visiting import visiting
+from twinrl.rewards.keepers import metric_of
 from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
 from twinrl.rewards.reward import Reward, RewardSettings
 from twinrl.run import names
@@ -74,10 +74,6 @@ class Guide:
         """Factor of the reward at optimizer step ``step``."""
         return self.config.schedule.weight_at(step, self.steps, self.renoise_end)
 
-    def lr_factor(self, step: int) -> float:
-        """Factor of the learning rate at optimizer step ``step``."""
-        return self.config.schedule.lr_factor_at(step, self.steps, self.renoise_end)
-
     def __call__(self, samples: Tensor, rows: Rows) -> Ascent:
         """``weight·g`` for samples (B, C, h, w) of the rows' prompts; zero where the reward is not on.
 
@@ -90,7 +86,7 @@ class Guide:
         """
         weight = self.weight(rows.draws.step)
         if weight == 0:
-            return Ascent(torch.zeros_like(samples))
+            return Ascent(torch.zeros_like(samples), rests=True)
         if self.reward.needs_prompts and not rows.prompts:
             raise InputError(
                 f"reward.model {self.reward.config.kind} reads prompts and the data have none",
@@ -113,13 +109,13 @@ class Guide:
 
     @torch.no_grad()
     def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
-        """(B,) scores that :meth:`observe` will be given, by metric; nothing is computed where no reward asks."""
+        """(B,) scores for :mod:`twinrl.rewards.keepers`, by metric; nothing is computed where no reward asks."""
         keepers, size = self.reward.keepers(), self.config.gradient.chunk or len(z)
-        found: dict[str, list[Tensor]] = {_mean_of(part): [] for part in keepers}
+        found: dict[str, list[Tensor]] = {metric_of(part): [] for part in keepers}
         for start in range(0, len(z) if keepers else 0, size):
             images = self.codec.decode(z[start : start + size])
             for part, keeper in keepers.items():
-                found[_mean_of(part)].append(keeper.observed(images, prompts[start : start + size]))
+                found[metric_of(part)].append(keeper.observed(images, prompts[start : start + size]))
         return {metric: torch.cat(scores) for metric, scores in found.items()}
 
     def _aux(self, found: Any, z: Tensor, prompts: list[str], step: int) -> Mapping[str, Tensor]:
@@ -130,25 +126,6 @@ class Guide:
             aux |= self.latent.compare(found, z, prompts, self.codec, self.reward)
         return aux
 
-    def observe(self, scored: Iterable[tuple[Tensor, Mapping[str, Tensor]]], captions: Sequence[str]) -> None:
-        """Take the scores of a whole step into the statistics of rewards that keep some.
-
-        *When to use*: once, after the step, in every process with the same arguments.
-
-        Arguments:
-            scored: rows (B,), as positions in the global batch, and ``aux`` of the ascents there, of all micro-batches
-                and processes, in any order.
-            captions: the prompts of the global batch.
-        """
-        scored = list(scored)
-        for part, keeper in self.reward.keepers().items():
-            metric = _mean_of(part)
-            here = [zip(rows.tolist(), aux[metric].tolist(), strict=True) for rows, aux in scored if metric in aux]
-            finite = sorted((row, score) for part in here for row, score in part if math.isfinite(score))
-            if finite:
-                scores = torch.tensor([score for _, score in finite], dtype=torch.double)
-                keeper.observe(scores, [captions[row] for row, _ in finite])
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""
         return self.reward.state()
@@ -156,8 +133,3 @@ class Guide:
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         self.reward.load(state)
-
-
-def _mean_of(part: str) -> str:
-    """Metric of the scores of a part that keeps statistics, before these are applied."""
-    return f"{names.REWARD_MEAN}_of_{part}"

@@ -4,15 +4,16 @@
 
 The network is the one of the original FID code, TensorFlow's of 2015, in PyTorch's weights (mseitzer/pytorch-fid). It
 differs from torchvision's ``inception_v3`` in its pools, which leave the border out of their means, and in the last
-block's, which takes the maximum. Images are resized with antialiasing (arXiv:2104.11222), and samples are rounded to 8
-bits as if they had been saved. Values compare among each other and with "clean" FIDs, not with those of other resizers.
+block's, which takes the maximum. Samples are rounded to 8 bits as if they had been saved. What the network is given is
+that of "clean" FID (arXiv:2104.11222, package clean-fid 0.1.35): bicubic with antialiasing, each channel in float32,
+overshoot cut off at 0 and 255, not rounded again, then (y − 128) / 128 as in the original code. Values compare among
+each other and with clean FIDs, not with those of other resizers.
 
 A Fréchet distance of n samples is too large by an amount that falls with n, and with 2048 features it takes tens of
 thousands to be comparable with papers; the kernel distance is unbiased at any n.
 """
 
 import hashlib
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from twinrl.data.images import SUFFIXES, decode
 from twinrl.data.listing import ending_in
 from twinrl.data.problems import UnusableError
 from twinrl.flow.source import cache_dir
+from twinrl.lab.storage import publish
 from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.weights import PUBLISHED, read_weights
 from twinrl.run.checkpoints import load_module
@@ -37,6 +39,8 @@ from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
 SIZE, BATCH = 299, 32
+RESIZING = "clean, cut off"
+"""Names in the cache what the network is given: kept features of another resizing are not used."""
 SETTING = "evaluation.inception"
 
 
@@ -110,10 +114,15 @@ class Inception(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class. Computed where the network is, in float32; the features are on the CPU."""
         here = next(self.parameters()).device
-        y = ((pixels.to(here, torch.float32).clamp(-1, 1) + 1) * 127.5).round()
-        y = interpolate(y, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
         with torch.autocast(here.type, enabled=False):
-            return self.network(y / 127.5 - 1).cpu()
+            return self.network(prepared(pixels.to(here, torch.float32))).cpu()
+
+
+def prepared(pixels: Tensor) -> Tensor:
+    """What the network is given of float32 pixels (B, 3, H, W) in [−1, 1]: (B, 3, SIZE, SIZE) in [−1, 127/128]."""
+    y = ((pixels.clamp(-1, 1) + 1) * 127.5).round()
+    y = interpolate(y, (SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)
+    return (y.clamp(0, 255) - 128) / 128
 
 
 class Reference(NamedTuple):
@@ -144,12 +153,7 @@ def reference(folder: Path, weights: Path | None, device: torch.device) -> Refer
     file = located(weights)
     network = Inception(file).to(device)
     kept = cache_dir() / "inception" / f"{_digest(files, folder, file)}.pt"
-    if not kept.is_file():
-        features = torch.cat([network(_pixels(path)) for path in files])
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        torch.save(features, partial)
-        partial.replace(kept)
+    publish(kept, lambda new: torch.save(torch.cat([network(_pixels(path)) for path in files]), new))
     return Reference(network, torch.load(kept, weights_only=True))
 
 
@@ -165,9 +169,9 @@ def located(weights: Path | None) -> Path:
         return weights
     kept = cache_dir() / "inception" / WEIGHTS_FILE
     if not kept.is_file():
-        kept.parent.mkdir(parents=True, exist_ok=True)
         prefix = WEIGHTS_FILE.removesuffix(".pth").rsplit("-", 1)[1]
         try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(kept), hash_prefix=prefix, progress=False)
         except (OSError, RuntimeError) as error:  # RuntimeError: its hash is another
             raise InputError(
@@ -187,8 +191,8 @@ def _pixels(path: Path) -> Tensor:
 
 
 def _digest(files: list[Path], folder: Path, weights: Path) -> str:
-    """Of names, sizes and times of change."""
-    known = hashlib.sha256()
+    """Of names, sizes and times of change, and of what the network is given."""
+    known = hashlib.sha256(RESIZING.encode())
     for path in (*files, weights):
         name = path.relative_to(folder) if path.is_relative_to(folder) else path
         known.update(f"{name} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
@@ -36,6 +36,7 @@ RUN_FIX = "use the model.network settings that they were trained with"
 TENSORS_SHOWN = 3
 """Names of tensors in a message."""
 T = TypeVar("T")
+Formats: TypeAlias = Mapping[str, torch.dtype]
 
 
 class CheckpointState(BaseModel):
@@ -58,6 +59,7 @@ class CheckpointState(BaseModel):
     content_hash: str
     config: dict[str, Any]
     parts: list[Annotated[str, Field(pattern=r"^\w+$")]]
+    tensors: dict[str, NonNegativeInt] = {}  # in each part; older checkpoints do not say it
 
 
 class SaveError(Exception):
@@ -186,6 +188,7 @@ def load(path: Path) -> Checkpoint:
     missing = sorted(set(state["parts"]) - set(tensors))
     if missing:
         raise _corrupted(path, f"{missing[0]}.safetensors is missing")
+    check_numbers(path, state, tensors)
     return Checkpoint(tensors, state)
 
 
@@ -206,6 +209,29 @@ def check_place(path: Path, state: Mapping[str, Any], steps: int) -> None:
     """Raises InputError where the checkpoint in ``path`` is not the one that a run of so many steps wrote there."""
     if of_step(state["step"]) != path.name or state["step"] > steps:
         raise _corrupted(path / STATE, f"step {state['step']} in the folder {path.name} of a run of {steps} steps")
+
+
+def check_numbers(path: Path, state: Mapping[str, Any], parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raises InputError where a part has not as many tensors as the state says."""
+    for part, number in state.get("tensors", {}).items():
+        if (found := len(parts.get(part, ()))) != number:
+            raise _corrupted(path / f"{part}.safetensors", f"{found} tensors instead of {number}")
+
+
+def check_finite(
+    values: Iterable[Tensor],
+    state: Mapping[str, Any],
+    origin: str | Path,
+    whole: Callable[[Tensor], Tensor] = lambda value: value,
+) -> None:
+    """Raises InputError where numbers are not finite although the run had recorded no event: they are damage.
+
+    Arguments:
+        values: parts of the checkpoint. state: of it. origin: where they are from.
+        whole: gives the plain number of a result of sharded tensors.
+    """
+    if state["event_count"] == 0 and not all(bool(whole(value.isfinite().all())) for value in values):
+        raise _corrupted(Path(origin), "numbers that are not finite, of a run without an event")
 
 
 @contextmanager
@@ -274,25 +300,59 @@ def _corrupted(path: Path, reason: object) -> InputError:
 
 
 def load_module(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: str | Path, fix: str = RUN_FIX, assign: bool = False
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    origin: str | Path,
+    fix: str = RUN_FIX,
+    assign: bool = False,
+    formats: Formats | None = None,
 ) -> None:
     """Load weights strictly, or let the module take these very tensors.
 
+    Arguments:
+        formats: as for :func:`check_fit`.
+
     Raises:
-        InputError: names or shapes differ; says which, where they came from, and ``fix``.
+        InputError: names, shapes or formats differ; says which, where they came from, and ``fix``.
     """
-    own = module.state_dict()
-    check_fit({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in tensors.items()}, origin, fix)
+    check_fit(module.state_dict(), tensors, origin, fix, formats)
     module.load_state_dict(dict(tensors), assign=assign)
 
 
 def check_fit(
-    own: Mapping[str, torch.Size], given: Mapping[str, torch.Size], origin: str | Path, fix: str = RUN_FIX
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
+    origin: str | Path,
+    fix: str = RUN_FIX,
+    formats: Formats | None = None,
 ) -> None:
-    """Raises InputError where names or shapes of a module's tensors differ from those given."""
+    """Raises InputError where names, shapes or formats of a module's tensors differ from those given.
+
+    Arguments:
+        own: of the module. given: may be without values.
+        formats: the format that a tensor may have beside its own; None: numbers of 16 bits and more are as good as
+            each other.
+    """
     missing, unexpected = (sorted(one.keys() - other.keys()) for one, other in ((own, given), (given, own)))
-    reshaped = [(n, shape, given[n]) for n, shape in own.items() if n in given and given[n] != shape]
+    both = [(name, tensor, given[name]) for name, tensor in own.items() if name in given]
+    reshaped = [(name, tensor.shape, other.shape) for name, tensor, other in both if tensor.shape != other.shape]
     refuse_misfit(missing, unexpected, reshaped, origin, fix)
+    retyped = [
+        f"{name} {_called(other.dtype)} instead of {_called(tensor.dtype)}"
+        for name, tensor, other in both
+        if not _may_be(tensor.dtype, other.dtype, None if formats is None else formats.get(name, tensor.dtype))
+    ]
+    if retyped:
+        raise _corrupted(Path(origin), f"{len(retyped)} of another format ({few(retyped)})")
+
+
+def _may_be(own: torch.dtype, given: torch.dtype, other: torch.dtype | None) -> bool:
+    wide = own.is_floating_point and given.is_floating_point and given.itemsize >= 2
+    return given in (own, other) if other is not None else given == own or wide
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse_misfit(
@@ -324,19 +384,62 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str) -> None:
+Kept: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]
+"""Parameter → what the optimizer keeps of such a one after a step, by name."""
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
+) -> None:
     """The inverse of :func:`optimizer_tensors`; learning rates stay as configured.
 
+    Arguments:
+        kept: as for :func:`check_optimizer`.
+
     Raises:
-        InputError: the state belongs to other parameters; names the first key and where it came from.
+        InputError: the state belongs to other parameters or another optimizer; names the first key and where it came
+            from.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    check_optimizer(optimizer, tensors, origin, kept)
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        parameter_of(key, value.shape, parameters, origin)
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
+) -> None:
+    """Raises InputError where a state, maybe without values, is not one of this optimizer over its parameters.
+
+    Arguments:
+        kept: what it keeps of a parameter; None where that is not known.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        parameter_of(key, value.shape, parameters, origin)
+        index, _, name = key.partition(".")
+        found.setdefault(int(index), {})[name] = value
+    if kept is None:
+        return
+    for number, entries in found.items():
+        expected = kept(parameters[number])
+        if entries.keys() != expected.keys():
+            got, right = (", ".join(sorted(each)) for each in (entries, expected))
+            raise _another_optimizer(origin, f"of parameter {number} {got}", right)
+        for name, entry in entries.items():
+            if entry.dtype != expected[name].dtype or (entry.ndim == 0) != (expected[name].ndim == 0):
+                got, right = (f"{_called(t.dtype)} of {t.ndim} dimensions" for t in (entry, expected[name]))
+                raise _another_optimizer(origin, f"key {number}.{name}, {got}", right)
+
+
+def check_steps(optimizer: torch.optim.Optimizer, step: int, origin: str) -> None:
+    """Raises InputError where the optimizer counts other steps of a parameter than a run of ``step`` has made."""
+    for number, state in enumerate(optimizer.state.values()):
+        if "step" in state and not 1 <= (counted := float(state["step"])) <= step:
+            raise _corrupted(Path(origin), f"{counted:g} steps of parameter {number} at step {step} of the run")
 
 
 def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], origin: str) -> Tensor:
@@ -350,3 +453,10 @@ def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], orig
             fix=RUN_FIX,
         )
     return parameters[int(index)]
+
+
+def _another_optimizer(origin: str, got: str, expected: str) -> InputError:
+    return InputError(
+        f"the optimizer's state in {origin} is damaged or another optimizer's", got=got, expected=expected,
+        fix="use the optim settings of the checkpoint, or delete its folder to resume from the one before it",
+    )  # fmt: skip

@@ -16,6 +16,7 @@ NONFINITE = "nonfinite"
 SPIKE = "spike"
 DRIFT = "drift"
 UNSCORED = "unscored"
+UNMOVED = "unmoved"
 DIVERGED = "diverged"
 MAX_ROWS = 64
 
@@ -40,7 +41,7 @@ class Event:
 
     Attributes:
         step, iteration: when.
-        kind: ``nonfinite``, ``spike``, ``drift``, ``unscored`` or ``diverged``.
+        kind: ``nonfinite``, ``spike``, ``drift``, ``unscored``, ``unmoved`` or ``diverged``.
         terms: the loss terms concerned, the most conspicuous first; empty where only the total is.
         rows: data rows concerned (indices into the training split); at most 64 are kept.
         message: one line for people.

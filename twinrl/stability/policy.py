@@ -43,6 +43,9 @@ class StabilityConfig(Settings):
     lr_minimum: float = Field(0.01, ge=0, le=1, description="cuts end at this share of the learning rate")
     rollbacks: int = Field(3, ge=1, description="most rollbacks of a run; one more stops it")
     rollback_margin: int = Field(20, ge=0, description="a checkpoint this many steps before the event is healthy")
+    unmoved_limit: float | None = Field(
+        0.5, gt=0, le=1, description="share of weights in bf16 that a step leaves as they are: an event; null = never"
+    )
     watch: Watch.Config = Watch.Config()
     divergence: Divergence.Config = Divergence.Config()
     capsules: CapsuleConfig = CapsuleConfig()

@@ -98,6 +98,8 @@ class Adversarial(Term):
             return Target(v)
         own = self.config.reward == "fake_row"
         ascent = ctx.reward(predicted_data(query.x, query.t, F) if own else query.clean, rows)
+        if ascent.rests:
+            return Target(v, ascent.aux)
         constant = self.config.reward_constant * ascent.g.abs().flatten(1).mean(1)
         return Target(v + ascent.g, ascent.aux, shift=ascent.g, constant=constant)
 

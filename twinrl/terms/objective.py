@@ -3,16 +3,18 @@
 :class:`Objective` knows the terms and the networks; :class:`Pass` is one micro-batch on its way through them.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from twinrl.config.components import checked
 from twinrl.flow import conditions, draws
-from twinrl.flow.branches import Batch, Rows
+from twinrl.flow.branches import Batch, Rows, selection
 from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.flow.teacher import RandomState, Teacher
@@ -43,16 +45,24 @@ class Objective:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
         if self.autocast is None:
             return _velocity(network, network(x, t, r, c), x)
-        with torch.autocast(x.device.type, self.autocast):
+        # casts that were kept from a pass without gradient would cut the gradient of one that has some
+        with torch.autocast(x.device.type, self.autocast, cache_enabled=not torch.is_grad_enabled()):
             F = network(x, t, r, c)
         return _velocity(network, F, x).to(x.dtype)
+
+    def casting_once(self, device: torch.device) -> AbstractContextManager[object]:
+        """Inside, where no weight may change, the student's are cast once for all its passes without gradient."""
+        return nullcontext() if self.autocast is None else torch.autocast(device.type, enabled=False)
 
     @property
     def joins(self) -> bool:
         """Whether queries of different terms may share a forward pass: not under dropout, whose masks depend on the
         rows of the pass, so that a target's passes over one term's rows would see others than the student's."""
-        modules = self.teacher.student.modules()
-        return not any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 and m.training for m in modules)
+        return not any(module.p > 0 and module.training for module in self._dropouts)
+
+    @cached_property
+    def _dropouts(self) -> list[nn.modules.dropout._DropoutNd]:
+        return [m for m in self.teacher.student.modules() if isinstance(m, nn.modules.dropout._DropoutNd)]
 
     def evaluate(self, batch: Batch, counts: Mapping[str, int], separate: bool = False) -> "Pass":
         """All terms on one micro-batch.
@@ -77,7 +87,7 @@ class TermLoss:
         rows: (B,) positions in the global batch.
         aux: metric name → (B,) values per row.
         parts: scalars whose gradients sum to ``loss``'s: the term's own, under its name, and those of others that
-            act through its target.
+            act through its target; none of a term that rests.
     """
 
     loss: Tensor
@@ -111,12 +121,14 @@ class Evaluated:
 class _Forward:
     """Predictions at one point: where rows of the micro-batch stand in a forward pass."""
 
-    rows: Tensor  # (N,) positions in the global batch that were evaluated, ascending
+    rows: tuple[int, ...]  # N positions in the global batch that were evaluated, ascending
     F: Tensor  # (N, C, H, W)
 
-    def on(self, rows: Tensor) -> Tensor:
+    def on(self, rows: Sequence[int]) -> Tensor:
         """The predictions of some of the rows, given in ascending order."""
-        return self.F if len(rows) == len(self.rows) else self.F[torch.searchsorted(self.rows, rows)]
+        if len(rows) == len(self.rows):
+            return self.F
+        return self.F[selection([bisect_left(self.rows, row) for row in rows])]
 
 
 @dataclass
@@ -170,7 +182,8 @@ class Pass:
             self._release()
 
     def _evaluated_now(self, terms: Iterable[str] | None) -> Evaluated:
-        losses = self.losses() if terms is None else {n: self.loss(n) for n in terms if n in self.queries()}
+        with self.objective.casting_once(self.batch.rows.x.device):
+            losses = self.losses() if terms is None else {n: self.loss(n) for n in terms if n in self.queries()}
         return Evaluated(losses, tuple(self.outputs), self._with_graphs)
 
     def losses(self) -> dict[str, TermLoss]:
@@ -210,7 +223,8 @@ class Pass:
             other: share * part for other, part in term.loss_parts(rows, query, F, target).items() if other != name
         }
         own = loss - torch.stack(list(parts.values())).sum() if parts else loss
-        return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, {name: own, **parts})
+        parts = {} if target.rests else {name: own, **parts}
+        return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, parts)
 
     def _release(self) -> None:
         """Forget the predictions with their graphs."""
@@ -234,30 +248,37 @@ class Pass:
 
     def prediction(self, query: Query, rows: Rows) -> Tensor:
         self._evaluate([(query, rows)])
-        wanted, forwards = rows.index, self._forwards[query.point]
+        wanted, forwards = rows.numbers, self._forwards[query.point]
         for forward in forwards:
             if _covers(forward.rows, wanted):
                 return forward.on(wanted)
-        parts, places, missing = [], [], torch.ones(len(wanted), dtype=torch.bool)
+        parts, places, missing = [], [], set(wanted)
         for forward in forwards:
-            here = missing & torch.isin(wanted, forward.rows)
-            if here.any():
-                parts.append(forward.on(wanted[here]))
-                places.append(here.nonzero().flatten())
-                missing &= ~here
-        return torch.cat(parts)[torch.cat(places).argsort()]
+            found = missing.intersection(forward.rows)
+            if here := [row for row in wanted if row in found]:
+                parts.append(forward.on(here))
+                places += here
+                missing -= found
+        joined = torch.cat(parts)
+        return joined if places == sorted(places) else joined[torch.tensor(places).argsort()]
 
     def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.student, x, t, r, c)
+
+    def both_branches(self, x: Tensor, tau: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
+        if not self.objective.joins or 2 * len(x) > len(self.batch.rows):
+            return self.student(x, -tau, -tau, c), self.student(x, tau, tau, c)
+        t = torch.cat([-tau, tau])
+        fake, real = self.student(torch.cat([x, x]), t, t, conditions.concatenate([c, c])).chunk(2)
+        return fake, real
 
     def teacher(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.recursion, x, t, r, c)
 
     def target_velocity(self, rows: Rows) -> Tensor:
-        key = tuple(rows.index.tolist())
-        if key not in self._velocity:
-            self._velocity[key] = enhanced_velocity(rows, self.objective.guidance, self._guide)
-        return self._velocity[key]
+        if rows.numbers not in self._velocity:
+            self._velocity[rows.numbers] = enhanced_velocity(rows, self.objective.guidance, self._guide)
+        return self._velocity[rows.numbers]
 
     def reward(self, samples: Tensor, rows: Rows) -> Ascent:
         assert self.objective.reward is not None
@@ -289,19 +310,18 @@ class Pass:
         for group in groups:
             self._forward(group)
 
-    def _evaluated(self, point: str) -> Tensor:
-        known = [forward.rows for forward in self._forwards.get(point, [])]
-        return torch.cat(known) if known else torch.empty(0, dtype=torch.long)
+    def _evaluated(self, point: str) -> set[int]:
+        return {row for forward in self._forwards.get(point, []) for row in forward.rows}
 
     def _known(self, query: Query, rows: Rows) -> bool:
         if self.objective.joins:
-            return _covers(self._evaluated(query.point), rows.index)
-        return any(_covers(forward.rows, rows.index) for forward in self._forwards.get(query.point, []))
+            return _covers(self._evaluated(query.point), rows.numbers)
+        return any(_covers(forward.rows, rows.numbers) for forward in self._forwards.get(query.point, []))
 
     def _missing(self, query: Query, rows: Rows) -> Request:
         """The part of a request that is not evaluated yet."""
-        missing = (~torch.isin(rows.index, self._evaluated(query.point))).nonzero().flatten()
-        return (query, rows) if len(missing) == len(rows) else (query.select(missing), rows.select(missing))
+        known = self._evaluated(query.point)
+        return _part((query, rows), [place for place, row in enumerate(rows.numbers) if row not in known])
 
     def _forward(self, group: list[Request]) -> None:
         queries = [query for query, _ in group]
@@ -318,7 +338,7 @@ class Pass:
         self.outputs.append(F)
         self._groups.append(group)
         for (query, rows), part in zip(group, F.split([len(rows) for _, rows in group]), strict=True):
-            self._forwards.setdefault(query.point, []).append(_Forward(rows.index, part))
+            self._forwards.setdefault(query.point, []).append(_Forward(rows.numbers, part))
 
     def _move_on(self) -> None:
         """Leave the generators where the next micro-batch starts: at a new seed drawn from this one's state."""
@@ -340,15 +360,22 @@ def _checked_query(term: Term, rows: Rows, query: object) -> Query:
     return asked
 
 
-def _covers(evaluated: Tensor, wanted: Tensor) -> bool:
-    return bool(torch.isin(wanted, evaluated).all())
+def _covers(evaluated: Iterable[int], wanted: Iterable[int]) -> bool:
+    return set(evaluated).issuperset(wanted)
+
+
+def _part(request: Request, places: Sequence[int]) -> Request:
+    """The rows of a request at ascending ``places``."""
+    query, rows = request
+    keep = selection(places)
+    return request if len(places) == len(rows) else (query.select(keep), rows.select(keep))
 
 
 def _without_covered(requests: list[Request]) -> list[Request]:
     """Requests whose rows are not all part of another request at the same point."""
     kept: list[Request] = []
     for query, rows in sorted(requests, key=lambda request: -len(request[1])):
-        if not any(k.point == query.point and _covers(r.index, rows.index) for k, r in kept):
+        if not any(k.point == query.point and _covers(r.numbers, rows.numbers) for k, r in kept):
             kept.append((query, rows))
     return kept
 
@@ -358,16 +385,15 @@ def _pieces(requests: list[Request]) -> list[Request]:
     pieces: list[Request] = []
     for point in dict.fromkeys(query.point for query, _ in requests):
         here = [request for request in requests if request[0].point == point]
-        done = torch.empty(0, dtype=torch.long)
-        for query, rows in here:
-            wanted_by = torch.stack([torch.isin(rows.index, other.index) for _, other in here])  # (requests, rows)
-            wanted_by[:, torch.isin(rows.index, done)] = False  # cut already, with an earlier request
-            for pattern in wanted_by.unique(dim=1).unbind(1):
-                if pattern.any():
-                    keep = (wanted_by == pattern[:, None]).all(0).nonzero().flatten()
-                    whole = len(keep) == len(rows)  # nothing to cut, hence nothing to copy
-                    pieces.append((query, rows) if whole else (query.select(keep), rows.select(keep)))
-            done = torch.cat([done, rows.index])
+        wanted = [set(rows.numbers) for _, rows in here]
+        done: set[int] = set()
+        for request, own in zip(here, wanted, strict=True):
+            places: dict[tuple[bool, ...], list[int]] = {}  # by which requests want the row
+            for place, row in enumerate(request[1].numbers):
+                if row not in done:  # else cut already, with an earlier request
+                    places.setdefault(tuple(row in rows for rows in wanted), []).append(place)
+            pieces += [_part(request, places[pattern]) for pattern in sorted(places)]
+            done |= own
     return pieces
 
 
@@ -376,7 +402,7 @@ def _disjoint_groups(requests: list[Request]) -> list[list[Request]]:
     groups: list[list[Request]] = []
     for request in requests:
         for group in groups:
-            if not any(torch.isin(request[1].index, rows.index).any() for _, rows in group):
+            if all(set(request[1].numbers).isdisjoint(rows.numbers) for _, rows in group):
                 group.append(request)
                 break
         else:

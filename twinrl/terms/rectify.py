@@ -40,7 +40,8 @@ class Rectify(Term):
 
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
         x_tau, tau = self._renoised(rows, query, F)
-        delta_v = ctx.student(x_tau, -tau, -tau, rows.c) - ctx.student(x_tau, tau, tau, rows.c)
+        fake, real = ctx.both_branches(x_tau, tau, rows.c)
+        delta_v = fake - real
         if self.config.score_weight:
             # a uniform τ may be exactly 0, where the factor is infinite
             delta_v = delta_v * like((1 - tau) / tau.clamp(min=torch.finfo(tau.dtype).eps), delta_v)

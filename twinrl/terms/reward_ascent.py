@@ -37,7 +37,7 @@ class RewardAscent(Term):
 
     def target(self, rows: Rows, query: Query, F: Tensor, ctx: Context) -> Target:
         ascent = ctx.reward(query.x - F, rows)
-        return Target(F - ascent.g, ascent.aux)
+        return Target(F - ascent.g, ascent.aux, rests=ascent.rests)
 
     @classmethod
     def wants_reward(cls, config: Any) -> bool:

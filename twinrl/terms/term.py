@@ -48,7 +48,7 @@ class Query:
     c: Condition
     clean: Tensor | None = None
 
-    def select(self, keep: Tensor) -> "Query":
+    def select(self, keep: Tensor | slice) -> "Query":
         """The rows at the positions ``keep``."""
         clean = None if self.clean is None else self.clean[keep]
         return Query(self.point, self.x[keep], self.t[keep], self.r[keep], conditions.rows(self.c, keep), clean)
@@ -66,7 +66,7 @@ def instant(rows: Rows) -> Query:
 
 def one_step(rows: Rows) -> Query:
     """One jump from pure noise: ``(z, 1, 0)``; on rows that are there already (e2e) it *is* their own point."""
-    if bool((rows.t == 1).all() and (rows.r == 0).all()):
+    if rows.jump:
         return own(rows)
     return Query("one_step", rows.z, torch.ones_like(rows.t), torch.zeros_like(rows.r), rows.c)
 
@@ -80,6 +80,11 @@ class Context(Protocol):
 
     def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """The student without gradient."""
+        ...
+
+    def both_branches(self, x: Tensor, tau: Tensor, c: Condition) -> tuple[Tensor, Tensor]:
+        """The student's instantaneous velocities without gradient: F(x, −τ, −τ) and F(x, τ, τ), in one forward pass
+        if that has no more rows than the micro-batch."""
         ...
 
     def teacher(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
@@ -103,12 +108,14 @@ class Target(NamedTuple):
         aux: metric name → (B,) values per row, whose mean over the rows of the batch is logged.
         shift: (B, C, H, W) part of ``value`` that an ascent has added; None where there is none.
         constant: (B,) numbers whose mean over the term's rows is added to its logged loss, without gradient.
+        rests: the target is the prediction itself, so that the loss has no gradient; nothing is back-propagated.
     """
 
     value: Tensor
     aux: Mapping[str, Tensor] = {}
     shift: Tensor | None = None
     constant: Tensor | None = None
+    rests: bool = False
 
 
 class Ascent(NamedTuple):
@@ -117,10 +124,12 @@ class Ascent(NamedTuple):
     Attributes:
         g: (B, C, H, W) direction of each sample, times the present weight.
         aux: metric name → (B,) values per row.
+        rests: the force is off: ``g`` is zero.
     """
 
     g: Tensor
     aux: Mapping[str, Tensor] = {}
+    rests: bool = False
 
 
 class TermConfig(Settings):

@@ -70,7 +70,7 @@ class Feed:
         shaped = dict.fromkeys(settings.renoise.placement, partial(_times, law)) if law and settings.renoise else {}
         whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), shaped)
         counts = {name: len(rows) for name, rows in whole.branch.items()}
-        batch = self.ranks.share(whole)
+        batch = whole.share(self.ranks.world, self.ranks.rank)
         batch = batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
         return Fed(at, batch, counts, law)
 

@@ -13,8 +13,10 @@ from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.config.errors import InputError
 from twinrl.evaluation import FinalTable, LabelProtocol, final_table
 from twinrl.evaluation.protocol import HeldOut
+from twinrl.evaluation.shelf import Shelf
 from twinrl.flow.reading import InMemory
 from twinrl.flow.source import Source
+from twinrl.fsdp.ranks import ALONE
 from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.training import sources
 from twinrl.training.provider import Provider, Unloaded
@@ -38,7 +40,7 @@ class Laboratory(Provider[Source]):
     @classmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
+    ) -> str:
         raise InputError(
             f"a run on {settings.data.source} has no diffusers pipeline to export", expected="a run with model.family"
         )
@@ -87,12 +89,14 @@ class Laboratory(Provider[Source]):
         return self.ranks.place(network, self.device, torch.float32).eval()
 
     def protocol(self, split: HeldOut) -> LabelProtocol:
-        return LabelProtocol(self.source, self.settings.evaluation, split, self.device, self.judges())
+        judges = self.judges()
+        shelf = Shelf.of(self.source, judges, self.device) if self.ranks is ALONE else None
+        return LabelProtocol(self.source, self.settings.evaluation, split, self.device, judges, shelf)
 
     def final(self, network: nn.Module) -> tuple[LabelProtocol, FinalTable]:
         """On the test split, beside the teacher that training started from."""
-        protocol = self.protocol("test")
-        return protocol, final_table(protocol, network, self.teacher())
+        protocol, settings = self.protocol("test"), self.settings.model.network.model_dump(mode="json")
+        return protocol, final_table(protocol, network, self.teacher(), teacher_settings=settings)
 
     def judged(self, network: nn.Module) -> nn.Module:
         single = all(parameter.dtype == torch.float32 for parameter in network.parameters())

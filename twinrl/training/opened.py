@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
+from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.run import checkpoints, layout
 from twinrl.sampling import few_step, sample
 from twinrl.sampling.timing import TimingLine, measure
@@ -67,15 +68,18 @@ class OpenedRun:
         """The folder of the checkpoint.
 
         Raises:
-            InputError: there is none (of that step).
+            InputError: there is none (of that step), or it is another step's.
         """
-        if self.step is None:
-            return self.directory.newest_checkpoint()
-        folder = self.directory.checkpoints / layout.of_step(self.step)
+        folder = self.directory.newest_checkpoint() if self.step is None else self._of_step(self.step)
+        checkpoints.check_place(folder, checkpoints.load_state(folder), self.settings.train.steps)
+        return folder
+
+    def _of_step(self, step: int) -> Path:
+        folder = self.directory.checkpoints / layout.of_step(step)
         if folder not in (found := layout.available(self.directory.checkpoints)):
             steps = ", ".join(str(layout.step_of(path)) for path in found)
             raise InputError(
-                f"{self.directory.path} has no checkpoint of step {self.step}",
+                f"{self.directory.path} has no checkpoint of step {step}",
                 expected=f"one of {steps}" if steps else None,
             )
         return folder
@@ -95,8 +99,10 @@ class OpenedRun:
     @cached_property
     def network(self) -> nn.Module:
         """The judged network. Raises InputError where the checkpoint is corrupted."""
-        network = self.provider.network()
-        checkpoints.load_module(network, checkpoints.load(self.checkpoint).judged, str(self.checkpoint))
+        network, checkpoint = self.provider.network(), checkpoints.load(self.checkpoint)
+        formats = dict.fromkeys(network.state_dict(), MASTER_DTYPES[self.settings.train.precision])
+        checkpoints.load_module(network, checkpoint.judged, str(self.checkpoint), formats=formats)
+        checkpoints.check_finite(network.parameters(), checkpoint.state, self.checkpoint)
         return network.to(self.provider.device).eval()
 
     def sample(self, prompts: Sequence[str], n: int, nfe: int, seed: int) -> list[tuple[str, Tensor]]:
@@ -122,9 +128,9 @@ class OpenedRun:
         config, prompts = self.settings.evaluation, self.provider.example_prompts(0)
         return measure(self.network, self.provider.source, prompts, config.nfe, config.teacher_steps, rounds)
 
-    def export(self, folder: Path, lora: bool = False, dtype: Literal["float32", "bf16"] | None = None) -> None:
+    def export(self, folder: Path, lora: bool = False, dtype: Literal["float32", "bf16"] | None = None) -> str:
         """The student as a diffusers pipeline, see :meth:`Provider.export`; needs no data, which may be gone."""
-        assembly.kind_of(self.settings).export(self.settings, self.checkpoint, folder, lora, dtype)
+        return assembly.kind_of(self.settings).export(self.settings, self.checkpoint, folder, lora, dtype)
 
 
 def open_run(path: Path, step: int | None = None, device: torch.device | None = None) -> OpenedRun:

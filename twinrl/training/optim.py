@@ -2,14 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from twinrl.config import Settings
 from twinrl.config.components import Registry, checked
+from twinrl.gradients import Gradient
+from twinrl.gradients.telemetry import Unmoved
+from twinrl.run import names
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,10 +52,11 @@ class Optimizer(ABC):
 
 class _Adams(Optimizer):
     algorithm: ClassVar[Callable[..., torch.optim.Optimizer]]
+    form: ClassVar[dict[str, bool]] = {"fused": True}  # one pass over the memory
 
     @classmethod
     def make(cls, parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
-        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
+        return cls.algorithm(parameters, **config.model_dump(include=set(AdamConfig.model_fields)), **cls.form)
 
 
 class Adam(_Adams):
@@ -75,12 +81,46 @@ class RAdam(_Adams):
     """RAdam (arXiv:1908.03265): rectified warm-up of the adaptive rate."""
 
     algorithm = torch.optim.RAdam
+    form: ClassVar[dict[str, bool]] = {}  # torch has no fused one
 
     class Config(AdamConfig):
         kind: Literal["radam"] = "radam"
 
 
+def kept_by(config: Any) -> Callable[[Tensor], Mapping[str, Tensor]]:
+    """Parameter → what the configured optimizer keeps of such a one after a step, by name; seen at a small one."""
+
+    @cache
+    def kept(dtype: torch.dtype, dimensions: int) -> Mapping[str, Tensor]:
+        small = torch.nn.Parameter(torch.zeros([2] * dimensions, dtype=dtype))
+        small.grad = torch.zeros_like(small)
+        optimizer = OPTIMIZERS.find(config.kind).build(config, [small])
+        optimizer.step()
+        return {name: torch.as_tensor(value) for name, value in optimizer.state[small].items()}
+
+    return lambda parameter: kept(parameter.dtype, parameter.ndim)
+
+
 OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})
+
+
+@torch.no_grad()
+def update(
+    optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool
+) -> dict[str, Tensor]:
+    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of
+    the parameters: ‖θ_after − θ_before‖ / ‖θ_before‖ over all of them, and what
+    :class:`twinrl.gradients.telemetry.Unmoved` finds."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if not measure:
+        optimizer.step()
+        return {}
+    before, unmoved = Gradient({i: p.clone() for i, p in enumerate(parameters)}), Unmoved(optimizer, parameters)
+    optimizer.step()
+    size = before.norm
+    moved = before.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm
+    return {names.UPDATE_RATIO: moved / size} | unmoved.shares()
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------

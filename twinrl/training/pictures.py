@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
 from twinrl.evaluation import figures, grids
+from twinrl.machine import files
 from twinrl.run import layout, runlog
 from twinrl.sampling import few_step
 from twinrl.training.provider import FixedProtocol, Provider
@@ -63,6 +64,21 @@ def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, f
     grids.save_over_training(run.samples, protocol.row_names, folder / "over-training.png")
     figures.save_curves(runlog.read(run.log), protocol.floor, run.path.name, folder / "curves.png")
     return paths[0]
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is drawn: raises InputError where a picture cannot be written to ``path``."""
+    from PIL import Image
+
+    fix = "name a .png file in a writable folder"
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path} cannot be written", got=f"unknown suffix {path.suffix!r}", fix=fix)
+    files.check_writable(path.parent, str(path), fix)
+    try:
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written", got=error.strerror, fix=fix) from error
 
 
 def save_samples(samples: Sequence[tuple[str, Tensor]], name: str, nfe: int, path: Path) -> None:

@@ -1,11 +1,11 @@
 """Pretrained families: a diffusers pipeline and the folder that was prepared for it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twinrl.backends.families.family import Family, FrozenTeacher
 from twinrl.backends.families.lora import first_values
@@ -41,20 +41,23 @@ class PretrainedModels(Provider["FolderSource"]):
     @classmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
+    ) -> str:
         if lora and settings.model.lora is None:
             raise InputError("the run trained no adapters", fix="leave --lora out: the whole model is its student")
         from twinrl.backends.families import export
         from twinrl.sampling.scheduler import TwinFlowScheduler
 
         export.claim(folder)
-        student, family = load_student(settings, checkpoint)
-        base = str(settings.model.path)
+        adapted, base = settings.model.lora is not None, str(settings.model.path)
+        written = DTYPES[dtype or settings.model.dtype]
+        costs = export.Costs(written)
+        student, family = load_student(settings, checkpoint, None if adapted else costs.see)
         if lora:
-            export.export_lora(student, family, folder, base=base)
-        else:
-            chosen = DTYPES[dtype] if dtype else None
-            export.export(student, family, folder, TwinFlowScheduler(), base=base, dtype=chosen)
+            export.export_lora(student, family, folder, base=base, config=settings.model.pretrained)
+            return "in float32; nothing is rounded"
+        chosen = None if adapted and dtype is None else written
+        export.export(student, family, folder, TwinFlowScheduler(), base=base, dtype=chosen, costs=costs)
+        return f"{costs.written}{costs.remedy(adapted)}"
 
     def reader(self, split: str) -> "FolderRows":
         settings = self.settings
@@ -128,8 +131,15 @@ class PretrainedModels(Provider["FolderSource"]):
         return split.captions(range(min(4, len(split))))
 
 
-def load_student(settings: RunConfig, folder: Path) -> tuple[Any, Family]:
+def load_student(
+    settings: RunConfig, folder: Path, see: Callable[[Tensor, Tensor], object] | None = None
+) -> tuple[Any, Family]:
     """The judged student of a checkpoint, and the pipeline that it started from; without the data, which may be gone.
+
+    Arguments:
+        settings: of the run. folder: of the checkpoint.
+        see: is shown each tensor of a student that was trained whole, in float32, and how far training has moved it;
+            such a student comes as precisely as it was kept, others in ``model.dtype``.
 
     Raises:
         InputError: no such pipeline, or not the one of the run; a corrupted checkpoint.
@@ -142,7 +152,18 @@ def load_student(settings: RunConfig, folder: Path) -> tuple[Any, Family]:
             f"{settings.model.path} is not the model that the run started from", got="files of another content",
             fix="give back the files of then: the student was trained on them",
         )  # fmt: skip
-    network = family.network(settings.model.pretrained, settings.seed)
+    config = settings.model.pretrained
+    if see is not None and torch.float32 in {value.dtype for value in checkpoint.judged.values()}:
+        config = config.model_copy(update={"dtype": "float32"})
+    network = family.network(config, settings.seed)
     whole = network if settings.model.target_time else WithoutTargetTime(network)
-    checkpoints.load_module(whole, checkpoint.judged, str(folder))
+    if see is not None:
+        own, trained = whole.state_dict(), dict(whole.named_parameters())
+        for name, value in checkpoint.judged.items():
+            if name in trained and own[name].shape == value.shape:
+                start = own[name].to(DTYPES[settings.model.dtype]).float()
+                see(value.float(), value.float() - start)
+    formats = dict.fromkeys(whole.state_dict(), MASTER_DTYPES[settings.train.precision])
+    checkpoints.load_module(whole, checkpoint.judged, str(folder), formats=formats)
+    checkpoints.check_finite(whole.parameters(), checkpoint.state, folder)
     return network.eval(), family

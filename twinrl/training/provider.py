@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.backends.wrappers import WithoutTargetTime
-from twinrl.config.errors import InputError
 from twinrl.evaluation import EvaluationConfig
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.flow.conditions import Network
@@ -23,11 +22,13 @@ from twinrl.flow.reading import Reader
 from twinrl.flow.source import Data
 from twinrl.fsdp.initial import Outline
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.gradients.gradient import over_ranks
 from twinrl.rewards import Reward, build_reward
 from twinrl.rewards.guide import Guide
+from twinrl.run import checkpoints
 from twinrl.sampling import SamplerConfig
 from twinrl.terms import TERMS
-from twinrl.training.runs import RunDirectory
+from twinrl.training.runs import start_of
 from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -153,8 +154,9 @@ class Provider(ABC, Generic[S]):
     @abstractmethod
     def export(
         cls, settings: RunConfig, checkpoint: Path, folder: Path, lora: bool, dtype: Literal["float32", "bf16"] | None
-    ) -> None:
-        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline.
+    ) -> str:
+        """Write the judged student of a checkpoint into a new or empty ``folder``, as a diffusers pipeline; in words,
+        what rounding has cost.
 
         Arguments:
             settings: of the run. checkpoint: its folder.
@@ -228,11 +230,12 @@ class Provider(ABC, Generic[S]):
         if origin == "teacher":
             self.start_as_teacher(network)
             return
-        run = RunDirectory(Path(origin))
-        if not run.exists:
-            raise InputError(f"train.init is {origin!r}", expected="teacher, random, or the directory of a run")
-        checkpoint = run.newest_checkpoint()
-        self.ranks.load_module(network, self.ranks.load(checkpoint).judged, str(checkpoint))
+        run = start_of(origin)
+        folder = run.newest_checkpoint()
+        checkpoint = self.ranks.load(folder)
+        checkpoints.check_place(folder, checkpoint.state, run.settings().train.steps)
+        self.ranks.load_module(network, checkpoint.judged, str(folder))
+        checkpoints.check_finite(network.parameters(), checkpoint.state, folder, over_ranks)
 
     def start_as_teacher(self, network: nn.Module) -> None:
         """Give a new network the weights of the source's flow model, where it has not got them yet."""

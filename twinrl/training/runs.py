@@ -183,6 +183,14 @@ class RunDirectory:
         return found
 
 
+def start_of(init: str) -> RunDirectory:
+    """The run that ``train.init`` names. Raises InputError where there is none."""
+    run = RunDirectory(Path(init))
+    if not run.exists:
+        raise InputError(f"train.init is {init!r}", expected="teacher, random, or the directory of a run")
+    return run
+
+
 def dump(settings: schema.RunConfig) -> str:
     """The configuration as YAML that loads to the same configuration."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

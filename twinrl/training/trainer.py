@@ -14,22 +14,23 @@ from twinrl.config.components import checked
 from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
-from twinrl.gradients import Engine, Losses, is_due, telemetry
+from twinrl.gradients import Engine, Losses, telemetry
+from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
+from twinrl.rewards import keepers
 from twinrl.run import checkpoints, layout, names
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.runlog import RunLog
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import SPIKE, Event, nonfinite
-from twinrl.stability.monitor import Monitor
+from twinrl.stability.events import Event, nonfinite
+from twinrl.stability.monitor import Judgement, Monitor
 from twinrl.stability.policy import Decision
-from twinrl.stability.series import Finding
 from twinrl.stability.verdict import COMPLETE
 from twinrl.terms.objective import Objective
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
-from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop
+from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -134,6 +135,7 @@ class Trainer:
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
+        self.dropout = self.ranks.own("dropout")
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
@@ -178,6 +180,7 @@ class Trainer:
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
+        self.ranks.begin(self.step)
         row, event, decision, _ = self.train_step()
         if (judged := self._validate_if_due(row)) is not None:
             event, decision = judged, self.settings.stability.decide([judged.kind])
@@ -200,83 +203,69 @@ class Trainer:
     def train_step(self) -> StepOutcome:
         """One optimizer step."""
         started = time.perf_counter()
-        self.ranks.begin(self.step)
-        draws.seed_stream(self.seed, self.ranks.own("dropout"), self.step)
+        draws.seed_stream(self.seed, self.dropout, self.step)
         fed = self.feed.batch(self.step, self.seed)
-        self.objective.teacher.update()
-        losses, scalars = self._backward(fed)
-        values = self.ranks.agree(_to_floats(scalars)) | self._schedules(fed)
-        found, decision = self._judge(values)
-        if decision.zero:
-            self.engine.zero()
-        lr = self._set_lr()
-        if decision.skip:
-            values[names.SKIPPED] = 1.0
-        else:
-            values |= (updated := self._update())
-            # what is found now comes too late for this step, not for the rate, a rollback or the end, and a step that
-            # was not dropped had neither of these from before
-            late, decision = self._judge(updated, {finding.kind for finding in found})
-            found += late
-        if self.guide is not None:
-            self.guide.observe([(p.rows, p.aux) for part in losses for p in part.values()], fed.batch.rows.captions)
+        losses, values = self._backward(fed)
+        values |= fed.renoise.metrics() if fed.renoise else {}
+        lr_factor = self._follow_reward(losses, fed, values)
+        late = {name: values.pop(name) for name in (names.RMS_MAX,) if name in values}
         behind = SuspectFinder(losses, fed.data_rows, fed.batch, self.ranks.total)
-        events = self.monitor.watch.events(found, self.iteration, values, behind)
+        judged = self.monitor.step(self.step + 1, self.iteration, values, late, behind)
+        values |= self._update(judged, late, lr_factor)
         self.step, self.iteration = self.step + 1, self.iteration + 1
-        row = {"iteration": self.iteration - 1, "step": self.step, **values, names.LR: lr}
-        for event in events:
+        row = {"iteration": self.iteration - 1, "step": self.step, **values}
+        stuck = self.monitor.precision.observe(self.step, self.iteration - 1, row)
+        for event in judged.events if stuck is None else [*judged.events, stuck]:
             self._record(event, row)
         row[names.STEP_SECONDS] = time.perf_counter() - started
-        return StepOutcome(row, self.settings.stability.cause(events), decision, frozenset(f.kind for f in found))
+        return StepOutcome(row, judged.cause, judged.afterwards, judged.kinds)
 
-    def _judge(self, values: Mapping[str, float], known: Set[str] = frozenset()) -> tuple[list[Finding], Decision]:
-        """Findings among values of this step, and what to do about kinds that are not known yet; the learning rate's
-        part is done."""
-        found = self.monitor.watch.observe(self.step + 1, values)
-        new = {finding.kind for finding in found} - known
-        config = self.settings.stability
-        decision = config.decide(new)
-        if SPIKE in new and self.monitor.watch.begins(SPIKE):
-            self.lr_policy.spike()
-        if decision.cut:
-            self.lr_policy.cut(config.lr_cut, config.lr_minimum)
-        return found, decision
-
-    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, Tensor]]:
-        """The terms' gradient into ``.grad``; their losses, and everything measured as 0-dim tensors by metric name."""
+    def _backward(self, fed: Fed) -> tuple[Losses, dict[str, float]]:
+        """The terms' gradient into ``.grad``; their losses, and everything measured, read in one transfer."""
         chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
         passes = self.engine.passes(self.objective, chunks, fed.counts)
         own, measures = self.engine.backward(passes, self.step)
-        losses = self.ranks.merge(own)
-        return losses, summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
-
-    def _update(self) -> dict[str, float]:
-        """The optimizer's step, and what it says about the step's health."""
-        due, parameters = self.settings.gradients.telemetry, self.engine.parameters
-        before = [p.detach().clone() for p in parameters] if is_due(due.update_every, self.step) else None
-        self.optimizer.step()
-        measures = {}
-        if is_due(due.rms_every, self.step) and (rms := telemetry.rms(self.optimizer)):
+        if self.settings.gradients.telemetry.due("rms", self.step) and (rms := telemetry.rms(self.optimizer)):
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
-        if before is not None:
-            measures[names.UPDATE_RATIO] = telemetry.update_ratio(parameters, before)
-        values = self.ranks.agree(_to_floats(measures)) if measures else {}
-        if nonfinite(values) and not telemetry.all_finite(parameters):
+        losses = self.ranks.merge(own)
+        scalars = summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
+        return losses, self.ranks.agree(_to_floats(scalars))
+
+    def _follow_reward(self, losses: Losses, fed: Fed, values: dict[str, float]) -> float:
+        """Note the reward's weight and let it learn from what it scored; the factor of the learning rate."""
+        settings = self.settings
+        if self.guide is None or settings.reward is None:
+            return 1.0
+        at = self.step, settings.train.steps, settings.renoise_end()
+        scored = [(part.rows, part.aux) for found in losses for part in found.values()]
+        keepers.observe(self.guide.reward, scored, fed.batch.rows.captions)
+        values[names.REWARD_WEIGHT] = settings.reward.schedule.weight_at(*at)
+        return settings.reward.schedule.lr_factor_at(*at)
+
+    def _update(self, judged: Judgement, late: Mapping[str, float], lr_factor: float) -> dict[str, float]:
+        """The optimizer's step, unless it is dropped, at the policy's learning rate; what is known of it."""
+        if judged.now.zero:
+            self.engine.zero()
+        self._move_lr(judged.spikes[0], judged.now.cut)
+        factor = checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
+        values = {names.LR: self.settings.optim.lr * factor * lr_factor}
+        if judged.now.skip:
+            return {names.SKIPPED: 1.0} | values
+        measured = self.settings.gradients.telemetry.due("update", self.step)
+        measures = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
+        late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
+        values = {**late, **_to_floats(measures), **values}
+        if nonfinite(values) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
+        self._move_lr(judged.spikes[1], judged.afterwards.cut)
         return values
 
-    def _schedules(self, fed: Fed) -> dict[str, float]:
-        """Where the moving parts stand at this step."""
-        values = fed.renoise.metrics() if fed.renoise else {}
-        return values | ({names.REWARD_WEIGHT: self.guide.weight(self.step)} if self.guide else {})
-
-    def _set_lr(self) -> float:
-        lr = self.settings.optim.lr * checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
-        if self.guide is not None:
-            lr *= self.guide.lr_factor(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+    def _move_lr(self, spike: bool, cut: bool) -> None:
+        """Tell the learning rate's policy of trouble."""
+        if spike:
+            self.lr_policy.spike()
+        if cut:
+            self.lr_policy.cut(self.settings.stability.lr_cut, self.settings.stability.lr_minimum)
 
     @torch.no_grad()
     def times(self, batches: int = 4) -> tuple[Tensor, Tensor]:
@@ -304,10 +293,15 @@ class Trainer:
         if last or (every > 0 and self.step % every == 0):
             row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
             if self.settings.evaluation.objective:
-                row[names.VAL_OBJECTIVE] = self.objective_on_validation()
+                objective = self.objective_on_validation()
+                row[names.VAL_OBJECTIVE] = float(objective.mean())
+                if (bad := float((~objective.isfinite()).double().mean())) > 0:
+                    row[names.VAL_OBJECTIVE_NONFINITE] = bad
             quality = float(row[names.VAL_QUALITY])
             by_objective = getattr(self.settings.lr_policy, "monitor", "quality") == "objective"
-            self.lr_policy.observe(row[names.VAL_OBJECTIVE] if by_objective else quality)
+            # the published run took a batch that is not finite for 0, and its rate followed that number
+            watched = float(objective.nan_to_num(0.0, 0.0, 0.0).mean()) if by_objective else quality
+            self.lr_policy.observe(watched)
             self.early_stop.observe(quality)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
         if found is None:
@@ -316,19 +310,19 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def objective_on_validation(self, batches: int = 4) -> float:
-        """The training objective on validation rows, as the published run validated: at the present renoise and
-        reward, with whatever the logged loss contains, and 0 for a batch that is not finite. No fair measure of
-        quality; ``val/quality`` is.
+    def objective_on_validation(self, batches: int = 4) -> Tensor:
+        """(batches,) the training objective on validation rows, as the published run validated: at the present renoise
+        and reward, with whatever the logged loss contains; what is not finite stays so. No fair measure of quality;
+        ``val/quality`` is.
         """
         values, feed = [], self._feed("validation")
         for number in range(batches):
             fed = feed.batch(self.step, self.settings.evaluation.seed + number)
             evaluation = self.objective.evaluate(fed.batch, fed.counts)
             with evaluation.random_state.replayed():
-                total = self.ranks.total(torch.stack([part.loss for part in evaluation.losses().values()]).sum())
-            values.append(total.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
-        return float(torch.stack(values).mean())
+                losses = evaluation.losses().values()
+                values.append(self.ranks.total(torch.stack([part.loss for part in losses]).sum()))
+        return torch.stack(values)
 
     def _record(self, event: Event, row: dict[str, Any]) -> None:
         """Write an event down, mark its row, keep its capsule."""
@@ -391,6 +385,7 @@ class Trainer:
             "content_hash": self.source.content_hash,
             "config": self.settings.numeric() | {"seed": self.settings.seed},
             "parts": sorted(tensors),
+            "tensors": {part: len(found) for part, found in tensors.items()},
         }
         return Checkpoint(tensors, state)
 
@@ -430,10 +425,7 @@ class Trainer:
         """
         state = checkpoint.state
         lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
-        for name, module in assembly.parts_of(self.objective).items():
-            part = "student" if name in lacking else name
-            self.ranks.load_module(module, checkpoint.part(part), f"{origin}/{part}.safetensors")
-        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), f"{origin}/optimizer.safetensors")
+        self._restore_tensors(checkpoint, origin, strict, lacking)
         decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
         self.objective.teacher.decay = decay
         loading: dict[str, Callable[[Any], None]] = {
@@ -447,6 +439,21 @@ class Trainer:
                 load(state[name])
         self.step, self.iteration = state["step"], state["iteration"]
         self.attempt, self.event_count = state["attempt"], state["event_count"]
+
+    def _restore_tensors(self, checkpoint: Checkpoint, origin: str, strict: bool, lacking: Set[str]) -> None:
+        """Networks and optimizer as in a checkpoint; the averages and frozen copies that it lacks as the student."""
+        state, parts = checkpoint.state, assembly.parts_of(self.objective)
+        formats = {n: t.dtype for n, t in parts["student"].state_dict().items()}  # as averages were in older versions
+        for name, module in parts.items():
+            part = "student" if name in lacking else name
+            found, file = checkpoint.part(part), f"{origin}/{part}.safetensors"
+            self.ranks.load_module(module, found, file, formats if strict else None)
+            checkpoints.check_finite(module.parameters(), state, file, over_ranks)
+        file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
+        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
+        checkpoints.check_steps(self.optimizer, state["step"], file)
+        entries = (value for held in self.optimizer.state.values() for value in held.values())
+        checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -468,6 +475,8 @@ def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
 
 def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
     """All scalars in one transfer from the device."""
+    if not scalars:
+        return {}
     return dict(zip(scalars, torch.stack([s.double() for s in scalars.values()]).tolist(), strict=True))
 
 

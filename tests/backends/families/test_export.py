@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
-from tests.backends.families.conftest import disturbed
+from tests.backends.families.conftest import PROMPTS, disturbed
 from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike, few
 from twinrl.backends.families import load_family
@@ -75,7 +76,7 @@ def test_index_card_and_scheduler(sd3, tmp_path):
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     card = (tmp_path / "s" / "README.md").read_text()
     assert "base_model: owner/base" in card
-    assert 'from_pretrained("s")' in card
+    assert 'from_pretrained("s", torch_dtype=torch.bfloat16)' in card
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "s")
     assert loaded.scheduler.config["seed"] == 5
     saved = json.loads((tmp_path / "s" / "scheduler" / "scheduler_config.json").read_text())
@@ -92,13 +93,92 @@ def test_a_card_names_a_folder_without_its_place_and_as_no_model_of_the_hub(sd3,
 
 
 def test_dtype_of_the_written_weights(sd3, tmp_path):
-    from safetensors.torch import load_file
-
     network = sd3.network()
     export(network, sd3.family, tmp_path / "s", TwinFlowScheduler(), base="b", dtype=torch.bfloat16)
     weights = load_file(tmp_path / "s" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert network.transformer.dtype == torch.float32
+
+
+def update(network, size=4e-3):
+    """Give the adapters of every layer an update of this share of its weight; path → the update."""
+    generator, found = torch.Generator().manual_seed(0), {}
+    for path, layer in network.transformer.named_modules():
+        if "default" in getattr(layer, "lora_A", {}):
+            b = layer.lora_B["default"].weight
+            b.data = torch.randn(b.shape, generator=generator)
+            b.data *= size * layer.base_layer.weight.float().norm() / layer.get_delta_weight("default").norm()
+            found[path] = layer.get_delta_weight("default").detach()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=["bf16", "float32"])
+def test_adapters_are_added_in_float32_and_rounded_once(case, tmp_path, dtype):
+    """In float32 nothing is lost but the last bits; in bf16 what the nearest bf16 weight loses, and that is said."""
+    network = case.network(dtype="bf16", lora=LoraSettings(rank=2, alpha=6))
+    updates, layers = update(network), dict(network.transformer.named_modules())
+    costs = export(network, case.family, tmp_path / "s", TwinFlowScheduler(), base="b", dtype=dtype)
+    (file,) = (tmp_path / "s" / case.family.PART).glob("*.safetensors")
+    written, lost, moved = load_file(file), 0.0, 0.0
+    for path, delta in updates.items():
+        exact = layers[path].base_layer.weight.float() + delta
+        stored = written[f"{path}.weight"]
+        assert torch.equal(stored, exact.to(dtype or torch.bfloat16))
+        lost, moved = lost + float((stored.float() - exact).norm()) ** 2, moved + float(delta.norm()) ** 2
+    assert costs.written.share == pytest.approx((lost / moved) ** 0.5, rel=1e-4, abs=1e-6)
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert f"{costs.half.share:.2%} of what training has changed" in card
+    assert costs.half.share > 0.1
+    assert ("--lora" in card) == costs.written.matters == (dtype is None)
+    assert f'from_pretrained("s", torch_dtype=torch.{"float32" if dtype else "bfloat16"})' in card
+
+
+class Heard:
+    """What a network receives in a sampler's calls: levels and target times in [0, 1], whether they are fake, texts."""
+
+    def __init__(self, transformer):
+        self.calls, self.texts = [], []
+        summed = type(transformer)._levels
+
+        def levels(time):
+            self.calls.append([value.float().flatten().clone() for value in summed(transformer, time)])
+            return summed(transformer, time)
+
+        transformer._levels = levels
+        transformer.register_forward_pre_hook(self._given, with_kwargs=True)
+
+    def _given(self, module, args, kwargs):
+        given = [*args, *kwargs.values()]
+        flat = [value for one in given for value in (one if isinstance(one, list | tuple) else [one])]
+        self.texts.append([v.float() for v in flat if isinstance(v, torch.Tensor) and v.is_floating_point()])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
+def test_a_stock_pipeline_tells_the_network_what_training_did(case, tmp_path, dtype):
+    """Loaded as the card says: times, target times, the branch, and everything else but the latents themselves.
+
+    In bf16, pipelines round times to 8 binary digits on the way, as they do for their own models.
+    """
+    name = "bf16" if dtype == torch.bfloat16 else "float32"
+    network = disturbed(case.network(dtype=name))
+    family = load_family(case.name, case.config.model_copy(update={"frozen_dtype": name}))
+    family.TOKENS = case.family.TOKENS
+    export(network, family, tmp_path / "s", TwinFlowScheduler(), base="b")
+    assert f"torch_dtype={dtype}" in (tmp_path / "s" / "README.md").read_text()
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", torch_dtype=dtype)
+    theirs, ours = Heard(getattr(pipeline, family.PART)), Heard(network.transformer)
+    z = case.noise()
+    told = {"num_inference_steps": 4, "guidance_scale": 0, "output_type": "latent"}
+    case.call(pipeline, z.to(dtype), **told)
+    few(family, network, z, family.encode_prompts(PROMPTS), 4)
+    assert len(theirs.calls) == len(ours.calls) == 4
+    digits = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    for (level, target, fake), (mine, wanted, false) in zip(theirs.calls, ours.calls, strict=True):
+        assert (level - mine).abs().max() <= digits
+        assert target.abs().max() == wanted.abs().max() == 0
+        assert not fake.any()
+        assert not false.any()
 
 
 def test_a_folder_in_use_is_left_alone(sd3, tmp_path):

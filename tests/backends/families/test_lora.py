@@ -1,15 +1,19 @@
 """Adapters: the base stays frozen, the student starts as its teacher, files are diffusers'."""
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.forward import T, at
 from tests.backends.families.made import assert_alike
+from tests.rounding import assert_rounded
 from twinrl.backends.families.export import export_lora, with_lora
-from twinrl.backends.families.family import FrozenTeacher
-from twinrl.backends.families.lora import TWIN_FILE, LoraSettings
+from twinrl.backends.families.family import FamilyConfig, FrozenTeacher
+from twinrl.backends.families.lora import ADAPTER_FILE, ALPHA_FILE, TWIN_FILE, LoraSettings
 from twinrl.config.errors import InputError
 
 LORA = LoraSettings(rank=2)
@@ -88,6 +92,39 @@ def test_alpha_scales_the_update(sd3):
 
     ratio = update(4).norm() / update(2).norm()
     assert ratio == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("metadata", [True, False], ids=["with metadata", "without"])
+@pytest.mark.parametrize("file", [ADAPTER_FILE, ALPHA_FILE])
+def test_any_loader_scales_the_adapters_rightly(sd3, tmp_path, file, metadata):
+    """By alpha tensors, by metadata, or by neither, as programs do: (alpha or rank) / rank times B·A."""
+    network = disturbed(sd3.network(lora=LoraSettings(rank=2, alpha=7)))
+    export_lora(network, sd3.family, tmp_path / "lora", base="b")
+    with safe_open(tmp_path / "lora" / file, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  not a mapping
+        told = json.loads((stored.metadata() or {}).get("lora_adapter_metadata", "{}")) if metadata else {}
+    layers = {n: m for n, m in network.transformer.named_modules() if "default" in getattr(m, "lora_A", {})}
+    assert layers
+    for path, layer in layers.items():
+        a, b = (tensors[f"transformer.{path}.lora_{each}.weight"] for each in "AB")
+        alpha = tensors.get(f"transformer.{path}.alpha", told.get("transformer.lora_alpha", len(a)))
+        assert_rounded(float(alpha) / len(a) * (b @ a), layer.get_delta_weight("default"), 8)
+
+
+def test_a_card_says_how_the_base_was_loaded(cases, tmp_path):
+    """Followed to the letter on a base that is float32 on disk it gives the student that was trained."""
+    for name in ("sd3", "stable_diffusion"):
+        case = cases(name)
+        network = disturbed(case.network(lora=LORA, dtype="bf16"))
+        config = case.config.model_copy(update={"dtype": "bf16", "lora": LORA})
+        export_lora(network, case.family, tmp_path / name, base=str(case.folder), config=config)
+        card = (tmp_path / name / "README.md").read_text()
+        (line,) = (line for line in card.splitlines() if line.startswith("config = "))
+        told = eval(line.removeprefix("config = "), {"FamilyConfig": FamilyConfig})
+        assert (told.path, told.dtype) == (case.folder.name, "bf16")
+        base = case.family.network(told.model_copy(update={"path": str(case.folder)}))
+        again = with_lora(base, case.family, tmp_path / name)
+        assert torch.equal(at(again, case, T, 0 * T), at(network, case, T, 0 * T))
 
 
 def test_targets_that_name_nothing_are_refused(sd3):

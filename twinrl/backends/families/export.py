@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from twinrl.backends.families.family import Family, FamilyNetwork
+from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork
 from twinrl.backends.families.lora import is_adapted, load_lora, save_lora
 from twinrl.backends.families.pipelines import INDEX, is_hub_name, quiet
+from twinrl.backends.families.rounding import Cost
 from twinrl.config.errors import InputError
+from twinrl.machine import files
+from twinrl.machine.dtypes import DTYPES
 
 LIBRARY = "twinrl"
+TOLD = ("embedded_guidance", "prediction", "diff2flow")
+"""What a card repeats of how the base model was loaded, beside its format."""
 
 
 def export(
@@ -30,8 +36,9 @@ def export(
     *,
     base: str,
     dtype: torch.dtype | None = None,
-) -> None:
-    """Write the student as a diffusers pipeline; adapters are merged into the weights.
+    costs: "Costs | None" = None,
+) -> "Costs":
+    """Write the student as a diffusers pipeline, and say what rounding has cost; adapters are merged into the weights.
 
     Arguments:
         network: the student; left as it is. Its transformer is copied where it has adapters.
@@ -40,6 +47,7 @@ def export(
         scheduler: a ``TwinFlowScheduler``; it decides style and seed of the samples.
         base: name or folder of the pretrained model, for the model card.
         dtype: of the written transformer; None keeps the student's.
+        costs: of a student without adapters; its caller knows where training began.
 
     Raises:
         InputError: the folder is in use.
@@ -48,20 +56,52 @@ def export(
     beside an unchanged base model see :func:`export_lora`.
     """
     claim(folder)
-    transformer = _merged(network.transformer)
+    transformer, costs = network.transformer, costs or Costs(dtype or network.transformer.base_dtype)
+    adapted = is_adapted(transformer)
+    if adapted:
+        transformer = merged(transformer, costs)
     if dtype is not None and any(p.dtype != dtype for p in transformer.parameters()):
-        transformer = copy.deepcopy(transformer).to(dtype)
+        with quiet():
+            transformer = (transformer if adapted else copy.deepcopy(transformer)).to(dtype)
     parts = family.pipeline.components | {family.PART: transformer, "scheduler": scheduler} | family.SETTINGS
     with quiet():
         type(family.pipeline)(**parts).save_pretrained(folder)
     _name_library(folder / INDEX, (family.PART, "scheduler"))
     for file in folder.glob("*/config.json"):
         _load_in_single_precision(file)
-    (folder / "README.md").write_text(card(family, base, folder.name))
+    (folder / "README.md").write_text(card(family, base, folder.name, costs, adapted))
+    return costs
 
 
-def export_lora(network: FamilyNetwork, family: Family, folder: Path, *, base: str) -> None:
+class Costs:
+    """What rounding to the written format costs, and what loading in bf16 does.
+
+    Arguments:
+        dtype: of the written weights.
+    """
+
+    def __init__(self, dtype: torch.dtype):
+        self.written, self.half = Cost(dtype), Cost(torch.bfloat16)
+
+    def see(self, exact: Tensor, moved: Tensor) -> Tensor:
+        """As :meth:`Cost.see`, of the written format."""
+        self.half.see(exact, moved)
+        return self.written.see(exact, moved)
+
+    def remedy(self, adapted: bool) -> str:
+        """In words, what to do where it costs more than 1 %; else nothing."""
+        ways = "--lora (the adapters beside the base model) or --dtype float32" if adapted else "--dtype float32"
+        return f"; {ways} keeps all of it" if self.written.matters else ""
+
+
+def export_lora(
+    network: FamilyNetwork, family: Family, folder: Path, *, base: str, config: FamilyConfig | None = None
+) -> None:
     """Write the adapters in diffusers' LoRA format, and beside them the second time embedding and the sign.
+
+    Arguments:
+        network, family, folder, base: as for :func:`export`.
+        config: how the model under the adapters was loaded for training, for the card; None: by default.
 
     Raises:
         InputError: the student has no adapters, or the folder is in use.
@@ -74,7 +114,9 @@ def export_lora(network: FamilyNetwork, family: Family, folder: Path, *, base: s
     claim(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_lora(network.transformer, type(family.pipeline), folder, family.PART)
-    (folder / "README.md").write_text(lora_card(family, base))
+    dtype = _config_name(network.transformer.base_dtype)
+    told = (config or FamilyConfig(path=base)).model_copy(update={"dtype": dtype})
+    (folder / "README.md").write_text(lora_card(family, base, told))
 
 
 def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNetwork:
@@ -88,19 +130,29 @@ def with_lora(network: FamilyNetwork, family: Family, folder: Path) -> FamilyNet
 
 
 def claim(folder: Path) -> None:
-    """Raises InputError unless ``folder`` is new or empty."""
+    """Raises InputError unless ``folder`` is new or empty, and can be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is in use", expected="a new or empty folder", fix="name another")
+    files.check_writable(folder, str(folder), "name another")
 
 
-def _merged(transformer: Any) -> Any:
-    """The transformer itself, or a copy whose adapters are part of the weights."""
-    if not is_adapted(transformer):
-        return transformer
-    merged = copy.deepcopy(transformer)
-    merged.fuse_lora()
-    merged.unload_lora()
-    return merged
+@torch.no_grad()
+def merged(transformer: Any, costs: Costs) -> Any:
+    """A copy whose adapters are part of the weights: added in float32, rounded once to the written format."""
+    from peft.tuners.lora import Linear
+
+    whole = copy.deepcopy(transformer)
+    for layer in (module for module in whole.modules() if isinstance(module, Linear)):
+        for part in (layer.lora_A, layer.lora_B):
+            part.float()
+        weight, update = layer.get_base_layer().weight, layer.get_delta_weight("default")
+        weight.data = costs.see(weight.float() + update, update)
+    whole.unload_lora()
+    return whole
+
+
+def _config_name(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
 
 
 def _name_library(index: Path, ours: Sequence[str]) -> None:
@@ -132,9 +184,12 @@ def _base_model(base: str) -> str:
     return f"base_model: {base}\n" if is_hub_name(base) else ""
 
 
-def card(family: Family, base: str, name: str) -> str:
+def card(family: Family, base: str, name: str, costs: Costs, adapted: bool) -> str:
     """The model card of an exported folder."""
-    module = family.TRANSFORMER.__module__
+    module, written = family.TRANSFORMER.__module__, costs.written
+    half = f"`torch_dtype=torch.bfloat16` takes half of the memory; {costs.half}."
+    kept = f"The weights are {written.name}; {written}{costs.remedy(adapted)}."
+    kept = f"The weights are float32. {half}" if written.dtype == torch.float32 else kept
     own = "" if module.startswith(f"{LIBRARY}.") else f"\nimport {module}"
     return f"""---
 library_name: diffusers
@@ -149,13 +204,14 @@ A few-step student of `{_called(base)}` (pipeline `{family.PIPELINE}`), trained 
 `twinrl`.
 
 ```python
+import torch
 import twinrl{own}
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("{name}")
+pipeline = DiffusionPipeline.from_pretrained("{name}", torch_dtype=torch.{written.name})
 image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).images[0]
 ```
 
-- `torch_dtype=torch.bfloat16` in `from_pretrained` takes half of the memory.
+- {kept}
 - 1–4 steps. Guidance is part of the training target: switch it off (`guidance_scale=0`).
 - The scheduler is `TwinFlowScheduler`: its `seed` decides the noise between steps, the pipeline's `generator` the
   start.
@@ -166,8 +222,12 @@ image = pipeline("a red bicycle", num_inference_steps=2, guidance_scale=0).image
 """
 
 
-def lora_card(family: Family, base: str) -> str:
+def lora_card(family: Family, base: str, config: FamilyConfig) -> str:
     """The model card of exported adapters."""
+    told = {"path": _called(base)} | {
+        name: value for name, value in config.model_dump(exclude_defaults=True).items() if name in TOLD
+    }
+    arguments = ", ".join(f"{name}={value!r}" for name, value in (told | {"dtype": config.dtype}).items())
     return f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
@@ -180,13 +240,17 @@ Adapters of a few-step student of `{_called(base)}`, trained with TwinFlow (arXi
 `pytorch_lora_weights.safetensors` is in diffusers' format. `twin_times.safetensors` holds the second time embedding and
 the sign; without it the student does not know that it is asked for a jump.
 
+The base model was {config.dtype} in training, and the adapters correct it as it was then. Load it in this format,
+whatever it has on disk: a stock pipeline with `torch_dtype={DTYPES[config.dtype]}`. alpha / rank is part of the
+adapters, so that they are added as they are.
+
 ```python
 from pathlib import Path
 from twinrl.backends.families import load_family
 from twinrl.backends.families.export import with_lora
 from twinrl.backends.families.family import FamilyConfig
 
-config = FamilyConfig(path="{_called(base)}")
+config = FamilyConfig({arguments})
 family = load_family("{family.NAME}", config)
 student = with_lora(family.network(config), family, Path("this folder"))
 ```

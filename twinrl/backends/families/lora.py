@@ -20,6 +20,7 @@ from twinrl.flow import draws
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' own name
 TWIN_FILE = "twin_times.safetensors"
+ALPHA_FILE = "lora_with_alpha.safetensors"
 
 
 class LoraSettings(Settings):
@@ -107,14 +108,25 @@ def is_adapted(transformer: Any) -> bool:
 
 
 def save_lora(transformer: Any, pipeline_class: Any, folder: Path, part: str = "transformer") -> None:
-    """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them."""
+    """Write the adapters as diffusers does (``load_lora_weights`` reads them), e₂ and the sign beside them.
+
+    alpha / rank is multiplied into B, and alpha is the rank: loaders that read no metadata scale rightly, too. Tensors
+    of alpha are in a file of their own (``ALPHA_FILE``) for programs that want them: diffusers refuses them (SD3, Sana,
+    Stable Diffusion), or refuses them beside metadata (FLUX).
+    """
     from peft.utils import get_peft_model_state_dict
 
+    config = transformer.peft_config["default"]
+    layers = {name: value.float() for name, value in get_peft_model_state_dict(transformer).items()}
+    scaled = {n: v * (config.lora_alpha / config.r) if ".lora_B." in n else v for n, v in layers.items()}
     pipeline_class.save_lora_weights(
         save_directory=folder,
-        **{f"{part}_lora_layers": get_peft_model_state_dict(transformer)},
-        **{f"{part}_lora_adapter_metadata": _metadata(transformer)},
+        **{f"{part}_lora_layers": scaled},
+        **{f"{part}_lora_adapter_metadata": _metadata(transformer) | {"lora_alpha": config.r}},
     )
+    alphas = {n.replace(".lora_A.weight", ".alpha"): float(config.lora_alpha) for n in layers if "lora_A" in n}
+    tensors = layers | {name: torch.tensor(alpha) for name, alpha in alphas.items()}
+    save_file({f"{part}.{n}": v.detach().contiguous().cpu() for n, v in tensors.items()}, folder / ALPHA_FILE)
     save_file({n: p.detach().contiguous().cpu() for n, p in transformer.twin_parameters().items()}, folder / TWIN_FILE)
 
 
@@ -137,5 +149,15 @@ def load_lora(transformer: Any, folder: Path, part: str = "transformer") -> None
     shapes = {name: tuple(value.shape) for name, value in saved.items()}
     if shapes != {name: tuple(value.shape) for name, value in wanted.items()}:
         raise InputError(f"{file} belongs to another transformer", got=shapes.get("twin_sign"))
-    transformer.load_state_dict(saved, strict=False)
     transformer.load_lora_adapter(folder, weight_name=ADAPTER_FILE, prefix=part)
+    _keep_precise(transformer, saved, load_file(folder / ADAPTER_FILE), part)
+
+
+def _keep_precise(transformer: Any, twin: dict[str, Tensor], adapters: dict[str, Tensor], part: str) -> None:
+    """What was trained as it was trained, in float32: diffusers rounds it to the format of the base."""
+    for name, parameter in transformer.twin_parameters().items():
+        parameter.data = twin[name].to(parameter.device)
+    for path, layer in transformer.named_modules():
+        for kind in ("lora_A", "lora_B"):
+            for adapter in getattr(layer, kind, {}).values():
+                adapter.weight.data = adapters[f"{part}.{path}.{kind}.weight"].to(adapter.weight.device)
