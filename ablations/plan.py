@@ -5,10 +5,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 from ablations.fingerprint import fingerprint, planned, unused
 from ablations.ledger import Ledger, TrialRecord
 from ablations.study import Arm, Resources, Study
-from ablations.trial import Task, environment, last_line
+from ablations.trial import environment, last_line
 from twinrl.config import validate
 from twinrl.config.errors import InputError
 from twinrl.flow.schedules import ANCHOR, SCHEDULES, position
 from twinrl.run import layout, names
-from twinrl.run.environment import git_state
 from twinrl.training.assembly import load_source
 from twinrl.training.runs import RunDirectory, dump
 from twinrl.training.schema import RunConfig
@@ -172,52 +171,6 @@ def content_hash(settings: RunConfig) -> str:
     if key not in _HASHES:
         _HASHES[key] = load_source(settings, torch.device("cpu")).content_hash
     return _HASHES[key]
-
-
-def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
-    """The trial as its process needs it."""
-    folder = plan.workspace.study_folder(plan.study).resolve()
-    run = trial.run.path
-    output = folder / "outputs" / f"{trial.fingerprint[:8]}-{run.name}.txt"
-    resources, stop = plan.study.config.resources, plan.study.config.stop
-    steps = trial.settings.train.steps
-    return Task(
-        title=trial.title, config_hash=trial.config_hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
-        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(run),
-        config=str(_configuration(trial, folder)), output=str(output),
-        ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
-        metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
-        stop=str(folder / "stop"), deadline=deadline,
-        rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
-    )  # fmt: skip
-
-
-def write_configurations(trials: Iterable[Trial], plan: Plan) -> None:
-    """Write what the trials' processes read. Seeds of an arm differ in one line."""
-    folder, texts = plan.workspace.study_folder(plan.study).resolve(), dict[str, str]()
-    for trial in trials:
-        if trial.arm not in texts:
-            texts[trial.arm] = dump(trial.settings, leave_out={"seed"})
-            _configuration(trial, folder).parent.mkdir(parents=True, exist_ok=True)
-        _configuration(trial, folder).write_text(f"{texts[trial.arm]}seed: {trial.settings.seed}\n")
-
-
-def _configuration(trial: Trial, folder: Path) -> Path:
-    return folder / "configs" / trial.fingerprint[:8] / f"{trial.run.path.name}.yaml"
-
-
-@cache
-def revision() -> str | None:
-    """Git revision of the code, with a mark where files differ from it; provenance."""
-    state = git_state(Path(__file__).parent)
-    return None if state is None else f"{state['revision']}{'+changes' if state['dirty'] else ''}"
-
-
-def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
-    """Steps at which successive halving decides: grace · reduction^k, below the run's end."""
-    while grace < steps:
-        yield grace
-        grace *= reduction
 
 
 # --- cost -------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import wait
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ablations import cluster, ledger
 from ablations.cluster import Machine
 from ablations.display import Board, failure_lines
 from ablations.ledger import TrialRecord
-from ablations.plan import Plan, Trial, task_of, write_configurations
+from ablations.plan import Plan, Trial
 from ablations.study import Resources
 from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking, undisturbed
@@ -34,6 +34,8 @@ from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.machine.background import in_background
 from twinrl.machine.cluster import Watch, leave
+from twinrl.run.environment import git_state
+from twinrl.training.runs import dump
 
 POLL_SECONDS = 0.2
 
@@ -134,6 +136,52 @@ def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str,
         return {trial.key: task_of(trial, plan, deadline) for trial in trials}
     except OSError as error:
         raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
+
+
+def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:
+    """The trial as its process needs it."""
+    folder = plan.workspace.study_folder(plan.study).resolve()
+    run = trial.run.path
+    output = folder / "outputs" / f"{trial.fingerprint[:8]}-{run.name}.txt"
+    resources, stop = plan.study.config.resources, plan.study.config.stop
+    steps = trial.settings.train.steps
+    return Task(
+        title=trial.title, config_hash=trial.config_hash, seed=trial.settings.seed, fingerprint=trial.fingerprint,
+        sources=trial.sources, unused=trial.unused, revision=revision(), directory=str(run),
+        config=str(_configuration(trial, folder)), output=str(output),
+        ledger=str(plan.workspace.ledger.own.resolve()), cwd=str(Path.cwd()), steps=steps,
+        metric=plan.study.config.metric, workers=resources.workers, threads=resources.cpus,
+        stop=str(folder / "stop"), deadline=deadline,
+        rungs=tuple(rungs(stop.grace_steps, stop.reduction, steps)) if stop.kind == "asha" else (),
+    )  # fmt: skip
+
+
+def write_configurations(trials: Iterable[Trial], plan: Plan) -> None:
+    """Write what the trials' processes read. Seeds of an arm differ in one line."""
+    folder, texts = plan.workspace.study_folder(plan.study).resolve(), dict[str, str]()
+    for trial in trials:
+        if trial.arm not in texts:
+            texts[trial.arm] = dump(trial.settings, leave_out={"seed"})
+            _configuration(trial, folder).parent.mkdir(parents=True, exist_ok=True)
+        _configuration(trial, folder).write_text(f"{texts[trial.arm]}seed: {trial.settings.seed}\n")
+
+
+def _configuration(trial: Trial, folder: Path) -> Path:
+    return folder / "configs" / trial.fingerprint[:8] / f"{trial.run.path.name}.yaml"
+
+
+@cache
+def revision() -> str | None:
+    """Git revision of the code, with a mark where files differ from it; provenance."""
+    state = git_state(Path(__file__).parent)
+    return None if state is None else f"{state['revision']}{'+changes' if state['dirty'] else ''}"
+
+
+def rungs(grace: int, reduction: int, steps: int) -> Iterable[int]:
+    """Steps at which successive halving decides: grace · reduction^k, below the run's end."""
+    while grace < steps:
+        yield grace
+        grace *= reduction
 
 
 # --- Ray --------------------------------------------------------------------------------------------------

@@ -22,10 +22,10 @@ from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
 from twinrl import __version__, cli
 from twinrl.commands.progress import ConsoleObserver
+from twinrl.evaluation import figures as drawn
 from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.tracking import mlflow_view
-from twinrl.training import pictures
 from twinrl.training.opened import OpenedRun
 from twinrl.training.runs import RunDirectory
 
@@ -36,7 +36,7 @@ TWINFLOW = ("train", "twinflow", *SMALL)
 def without_figures(patch: pytest.MonkeyPatch) -> None:
     """Do not draw what takes longer than a short run itself."""
     for name in ("save_times", "save_curves", "save_norms"):
-        patch.setattr(pictures, name, lambda *arguments: None)
+        patch.setattr(drawn, name, lambda *arguments: None)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ import yaml
 from rich.console import Console
 
 import twinrl
-from ablations import fingerprint
+from ablations import fingerprint, runner
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.plan import Plan, Workspace
@@ -74,7 +74,7 @@ def write(fixture: Path) -> None:
     plan = plan_of(fixture)
     for trial in plan.trials:
         train(trial.settings, True, Console(quiet=True))
-        made = record(plans.task_of(trial, plan))
+        made = record(runner.task_of(trial, plan))
         where = {key: made.where[key] for key in ("revision", "at")}
         plan.workspace.ledger.append(replace(made, where=where))
     run = plan.trials[0].run

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from twinrl.training import pictures
+from twinrl.evaluation import figures
 
 TINY = {
     "train.steps": 20,
@@ -21,7 +21,7 @@ FIGURES = ("save_curves", "save_norms", "save_times", "save_renoise")
 def without_figures(patch: pytest.MonkeyPatch) -> None:
     """A run draws no figures, which take longer than the rest of a short one."""
     for name in FIGURES:
-        patch.setattr(pictures, name, lambda *arguments: None)
+        patch.setattr(figures, name, lambda *arguments: None)
 
 
 def write(path: Path, **content: object) -> str:

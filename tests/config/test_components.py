@@ -144,13 +144,6 @@ def test_the_configuration_says_where(key: str, monkeypatch: pytest.MonkeyPatch)
     assert f"{HERE!r} is no " in str(caught.value)
 
 
-def test_a_dotted_path_as_a_key_of_the_command_line() -> None:
-    for place in ("gradients.total", "terms"):
-        with pytest.raises(InputError) as caught:
-            schema.load("lab", [f"{place}.my_file.MyClass={{}}"])
-        assert "or a class of your own by its dotted path, as in kind=my_file.MyClass" in str(caught.value)
-
-
 # --- sources and families -----------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -275,6 +276,32 @@ def test_dotted_path_brings_its_own_parameters(own_module: str) -> None:
     again = config.validate(schema.RunConfig, yaml.load(runs.dump(loaded), config.loading._Loader))
     assert again == loaded
     assert loaded.hash != schema.load("twinflow", [given[0].replace("3", "4")]).hash
+
+
+def test_dotted_path_as_a_key(own_module: str) -> None:
+    """On the command line, where keys are divided at dots, it means what it means inside YAML."""
+    path = f"{own_module}.Pull"
+    inside = [f"terms={{{path}: {{strength: 3, branches: [mul]}}}}"]
+    divided = [f"terms.{path}.strength=3", f"terms.{path}.branches=[mul]"]
+    loaded = schema.load("twinflow", divided)
+    assert loaded == schema.load("twinflow", inside)
+    assert (loaded.terms[path].kind, loaded.terms[path].strength) == (path, 3)
+    again = schema.load("twinflow", [*inside, f"terms.{path}.strength=4"]).terms[path]
+    assert (again.strength, again.branches) == (4, ("mul",))
+
+
+@pytest.mark.parametrize(
+    ("key", "form"),
+    [
+        ("optim.mine.SGD.lr=1", "unknown key optim.mine; a class of your own is a value: kind=mine.SGD"),
+        ("lr_policy={mine.rates.Fall: {}}", "unknown key lr_policy.mine.rates.Fall; .* kind=mine.rates.Fall"),
+        ("judges.mine.Judge={}", "judges.mine: expected a name .*as in kind=my_file.MyClass"),
+        ("data.source.mine.Data={}", "data.source: input should be a valid string, without keys .*; fix: data.source="),
+        ("gradients.total.mine.Rule={}", "gradients.total.mine.Rule: .*'mine.Rule' cannot be imported"),
+    ],
+)
+def test_dotted_path_where_none_can_be(key: str, form: str) -> None:
+    assert re.match(form, refused("lab", key))
 
 
 def test_dotted_path_of_a_loss_is_built_by_the_term(own_module: str) -> None:

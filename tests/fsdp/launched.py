@@ -4,7 +4,7 @@ from typing import Literal
 
 from tests.fsdp.cases import register
 from twinrl.backends import MLP
-from twinrl.training import pictures
+from twinrl.evaluation import figures
 
 
 def undrawn(*_: object) -> None:
@@ -12,7 +12,7 @@ def undrawn(*_: object) -> None:
 
 
 register()
-pictures.save_curves = pictures.save_norms = pictures.save_times = undrawn
+figures.save_curves = figures.save_norms = figures.save_times = undrawn
 
 
 class Net(MLP):

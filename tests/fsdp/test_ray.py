@@ -19,10 +19,11 @@ from tests.logs import rows, tensors, the_run
 from twinrl.backends import NETWORKS
 from twinrl.commands.processes import resume, train
 from twinrl.config.errors import InputError
+from twinrl.evaluation import figures
 from twinrl.machine import cluster
 from twinrl.run.layout import RANKS
 from twinrl.terms import TERMS
-from twinrl.training import pictures, schema
+from twinrl.training import schema
 from twinrl.training.sources import SOURCES
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -34,7 +35,7 @@ def _ray() -> Iterator[None]:
     import ray
 
     known = [(table, dict(table)) for table in (SOURCES, TERMS, NETWORKS)]
-    drawn = {name: getattr(pictures, name) for name in ("save_curves", "save_norms", "save_times")}
+    drawn = {name: getattr(figures, name) for name in ("save_curves", "save_norms", "save_times")}
     cluster.connect(None, 2, "launch.address", cluster.QUIET | {"OMP_NUM_THREADS": "1"})
     yield
     ray.shutdown()
@@ -42,7 +43,7 @@ def _ray() -> Iterator[None]:
         table.clear()
         table.update(before)
     for name, function in drawn.items():
-        setattr(pictures, name, function)
+        setattr(figures, name, function)
 
 
 def kill_rank_1(folder: Path) -> None:

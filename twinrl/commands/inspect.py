@@ -4,11 +4,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from twinrl.commands.progress import judging
 from twinrl.machine import files
 from twinrl.run import layout
-from twinrl.training.opened import OpenedRun, open_run
+from twinrl.training.opened import open_run
 from twinrl.training.pictures import check_picture, save_samples
-from twinrl.training.provider import ResultTable
 
 
 def sample(
@@ -26,14 +26,8 @@ def evaluate(path: Path, step: int | None, console: Console) -> int:
     """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
     opened = open_run(path, step)
     files.check_writable(opened.folder, str(opened.folder), "mend its rights, or evaluate a copy of the run")
-    judge(opened, console).write(opened.folder / layout.TABLE)
+    with judging(console):
+        judged = opened.judge()
+    console.print(*judged.rich())
+    judged.table.write(opened.folder / layout.TABLE)
     return 0
-
-
-def judge(opened: OpenedRun, console: Console) -> ResultTable:
-    """The final table of a run, printed with the name of its samples' grid."""
-    with console.status("judging samples of the student and its teacher on the test split"):
-        table, grid = opened.judge()
-    console.print(*table.rich())
-    console.print(f"samples: {grid}")
-    return table

@@ -15,6 +15,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.status import Status
 from rich.text import Text
 
 from twinrl.run import names
@@ -105,3 +106,8 @@ class MLflowObserver:
 
     def after_event(self, event: Event) -> None:
         """Events are in the log's rows."""
+
+
+def judging(console: Console) -> Status:
+    """A line while a run is judged."""
+    return console.status("judging samples of the student and its teacher on the test split")

@@ -13,10 +13,10 @@ from rich.text import Text
 
 from twinrl.commands import program, starts
 from twinrl.commands.failures import FAILED, in_one_line
-from twinrl.commands.inspect import judge
 from twinrl.commands.interrupt import asking
-from twinrl.commands.progress import ConsoleObserver, MLflowObserver
+from twinrl.commands.progress import ConsoleObserver, MLflowObserver, judging
 from twinrl.config.errors import InputError
+from twinrl.evaluation import figures
 from twinrl.flow.branches import allocate
 from twinrl.flow.source import Data
 from twinrl.fsdp import mesh, restart
@@ -44,7 +44,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
     """
     run = RunDirectory(settings.directory)
     with _launched(settings) as (ranks, device), ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        ranks.on_first(lambda: stack.enter_context(run.locked(restart.patience())))
         launchers = ranks.gathered(restart.launch())
         goes_on = ranks.anywhere(ranks.first and run.begun_by(launchers))
         if goes_on and ranks.anywhere(ranks.first and run.result is not None):
@@ -73,7 +73,7 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
     if _over(run, console):  # which may be told of a run that cannot be written
         return 0
     with _launched(settings) as (ranks, device), ExitStack() as stack:
-        ranks.on_first(lambda: stack.enter_context(run.locked()))
+        ranks.on_first(lambda: stack.enter_context(run.locked(restart.patience())))
         settings = ranks.together(run.settings)  # what is read before the lock may be another process's to change
         if ranks.together(lambda: _over(run, _of_rank(console, ranks))):
             return 0
@@ -135,10 +135,10 @@ def _trainer(
     if trainer.step == 0:
         _take_start(trainer, validator)
         validator.save_snapshot(trainer.objective.teacher.best, 0)
-        pictures.save_times(trainer.times(), shown.samples / "times.png")
+        figures.save_times(trainer.times(), shown.samples / "times.png")
         if (renoise := trainer.settings.renoise) is not None:
             times = trainer.feed.renoise_times(trainer.settings.seed)
-            pictures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
+            figures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
     return trainer
 
 
@@ -233,10 +233,13 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         with ExitStack() as stack:
             folder = run.samples if trainer.ranks.first else _scratch(stack).samples
             best = trainer.objective.teacher.best
-            table = judge(OpenedRun.trained(run, trainer.provider, best, folder), console)
-        result["table"] = table.as_dict()
+            with judging(console):
+                judged = OpenedRun.trained(run, trainer.provider, best, folder).judge()
+        console.print(*judged.rich())
+        result["table"] = judged.table.as_dict()
     if trainer.ranks.first:
-        pictures.save_norms(run, run.samples / "norms.png")
+        rows, events = layout.read_rows(run.path), layout.read_events(run.path)
+        figures.save_norms(rows, events, run.path.name, run.samples / "norms.png")
         layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):

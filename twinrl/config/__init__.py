@@ -14,6 +14,7 @@ from twinrl.config.loading import (
     load_mapping,
     locate,
     merge,
+    named,
     nearest,
     one_line,
     override,
@@ -22,6 +23,7 @@ from twinrl.config.loading import (
     read_text,
     read_yaml,
     validate,
+    with_kind,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "load_mapping",
     "locate",
     "merge",
+    "named",
     "nearest",
     "one_line",
     "override",
@@ -46,4 +49,5 @@ __all__ = [
     "read_text",
     "read_yaml",
     "validate",
+    "with_kind",
 ]

@@ -45,6 +45,7 @@ MOST_TOLD = 8
 """Mistakes that one message tells."""
 IMPLIED_KINDS = {"optim": "adamw", "lr_policy": "constant", "network": "mlp", "renoise": "beta"}
 """Kinds of components that name none. A loss term's is its own name."""
+OWN_KIND = "a class of your own is named by its dotted path, as in kind=my_file.MyClass"
 IDENTITY = "identity"
 STORED = "stored"
 """Contexts: a dump of what tells two configurations apart; the validation of one that an older version has written."""
@@ -69,7 +70,7 @@ class Settings(BaseModel):
                     raise PydanticCustomError(
                         "unknown_key",
                         "{hint}",
-                        {"key": str(key), "hint": nearest(str(key), cls.model_fields)},
+                        {"key": str(key), "hint": _hint(str(key), value[key], cls.model_fields)},
                     )
             if info.context == STORED:
                 return cls.later_keys() | dict(value)
@@ -127,7 +128,8 @@ def component(registry: Registry[Any]) -> Any:
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping) or "kind" not in value:
-            raise PydanticCustomError("component", f"expected a name or a mapping with `kind` ({registry.what})")
+            expected = f"expected a name or a mapping with `kind` ({registry.what}); {OWN_KIND}"
+            raise PydanticCustomError("component", "{message}", {"message": expected})
         try:
             return registry.find(str(value["kind"])).Config.model_validate(value, context=info.context)
         except InputError as error:
@@ -136,6 +138,43 @@ def component(registry: Registry[Any]) -> Any:
             raise PydanticCustomError("nested", "{message}", {"errors": error.errors(), "message": ""}) from error
 
     return Annotated[SerializeAsAny[BaseModel], BeforeValidator(validate)]
+
+
+def _hint(key: str, under_it: object, valid: Mapping[str, Any]) -> str:
+    """What to write instead of an unknown key; a class of one's own is a value and no key of its settings."""
+    path = next(iter(named({key: under_it})), key)
+    own = "kind" in valid and path.rpartition(".")[2][:1].isupper()
+    return f"a class of your own is a value: kind={path}" if own else nearest(key, valid)
+
+
+def with_kind(component: object, kind: str) -> object:
+    """The raw settings of a component, of ``kind`` unless they name one."""
+    return {"kind": kind, **component} if isinstance(component, Mapping) and "kind" not in component else component
+
+
+def named(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Raw settings of components by name, each of the kind that its name says unless it names one; null is left out.
+
+    The command line has divided dotted paths at their dots. Where such parts lead to classes, whose names begin with a
+    capital letter, they are one name again: ``my_terms: {Smoothness: {…}}`` is ``my_terms.Smoothness: {…}``.
+    """
+    found: dict[str, Any] = {}
+    for name, settings in components.items():
+        if _divided(name, settings):
+            for path, inner in named({f"{name}.{part}": inner for part, inner in settings.items()}).items():
+                found = merge(found, {path: inner})
+        elif settings is not None:
+            found[name] = with_kind(settings, name)
+    return found
+
+
+def _divided(path: str, settings: object) -> bool:
+    """Whether a mapping is no component's, but leads to classes whose paths begin with ``path``."""
+    if str(path).rpartition(".")[2][:1].isupper():
+        return False
+    if not isinstance(settings, Mapping) or not settings:
+        return False
+    return all(str(part)[:1].isupper() or _divided(part, inner) for part, inner in settings.items())
 
 
 # --- loading --------------------------------------------------------------------------------------------
@@ -326,6 +365,8 @@ def _told(error: Any, prefix: tuple[Any, ...]) -> str:
     shown = (
         "" if isinstance(got, Mapping) or error["type"] in ("value_error", "missing", "component") else f", got {told}"
     )
+    if isinstance(got, Mapping) and error["type"] == "string_type":
+        shown = f", without keys below it; fix: {where}=…"
     return f"{where}: {message[0].lower() + message[1:]}{shown}" if where else message
 
 

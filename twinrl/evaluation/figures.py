@@ -1,7 +1,7 @@
 """Figures of a run: training curves, and where the sampled times lie.
 
-Each function returns a matplotlib ``Figure`` that is not registered with pyplot (nothing to close, no backend
-chosen for the caller); :func:`save` writes it. matplotlib and pandas are imported on use.
+Functions return a matplotlib ``Figure`` that is not registered with pyplot (nothing to close, no backend
+chosen for the caller); those called ``save_…`` write it. matplotlib and pandas are imported on use.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +39,27 @@ def save(figure: "Figure", path: Path) -> Path:
     with files.publishing(path) as new:
         FigureCanvasAgg(figure).print_png(new)
     return path
+
+
+def save_times(times: tuple[Tensor, Tensor], path: Path) -> None:
+    """Where the formulation evaluates the student: t against r, coloured by sign (experimental)."""
+    save(time_scatter(*times), path)
+
+
+def save_renoise(times: Mapping[float, Tensor], placement: Sequence[str], path: Path) -> None:
+    """How the drawn renoise times move over the run."""
+    save(renoise_histograms(times, placement), path)
+
+
+def save_curves(rows: Frame, floor: Mapping[str, float], title: str, path: Path) -> None:
+    """Losses and quality against steps, the real-against-real floor dotted."""
+    save(training_curves(rows, floor=floor, title=title), path)
+
+
+def save_norms(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Per-term gradient norms and shares with the run's events; nothing where no per-term gradients were taken."""
+    if rows and names.grad("total", "norm_raw") in rows[0]:
+        save(gradient_norms(rows, events, title=title), path)
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple["Figure", np.ndarray]:

@@ -1,19 +1,27 @@
 """Sample grids for people: labelled rows, fixed noise in the columns, small images enlarged without blur."""
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+
+from twinrl.machine import files, tensors
+from twinrl.run import layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
 INK, FAINT, PAPER, BROKEN = (32, 33, 36), (110, 114, 120), (255, 255, 255), (230, 0, 126)
+_log = logging.getLogger(__name__)
+
 GAP, MARGIN, TEXT, TITLE = 4, 16, 14, 17
 TARGET = 72  # least side of an image on the page, in page pixels
 
@@ -25,6 +33,12 @@ def as_uint8(pixels: Tensor) -> np.ndarray:
     levels = ((channels_last.clamp(-1, 1) + 1) * 127.5).round()
     finite = channels_last.isfinite().all(-1, keepdim=True)
     return torch.where(finite, levels, torch.tensor(BROKEN).float()).to(torch.uint8).numpy()
+
+
+def save(picture: "Image", path: Path) -> None:
+    """Write a picture, whole or not at all; the format is the suffix's."""
+    with files.publishing(path) as new:
+        picture.save(new)
 
 
 @dataclass(frozen=True)
@@ -144,6 +158,30 @@ def training_grid(
     """
     labels = [f"step {step:,}" for step in steps]
     return sample_grid(torch.stack(list(snapshots)), labels, column_labels, title=title or "Same noise over training")
+
+
+def save_over_training(samples: Path, classes: Sequence[str], path: Path, most: int = 10) -> None:
+    """One sample of each class at up to ``most`` of the validations that a run keeps in ``samples``, noise fixed; damaged
+    ones are left out with a warning."""
+    saved = sorted(samples.glob(f"{layout.STEP}*.safetensors"))
+    last = max(1, min(most, len(saved)) - 1)
+    chosen = [saved[round(i * (len(saved) - 1) / last)] for i in range(min(most, len(saved)))]
+    found = {file: pixels for file in chosen if (pixels := _snapshot(file, len(classes))) is not None}
+    for file in chosen:
+        if file not in found:
+            _log.warning("%s is damaged; %s goes without it", file, path.name)
+    if found:
+        snapshots = [pixels.float() / 127.5 - 1 for pixels in found.values()]
+        save(training_grid(snapshots, [layout.step_of(file) for file in found], classes), path)
+
+
+def _snapshot(file: Path, rows: int) -> Tensor | None:
+    """The samples of a validation, bytes (rows, C, H, W); None where the file is damaged."""
+    try:
+        pixels = tensors.load(file)["pixels"] if file.is_file() else torch.zeros(0)
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return pixels if pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == rows else None
 
 
 def diversity_grid(images: Tensor, prompt: str, *, nfe: int = 1, columns: int = 10) -> "Image":

@@ -13,7 +13,9 @@ import socket
 from pathlib import Path
 
 LAUNCH = "TWINRL_LAUNCH"
-"""Environment variable that names the launcher to a worker of Ray."""
+"""Environment variable that names the launcher to a worker of Ray: the folder of what only this launch needs."""
+BEGUN = "begun"
+"""File in it that says that this is not the first attempt."""
 
 
 def launch() -> str:
@@ -27,6 +29,17 @@ def launch() -> str:
         return ""
     parent = os.getppid()
     return f"{socket.gethostname()}:{parent}:{_started(parent)}"
+
+
+def patience() -> float:
+    """Seconds to wait for a lost attempt's processes to die: none for the first attempt, nor under torchrun, which waits
+    by itself; Ray may still be ending them. Asked once an attempt, by its first process."""
+    if LAUNCH not in os.environ:
+        return 0.0
+    begun = Path(os.environ[LAUNCH]) / BEGUN
+    first = not begun.exists()
+    begun.touch()
+    return 0.0 if first else 60.0
 
 
 def _started(process: int) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from twinrl.config import Settings, component
+from twinrl.config import Settings, component, named
 from twinrl.config.components import checked
 from twinrl.flow.schedules import Schedule
 from twinrl.gradients.gradient import Gradient
@@ -61,10 +61,10 @@ class GradientsConfig(Settings):
         value = dict(value)
         for key in ("each", "total"):
             if isinstance(value.get(key), Mapping):
-                value[key] = _named(value[key])
+                value[key] = named(value[key])
         if isinstance(value.get("terms"), Mapping):
             value["terms"] = {
-                term: _named(rules) if isinstance(rules, Mapping) else rules
+                term: named(rules) if isinstance(rules, Mapping) else rules
                 for term, rules in value["terms"].items()
                 if rules is not None
             }
@@ -113,17 +113,6 @@ class GradientsConfig(Settings):
         """Chain → its rules' names in order: what a hash over sorted keys does not see."""
         chains = {f"terms.{term}": rules for term, rules in self.terms.items()}
         return {name: list(rules) for name, rules in {**chains, "each": self.each, "total": self.total}.items()}
-
-
-def _named(chain: Mapping[str, Any]) -> dict[str, Any]:
-    """Every rule with its kind, by default its name; a removed one (null) is left out."""
-    full = {}
-    for name, rule in chain.items():
-        if isinstance(rule, Mapping):
-            full[name] = {"kind": name, **rule}
-        elif rule is not None:
-            full[name] = rule
-    return full
 
 
 class Chain:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ from twinrl.training import assembly, pictures
 from twinrl.training.provider import Provider, ResultTable
 from twinrl.training.runs import RunDirectory, check_content
 from twinrl.training.schema import RunConfig
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+class Judged(NamedTuple):
+    """A run's final table, and the file with the grid of its samples at the first NFE."""
+
+    table: ResultTable
+    grid: Path
+
+    def rich(self) -> "list[RenderableType]":
+        """For the terminal."""
+        return [*self.table.rich(), f"samples: {self.grid}"]
 
 
 @dataclass
@@ -102,12 +116,12 @@ class OpenedRun:
                 rows.append((prompt, torch.cat([source.decode(each[None]) for each in z])))
         return rows
 
-    def judge(self) -> tuple[ResultTable, Path]:
-        """The final table, and the grid at the first NFE; this and other pictures go to :attr:`folder`."""
+    def judge(self) -> Judged:
+        """The final table; pictures go to :attr:`folder`."""
         network = self.provider.judged(self.network)
         self.folder.mkdir(parents=True, exist_ok=True)
         protocol, table = self.provider.final(network)
-        return table, pictures.save_final(protocol, network, self.directory, self.folder)
+        return Judged(table, pictures.save_final(protocol, network, self.directory, self.folder))
 
     def timings(self, rounds: int) -> list[TimingLine]:
         """What a sample costs, at every NFE of ``evaluation.nfe`` and by a many-step teacher."""

@@ -49,10 +49,6 @@ else:
     LearningRateSettings = component(LR_POLICIES)
 
 
-def _with_kind(value: object, kind: str) -> object:
-    return {"kind": kind, **value} if isinstance(value, dict) and "kind" not in value else value
-
-
 class TrainConfig(Settings):
     """Length, batch and numbers of training."""
 
@@ -147,7 +143,7 @@ class ModelConfig(Settings):
     @field_validator("network", mode="before")
     @classmethod
     def _kind_defaults_to_mlp(cls, value: object) -> object:
-        return _with_kind(value, configuration.IMPLIED_KINDS["network"])
+        return configuration.with_kind(value, configuration.IMPLIED_KINDS["network"])
 
 
 FAMILY_KEYS = tuple(FamilyConfig.model_fields)
@@ -270,9 +266,9 @@ class RunConfig(Settings):
         """``terms: {base: {…}}`` is short for ``{base: {kind: base, …}}``; the optimizer's kind for adamw."""
         value = dict(value)
         if isinstance(value.get("terms"), dict):
-            value["terms"] = {n: _with_kind(t, n) for n, t in value["terms"].items() if t is not None}
+            value["terms"] = configuration.named(value["terms"])
         implied = configuration.IMPLIED_KINDS
-        return value | {key: _with_kind(value[key], kind) for key, kind in implied.items() if key in value}
+        return value | {key: configuration.with_kind(value[key], kind) for key, kind in implied.items() if key in value}
 
     @field_validator("branches")
     @classmethod
