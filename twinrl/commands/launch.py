@@ -55,9 +55,8 @@ def launch(settings: RunConfig, run: RunDirectory, fresh: bool | None, console: 
             "cwd": os.getcwd(), "scratch": str(scratch), "run": str(run.path), "fresh": fresh,
             "settings": settings.model_dump(mode="json"),
         }  # fmt: skip
-        trained = in_background(
-            _trainer(stack, settings, told).fit
-        )  # in the main thread it would take Ctrl-C for itself
+        trainer = _trainer(stack, settings, told)
+        trained = in_background(trainer.fit)  # in the main thread it would take Ctrl-C for itself
         try:
             _follow(trained, scratch, console)
         except cluster.LostError as error:

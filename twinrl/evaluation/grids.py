@@ -161,8 +161,10 @@ def training_grid(
 
 
 def save_over_training(samples: Path, classes: Sequence[str], path: Path, most: int = 10) -> None:
-    """One sample of each class at up to ``most`` of the validations that a run keeps in ``samples``, noise fixed; damaged
-    ones are left out with a warning."""
+    """One sample of each class at up to ``most`` of the validations that a run keeps in ``samples``, noise fixed.
+
+    Damaged ones are left out with a warning.
+    """
     saved = sorted(samples.glob(f"{layout.STEP}*.safetensors"))
     last = max(1, min(most, len(saved)) - 1)
     chosen = [saved[round(i * (len(saved) - 1) / last)] for i in range(min(most, len(saved)))]

@@ -32,8 +32,10 @@ def launch() -> str:
 
 
 def patience() -> float:
-    """Seconds to wait for a lost attempt's processes to die: none for the first attempt, nor under torchrun, which waits
-    by itself; Ray may still be ending them. Asked once an attempt, by its first process."""
+    """Seconds to wait for a lost attempt's processes to die; to be asked once an attempt, by its first process.
+
+    None for the first attempt, nor under torchrun, which waits by itself; Ray may still be ending them.
+    """
     if LAUNCH not in os.environ:
         return 0.0
     begun = Path(os.environ[LAUNCH]) / BEGUN
