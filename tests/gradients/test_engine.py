@@ -135,7 +135,8 @@ def test_passes_without_gradient_share_one_cast(space: str, micro: int, monkeypa
 @pytest.mark.parametrize("rests", [True, False])
 def test_a_force_that_rests_is_not_back_propagated(space: str, rests: bool) -> None:
     """The reward's term before its schedule starts: the same gradient and measures as from zeros."""
-    step = step_of("lab", "terms.reward={branches: [e2e]}", ALL, f"gradients.space={space}")
+    reward = "terms.reward={branches: [e2e]}", "reward.model=brightness"
+    step = step_of("lab", *reward, ALL, f"gradients.space={space}")
     zeros = Ascent(torch.zeros(BATCH // 4, 2, 3, 3, dtype=torch.float64), rests=rests)
     step.made = replace(step.made, reward=lambda samples, rows: zeros)
     found, losses, measures = step.run()

@@ -22,7 +22,7 @@ from twinrl.run import checkpoints, layout, names
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.runlog import RunLog
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
-from twinrl.stability.events import Event, nonfinite
+from twinrl.stability.events import Event
 from twinrl.stability.monitor import Judgement, Monitor
 from twinrl.stability.policy import Decision
 from twinrl.stability.verdict import COMPLETE
@@ -255,7 +255,7 @@ class Trainer:
         measures = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
         late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
         values = {**late, **_to_floats(measures), **values}
-        if nonfinite(values) and not telemetry.all_finite(self.engine.parameters):
+        if not all(map(math.isfinite, values.values())) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
         self._move_lr(judged.spikes[1], judged.afterwards.cut)
         return values
