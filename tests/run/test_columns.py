@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from twinrl.config.errors import InputError
@@ -104,7 +105,7 @@ def test_a_damaged_table_is_made_again_and_one_line_says_so(
 
 def test_a_table_of_another_program_is_replaced(made: Callable[..., tuple[Path, Path]]) -> None:
     log, table = made(FINITE)
-    runlog.to_frame(log).assign(count=0).to_parquet(table)
+    pd.DataFrame(runlog.read(log)).assign(count=0).to_parquet(table)
     assert columns.read(log, table, everything).values["count"].tolist() == [1, 2, 3]
 
 

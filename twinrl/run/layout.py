@@ -65,18 +65,21 @@ def read_config(run: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid YAML", got=error, fix="restore the resolved configuration") from error
     except ValidationError as error:
         raise InputError(f"{path} is damaged", got=one_line(error.errors()), fix="restore it") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is not a mapping", got=type(config).__name__, expected="key: value lines")
     return config | ({"seed": int(seed[1])} if seed else {})
 
 
 @lru_cache(maxsize=64)
-def _plain(text: str) -> dict[str, Any]:
+def _plain(text: str) -> Any:
     """The value of a configuration's YAML, which the runs of an arm share.
 
     Raises:
         YAMLError, RecursionError, ValidationError: it is none.
     """
-    config: dict[str, Any] = parsed_yaml(text)
-    _Config.model_validate(config, strict=True)
+    config = parsed_yaml(text)
+    if isinstance(config, dict):
+        _Config.model_validate(config, strict=True)
     return config
 
 

@@ -66,11 +66,11 @@ def _telling_rows(log: Columns) -> "np.ndarray":
     losses = [name for name in log.values if name.startswith(names.loss(""))]
     measured = np.logical_or.reduce([nothing, *(log.logged[name] for name in losses)])
     bad = np.logical_or.reduce([nothing, *(log.logged[name] & ~np.isfinite(log.values[name]) for name in losses)])
+    broken = log.logged.get(NONFINITE_PARAMETERS, nothing) & (log.values.get(NONFINITE_PARAMETERS, nothing) != 0)
     at = np.flatnonzero(measured & log.lasting)
     after = nothing.copy()
-    after[at[1:]] = bad[at[:-1]]
+    after[at[1:]] = (bad | broken)[at[:-1]]
     evaluated = log.logged.get(names.VAL_QUALITY, nothing)
-    broken = log.logged.get(NONFINITE_PARAMETERS, nothing) & (log.values.get(NONFINITE_PARAMETERS, nothing) != 0)
     return log.lasting & (evaluated | bad | after | broken)
 
 
