@@ -10,6 +10,7 @@ import pytest
 
 from ablations import fingerprint as prints
 from ablations import plan as plans
+from ablations import runner
 from ablations import study as studies
 from ablations.plan import MeasuredCost, Plan, Trial, Workspace, measure, remaining_seconds, shortened
 from tests.ablations.tiny import TINY, without_figures, write
@@ -120,7 +121,7 @@ def test_trials_share_what_a_seed_does_not_change_and_are_what_their_settings_sa
     for module in (prints, plans):
         monkeypatch.setattr(module, "planned", once)
     plan = plans.make(studies.load(write(tmp_path / "study.yaml", seeds=3)), Workspace(tmp_path / "work"))
-    plans.write_configurations(plan.trials, plan)
+    runner.write_configurations(plan.trials, plan)
     assert len(listed) == 1, "the sources are read once for all trials of a kind"
     assert [trial.title for trial in plan.trials] == [
         f"rate={rate} s{seed}" for seed in range(3) for rate in ("small", "large")
@@ -129,5 +130,5 @@ def test_trials_share_what_a_seed_does_not_change_and_are_what_their_settings_sa
         assert trial.config_hash == trial.settings.hash
         assert trial.run.path == trial.settings.directory
         assert trial.fingerprint == prints.fingerprint(trial.settings, "content")
-        assert schema.load(plans.task_of(trial, plan).config) == trial.settings
+        assert schema.load(runner.task_of(trial, plan).config) == trial.settings
     assert len({trial.key for trial in plan.trials}) == 6

@@ -1,6 +1,7 @@
 """A real family end to end: a tiny Qwen-Image pipeline on disk, a folder of pictures, its network on cached rows."""
 
 import json
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_names_are_printed_as_they_are(
     (folder / "odd[").mkdir()
     (folder / "odd[" / "b]:smile:.png").write_bytes(b"")  # its path reads odd[/b]:smile:.png
     monkeypatch.chdir(tmp_path)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # as the command's own output
     assert prepare_data(folder, None, None, SETTINGS, CPU, _console()) == 0
     text = capsys.readouterr().out.replace("\n", "")
     assert r"caf\udce9[/b] read as format text" in text

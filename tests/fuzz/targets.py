@@ -172,6 +172,7 @@ def train_study() -> None:
     from rich.console import Console
 
     from ablations import plan as plans
+    from ablations import runner
     from ablations import study as studies
     from ablations.plan import Workspace
     from ablations.trial import record
@@ -180,7 +181,7 @@ def train_study() -> None:
     made = plans.make(studies.load(STUDY), Workspace(Path("runs"), (Path("ledger.jsonl"),)))
     for trial in made.trials:
         train(trial.settings, True, Console(quiet=True))
-        made.workspace.ledger.append(replace(record(plans.task_of(trial, made))))
+        made.workspace.ledger.append(replace(record(runner.task_of(trial, made))))
 
 
 WHERE = ("--root", "runs", "--ledger", "ledger.jsonl")

@@ -97,7 +97,7 @@ def numbers(step: Step, total: Any = lambda value: value) -> dict[str, Any]:
         _, measures = engine.backward(step.passes(engine.separate), at)
         found["gradients"].append([whole(p.grad) for p in engine.parameters if p.grad is not None])
         measures[names.RMS_MAX] = telemetry.largest(list(telemetry.rms(optimizer).values()))
-        measures[names.UPDATE_RATIO] = update(optimizer, 1e-3, engine.parameters, measure=True)
+        measures |= update(optimizer, 1e-3, engine.parameters, measure=True)
         found["measures"].append({key: float(value) for key, value in measures.items()})
         step.batch.rows.x.mul_(1.5)
     found["state"] = engine.state()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from twinrl.config import component
+from twinrl.run import names
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, ConstantLR, CosineLR, EarlyStop, Plateau, update
 
 NAN = math.nan
@@ -32,11 +33,10 @@ def test_an_update_is_measured_over_the_weights() -> None:
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
     for parameter, gradient in zip(parameters, (-3.0, 4.0), strict=True):
         parameter.grad = torch.tensor([gradient], dtype=torch.float64)
-    ratio = update(optimizer, 1.0, parameters, measure=True)
-    assert ratio is not None
-    assert ratio.item() == 0.5
+    measures = update(optimizer, 1.0, parameters, measure=True)
+    assert {name: value.item() for name, value in measures.items()} == {names.UPDATE_RATIO: 0.5}
     assert [p.item() for p in parameters] == [9, 4]
-    assert update(optimizer, 0.0, parameters, measure=False) is None
+    assert update(optimizer, 0.0, parameters, measure=False) == {}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -19,7 +19,7 @@ VALUES = {"config", "run/names", "training/schema", "gradients/chain"}
 """Settings, names and checks: looked up anywhere."""
 WALK = (
     "flow/draws", "training/feed", "flow/branches", "gradients/engine", "gradients/telemetry", "fsdp/ranks",
-    "rewards/keepers", "flow/schedules", "stability/monitor", "training/optim",
+    "rewards/keepers", "flow/schedules", "stability/monitor", "training/optim", "stability/precision",
 )  # fmt: skip
 """The files that docs/architecture.md lists, in the order in which the trainer enters them."""
 

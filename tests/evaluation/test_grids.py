@@ -1,4 +1,4 @@
-"""Pictures of a run, from what lies in its folder."""
+"""Grids of a run's samples, from what lies in its folder."""
 
 import logging
 from pathlib import Path
@@ -9,8 +9,6 @@ from safetensors.torch import save_file
 
 from twinrl.evaluation import grids
 from twinrl.run import layout
-from twinrl.training import pictures
-from twinrl.training.runs import RunDirectory
 
 
 @pytest.mark.timeout(60)
@@ -18,9 +16,9 @@ def test_damaged_snapshots_are_named_and_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A picture over training is not worth the end of a run."""
-    run, whole = RunDirectory(tmp_path), torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
-    run.samples.mkdir()
-    paths = [run.samples / f"{layout.of_step(step)}.safetensors" for step in range(7)]
+    samples, whole = tmp_path / "samples", torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    samples.mkdir()
+    paths = [samples / f"{layout.of_step(step)}.safetensors" for step in range(7)]
     save_file({"pixels": whole}, paths[0])
     paths[1].write_bytes(paths[0].read_bytes()[:40])
     save_file({"pixels": whole.reshape(-1)}, paths[2])
@@ -31,7 +29,8 @@ def test_damaged_snapshots_are_named_and_left_out(
     drawn: list[tuple[list[torch.Tensor], list[int]]] = []
 
     class Picture:
-        def save(self, path: Path) -> None: ...
+        def save(self, path: Path) -> None:
+            path.touch()
 
     def training_grid(snapshots: list[torch.Tensor], steps: list[int], rows: list[str]) -> Picture:
         drawn.append((snapshots, steps))
@@ -39,7 +38,7 @@ def test_damaged_snapshots_are_named_and_left_out(
 
     monkeypatch.setattr(grids, "training_grid", training_grid)
     with caplog.at_level(logging.WARNING, "twinrl"):
-        pictures.save_over_training(run, ("a", "b"), tmp_path / "over.png")
+        grids.save_over_training(samples, ("a", "b"), tmp_path / "over.png")
     ((snapshots, steps),) = drawn
     assert steps == [0, 6]
     assert all(torch.equal(snapshot, torch.ones(2, 3, 4, 4)) for snapshot in snapshots)
