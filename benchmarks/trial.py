@@ -33,8 +33,8 @@ BORDERS = {
     "first picture": ("twinrl.commands.train:_trainer",),
     "steps": ("twinrl.training.trainer:Trainer.train_step",),
     "validation": ("twinrl.training.pictures:Validator.__call__",),
-    "final table": ("twinrl.commands.train:judge",),
-    "pictures": ("twinrl.training.pictures:save_final", "twinrl.training.pictures:save_norms"),
+    "final table": ("twinrl.training.provider:Provider.final",),
+    "pictures": ("twinrl.training.pictures:save_final",),
     "publish": (
         "twinrl.commands.train:_view",
         "twinrl.tracking.mlflow_view:MLflowView.publish_through",

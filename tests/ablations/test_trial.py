@@ -96,7 +96,9 @@ def until(condition: Callable[[], bool], seconds: float = 240) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_metrics_are_the_worst_at_a_rung(value: float, tmp_path: Path) -> None:
     assert trial.comparable(value) == WORST
-    (tmp_path / "log.jsonl").write_text('{"step": 2, "m": 0.5}\n{"step": 4, "m": "nan"}\n{"step": 6, "m": 0.1}\n')
+    rows = [(1, 2, "0.5"), (3, 4, '"nan"'), (5, 6, "0.1")]
+    lines = (f'{{"iteration": {iteration}, "step": {step}, "m": {m}}}\n' for iteration, step, m in rows)
+    (tmp_path / "log.jsonl").write_text("".join(lines))
     assert [trial.at_rung(tmp_path, "m", rung) for rung in (1, 3, 5, 7)] == [WORST, 0.5, WORST, 0.1]
 
 
@@ -162,11 +164,14 @@ def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> No
         cwd=str(tmp_path), steps=20, metric="m", workers=1, threads=1, **words,
     )  # fmt: skip
     task.path.mkdir()
-    (task.path / "log.jsonl").write_text('{"step": 8, "m": 0.5, "perf/step_seconds": 0.25}\n')
+    (task.path / "log.jsonl").write_text('{"iteration": 7, "step": 8, "m": 0.5, "perf/step_seconds": 0.25}\n')
     record = trial.pruned(task, 8)
     assert (record.status, record.step, record.message) == ("pruned", 8, "halved at step 8")
     assert (record.diverged, record.metrics, record.seconds, record.final) == (None, {"m": 0.5}, 0.25, False)
-    (task.path / "log.jsonl").write_text('{"step": 4, "m": 0.1}\n{"step": 5, "loss/total": "nan"}\n{"step": 8}\n')
+    (task.path / "log.jsonl").write_text(
+        '{"iteration": 3, "step": 4, "m": 0.1}\n{"iteration": 4, "step": 5, "loss/total": "nan"}\n'
+        '{"iteration": 7, "step": 8}\n'
+    )
     broken = trial.pruned(task, 8)
     assert broken.diverged == {"step": 5, "kind": "nonfinite", "after": 4, "recovered": False}
     assert math.isnan(broken.metrics["m"]), "0.1 is from before"

@@ -74,6 +74,7 @@ def in_terminal(terminal: str, *arguments: str) -> None:
         os.dup2(opened, stream)
     os.close(opened)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which a training would heed
     forked.command_line(*arguments)
 
 

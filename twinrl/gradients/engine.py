@@ -260,6 +260,7 @@ class _Account:
         self.kept: dict[str, Gradient] = {}
         self.measures: Measures = {}
         self._others: Gradient | None = None
+        self._empty = True
         self._shown = True  # the sum is also somebody else's, so it is not to be written to
 
     def others(self, wanted: bool) -> Gradient | None:
@@ -269,13 +270,18 @@ class _Account:
         return self._others if wanted else None
 
     def add(self, name: str, gradient: Gradient) -> None:
-        """Add a term's gradient, which belongs to the account from now on."""
+        """Add a term's gradient, which belongs to the account from now on.
+
+        A rank may hold nothing of it; whether the sum's norm is known must not depend on that.
+        """
         if self.keep:
             self.kept[name] = gradient
-        if not self.sum.tensors:
-            self.sum, self._shown = gradient, self.keep
+        if self._empty:
+            self.sum, self._shown, self._empty = gradient, self.keep, False
+        elif not self.sum.tensors:
+            self.sum, self._shown = gradient.unmeasured(), self.keep
         elif not gradient.tensors:
-            return
+            self.sum = self.sum.unmeasured()
         elif self._shown:
             self.sum, self._shown = self.sum.plus(gradient), False
         else:

@@ -82,9 +82,10 @@ class Gradient:
         return self._norm
 
     def _measure(self) -> Tensor:
-        squares = [
-            torch.stack(torch._foreach_norm(group)).double().square().sum() for group in _apart(self.tensors.values())
-        ]
+        squares = []
+        for group in _apart(self.tensors.values()):
+            norms = torch.stack(torch._foreach_norm([local(tensor) for tensor in group])).double()
+            squares.append(share_of_sum(norms.square().sum(), group[0]))
         return self._sum(squares).sqrt()
 
     def dot(self, other: "Gradient") -> Tensor:
@@ -136,6 +137,10 @@ class Gradient:
         """To be called after writing to ``tensors``."""
         self._norm = None
 
+    def unmeasured(self) -> "Gradient":
+        """The same tensors as a gradient whose norm is not known."""
+        return Gradient(self.tensors, self.total, self.device)
+
     def clone(self) -> "Gradient":
         """A copy with tensors of its own."""
         return Gradient({i: tensor.clone() for i, tensor in self.tensors.items()}, self.total, self.device)
@@ -160,8 +165,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _apart(items: Iterable[T], tensor_of: Callable[[T], object] = lambda item: item) -> list[list[T]]:
-    """Items of sharded and of plain tensors in groups of their own, since torch does not mix them."""
-    groups: tuple[list[T], list[T]] = ([], [])
+    """Items of plain tensors, and of those that are sharded alike, in groups of their own: torch does not mix them."""
+    groups: dict[object, list[T]] = {}
     for item in items:
-        groups[isinstance(tensor_of(item), DTensor)].append(item)
-    return [group for group in groups if group]
+        tensor = tensor_of(item)
+        groups.setdefault(tensor.placements if isinstance(tensor, DTensor) else None, []).append(item)
+    return list(groups.values())
