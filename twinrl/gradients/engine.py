@@ -211,8 +211,7 @@ class Engine:
         measures: Measures = {}
         if telemetry.due("shares", step):
             square = account.sum.norm.square()
-            products = dots(list(account.kept.values())[:-1], account.sum)
-            products.append(square - torch.stack(products).sum() if products else square)  # the parts make the sum
+            products = dots(list(account.kept.values()), account.sum)
             measures = {
                 names.grad(name, "share"): _ratio(product, square, 0.0)
                 for name, product in zip(account.kept, products, strict=True)
