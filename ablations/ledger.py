@@ -208,7 +208,7 @@ def _parse(line: bytes, path: Path, end: int) -> TrialRecord:
     """The record of a line that ends at byte ``end``."""
     try:
         return TrialRecord(**trial_lines.checked(json.loads(line)))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         got = one_line(error.errors()) if isinstance(error, ValidationError) else repr(line[:60])
         number = path.read_bytes()[:end].count(b"\n")
         raise InputError(

@@ -93,12 +93,13 @@ def test_a_second_reading_takes_in_what_is_new_and_forgets_what_is_gone(tmp_path
     assert list(book.read()) == [DONE.key, other.key]
 
 
-def test_a_foreign_line_that_comes_later_is_named_by_its_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["no record", "[" * 100_000], ids=["text", "deep"])
+def test_a_foreign_line_that_comes_later_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     book = Ledger(tmp_path / "a.jsonl")
     book.append(DONE)
     book.read()
     with book.own.open("a") as file:
-        file.write("no record\n")
+        file.write(f"{line}\n")
     with pytest.raises(InputError, match=r"a\.jsonl, line 2, is not a ledger's"):
         book.read()
 
