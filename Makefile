@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Where it is set, every process of a test would compile its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check campaign release install lint types imports fast clean
+.PHONY: demo test check campaign release install lint types imports fast prose clean
 
 demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
@@ -17,7 +17,7 @@ demo: install  ## train a one-step generator of handwritten digits and judge it:
 test: install  ## everything that protects users: five minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-check: install lint types imports fast  ## the developer's quick loop
+check: install lint types imports fast prose  ## the developer's quick loop
 
 campaign: install  ## what takes long, unattended; goes on where it was stopped; table in docs/campaign.md
 	$(BIN)/python -m tests.campaign
@@ -48,6 +48,10 @@ imports:
 
 fast:
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not browser and not campaign" -x
+
+# Tells, and does not stop: pages that miss the bar are told with their longest sentences.
+prose:
+	-$(BIN)/python -m tests.prose
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
