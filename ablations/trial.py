@@ -1,7 +1,8 @@
 """One trial: train or resume a run directory to its end, then write one line into the ledger.
 
 A trial is ``twinrl train`` in a process of its own, so it has its own threads, output file and fate, and what makes
-a run continue bit for bit after a kill is twinrl's. The Ray actor around it only waits: it stops the process on
+a run continue bit for bit after a kill is twinrl's. An actor's trials are forks of one process, which has made the
+imports that would cost each of them seconds. The Ray actor around it only waits: it stops the process on
 request (a checkpoint is written), reports rungs to the scheduler, and records the result. Torch is not imported
 here, so an actor is light and serves one trial after the other.
 """
@@ -17,14 +18,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeAlias
 
 from ray.tune import Trainable
 
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import TrialRecord
-from twinrl.machine import cluster, files
+from twinrl.machine import cluster, files, forks
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 
@@ -32,10 +33,18 @@ POLL_SECONDS = 0.1
 LOCK_PATIENCE_SECONDS = 60
 WORST = 1e30
 """Stands for a metric that is not finite or missing: smaller is better, and halving can't order NaN."""
+PRELOADED = ("twinrl.commands.train", "twinrl.lab.libraries")
+"""Modules of which every training needs most."""
 METRICS_KEPT = (names.VAL_QUALITY, names.VAL_VELOCITY_MSE, names.LOSS_TOTAL)
 """Last values of these go into the ledger beside the final table."""
 FAILURE = ("step", "kind", "after", "recovered")
 """What the ledger keeps of a failure."""
+
+
+Process: TypeAlias = "subprocess.Popen[bytes] | forks.Fork"
+
+_servers: dict[tuple[str, int], forks.Server] = {}
+"""This process's, by working directory and threads."""
 
 
 class TrialError(RuntimeError):
@@ -148,20 +157,33 @@ def _refuse_other_sources(task: Task) -> None:
         raise TrialError("twinrl's sources have changed since this study was started; run it again to use them")
 
 
-def _start(task: Task) -> subprocess.Popen[bytes]:
+def _start(task: Task) -> Process:
     """The training process, its output appended to the trial's file."""
     begun = (task.path / layout.CONFIG).is_file()
-    twinrl = ["resume", task.directory] if begun else ["train", task.config]
-    command = [sys.executable, "-m", *_launcher(task), "twinrl.machine.lifeline", "twinrl", *twinrl]
+    twinrl = ["twinrl", *(["resume", task.directory] if begun else ["train", task.config])]
     output = Path(task.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as file:
-        file.write(f"$ twinrl {' '.join(twinrl)}\n".encode())
+        file.write(f"$ {' '.join(twinrl)}\n".encode())
         file.flush()
+        if task.workers == 1 and sys.platform == "linux":  # elsewhere libraries are not safe to fork
+            return _forked(task, twinrl, file)
         return subprocess.Popen(
-            command, cwd=task.cwd, env=environment(task.threads), start_new_session=True,
+            [sys.executable, "-m", *_launcher(task), "twinrl.machine.lifeline", *twinrl],
+            cwd=task.cwd, env=environment(task.threads), start_new_session=True,
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT,
         )  # fmt: skip
+
+
+def _forked(task: Task, words: list[str], file: BinaryIO) -> forks.Fork:
+    """The process as a fork of this actor's server. Raises TrialError where its imports fail."""
+    kind = (task.cwd, task.threads)
+    if kind not in _servers or not _servers[kind].alive:
+        _servers[kind] = forks.Server(PRELOADED, task.cwd, environment(task.threads), file)
+    try:
+        return _servers[kind].start(words, Path(task.output).absolute())
+    except ChildProcessError as error:
+        raise TrialError(last_line(Path(task.output)) or str(error)) from error
 
 
 def ranks_folder(output: str) -> Path:
@@ -201,12 +223,12 @@ def _wait_until_free(task: Task) -> None:
             pass
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
+def end(process: Process) -> None:
     """End a trial's process and what it has left behind: its group, and all that hold its lifeline."""
     with suppress(ProcessLookupError):  # it has ended by itself, and nothing of its group is left
         os.killpg(process.pid, signal.SIGKILL)
-    assert process.stdin is not None
-    process.stdin.close()
+    if process.stdin is not None:
+        process.stdin.close()
     process.wait()
 
 

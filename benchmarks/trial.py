@@ -33,7 +33,7 @@ BORDERS = {
     "first picture": ("twinrl.commands.train:_trainer",),
     "steps": ("twinrl.training.trainer:Trainer.train_step",),
     "validation": ("twinrl.training.pictures:Validator.__call__",),
-    "final table": ("twinrl.training.provider:Provider.final",),
+    "final table": ("twinrl.training.laboratory:Laboratory.final",),
     "pictures": ("twinrl.training.pictures:save_final",),
     "publish": (
         "twinrl.commands.train:_view",

@@ -17,7 +17,6 @@ from twinrl.flow.source import Split
 from twinrl.lab.degrade import Degrade
 from twinrl.lab.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, captions
 from twinrl.lab.fitting import Recipe, fit
-from twinrl.machine.compat import ensure_torchvision
 
 CONTEXT = 16
 EMBEDDING = 64
@@ -168,8 +167,7 @@ def _noisy(x: Tensor, seed: int, step: int) -> Tensor:
 
 
 def _open_clip(width: int, layers: int, vocabulary: int) -> Any:
-    ensure_torchvision()
-    from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+    from twinrl.lab.libraries import CLIP, CLIPTextCfg, CLIPVisionCfg
 
     return CLIP(
         embed_dim=EMBEDDING,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from twinrl.flow.draws import normal
 from twinrl.lab.fitting import Recipe, fit
-from twinrl.machine.compat import ensure_torchvision
 
 LATENT_SHAPE = (4, 8, 8)
 _CHANNELS = (8, 16, 32)
@@ -74,8 +73,7 @@ def _normalise(codec: Autoencoder, pixels: Tensor) -> None:
 
 
 def _autoencoder() -> Any:
-    ensure_torchvision()
-    from diffusers import AutoencoderKL
+    from twinrl.lab.libraries import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
