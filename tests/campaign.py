@@ -70,6 +70,7 @@ class Outcome:
         sources: digest of the tracked files that it ran on.
         counts: pytest's closing line, such as "310 passed, 2 skipped".
         digest: of the losses of a short training under the row's variables; other digits, other arithmetic.
+        machine: its processor.
     """
 
     row: str
@@ -80,6 +81,7 @@ class Outcome:
     date: str
     revision: str
     sources: str
+    machine: str
 
 
 BUSY = "suite, beside a busy loop on every core"
@@ -148,7 +150,7 @@ def run(row: Row, revision: str, sources: str) -> Outcome:
     seconds = time.monotonic() - began
     digest = _digest_under(environment)
     now = datetime.now(UTC).strftime("%Y-%m-%d")
-    return Outcome(row.name, passed, counts, digest, round(seconds, 1), now, revision, sources)
+    return Outcome(row.name, passed, counts, digest, round(seconds, 1), now, revision, sources, _processor())
 
 
 def _closing_line(output: str) -> str:
@@ -239,9 +241,8 @@ def table(everything: Sequence[Row]) -> str:
         "# The long tests' last results", "",
         "Made by `make campaign`. A row is a command; `make test` proves the same in small. The losses are those of a",
         "short training under the row's variables: other digits, other arithmetic.", "",
-        f"Machine: {_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}.", "",
-        "| row | what it proves | result | tests | losses | minutes | date | revision |",
-        "|---|---|---|---|---|--:|---|---|",
+        "| row | what it proves | result | tests | losses | minutes | date | revision | processor |",
+        "|---|---|---|---|---|--:|---|---|---|",
     ]  # fmt: skip
     outcomes = known()
     for row in everything:
@@ -249,7 +250,8 @@ def table(everything: Sequence[Row]) -> str:
             continue
         verdict = "passed" if o.passed else "**failed**"
         proves = f"`{row.proves}`" if row.environment else row.proves
-        told = (row.name, proves, verdict, o.counts, f"`{o.digest}`", f"{o.seconds / 60:.1f}", o.date, o.revision)
+        ran = (f"`{o.digest}`", f"{o.seconds / 60:.1f}", o.date, o.revision, o.machine)
+        told = (row.name, proves, verdict, o.counts, *ran)
         lines.append(f"| {' | '.join(told)} |")
     missing = [row.name for row in everything if row.name not in outcomes]
     if missing:
