@@ -73,6 +73,15 @@ def test_a_crop_has_the_buckets_ratio_and_lies_inside() -> None:
     assert (left, right) == (35, 235)
 
 
+@pytest.mark.parametrize("size", [(400, 150), (300, 170), (150, 400), (210, 200)])
+def test_a_crop_is_the_largest_of_its_buckets_ratio(size: tuple[int, int]) -> None:
+    found = fit(config(area=64**2, ratios=["1:1", "2:1", "1:2"], multiple=2), *size, "x")
+    left, top, right, bottom = found.box
+    assert (right - left) / (bottom - top) == pytest.approx(found.bucket.ratio)
+    assert (left, right) == (0, size[0]) or (top, bottom) == (0, size[1])
+    assert min(left, top, size[0] - right, size[1] - bottom) >= 0
+
+
 def test_outside_the_tolerance() -> None:
     assert place(130, 100, outside="skip", tolerance=0.31)[0] == "64x64"
     with pytest.raises(UnusableError, match="30% off 64x64") as error:

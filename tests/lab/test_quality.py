@@ -52,7 +52,7 @@ def test_latents_are_normalised(lab):
 def test_stored_latents_are_the_encoded_pixels(lab):
     with torch.no_grad():
         encoded = lab.encode(lab.test.pixels[:16])
-    layers = [m for m in lab._models.codec.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
+    layers = [m for m in lab.models.codec.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
     assert_rounded(encoded, lab.latents("test")[:16], roundings=sum(m.weight[0].numel() for m in layers))
 
 
@@ -70,7 +70,7 @@ def test_clip_picks_the_right_caption_of_held_out_templates(lab, name):
 @pytest.mark.parametrize("name", ["lab_hps", "lab_judge"])
 def test_preference_models_prefer_clean_images(lab, name):
     prompts = lab.prompts(lab.test.labels, 1, 1, held_out=True)
-    degrade = Degrade(lab._models.codec)
+    degrade = Degrade(lab.models.codec)
     worse = degrade(lab.test.pixels, lab.test.labels, generator(0, "test"))
     with torch.no_grad():
         better = lab.scorers[name](lab.test.pixels, prompts) > lab.scorers[name](worse, prompts)

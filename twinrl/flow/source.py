@@ -80,8 +80,10 @@ class Data(Protocol):
     name: str
     content_hash: str
     latent_shape: tuple[int, int, int]
-    scorers: Mapping[str, Scorer]
     held_out: frozenset[str]
+
+    @property
+    def scorers(self) -> Mapping[str, Scorer]: ...
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w)."""
@@ -117,7 +119,9 @@ class Source(Data, Protocol):
     train: Split
     validation: Split
     test: Split
-    judge: Judge
+
+    @property
+    def judge(self) -> Judge: ...
 
     def latents(self, split: str) -> Tensor:
         """(N, C, H, W) latents of a split, encoded once."""

@@ -47,6 +47,6 @@ def _load(folder: Path, recipe: LabRecipe, progress: bool) -> Lab:
         content_hash=found,
         splits={n: Split(data[f"{n}.grey"].repeat(1, 3, 1, 1), data[f"{n}.labels"]) for n in names},
         latents={n: data[f"{n}.latents"] for n in names},
-        models=Models.filled(recipe, parts),
+        models=partial(Models.filled, recipe, parts),
         teachers=Teachers(recipe, parts["teacher"], progress),
     )

@@ -57,3 +57,9 @@ class Models:
     def named(self) -> dict[str, nn.Module]:
         """The models by attribute name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: str) -> "Models":
+        """All of them on ``device``, in place."""
+        for model in self.named().values():
+            model.to(device)
+        return self

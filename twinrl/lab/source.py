@@ -1,13 +1,14 @@
 """``Lab``: handwritten digits with everything that training and evaluation need."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Judge, Scorer, Split
-from twinrl.lab.clip import EMBEDDING
+from twinrl.lab.clip import EMBEDDING, ClipModel
 from twinrl.lab.digits import CLASSES, captions
 from twinrl.lab.models import Models
 from twinrl.lab.vae import LATENT_SHAPE
@@ -23,7 +24,7 @@ class Lab:
         content_hash: of everything below.
         splits: ``train``, ``validation``, ``test``.
         latents: of each split, normalised, (N, 4, 8, 8).
-        models: codec, judge and scorers.
+        models: makes codec, judge and scorers, when one is first asked for: their libraries take seconds to import.
         teachers: where teachers come from.
     """
 
@@ -31,30 +32,42 @@ class Lab:
     latent_shape: tuple[int, int, int] = LATENT_SHAPE
     classes: tuple[str, ...] = CLASSES
     held_out: frozenset[str] = frozenset({"lab_judge"})
-    judge: Judge
-    scorers: Mapping[str, Scorer]
 
     def __init__(
         self,
         content_hash: str,
         splits: Mapping[str, Split],
         latents: Mapping[str, Tensor],
-        models: Models,
+        models: Callable[[], Models],
         teachers: TeacherWeights,
     ):
         self.content_hash = content_hash
         self.train, self.validation, self.test = (splits[n] for n in ("train", "validation", "test"))
-        self.judge = models.judge
-        self.clip = models.clip
-        self.scorers = {
-            "lab_clip": models.clip,
-            "lab_hps": models.hps,
-            "lab_judge": models.preference_judge,
-        }
         self.device = "cpu"
-        self._models = models
+        self._make_models = models
         self._latents = dict(latents)
         self._teachers = teachers
+
+    @cached_property
+    def models(self) -> Models:
+        """Codec, judge and the text–image models, on the lab's device."""
+        return self._make_models().to(self.device)
+
+    @property
+    def judge(self) -> Judge:
+        """The classifier that training never sees."""
+        return self.models.judge
+
+    @property
+    def clip(self) -> ClipModel:
+        """The text–image model whose text embeddings are the condition."""
+        return self.models.clip
+
+    @cached_property
+    def scorers(self) -> Mapping[str, Scorer]:
+        """Rewards by name."""
+        models = self.models
+        return {"lab_clip": models.clip, "lab_hps": models.hps, "lab_judge": models.preference_judge}
 
     def latents(self, split: str) -> Tensor:
         """(N, 4, 8, 8) normalised latents of ``train``, ``validation`` or ``test``, on the lab's device."""
@@ -62,11 +75,11 @@ class Lab:
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, 32, 32) in [−1, 1] → normalised latents (B, 4, 8, 8); differentiable."""
-        return self._models.codec.encode(pixels)
+        return self.models.codec.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents (B, 4, 8, 8) → pixels (B, 3, 32, 32), not clamped; differentiable."""
-        return self._models.codec.decode(latents)
+        return self.models.codec.decode(latents)
 
     def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
         """One caption for each label, template drawn by (seed, step); from held-out templates if asked."""
@@ -95,8 +108,8 @@ class Lab:
     def to(self, device: str) -> "Lab":
         """Codec, judge, scorers and latents on ``device``, in place; the splits' pixels stay where they are."""
         self.device = device
-        for model in self._models.named().values():
-            model.to(device)
+        if "models" in self.__dict__:
+            self.models.to(device)
         self._latents = {split: value.to(device) for split, value in self._latents.items()}
         return self
 
