@@ -86,6 +86,15 @@ def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher
     process.wait()
 
 
+def test_edited_sources_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    """Their numbers would be filed under those that the study was planned with."""
+    values: dict[str, object] = dict.fromkeys(trial.Task.__dataclass_fields__, "")
+    values |= {"unused": (), "deadline": None, "cwd": str(tmp_path), "directory": "run", "stop": str(tmp_path / "stop")}
+    with pytest.raises(trial.TrialError, match="have changed"):
+        trial.advance(trial.Task(**values | {"sources": "of yesterday"}))  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
+
+
 def until(condition: Callable[[], bool], seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
