@@ -87,8 +87,8 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
 
 
 def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
-    """Student, gradients, optimizer and teachers. An average is in float32, with a remainder, where the student is not. Several processes
-    cannot share a LoRA's frozen base between student and average, since each gathers its own."""
+    """Student, gradients, optimizer and teachers. An average is in float32, with a remainder, where the student is
+    not. Several processes cannot share a LoRA's frozen base between student and average, since each gathers its own."""
     parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])

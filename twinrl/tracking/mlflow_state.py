@@ -78,11 +78,13 @@ class ViewState:
         return str(self.folder.resolve())
 
     def save(self) -> None:
-        """Write the state in one move."""
+        """Write the state in one move, if it is another than what is there."""
         self.home = self.here
         content = asdict(self)
         del content["folder"]
-        files.write_text(self.folder / MLFLOW, json.dumps(content, indent=1) + "\n")
+        path, text = self.folder / MLFLOW, json.dumps(content, indent=1) + "\n"
+        if not path.is_file() or path.read_bytes() != text.encode():
+            files.write_text(path, text)
 
     def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
         """Set where to publish and what to call it; another store or experiment means another MLflow run.

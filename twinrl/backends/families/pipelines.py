@@ -189,6 +189,8 @@ def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
     check_values(folder, unused)
     index = read_index(folder)
     for name in components(index):
+        if name not in unused:
+            _check_library(folder, name, index[name][0])
         if name not in unused and not (folder / name).is_dir():
             raise InputError(
                 f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
@@ -198,6 +200,18 @@ def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
                 f"{folder / name} has no vocabulary", got=", ".join(sorted(os.listdir(folder / name))) or "no files",
                 expected=f"one of {', '.join(VOCABULARIES)}", fix=AGAIN,
             )  # fmt: skip
+
+
+def _check_library(folder: Path, name: str, library: str) -> None:
+    """Raises InputError where a component would have a module imported that nobody has asked for."""
+    import diffusers
+
+    known = ("diffusers", "transformers", "twinrl")
+    if library not in known and library not in sys.modules and not hasattr(diffusers.pipelines, library):
+        raise InputError(
+            f"{folder / INDEX} has {name} of another library", got=library, expected=", ".join(known),
+            fix="import it first if you trust the folder",
+        )  # fmt: skip
 
 
 def content_hash(folder: Path, sample: int = 2**20) -> str:
