@@ -89,7 +89,7 @@ class CachedDataset:
         found, shape = self._latents[key].get("latents"), self.latent_shapes[entry.bucket]
         if found is None or found.shape != shape or found.dtype != self._latent_format:
             got = "no latents" if found is None else _kind(found)
-            raise self._latents.damaged(key, f"{got} instead of {self._latent_format} {shape}")
+            raise self._latents.damaged(key, f"{got} instead of {_named(self._latent_format)} {shape}")
         return found
 
     @cached_property
@@ -149,7 +149,11 @@ class CachedDataset:
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{_named(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mended(got: str, expected: str) -> str:

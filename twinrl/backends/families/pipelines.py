@@ -132,19 +132,20 @@ def check_values(folder: Path, without: Sequence[str] = ()) -> None:
         file = folder / name / "config.json"
         if name in without or not file.is_file():
             continue
-        taken = inspect.signature(getattr(diffusers, cls, _takes_anything)).parameters if library else {}
-        for key, value in _described(file, "_class_name" if library == "diffusers" else None).items():
-            expected = _expected(value, taken[key].default) if key in taken else None
+        known = getattr(diffusers, cls, None) if library == "diffusers" else None
+        taken = inspect.signature(known).parameters if known else {}
+        for key, value in described(file).items():
+            expected = _expected(value, _usual(taken[key])) if key in taken else None
             if COUNTS.fullmatch(key) and isinstance(value, int | float) and not 0 <= value <= MOST_LAYERS:
                 expected = f"0 to {MOST_LAYERS}"
             if expected is not None:
-                raise InputError(
-                    f"{file}: {key} is no value of {cls}", got=f"{value!r:.60}", expected=expected,
-                    fix=AGAIN,
-                )  # fmt: skip
+                said = f"{file}: {key} is no value of {cls}"
+                raise InputError(said, got=f"{value!r:.60}", expected=expected, fix=AGAIN)
 
 
-def _takes_anything(**_: object) -> None: ...
+def _usual(parameter: inspect.Parameter) -> object:
+    """A parameter's default; a float where it is declared as one."""
+    return float(parameter.default) if parameter.annotation is float else parameter.default
 
 
 def _expected(value: object, default: object) -> str | None:
