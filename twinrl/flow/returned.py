@@ -53,6 +53,11 @@ def _latents(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
         raise wrong_return(value, owner, method, f"latents ({len(arguments[0])}, C, h, w)")
 
 
+def _all_latents(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    """Of the split that is asked for."""
+    checked(value, Tensor, owner, method, (len(getattr(owner, arguments[0])), *owner.latent_shape))
+
+
 def _pixels(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
     checked(value, Tensor, owner, method)
     if value.ndim != 4 or len(value) != len(arguments[0]) or value.shape[1] not in (1, 3):
@@ -64,7 +69,7 @@ def _itself(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
 
 
 RETURNS: Mapping[str, Returned] = {
-    "encode": _latents, "decode": _pixels, "condition": _condition, "null_condition": _null, "to": _itself,
+    "latents": _all_latents, "encode": _latents, "decode": _pixels, "condition": _condition, "null_condition": _null, "to": _itself,
     "prompts": _prompts, "teacher_weights": all_of(Mapping, Tensor),
 }  # fmt: skip
 """Method of a data source → what it returns."""
