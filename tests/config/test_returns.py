@@ -31,19 +31,21 @@ METHODS = {
     ),
 }
 """Section → its class, and what of it is replaced."""
-WRONG = ("None", "'text'", "__import__('torch').zeros(3, 5)", "float('nan')", "[]")
+WRONG = ("None", "__import__('torch').zeros(3, 5)", "'text'", "float('nan')", "[]")
 OTHERS = [
-    ("Renoise family", "PowerLaw", "sample"),
-    ("Renoise family", "PowerLaw", "parameters"),
-    ("Data source", "Judge", "features"),
-    ("Data source", "Judge", "logits"),
-]
+    ("Renoise family", "PowerLaw", "sample"), ("Renoise family", "PowerLaw", "parameters"),
+    ("Data source", "Judge", "features"), ("Data source", "Judge", "logits"),
+]  # fmt: skip
 CASES = [(section, cls, method) for section, (cls, methods) in METHODS.items() for method in methods] + OTHERS
+EACH = [
+    pytest.param(*case, wrong, marks=[pytest.mark.campaign] * (wrong not in WRONG[:2] and case[2] != "factor"))
+    for case in CASES
+    for wrong in WRONG
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize(("section", "cls", "method"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("section", "cls", "method", "wrong"), EACH)
 def test_what_is_returned_is_told(
     section: str, cls: str, method: str, wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -69,8 +69,8 @@ def _itself(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
 
 
 RETURNS: Mapping[str, Returned] = {
-    "latents": _all_latents, "encode": _latents, "decode": _pixels, "condition": _condition, "null_condition": _null, "to": _itself,
-    "prompts": _prompts, "teacher_weights": all_of(Mapping, Tensor),
+    "latents": _all_latents, "encode": _latents, "decode": _pixels, "condition": _condition, "null_condition": _null,
+    "to": _itself, "prompts": _prompts, "teacher_weights": all_of(Mapping, Tensor),
 }  # fmt: skip
 """Method of a data source → what it returns."""
 
