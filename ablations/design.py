@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from twinrl.config import Settings, nearest
-from twinrl.config.components import Registry
+from twinrl.config.components import Registry, Returned, all_of, checked, wrong_return
 from twinrl.config.errors import InputError
 
 Factors = Mapping[str, Sequence[str]]
@@ -39,10 +39,25 @@ def arm_name(levels: Mapping[str, str]) -> str:
     return " ".join(f"{factor}={level}" for factor, level in levels.items()) or "base"
 
 
+def _arms(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    """At least one arm, of known factors and levels and of keys."""
+    all_of(dict, Mapping)(value, owner, method, arguments)  # type: ignore[type-abstract]
+    if not value or not all(isinstance(key, str) for key in (*value, *(k for arm in value.values() for k in arm))):
+        raise wrong_return(value, owner, method, "arm → {factor: level}, at least one")
+    for name, chosen in value.items():
+        levels = {factor: str(level) for factor, level in chosen.items() if factor in arguments[0]}
+        check_levels(levels, arguments[0], f"arm {name} of {type(owner).__module__}.{type(owner).__qualname__}")
+
+
+def _text(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, str, owner, method)
+
+
 class Design(ABC):
     """Which arms a study runs. Subclasses give ``Config``, :meth:`arms` and :meth:`describe`."""
 
     Config: ClassVar[type[Settings]] = Settings
+    RETURNS: ClassVar[Mapping[str, Returned]] = {"arms": _arms, "describe": _text}
 
     def __init__(self, config: Any):
         self.config = config

@@ -22,6 +22,7 @@ from tests.fake_source import SMALL, register, small
 from tests.tracking import stores
 from twinrl import __version__, cli
 from twinrl.commands.progress import ConsoleObserver
+from twinrl.config.errors import InputError
 from twinrl.evaluation import figures as drawn
 from twinrl.run import checkpoints, layout, names, runlog
 from twinrl.stability import verdict
@@ -280,10 +281,15 @@ def test_checkpoint_that_is_not_there(twinrl: Any, interrupted: RunDirectory) ->
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(OSError(errno.EROFS, "Read-only file system", "x.json"), 1), (PermissionError(13, "No", "x"), 2)],
+    [
+        (OSError(errno.EROFS, "Read-only file system", "x.json"), 1),
+        (PermissionError(13, "No", "x"), 2),
+        (RuntimeError("can't start new thread"), 2),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), 2),
+    ],
 )
-def test_what_the_system_says_of_a_file(
-    twinrl: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, code: int
+def test_what_the_system_says_of_a_file_or_a_thread(
+    twinrl: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise error
@@ -291,7 +297,17 @@ def test_what_the_system_says_of_a_file(
     monkeypatch.setattr(mlflow_view, "publish", fails)
     result = twinrl("publish", "runs/x")
     assert result.code == code
-    assert re.fullmatch(r"twinrl: x(\.json)? cannot be used; got .*; fix: .*\n", result.err)
+    assert re.fullmatch(r"twinrl: (x(\.json)? cannot be used; got |no more threads or proc).*; fix: .*\n", result.err)
+
+
+def test_a_traceback_shows_no_password(twinrl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise InputError("away") from OSError("http://me:pw-handed@host:9 does not answer")
+
+    monkeypatch.setattr(mlflow_view, "publish", fails)
+    result = twinrl("--debug", "publish", "runs/x")
+    assert "http://me:***@host:9 does not answer" in result.err
+    assert "pw-handed" not in result.err + result.out
 
 
 @pytest.mark.parametrize("out", ["file/x.png", "x.nonsense", "x", "folder.png", "/proc/x/x.png"])

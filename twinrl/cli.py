@@ -15,10 +15,10 @@ import typer
 
 from twinrl import __version__
 from twinrl.config.components import ComponentError, failures_named
-from twinrl.config.errors import DISK, InputError, of_system
+from twinrl.config.errors import DISK, InputError, of_system, of_threads
 from twinrl.machine import streams
 from twinrl.machine.memory import end_without_search, importing
-from twinrl.tracking.store import without_password
+from twinrl.tracking.store import shown, without_password
 
 app = typer.Typer(
     add_completion=False,
@@ -293,9 +293,14 @@ def _find_own_classes() -> None:
         sys.path.insert(0, here)
 
 
+def _show_traceback(error: BaseException) -> None:
+    """On stderr, without the passwords of addresses that are in it."""
+    sys.stderr.write(shown("".join(traceback.format_exception(error))))
+
+
 def main() -> None:
     """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2; so does what the system says of
-    a file, with 1 where a disk is to blame.
+    a file, with 1 where a disk is to blame, and that it starts no more threads or processes.
 
     Of the processes of a torchrun all end with 2 and the first one writes the line; of a failing component each does.
     """
@@ -309,7 +314,7 @@ def main() -> None:
             app()
     except InputError as error:
         if debug:
-            traceback.print_exception(error)
+            _show_traceback(error)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
             streams.say(str(error))
         sys.exit(2)
@@ -317,6 +322,13 @@ def main() -> None:
         if error.errno is None:  # of a library, which has its own words
             raise
         if debug:
-            traceback.print_exception(error)
+            _show_traceback(error)
         streams.say(of_system(error))
         sys.exit(1 if error.errno in DISK else 2)
+    except RuntimeError as error:
+        if (said := of_threads(error)) is None:
+            raise
+        if debug:
+            _show_traceback(error)
+        streams.say(said)
+        sys.exit(2)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ablations import design
-from ablations.design import Arms, FractionalFactorial, Grid, OneFactorAtATime
+from ablations.design import DESIGNS, Arms, Design, FractionalFactorial, Grid, OneFactorAtATime
+from twinrl.config import Settings
 from twinrl.config.errors import InputError
 
 # runs of the smallest regular fraction: Box, Hunter and Hunter, Statistics for Experimenters, table 6.22 (≤ 11 factors)
@@ -81,3 +82,41 @@ def test_unknown_levels_are_refused() -> None:
         OneFactorAtATime(OneFactorAtATime.Config(start={"a": "7"})).arms({"a": ("0", "1")})
     with pytest.raises(InputError, match="no level x"):
         Arms(Arms.Config(arms={"mine": {"a": "x"}})).arms({"a": ("0", "1")})
+
+
+# --- a design of one's own ------------------------------------------------------------------------------------
+
+
+class Own(Design):
+    class Config(Settings):
+        kind: str
+
+    def arms(self, factors):
+        return SAYS["arms"]
+
+    def describe(self, factors):
+        return SAYS["describe"]
+
+
+SAYS = {"arms": {"one": {"rate": "low"}}, "describe": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("method", "says", "words"),
+    [
+        ("arms", None, "Own.arms returns None at "),
+        ("arms", [{}], "Own.arms returns list at "),
+        ("arms", {}, "Own.arms returns dict at .*at least one"),
+        ("arms", {"one": "low"}, "Own.arms returns str 'low' at "),
+        ("arms", {1: {"rate": "low"}}, "Own.arms returns dict at "),
+        ("arms", {"one": {"rate": "no such"}}, "arm one of .*Own: factor rate has no level no such"),
+        ("describe", 4, "Own.describe returns 4 at "),
+    ],
+)
+def test_what_an_own_design_returns_is_checked(monkeypatch, method, says, words):
+    kind, factors = f"{__name__}.Own", {"rate": ("low", "high")}
+    design = DESIGNS.build(DESIGNS.find(kind).Config(kind=kind))
+    assert getattr(design, method)(factors) == SAYS[method]
+    monkeypatch.setitem(SAYS, method, says)
+    with pytest.raises(InputError, match=words):
+        getattr(design, method)(factors)

@@ -43,6 +43,8 @@ def held(settings: schema.RunConfig) -> dict[str, int]:
     for name, copied in (("average (EMA)", teacher.ema), ("frozen teacher", teacher.frozen)):
         if copied is not None and list(copied.parameters()):
             found[name] = size_of(t for t in (*copied.parameters(), *copied.buffers()) if id(t) not in shared)
+    if teacher.remainder is not None:
+        found["average (EMA)"] += size_of(teacher.remainder.parameters())
     if settings.model.family is not None:
         parts = source.family.pipeline.components.items()  # type: ignore[attr-defined]
         modules = {name: part for name, part in parts if isinstance(part, torch.nn.Module)}

@@ -352,7 +352,8 @@ class Speechless(Schedule):
 
 def test_a_schedule_without_numbers_is_refused_with_the_configuration() -> None:
     with pytest.raises(
-        InputError, match=r"Speechless.value returns None at tests/config/test_components.py:\d+; expected float"
+        InputError,
+        match=r"Speechless.value returns None at tests/config/test_components.py:\d+; expected a finite number",
     ):
         schema.load("lab", [f"renoise={{kind: beta, alpha: {{kind: {__name__}.Speechless}}}}"])
     schema.load("lab", [f"renoise={{kind: beta, alpha: {{kind: {__name__}.Speechless, says: 1}}}}"])

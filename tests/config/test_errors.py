@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from twinrl.config.errors import of_system
+from twinrl.config.errors import of_system, of_threads
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,11 @@ def test_one_line(number: int, fix: str) -> None:
     assert of_system(OSError(number, said, "runs/a\nb")) == f"runs/a b cannot be used; got {said}{fix}"
     assert of_system(OSError(number, said)) == f"a file cannot be used; got {said}{fix}"
     assert of_system(OSError(number, said, b"a", None, "b")).startswith("b cannot be used")
+
+
+def test_no_more_processes_or_threads() -> None:
+    """Neither names a file that could not be used."""
+    said = of_system(BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"))
+    assert said.startswith("no more threads or processes can be started; got Resource temporarily unavailable; fix: ")
+    assert "`ulimit -u`" in str(of_threads(RuntimeError("can't start new thread")))
+    assert of_threads(RuntimeError("size mismatch")) is None

@@ -1,11 +1,14 @@
 """What a step reads from a prepared folder: one shape a batch, shares of branches kept, prompts alone as zeros."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.data.tiny import TinyEncoder, quiet, settings, write_pairs
+from twinrl.config.errors import InputError
 from twinrl.data import CachedDataset, prepare
 from twinrl.data.prepared import FolderRows, whole_rows
 from twinrl.flow.branches import allocate
@@ -56,3 +59,57 @@ def test_prompts_alone_have_latents_of_the_right_shape_without_content(dataset: 
 )
 def test_the_fewest_rows_that_shares_divide(mix: dict[str, float], rows: int) -> None:
     assert whole_rows(mix) == rows
+
+
+# --- damaged shards -----------------------------------------------------------------------------------------
+
+
+def rewritten(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor | None]) -> None:
+    """Every shard with other tensors; None leaves one out."""
+    for path in folder.glob("encoder-*/*/shard-*.safetensors"):
+        changed = {name: change(f"{path.parent.name}/{name}", value) for name, value in load_file(path).items()}
+        save_file({name: value.contiguous() for name, value in changed.items() if value is not None}, path)
+
+
+def of_one(kind: str, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Changes the first tensor of a kind (latents, prompts) and name."""
+    seen: list[str] = []
+
+    def changing(full: str, value: torch.Tensor) -> torch.Tensor:
+        if full.startswith(kind) and full.endswith(f"/{name}") and not seen:
+            seen.append(full)
+            return change(value)
+        return value
+
+    return changing
+
+
+def read(dataset: CachedDataset) -> None:
+    for row in range(len(dataset)):
+        dataset.latents([row])
+        dataset.conditions([row])
+
+
+DAMAGES = {
+    "latents of another shape": (of_one, "latents", "latents", lambda v: v[:, :2], "float32 .* instead of"),
+    "latents of another format": (of_one, "latents", "latents", lambda v: v.double(), "float64 .* instead of"),
+    "latents of integers": (of_one, "latents", "latents", lambda v: v.to(torch.int8), "int8 .* instead of"),
+    "narrower embeddings": (of_one, "prompts", "text", lambda v: v[:, :3], "text float32"),
+    "embeddings of another format": (of_one, "prompts", "pooled", lambda v: v.bfloat16(), "pooled bfloat16"),
+    "longer embeddings": (of_one, "prompts", "text", lambda v: v.repeat(99, 1), "text float32"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_records_that_do_not_fit_name_their_shard(tmp_path: Path, dataset: CachedDataset, damage: str) -> None:
+    make, *how, words = DAMAGES[damage]
+    rewritten(tmp_path / "out", make(*how))
+    again = CachedDataset(tmp_path / "out", "train")
+    with pytest.raises(InputError, match=rf"shard-\d+\.safetensors is damaged; got .*{words}.*fix: delete it"):
+        read(again)
+
+
+def test_a_record_without_its_tensor(tmp_path: Path, dataset: CachedDataset) -> None:
+    rewritten(tmp_path / "out", lambda name, value: None if name.endswith("/pooled") and "prompts" in name else value)
+    dataset = CachedDataset(tmp_path / "out", "train")
+    assert dataset.conditions([0]).keys() == {"text", "mask"}  # of all prompts alike

@@ -176,7 +176,8 @@ IMPORTED = (
     "twinrl.commands.data", "twinrl.commands.doctor", "twinrl.commands.memory_plan", "twinrl.evaluation.grids",
     "twinrl.evaluation.figures", "twinrl.training.schema", "twinrl.training.opened", "twinrl.data.prepared",
     "tests.ablations.tiny", "tests.fake_source", "tests.backends.families.made", "twinrl.lab",
-    "twinrl.tracking.mlflow_view",
+    "twinrl.tracking.mlflow_view", "mlflow", "mlflow.store.tracking.sqlalchemy_store", "alembic.util", "peft",
+    "twinrl.commands.export",
 )  # fmt: skip
 
 

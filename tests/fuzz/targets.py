@@ -1,9 +1,12 @@
-"""What is damaged: a run, a study, images, a prepared folder, the laboratory and configurations; and who reads it."""
+"""What is damaged: runs, a study, images, a prepared folder, the laboratory and configurations; and who reads it."""
 
+import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +21,7 @@ Answer = Callable[[Path, str], Mapping[str, object]]
 """Facts, by name, that a command has told: of the folder that it ran in and of what it printed."""
 
 RUN, STUDY, PREPARED, PIPELINE, IMAGES, CONFIG = "run", "study.yaml", "prepared", "pipeline", "images", "config.yaml"
+OUT, ADAPTERS = "out", "adapters"
 FAST = [
     "model.network={kind: mlp, width: 8, depth: 1, condition_width: 8}", "optim.lr=3e-3", "train.batch=16",
     "evaluation={every: 4, n: 20, nfe: [1], teacher_steps: 1, velocity_rows: 5, grid_samples: 1}",
@@ -114,6 +118,28 @@ def table(folder: Path, printed: str) -> dict[str, object]:
     return flat(json.loads((folder / RUN / "evaluation" / "table.json").read_text()))
 
 
+def in_mlflow(folder: Path, printed: str) -> dict[str, object]:
+    """What the store has of the run: parameters, tags, and every point with its step; nothing of one that was made
+    anew, whose ids are others each time."""
+    with closing(sqlite3.connect(f"file:{folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
+        asked = "SELECT run_uuid FROM runs WHERE lifecycle_stage = 'active'"
+        ((run,),) = store.execute(asked).fetchall()
+        points = store.execute("SELECT key, step, is_nan, value FROM metrics WHERE run_uuid = ?", (run,)).fetchall()
+        words = [
+            store.execute(f"SELECT key, value FROM {table} WHERE run_uuid = ?", (run,)).fetchall()
+            for table in ("params", "tags")
+        ]
+    told = {f"{key} at {step}": None if is_nan else value for key, step, is_nan, value in points}
+    return told | {f"{key} is": value for found in words for key, value in found if key != "twinrl.key"}
+
+
+def exported(folder: Path, printed: str) -> dict[str, object]:
+    """Digests of the files of an exported folder, but of its card, which names the run's configuration."""
+    out = folder / OUT
+    found = (p for p in sorted(out.rglob("*")) if p.is_file() and p.name != "README.md")
+    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in found}
+
+
 def silence(folder: Path, printed: str) -> dict[str, object]:
     """No facts: any readable change may change what is told."""
     return {}
@@ -135,6 +161,12 @@ def build_cut_run(folder: Path, command: Callable[..., None]) -> None:
     shutil.rmtree(run / "checkpoints" / f"step-{LAST:08d}")
     for name in ("result.json", "metrics.parquet"):
         (run / name).unlink()
+
+
+def build_published(folder: Path, command: Callable[..., None]) -> None:
+    """With its view in a store beside it."""
+    build_run(folder, command)
+    command("publish", RUN)
 
 
 def checkpoint(step: int) -> tuple[str, ...]:
@@ -211,6 +243,15 @@ def save_pipeline() -> None:
     tiny.build("sd3").save_pretrained(PIPELINE)
 
 
+def build_students(folder: Path, command: Callable[..., None]) -> None:
+    """Two runs of one pretrained model: of all its weights, and of adapters."""
+    build_prepared(folder, command)
+    for name, more in ((RUN, ()), (ADAPTERS, ("model.lora.rank=2",))):
+        command("train", "twinflow", *FAMILY, *more, f"name={name}")
+        (made,) = folder.glob(f"{name}-*-s0")
+        made.rename(folder / name)
+
+
 def build_images(folder: Path, command: Callable[..., None]) -> None:
     from tests.data.tiny import write_pairs
 
@@ -256,6 +297,9 @@ def write_config() -> None:
     Path(CONFIG).write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude={"launch"}), sort_keys=False))
 
 
+DESCRIBED = ("*.safetensors", f"{PIPELINE}/*", "*/config.yaml")
+"""What an exported student is made of."""
+
 TARGETS = {
     "cut run": Target(
         build_cut_run, (Command(("resume", RUN), rows_after(KEPT), checkpoint(KEPT)),),
@@ -281,6 +325,20 @@ TARGETS = {
             Command(("analyze", "ledger.jsonl", "--out", "report", "--no-mlflow"), text_of("report/*.md"), ("*",)),
         ),
         (*[STUDY, "ledger.jsonl"] * 6, *TOLD), 0.16,
+    ),
+    "published run": Target(
+        build_published, (Command(("publish", RUN), in_mlflow, (*TOLD, "*/mlflow.json", "mlflow.db")),),
+        (*OFTEN, *["*/mlflow.json"] * 12, *["mlflow.db"] * 3), 0.06,
+    ),
+    "students": Target(
+        build_students,
+        (
+            Command(("export", RUN, OUT), exported, DESCRIBED),
+            Command(("export", ADAPTERS, OUT), exported, DESCRIBED),
+            Command(("export", ADAPTERS, OUT, "--lora"), exported, DESCRIBED),
+        ),
+        (*["*/config.yaml", "*/state.json", "*/student.safetensors", "*/ema.safetensors"] * 4, f"{PIPELINE}/*"),
+        0.06, fake=False,
     ),
     "images": Target(
         build_images,

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from ray._private import worker
 
-from twinrl.machine import cluster
+from twinrl.machine import aftermath, cluster
 from twinrl.machine.cluster import LostError, Watch
 
 
@@ -75,13 +75,18 @@ def test_a_question_that_ray_does_not_answer_is_no_loss() -> None:
     look(Watch(fails), 0.5)
 
 
-def test_what_a_session_leaves_is_ended(tmp_path: Path) -> None:
-    """And nothing else."""
+def test_what_a_session_leaves_is_ended_with_its_starter(tmp_path: Path) -> None:
+    """And nothing else is, nor before."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     server, other = (subprocess.Popen([*sleeping, f"--dir={tmp_path / name}/logs"]) for name in ("session", "other"))
     agent = subprocess.Popen(sleeping, env=os.environ | {"RAY_RAYLET_PID": "12345678"})
     try:
-        cluster.end_all_of(str(tmp_path / "session"), 12345678)
+        waiting = subprocess.Popen(
+            [sys.executable, "-m", aftermath.NAME, str(tmp_path / "session"), "12345678"], stdin=subprocess.PIPE
+        )
+        time.sleep(0.5)
+        assert [server.poll(), agent.poll()] == [None, None]
+        waiting.communicate(timeout=60)  # closes its standard input, as the end of its starter does
         assert [server.wait(60), agent.wait(60)] == [-9, -9]
         assert other.poll() is None
     finally:

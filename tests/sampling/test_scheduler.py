@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -267,6 +269,10 @@ def test_starting_late_has_nothing_to_extrapolate_from():
         ({"order": 3}, "order"),
         ({"order": 2, "gap_start": 0.0}, "undefined"),
         ({"shift": 0.0}, "shift"),
+        ({"shift": math.inf}, "shift"),
+        ({"shift": "3"}, "shift"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"num_train_timesteps": 2.5}, "num_train_timesteps"),
         ({"stochastic_ratio": 2.0}, "stochastic_ratio"),
         ({"kumaraswamy": [1.0, 1.0]}, "kumaraswamy"),
     ],
@@ -282,6 +288,10 @@ def test_wrong_settings_are_refused_in_one_line(settings, word):
     [
         ({}, "number of steps"),
         ({"num_inference_steps": 0}, "number of steps"),
+        ({"num_inference_steps": "3"}, "number of steps"),
+        ({"sigmas": 5.0}, "no list of times"),
+        ({"timesteps": []}, "no list of times"),
+        ({"sigmas": ["a"]}, "no numbers"),
         ({"sigmas": [0.9, 0.5], "timesteps": [900, 500]}, "one of them"),
         ({"num_inference_steps": 3, "sigmas": [0.9, 0.5]}, "another length"),
         ({"sigmas": [0.5, 0.9]}, "sampling times"),
@@ -293,9 +303,10 @@ def test_wrong_schedules_are_refused_in_one_line(arguments, word):
         TwinFlowScheduler().set_timesteps(**arguments)
 
 
-def test_dynamic_shifting_needs_mu():
+@pytest.mark.parametrize("mu", [None, 1000, math.nan, "1"])
+def test_dynamic_shifting_needs_mu(mu):
     with pytest.raises(InputError, match="mu"):
-        TwinFlowScheduler(use_dynamic_shifting=True).set_timesteps(4)
+        TwinFlowScheduler(use_dynamic_shifting=True).set_timesteps(4, mu=mu)
 
 
 def test_stepping_without_or_beyond_a_schedule_is_refused():

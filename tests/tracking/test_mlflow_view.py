@@ -9,6 +9,7 @@ import shutil
 import socket
 import sqlite3
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -508,6 +509,41 @@ def test_names_that_mlflow_would_cut_or_change_alike_stay_apart(runs: Path) -> N
     assert sorted(shown.data.metrics.values()) == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("made", [Path.mkdir, os.mkfifo])
+def test_what_is_no_picture_is_not_published(runs: Path, made: Callable[[Path], None]) -> None:
+    """Opening a pipe would wait for ever."""
+    run = make_run(runs, rows=20)
+    made(run / "samples" / "step-00000004.png")
+    sent = client(run).list_artifacts(publish(run, final=True), "samples")
+    assert sorted(Path(file.path).name for file in sent) == ["1nfe_000000.png", "1nfe_001000.png"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("published", "7"), ("published", 10**9), ("claimed", -1), ("tags", ["a"]), ("key", None), ("more", 1)],
+)
+def test_damaged_bookkeeping_is_refused_and_stays(runs: Path, key: str, value: object) -> None:
+    run = make_run(runs, rows=20)
+    publish(run)
+    file = run / "mlflow.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    before = file.read_bytes()
+    with pytest.raises(InputError, match=rf"mlflow\.json is damaged; got .*{key}.*fix: delete it and publish again"):
+        publish(run)
+    assert file.read_bytes() == before
+
+
+def test_a_damaged_run_changes_nothing(runs: Path) -> None:
+    run = make_run(runs, rows=20)
+    publish(run)
+    with (run / "events.jsonl").open("a") as file:
+        file.write("what\n")
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=r"events\.jsonl"):
+        publish(run)
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
 # --- passwords and stores that are away --------------------------------------------------------------------------
 
 
@@ -522,6 +558,10 @@ def test_names_that_mlflow_would_cut_or_change_alike_stay_apart(runs: Path) -> N
             "API request to http://a:***@h:9/x failed (10:30@noon)",
         ),
         ("http://127.0.0.1:9/api", "http://127.0.0.1:9/api"),
+        ("http://u:p/w@h", "http://u:***@h"),
+        ("http://u:p@ss:#1@h/x", "http://u:***@h/x"),
+        ("http://h:5000/of@me", "http://h:5000/of@me"),
+        ("mysql://h/d?ssl_Password=abc&x=1;token=t", "mysql://h/d?ssl_Password=***&x=1;token=***"),
         ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
     ],
 )

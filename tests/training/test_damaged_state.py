@@ -1,5 +1,6 @@
 """A checkpoint that is not as its run wrote it: one line that names the file, and nothing on disk changes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.training.trainers import finish, kill, make, state
 from twinrl.config.errors import InputError
 from twinrl.run import checkpoints
 from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.names import UNMOVED
 from twinrl.training.opened import open_run
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -92,6 +94,41 @@ def test_a_damaged_checkpoint_is_refused(begun: RunConfig, damage: str) -> None:
     message = str(error.value)
     assert [word for word in (str(file), words, "fix: ") if word not in message] == []
     assert "\n" not in message
+    assert tree(begun.directory) == before
+
+
+SPIKE = "monitor.watch.detectors.spike grad/total/norm_raw"
+DRIFT = "monitor.watch.detectors.drift grad/total/norm_raw"
+STATES = {
+    "no count": (f"{DRIFT}.skip", "-inf", "is no count"),
+    "a negative count": (f"{DRIFT}.block", -3, "is no count"),
+    "a count of text": (f"{SPIKE}.healthy", "4", "is no count"),
+    "half an episode": ("monitor.watch.episodes.spike", 1.5, "is no count"),
+    "no number": (f"{DRIFT}.baseline", "low", "is no number"),
+    "not finite": (f"{SPIKE}.window", [1.0, "nan"], "is not finite"),
+    "truth": ("monitor.divergence.best", True, "is no number"),
+    "no stretch": ("monitor.divergence.bad.length", None, "is no count"),
+    "judged by text": ("monitor.divergence.judged.sound", "2", "sound: "),
+    "precision": ("monitor.precision.opt/unmoved_frac", -1, "is no count"),
+    "early stop": ("early_stop.bad", 2.0, "is no count"),
+    "rate": ("lr_policy.scale", "inf", "is not finite"),
+}
+
+
+@pytest.mark.parametrize("damage", STATES)
+def test_a_damaged_entry_of_the_state_is_named(begun: RunConfig, damage: str) -> None:
+    path, value, words = STATES[damage]
+    file = RunDirectory(begun.directory).newest_checkpoint() / "state.json"
+    content = json.loads(file.read_text())
+    holder, keys = content, path.replace("opt/unmoved_frac", UNMOVED).split(".")
+    for key in keys[:-1]:
+        holder = holder[key]
+    assert keys[-1] in holder
+    holder[keys[-1]] = value
+    file.write_text(json.dumps(content))
+    before = tree(begun.directory)
+    with pytest.raises(InputError, match=f"state.json is corrupted.*{path.partition('.')[0]}.*{words}"):
+        make(begun)
     assert tree(begun.directory) == before
 
 

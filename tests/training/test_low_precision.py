@@ -12,7 +12,8 @@ from torch import Tensor
 from tests.backends.families.made import made, short_prompts
 from tests.training.trainers import CPU, assert_same, finish, kill, make, state
 from twinrl.config.errors import InputError
-from twinrl.run import names
+from twinrl.run import checkpoints, names
+from twinrl.run.checkpoints import Checkpoint
 from twinrl.training import assembly, schema
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -71,6 +72,7 @@ def test_a_killed_run_goes_on_to_the_last_bit(base: Path, tmp_path: Path) -> Non
     average = {name: value for name, value in state(first).items() if name.startswith("ema.")}
     assert {value.dtype for value in average.values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in average.values())
+    assert any(value.any() for name, value in state(first).items() if name.startswith(assembly.REMAINDER))
 
 
 def cast(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -79,12 +81,23 @@ def cast(file: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     return cast
 
 
+def without_remainder(folder: Path) -> None:
+    found = checkpoints.load(folder)
+    tensors = {part: kept for part, kept in found.tensors.items() if part != assembly.REMAINDER}
+    counts = {part: len(kept) for part, kept in tensors.items()}
+    said = {key: value for key, value in found.state.items() if key != "format"}
+    (folder / f"{assembly.REMAINDER}.safetensors").unlink()
+    checkpoints.write(folder, Checkpoint(tensors, said | {"parts": sorted(tensors), "tensors": counts}))
+
+
 def test_averages_of_older_versions_are_taken_on(base: Path, tmp_path: Path) -> None:
     """They were in the weights' format; in any other they are damaged."""
     settings = settings_of(base, tmp_path)
     kill(settings, 3, source=(data := source(settings)))
-    file = RunDirectory(settings.directory).newest_checkpoint() / "ema.safetensors"
+    folder = RunDirectory(settings.directory).newest_checkpoint()
+    file = folder / "ema.safetensors"
     older = cast(file, torch.bfloat16)
+    without_remainder(folder)
     resumed = state(make(settings, source=data))
     assert all(torch.equal(resumed[f"ema.{name}"], value.float()) for name, value in older.items())
     cast(file, torch.float16)

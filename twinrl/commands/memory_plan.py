@@ -7,6 +7,7 @@ their papers' architectures.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from twinrl.backends.families.pipelines import quiet
 from twinrl.commands import footprint
+from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
-from twinrl.flow.teacher import LOW
+from twinrl.flow.teacher import LOW, REMAINDER
 from twinrl.machine.dtypes import DTYPES
 from twinrl.rewards.guide import RewardConfig
 from twinrl.rewards.latent import LatentReward
@@ -85,8 +87,8 @@ def plan(settings: RunConfig, processes: int = 1) -> list[Item]:
 
 
 def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iterator[Item]:
-    """Student, gradients, optimizer and teachers. An average is in float32 where the student is not. Several processes
-    cannot share a LoRA's frozen base between student and average, since each gathers its own."""
+    """Student, gradients, optimizer and teachers. An average is in float32, with a remainder, where the student is
+    not. Several processes cannot share a LoRA's frozen base between student and average, since each gathers its own."""
     parameters = list(network.parameters())
     trained = [p for p in parameters if p.requires_grad]
     own = size_of(trained) if len(trained) < len(parameters) else size_of([*parameters, *network.buffers()])
@@ -98,7 +100,8 @@ def of_training(settings: RunConfig, network: nn.Module, processes: int) -> Iter
     buffers = size_of(network.buffers()) if len(trained) < len(parameters) else 0
     if "ema" in roles:
         base = size_of(p for p in parameters if not p.requires_grad) if processes > 1 else 0
-        wider = sum((4 - p.element_size()) * p.numel() for p in trained if p.dtype in LOW)
+        each = 4 + REMAINDER.itemsize
+        wider = sum((each - p.element_size()) * p.numel() for p in trained if p.dtype in LOW)
         yield Item("average (EMA)", own + base + buffers + wider)
     if "frozen" in roles and settings.model.lora is None:
         yield Item("frozen teacher", own)
@@ -136,20 +139,31 @@ def of_a_step(settings: RunConfig, network: Any, source: Any, processes: int) ->
         footprint.strip(network, gathered)
         if (vae := getattr(source, "vae", None)) is not None:
             footprint.strip(vae)
-        x = torch.empty(rows, *source.latent_shape)
-        condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
-        reward = None if settings.reward is None else _asked(settings.reward, source)
-        try:
+        with _described(source.latent_shape):
+            x = torch.empty(rows, *source.latent_shape)
+            condition = {name: torch.empty_like(value) for name, value in source.null_condition(rows).items()}
+            reward = None if settings.reward is None else _asked(settings.reward, source)
             passes = footprint.backward(network, x, condition, None if gathered else low, reward)
-        except ValueError as error:  # diffusers' own check, as of SD3's positions
-            size = "×".join(map(str, source.latent_shape))
-            raise InputError(f"the model does not take latents of {size}", got=error) from error
         together = processes == 1 and settings.machine.device != "cpu"  # as torch and FSDP2 do
         optimizer = OPTIMIZERS.find(settings.optim.kind)
         update = footprint.update(partial(optimizer.build, settings.optim), network, together)
     phases = ("forward",) if rows == share else ("forward", "backward")
     yield Item("activations", passes, shared=False, exact=False, phases=phases)
     yield Item("temporaries", update, exact=False, phases=("update",))
+
+
+@contextmanager
+def _described(shape: Sequence[int]) -> Iterator[None]:
+    """Raises InputError where a model, as it is described, does not take latents of a shape: sizes do not fit one
+    another, or diffusers' own checks fail, as of SD3's positions."""
+    try:
+        with failures_named():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        size = "×".join(map(str, shape))
+        raise InputError(f"the model does not take latents of {size}", got=f"{error}"[:200] or type(error)) from error
 
 
 def _asked(config: RewardConfig, codec: Any) -> Callable[[Tensor], object]:

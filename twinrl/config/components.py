@@ -2,15 +2,18 @@
 
 A component is named by its key in a :class:`Registry`, or, if it is a user's own, by the dotted path of its class. What
 is wrong with an own one is said in one line that names it: on import, as a class, by what its methods return
-(:func:`checked`), and where it raises (:func:`failures_named`).
+(:func:`checked`, :func:`check_returns`), and where it raises (:func:`failures_named`).
 """
 
 import inspect
+import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +22,9 @@ from typing import Any, TypeVar
 from twinrl.config.errors import InputError
 
 T = TypeVar("T")
+Returned = Callable[[Any, Any, str, tuple[Any, ...]], object]
+"""Checks a value that a method has returned, given its owner, the method's name and its arguments; raises InputError
+where it is not what it should be."""
 
 
 class ComponentError(InputError):
@@ -34,7 +40,8 @@ class Registry(dict[str, type[T]]):
     Arguments:
         what: the kind in words, for messages, e.g. ``"loss term"``.
         bases: a component derives from one of these, overrides its abstract methods, and has a nested ``Config`` that
-            derives from the base's and has a field ``kind``.
+            derives from the base's and has a field ``kind``. What its methods return is checked by ``RETURNS`` of the
+            base, where that has one: method → :data:`Returned`.
         known: the classes that come with twinrl.
     """
 
@@ -69,6 +76,7 @@ class Registry(dict[str, type[T]]):
             raise InputError(f"{named} has no nested Config class", fix=f"derive it from {_path(expected)}")
         if "kind" not in getattr(settings, "model_fields", {}):
             raise InputError(f"{named} has a Config without `kind`", fix="declare `kind: str` in it")
+        check_returns(found, getattr(base, "RETURNS", {}))
 
 
 def check_class(found: Any, bases: tuple[type, ...], what: str, named: str) -> type:
@@ -140,19 +148,71 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
     """``value``, which ``owner``'s ``method`` (or a ``method.part`` of it) has returned, if it is what it should be.
 
     Arguments:
-        kind: type that it must have; a whole number passes for a float.
+        kind: type that it must have; a whole number passes for a float, which must be finite.
         shape: of a tensor.
 
     Raises:
         InputError: it is not; the message names the method and its line.
     """
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if fits and (shape is None or value.shape == shape):
+    number = kind is float
+    fits = isinstance(value, int | float) and math.isfinite(value) if number else isinstance(value, kind)
+    if fits and (shape is None or value.shape == shape):  # type: ignore[attr-defined]
         return value
-    expected = kind.__name__ + (f" of shape {tuple(shape)}" if shape is not None else "")
+    expected = "a finite number" if number else kind.__name__
+    raise wrong_return(value, owner, method, expected + (f" of shape {tuple(shape)}" if shape is not None else ""))
+
+
+def wrong_return(value: object, owner: object, method: str, expected: str) -> ComponentError:
+    """The error for what ``owner``'s ``method`` (or a ``method.part`` of it) has returned."""
     cls = owner if isinstance(owner, type) else type(owner)
     place = _place(getattr(cls, method.partition(".")[0], None))
-    raise ComponentError(f"{_path(cls)}.{method} returns {told(value)}{place}", expected=expected)
+    return ComponentError(f"{_path(cls)}.{method} returns {told(value)}{place}", expected=expected)
+
+
+def check_returns(cls: type, contract: Mapping[str, Returned]) -> None:
+    """Have the methods and properties of a user's own class check what they return, from now on."""
+    for each in (each for each in cls.__mro__ if each.__module__ in _own):
+        for name, check in contract.items():
+            member = vars(each).get(name)
+            if isinstance(member, property):
+                setattr(each, name, property(_checking(member.fget, name, check)))
+            elif inspect.isfunction(member):
+                setattr(each, name, _checking(member, name, check))
+
+
+def _checking(function: Any, name: str, check: Returned) -> Any:
+    """The function, followed by the check."""
+    if getattr(function, "is_checked", False):
+        return function
+
+    @wraps(function)
+    def run(self: Any, *arguments: Any, **named: Any) -> Any:
+        value = function(self, *arguments, **named)
+        check(value, self, name, arguments)
+        return value
+
+    run.is_checked = True  # type: ignore[attr-defined]
+    return run
+
+
+def plain_state(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    """A :data:`Returned` of states that go to a checkpoint: text → plain values."""
+    checked(value, dict, owner, method)
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise wrong_return(value, owner, method, f"plain values ({error})") from error
+
+
+def all_of(kind: type, value_kind: type) -> Returned:
+    """A :data:`Returned` of mappings or sequences (``kind``) whose values have a type."""
+
+    def check(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+        checked(value, kind, owner, method)
+        for each in value.values() if isinstance(value, Mapping) else value:
+            checked(each, value_kind, owner, method)
+
+    return check
 
 
 @contextmanager

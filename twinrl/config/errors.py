@@ -13,9 +13,22 @@ REMEDIES = {
 }  # fmt: skip
 
 
+NO_THREAD = "can't start new thread"
+"""What Python says, as a RuntimeError, where the system lets it start no more threads."""
+NO_MORE = "no more threads or processes can be started"
+RAISE = "raise the limit of processes (`ulimit -u`, or the container's), or end others"
+
+
+def of_threads(error: RuntimeError) -> str | None:
+    """In one line, that no thread can be started; None where the error is another."""
+    return f"{NO_MORE}; fix: {RAISE}" if NO_THREAD in str(error) else None
+
+
 def of_system(error: OSError) -> str:
-    """In one line, what the system says of a file, and the likely fix."""
+    """In one line, what the system says of a file, or of a process that it does not start, and the likely fix."""
     path = error.filename2 or error.filename
+    if path is None and error.errno == errno.EAGAIN:
+        return f"{NO_MORE}; got {error.strerror}; fix: {RAISE}"
     what = "a file" if path is None else os.fsdecode(path) if isinstance(path, bytes) else path
     remedy = REMEDIES.get(error.errno or 0)
     line = f"{what} cannot be used; got {error.strerror or error}" + (f"; fix: {remedy}" if remedy else "")

@@ -1,13 +1,18 @@
 """JSON files that the program has written itself: read strictly, for disks, copies and people damage them."""
 
+import json
+import math
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from twinrl.config.errors import InputError
 from twinrl.config.loading import one_line
+
+T = TypeVar("T")
 
 
 def read(path: Path, kind: Any, fix: str) -> Any:
@@ -43,6 +48,38 @@ def parse(content: bytes, kind: Any, what: str, fix: str) -> Any:
         return _adapter(kind).validate_json(content, strict=True)
     except ValidationError as error:
         raise InputError(f"{what} is damaged", got=one_line(error.errors()), fix=fix) from error
+
+
+# --- plain values of a state that was saved ---------------------------------------------------------------
+
+
+def made(kind: type[T], plain: Mapping[str, object]) -> T:
+    """A dataclass from plain values, its fields' types taken strictly. Raises ValueError: they do not fit."""
+    try:
+        return _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ValueError(one_line(error.errors())) from error
+
+
+def count(value: object) -> int:
+    """A number of steps or rows, ≥ 0. Raises ValueError: something else."""
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
+
+
+def number(value: object) -> float:
+    """A number; one that is not finite may be a string, as strict JSON has it. Raises ValueError: something else."""
+    if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
+        raise ValueError(f"{value!r:.40} is no number")
+    return float(value)  # type: ignore[arg-type]
+
+
+def finite(value: object) -> float:
+    """A finite number. Raises ValueError: something else."""
+    if not math.isfinite(found := number(value)):
+        raise ValueError(f"{value!r:.40} is not finite")
+    return found
 
 
 @cache

@@ -57,9 +57,7 @@ class ShardStore:
             path.open("rb").close()  # the library says of a file that it may not read that it is not there
             shard = safe_open(path, framework="pt")
         except (*files.GONE, SafetensorError) as error:
-            raise InputError(
-                f"the shard {path} is damaged", got=error, fix="delete it and run `twinrl data prepare` again"
-            ) from error
+            raise _damaged(path, error) from error
         for full_name in shard.keys():  # noqa: SIM118 (not a mapping)
             key, _, _ = full_name.partition("/")
             self._where.setdefault(key, (len(self._shards), []))[1].append(full_name)
@@ -71,6 +69,10 @@ class ShardStore:
         shard, full_names = self._where[key]
         return {name.partition("/")[2]: self._shards[shard].get_tensor(name) for name in full_names}
 
+    def damaged(self, key: str, why: str) -> InputError:
+        """The error for a record that is not what it should be."""
+        return _damaged(sorted(self.folder.glob("shard-*.safetensors"))[self._where[key][0]], f"{key}: {why}")
+
     def append(self, records: Mapping[str, CacheRecord]) -> None:
         """Publish records, if any, as one new shard; returns when they are on disk."""
         if not records:
@@ -81,6 +83,10 @@ class ShardStore:
         with files.publishing(path) as new:
             tensors.write(new, flat)
         self._open(path)
+
+
+def _damaged(path: Path, why: object) -> InputError:
+    return InputError(f"the shard {path} is damaged", got=why, fix="delete it and run `twinrl data prepare` again")
 
 
 def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """A prepared folder as training reads it: rows by number, latents and conditions straight from the cache."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
@@ -72,15 +73,43 @@ class CachedDataset:
 
     def latents(self, indices: Sequence[int] | Tensor) -> Tensor:
         """(B, C, h, w) normalised latents of rows that are all of one bucket, in the encoder's dtype, on the CPU."""
-        return torch.stack([self._latents[str(entry.latent)]["latents"] for entry in self._at(indices)])
+        return torch.stack([self._latent(entry) for entry in self._at(indices)])
 
     def conditions(self, indices: Sequence[int] | Tensor) -> Condition:
         """The rows' prompt embeddings (B, …), filled up with zeros to the data set's longest prompt."""
-        return pad([self._prompts[entry.text] for entry in self._at(indices)], self._lengths)
+        return pad([self._embeddings(entry.text) for entry in self._at(indices)], self._lengths)
 
     def null_condition(self, n: int) -> Condition:
         """The embeddings of the empty prompt, n rows."""
-        return pad([self._prompts[EMPTY_PROMPT]] * n, self._lengths)
+        return pad([self._embeddings(EMPTY_PROMPT)] * n, self._lengths)
+
+    def _latent(self, entry: Entry) -> Tensor:
+        """(C, h, w) of an entry. Raises InputError: it has not its bucket's shape, or another format than the rest."""
+        key = str(entry.latent)
+        found, shape = self._latents[key].get("latents"), self.latent_shapes[entry.bucket]
+        if found is None or found.shape != shape or found.dtype != self._latent_format:
+            got = "no latents" if found is None else _kind(found)
+            raise self._latents.damaged(key, f"{got} instead of {_named(self._latent_format)} {shape}")
+        return found
+
+    @cached_property
+    def _latent_format(self) -> torch.dtype:
+        """Of the first entry's latents."""
+        first = next(iter(self._latents[str(self._entries[0].latent)].values()))
+        return first.dtype if first.dtype.is_floating_point else torch.get_default_dtype()
+
+    def _embeddings(self, key: str) -> dict[str, Tensor]:
+        """Of a prompt. Raises InputError: they are not as the empty prompt's, or longer than any prompt's."""
+        found, like = self._prompts[key], self._prompts[EMPTY_PROMPT]
+        for name in sorted(found.keys() | like.keys()):
+            if name not in found or name not in like:
+                raise self._prompts.damaged(key, f"{name} in one of two prompts alone")
+            one, other, longest = found[name], like[name], self._lengths.get(name)
+            free = 0 if longest is None else 1  # axes that may differ
+            alike = one.ndim == other.ndim and one.shape[free:] == other.shape[free:] and one.dtype == other.dtype
+            if not alike or (longest is not None and len(one) > longest):
+                raise self._prompts.damaged(key, f"{name} {_kind(one)}, of the empty prompt {_kind(other)}")
+        return found
 
     def bucket_of(self, index: int) -> str:
         """The bucket of a row."""
@@ -117,6 +146,14 @@ class CachedDataset:
         for entry in self._entries:
             if entry.text not in self._prompts or (self.has_images and str(entry.latent) not in self._latents):
                 raise _unprepared(self.folder, f"{entry.name} is not in the cache")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{_named(tensor.dtype)} {tuple(tensor.shape)}"
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mended(got: str, expected: str) -> str:

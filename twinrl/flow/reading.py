@@ -11,7 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twinrl.config.components import checked
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
 from twinrl.flow.conditions import Condition
@@ -70,7 +69,7 @@ class InMemory:
             InputError: it has fewer.
         """
         here: Split = getattr(source, split)
-        latents = checked(source.latents(split), Tensor, source, "latents", (len(here), *source.latent_shape))
+        latents = source.latents(split)
         if rows is not None and rows > len(latents):
             raise InputError(
                 "data.rows is larger than the data",

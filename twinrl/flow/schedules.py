@@ -24,13 +24,14 @@ is shortened or lengthened, steps do not. A number stands for a constant schedul
 import math
 import re
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from twinrl.config import Settings, component
-from twinrl.config.components import Registry, checked
+from twinrl.config.components import Registry, Returned, checked, wrong_return
 from twinrl.config.errors import InputError
 
 ANCHOR = "after_renoise"
@@ -93,9 +94,21 @@ def position(moment: "Moment", steps: int, renoise_end: Fraction | None = None) 
 # --- schedules ------------------------------------------------------------------------------------------
 
 
+def _number(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, float, owner, method)
+
+
+def _ordered_pair(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, Sequence, owner, method)
+    numbers = [each for each in value if isinstance(each, int | float | Fraction) and math.isfinite(each)]
+    if len(numbers) != 2 or len(value) != 2 or numbers[0] > numbers[1]:
+        raise wrong_return(value, owner, method, "two numbers, the smaller one first")
+
+
 class Schedule(Settings):
     """What every schedule can say about itself. All are plain settings: frozen, hashable, readable in YAML."""
 
+    RETURNS: ClassVar[Mapping[str, Returned]] = {"value": _number, "span": _ordered_pair, "extremes": _ordered_pair}
     kind: str
 
     @abstractmethod

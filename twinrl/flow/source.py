@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from twinrl.config.components import checked
+from twinrl.config.components import checked, wrong_return
 from twinrl.flow.conditions import Condition
 
 
@@ -49,8 +49,18 @@ class Judge(Protocol):
 
 def seen(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
     """(B, D) features and (B, K) logits; a judge that has ``logits_of`` looks once."""
-    features = judge.features(images)
-    return features, judge.logits_of(features) if hasattr(judge, "logits_of") else judge.logits(images)
+    features = _rows(judge.features(images), judge, "features", len(images))
+    if hasattr(judge, "logits_of"):
+        return features, _rows(judge.logits_of(features), judge, "logits_of", len(images))
+    return features, _rows(judge.logits(images), judge, "logits", len(images))
+
+
+def _rows(value: object, judge: Judge, method: str, rows: int) -> Tensor:
+    """What a judge says of its images. Raises InputError where it is not (B, D)."""
+    found = checked(value, Tensor, judge, method)
+    if found.ndim != 2 or len(found) != rows:
+        raise wrong_return(found, judge, method, f"Tensor of shape ({rows}, D)")
+    return found
 
 
 class Scorer(Protocol):

@@ -20,6 +20,8 @@ from twinrl.config import Settings
 TeacherKind = Literal["ema", "live", "frozen"]
 LOW = (torch.bfloat16, torch.float16)
 """Formats that would swallow the small steps of an average: 0.1 % of a difference is below half a unit of a weight."""
+REMAINDER = torch.bfloat16
+"""Has float32's exponents, so that half a unit of any weight is in its range."""
 
 
 class TeacherConfig(Settings):
@@ -78,6 +80,10 @@ def in_low_precision(forward: Callable[..., Tensor], dtype: torch.dtype, x: Tens
 class Teacher:
     """Holds the copies that the configured roles need and keeps the EMA.
 
+    Weights of a format of :data:`LOW` stand still for many steps, and so does the difference to their average: what
+    float32 rounds away of a step of 10⁻⁴ of it has the same sign each time, and adds up. Such an average is therefore
+    kept in two parts (Kahan's summation): ``ema``, and the ``remainder`` that the next step takes in.
+
     Arguments:
         student: the network being trained; copies start from its present weights.
         config: which roles need which copy.
@@ -102,6 +108,9 @@ class Teacher:
         averages = list(self.ema.parameters()) if self.ema is not None else []
         pairs = [(v, a) for v, a in zip(student.parameters(), averages, strict=False) if v is not a and v.requires_grad]
         self._values, self._averages = [v for v, _ in pairs], [a for _, a in pairs]
+        wider = [a for v, a in pairs if v.dtype != a.dtype]
+        kept = [nn.Parameter(torch.zeros_like(a.detach(), dtype=REMAINDER), requires_grad=False) for a in wider]
+        self.remainder = nn.ParameterList(kept) if kept else None
 
     @property
     def recursion(self) -> nn.Module:
@@ -132,9 +141,22 @@ class Teacher:
         if alike := [(a, v) for a, v in pairs if a.dtype == v.dtype]:
             averages, values = zip(*alike, strict=True)
             torch._foreach_lerp_(averages, values, 1 - self.decay)
-        for average, value in (pair for pair in pairs if pair[0].dtype != pair[1].dtype):  # one at a time, for memory
-            average.lerp_(value.to(average.dtype), 1 - self.decay)
+        wider = (pair for pair in pairs if pair[0].dtype != pair[1].dtype)
+        for (average, value), rest in zip(wider, self.remainder or (), strict=True):  # one at a time, for memory
+            _step(average, value.to(average.dtype), 1 - self.decay, _own(rest))
         self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
+
+
+def _step(average: Tensor, value: Tensor, weight: float, rest: Tensor) -> None:
+    """``average + rest`` moves by ``weight`` of its way to ``value``; in place, ``rest`` takes what rounding costs."""
+    if weight > 0.5:  # the first steps, which follow the student
+        average.lerp_(value, weight)
+        rest.zero_()
+        return
+    step = value.sub_(average).mul_(weight).add_(rest)
+    before = average.clone()
+    average.add_(step)
+    rest.copy_(step.sub_(before.sub_(average).neg_()))
 
 
 def _own(parameter: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from twinrl.config.errors import InputError
 from twinrl.fsdp.wrap import local, own_part, part
+from twinrl.machine import files
 from twinrl.run import checkpoints
 
 META = torch.device("meta")
@@ -176,14 +178,15 @@ class SafetensorsPart(Stored):
     Arguments:
         paths: the files.
         rename: name in the file → name here.
+
+    Raises:
+        InputError: a file is not there, or damaged.
     """
 
     def __init__(self, paths: Iterable[Any], rename: Callable[[str], str] = lambda name: name):
-        from safetensors import safe_open
-
         self._where: dict[str, tuple[Any, str]] = {}
         for path in paths:
-            file = safe_open(path, framework="pt")
+            file = _opened(path)
             self._where |= {rename(name): (file, name) for name in file.keys()}  # noqa: SIM118  not a mapping
 
     def described(self) -> dict[str, Tensor]:
@@ -210,6 +213,17 @@ class SafetensorsPart(Stored):
         rows = own_part(target)
         value: Tensor = file.get_tensor(key) if rows is None else file.get_slice(key)[rows]
         local(target).copy_(value.to(dtype) if dtype is not None and value.is_floating_point() else value)
+
+
+def _opened(path: Any) -> Any:
+    """A safetensors file. Raises InputError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        open(path, "rb").close()  # the library's own errors have no number
+        return safe_open(path, framework="pt")
+    except (*files.GONE, SafetensorError) as error:
+        raise InputError(f"{path} is missing or damaged", got=error, fix="put the file back that was there") from error
 
 
 class Pretrained(Stored):

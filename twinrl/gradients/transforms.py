@@ -6,7 +6,7 @@ decided by the stability policy, and a scaled infinity would turn finite entries
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar, Literal
@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from twinrl.config import Settings
-from twinrl.config.components import Registry
+from twinrl.config import Settings, stored
+from twinrl.config.components import Registry, Returned, plain_state
 from twinrl.flow.schedules import AnySchedule
 from twinrl.gradients.gradient import Gradient
 
@@ -42,6 +42,7 @@ class Transform(ABC):
     """A rule. Subclasses give ``Config`` and ``__call__``; rules with memory also ``state`` and ``load``."""
 
     Config: ClassVar[type[Settings]] = Settings
+    RETURNS: ClassVar[Mapping[str, Returned]] = {"state": plain_state}
     needs_others: ClassVar[bool] = False  # whether the terms' sum must be there first
     needs_parameters: ClassVar[bool] = False  # whether it makes sense in parameter space alone
 
@@ -250,7 +251,7 @@ class ZClip(Transform):
 
     def load(self, state: dict[str, float]) -> None:
         self.count, self.mean, self.variance = (
-            torch.tensor(state[name], dtype=torch.float64) for name in ("count", "mean", "variance")
+            torch.tensor(stored.number(state[name]), dtype=torch.float64) for name in ("count", "mean", "variance")
         )
 
 

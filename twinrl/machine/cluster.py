@@ -16,13 +16,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import wait
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from twinrl.config.errors import InputError
+from twinrl.machine import aftermath
+from twinrl.machine.aftermath import end_all_of
 from twinrl.machine.background import in_background
 
 LISTEN_SECONDS, PROBE_SECONDS = 5, 60
@@ -73,6 +72,7 @@ def connect(address: str | None, cpus: int, option: str, variables: Mapping[str,
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.CRITICAL, **options)
             _leave_out_last_words()
+            _take_care_of_the_end()
             return
         except Exception as error:  # Ray raises that very class where a node does not start in its 30 s
             ray.shutdown()
@@ -91,6 +91,30 @@ def _leave_out_last_words() -> None:
             shown(data, *arguments, **named)
 
     worker.print_to_stdstream = print_others
+
+
+def _take_care_of_the_end() -> None:
+    """Start what ends the agents of a session of this process, should it die with Ray's head."""
+    session = _own_session()
+    if session is None:
+        return
+    command = [sys.executable, "-m", aftermath.NAME, *map(str, session)]
+    environment = os.environ | {"PYTHONPATH": python_path()}
+    _waiting.append(subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True))
+
+
+_waiting: list[subprocess.Popen[bytes]] = []
+"""Wait for the end of this process, or of its session: their pipes stay open until then."""
+
+
+def _own_session() -> tuple[str, int] | None:
+    """Folder and node process of the session that this process has started; None if it has joined one."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    if node is None or not node.head or not (started := node.all_processes.get("raylet")):
+        return None
+    return node.get_session_dir_path(), started[0].process.pid
 
 
 class LostError(Exception):
@@ -155,30 +179,15 @@ def _closed(connection: socket.socket) -> bool:
 def leave() -> None:
     """End the session, or leave the cluster: also one that does not answer any more, and nothing of it is left."""
     import ray
-    from ray._private import worker
 
-    node: Any = worker._global_node
-    own = {} if node is None or not node.head else node.all_processes
-    raylets = [started.process.pid for started in own.get("raylet", ())]  # known until they are ended
+    session = _own_session()  # known until it is ended
     wait([in_background(ray.shutdown)], STOP_SECONDS)
     if ray.is_initialized():
         atexit.unregister(ray.shutdown)  # which would wait again
-    for raylet in raylets:
-        end_all_of(node.get_session_dir_path(), raylet)
-
-
-def end_all_of(session: str, raylet: int) -> None:
-    """Kill the processes that a session has left.
-
-    Arguments:
-        session: its folder, which the command lines of most of them name.
-        raylet: id of its node process, which the environment of agents and workers names.
-    """
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        words, variables = process.info["cmdline"] or (), process.info["environ"] or {}
-        if any(session in word for word in words) or variables.get("RAY_RAYLET_PID") == str(raylet):
-            with suppress(psutil.Error):
-                process.kill()
+    if session is not None:
+        end_all_of(*session)
+    while _waiting:
+        _waiting.pop().communicate()
 
 
 def python_path() -> str:

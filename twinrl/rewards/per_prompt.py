@@ -19,12 +19,12 @@ With N discounted images of mean μ and variance v, n new ones of mean μ' and v
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from twinrl.config import Settings
+from twinrl.config import Settings, stored
 from twinrl.config.errors import InputError
 from twinrl.rewards.ensemble import Composite
 from twinrl.rewards.reward import WITHOUT_SOURCE, Keeper, RewardContext, RewardSettings, build_part
@@ -40,9 +40,9 @@ class Statistics:
         variance: discounted variance.
     """
 
-    count: float = 0.0
-    mean: float = 0.0
-    variance: float = 0.0
+    count: Annotated[FiniteFloat, Field(ge=0)] = 0.0
+    mean: FiniteFloat = 0.0
+    variance: Annotated[FiniteFloat, Field(ge=0)] = 0.0
 
     def updated(self, scores: Tensor, decay: float) -> "Statistics":
         """With new scores (n,), n ≥ 1."""
@@ -125,8 +125,8 @@ class PerPrompt(Composite):
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.known = {prompt: Statistics(**values) for prompt, values in state["known"].items()}
-        self.pooled = Statistics(**state["pooled"])
+        self.known = {prompt: stored.made(Statistics, values) for prompt, values in state["known"].items()}
+        self.pooled = stored.made(Statistics, state["pooled"])
         super().load(state["parts"])
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.config import Settings, component
-from twinrl.config.components import Registry
+from twinrl.config.components import Registry, Returned, all_of, checked, plain_state
 from twinrl.flow.source import Scorer
 
 
@@ -62,6 +62,14 @@ class Keeper(Protocol):
         ...
 
 
+def _scores(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, Tensor, owner, method, (len(arguments[0]),))
+
+
+def _itself(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, type(owner), owner, method)
+
+
 class Reward(ABC):
     """Base of all rewards. Subclasses give ``Config`` (with ``kind``) and :meth:`__call__`.
 
@@ -76,6 +84,9 @@ class Reward(ABC):
     """
 
     Config: ClassVar[type[Settings]] = Settings
+    RETURNS: ClassVar[Mapping[str, Returned]] = {
+        "__call__": _scores, "state": plain_state, "modules": all_of(dict, nn.Module), "to": _itself,
+    }  # fmt: skip
     differentiable: bool = True
     needs_prompts: bool = True
 

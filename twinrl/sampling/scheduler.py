@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ from twinrl.sampling.update import Evaluation, SamplerState, high_precision, ini
 
 logger = logging.getLogger(__name__)
 
+LARGEST_MU = 100
+"""exp(mu) is the shift; pipelines pass 0.5 to 1.2."""
 SAMPLER_STYLES = {"few": few_step, "any": any_step, "mul": multi_step}
 
 
@@ -91,7 +94,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         simpletuner_gap_end: bool = False,
         seed: int | None = 0,
     ):
-        _check_basics(prediction_type, shift, style)
+        _check_basics(prediction_type, shift, style, num_train_timesteps)
         self.num_inference_steps: int | None = None
         self._plan: tuple[Evaluation, ...] = ()
         self.sampler_config(2)  # wrong settings fail here rather than in the pipeline
@@ -175,15 +178,15 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         if sigmas is not None and timesteps is not None:
             raise InputError("sigmas and timesteps are two ways to say one thing", fix="pass one of them")
         if sigmas is not None:
-            return torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
+            return _times_of(sigmas, "sigmas")
         if timesteps is not None:
-            return torch.as_tensor(timesteps, dtype=torch.float64, device="cpu") / self.config["num_train_timesteps"]
+            return _times_of(timesteps, "timesteps") / self.config["num_train_timesteps"]
         return None
 
     def _count(self, given: int | None, own: Tensor | None) -> int:
         """The number of steps, given or counted."""
         if own is None:
-            if given is None or given < 1:
+            if not isinstance(given, Integral) or given < 1:
                 raise InputError("set_timesteps needs a number of steps", got=given, expected="at least 1")
             return given
         if given is not None and given != len(own):
@@ -193,8 +196,11 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
     def _shift_factor(self, mu: float | None) -> float:
         if not self.config["use_dynamic_shifting"]:
             return self.config["shift"]
-        if mu is None:
-            raise InputError("use_dynamic_shifting needs mu", fix="pass mu or set use_dynamic_shifting=False")
+        if not isinstance(mu, Real) or not abs(mu) <= LARGEST_MU:
+            raise InputError(
+                "use_dynamic_shifting needs mu", got=mu, expected=f"a number of at most ±{LARGEST_MU}",
+                fix="pass mu or set use_dynamic_shifting=False",
+            )  # fmt: skip
         return math.exp(mu)
 
     @staticmethod
@@ -371,13 +377,26 @@ def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[
     return {name: value for name, value in config.items() if name not in dropped}
 
 
-def _check_basics(prediction_type: str, shift: float, style: str) -> None:
+def _check_basics(prediction_type: str, shift: float, style: str, num_train_timesteps: int) -> None:
+    if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
+        raise InputError("num_train_timesteps must be a whole number", got=num_train_timesteps, expected="at least 1")
     if prediction_type != "flow_prediction":
         raise InputError("unknown prediction_type", got=repr(prediction_type), expected="'flow_prediction'")
-    if not shift > 0:
-        raise InputError("shift must be positive", got=shift)
+    if not isinstance(shift, Real) or not 0 < shift < math.inf:
+        raise InputError("shift must be a positive number", got=repr(shift))
     if style not in SAMPLER_STYLES:
         raise InputError("unknown style", got=repr(style), expected=" or ".join(SAMPLER_STYLES))
+
+
+def _times_of(values: Any, what: str) -> Tensor:
+    """(N,) times as they were given. Raises InputError where they are no list of numbers."""
+    try:
+        times = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} are no numbers", got=error) from error
+    if times.ndim != 1 or len(times) == 0:
+        raise InputError(f"{what} are no list of times", got=f"shape {tuple(times.shape)}", expected="(N,)")
+    return times
 
 
 def _is_default_ramp(times: Tensor) -> bool:

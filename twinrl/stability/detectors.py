@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from twinrl.config import Settings
+from twinrl.config import Settings, stored
 from twinrl.config.errors import InputError
 from twinrl.run import names, runlog
 from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, Event, Suspects
@@ -181,8 +181,8 @@ class Watch:
         for name, saved in state["detectors"].items():
             self._detectors[name].load(saved)
         for kind, healthy in state["episodes"].items():
-            self._episodes[kind].healthy = healthy
-        steps = [{term: float(share) for term, share in step.items()} for step in state["shares"]]
+            self._episodes[kind] = Episode(self._episodes[kind].cooldown, healthy)
+        steps = [{term: stored.number(share) for term, share in step.items()} for step in state["shares"]]
         self._shares = deque(steps, maxlen=self.config.history)
 
 

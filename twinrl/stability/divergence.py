@@ -30,7 +30,7 @@ from typing import Any
 
 from pydantic import Field
 
-from twinrl.config import Settings
+from twinrl.config import Settings, stored
 from twinrl.run import names, runlog
 from twinrl.run.runlog import LogRow
 from twinrl.stability.events import DIVERGED, Event
@@ -92,8 +92,8 @@ class Diverged:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "Diverged":
-        """The inverse of :meth:`as_dict`."""
-        return cls(**{name: runlog.decode(value) for name, value in plain.items()})  # type: ignore[arg-type]
+        """The inverse of :meth:`as_dict`. Raises ValueError where a value is of another type."""
+        return stored.made(cls, {name: runlog.decode(value) for name, value in plain.items()})
 
 
 @dataclass
@@ -272,12 +272,13 @@ class Divergence:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where :meth:`state` was taken."""
-        self._best = float(state["best"])
+        self._best = stored.number(state["best"])
         for name, stretch in (("_bad", state["bad"]), ("_nonfinite", state["nonfinite"])):
-            setattr(self, name, Stretch(stretch["length"], stretch["step"], float(stretch["value"])))
+            found = stored.count(stretch["length"]), stored.count(stretch["step"]), stored.number(stretch["value"])
+            setattr(self, name, Stretch(*found))
         judged = state.get("judged", {"whole": True})  # older checkpoints do not say: then the end decides nothing
         plain = {name: runlog.decode(value) for name, value in judged.items() if name != "unmet"}
-        self._judged = QualityHistory(**plain, unmet=tuple(judged.get("unmet", ())))  # type: ignore[arg-type]
+        self._judged = stored.made(QualityHistory, plain | {"unmet": judged.get("unmet", [])})
         self.outcome = None if state["outcome"] is None else Diverged.from_dict(state["outcome"])
 
 

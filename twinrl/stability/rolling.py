@@ -8,6 +8,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from twinrl.config.stored import count, finite
+
 GAUSSIAN = 1.4826
 """Standard deviation of a normal law in units of its median absolute deviation."""
 
@@ -20,11 +22,14 @@ class Rolling:
     Arguments:
         size: how many numbers are remembered.
         values: initial content, oldest first; finite.
+
+    Raises:
+        ValueError: a value is no finite number.
     """
 
     def __init__(self, size: int, values: Iterable[float] = ()):
         self.size = size
-        self._queue = deque(values, maxlen=size)
+        self._queue = deque(map(finite, values), maxlen=size)
         self._sorted = sorted(self._queue)
 
     def __len__(self) -> int:
@@ -69,11 +74,14 @@ class Episode:
     Arguments:
         cooldown: healthy steps after which the next trouble is a new one, ≥ 1.
         healthy: healthy steps so far, at most ``cooldown``; None = no trouble yet.
+
+    Raises:
+        ValueError: ``healthy`` is no count.
     """
 
     def __init__(self, cooldown: int, healthy: int | None = None):
         self.cooldown = cooldown
-        self.healthy = cooldown if healthy is None else healthy
+        self.healthy = cooldown if healthy is None else count(healthy)
 
     @property
     def over(self) -> bool:

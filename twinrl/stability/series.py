@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from pydantic import Field
 
-from twinrl.config import Settings
+from twinrl.config import Settings, stored
 from twinrl.run import names, runlog
 from twinrl.stability.events import DRIFT, NONFINITE, SPIKE, UNSCORED, nonfinite
 from twinrl.stability.rolling import Episode, Rolling
@@ -221,8 +221,8 @@ class Drift:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self._window = Rolling(self.config.window, state["window"])
-        self._block, self._scale, self._skip = state["block"], state["scale"], state["skip"]
-        self._baseline = float(state["baseline"])
+        self._block, self._skip = stored.count(state["block"]), stored.count(state["skip"])
+        self._baseline, self._scale = stored.number(state["baseline"]), stored.finite(state["scale"])
 
 
 class Limit:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings
-from twinrl.config.components import Registry
+from twinrl.config.components import Registry, Returned, checked
 from twinrl.config.errors import InputError
 
 
@@ -18,12 +19,17 @@ def mean_square(F: Tensor, target: Tensor) -> Tensor:
     return (F - target).square().flatten(1).mean(1)
 
 
+def _of_rows(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
+    checked(value, Tensor, owner, method, (len(arguments[0]),))
+
+
 @dataclass(frozen=True)
 class SampleLoss(ABC):
     """A loss per sample. Subclasses give ``Config`` and :meth:`__call__`."""
 
     config: Any
     Config: ClassVar[type[Settings]] = Settings
+    RETURNS: ClassVar[Mapping[str, Returned]] = {"weight": _of_rows}
 
     @abstractmethod
     def __call__(self, F: Tensor, target: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.config.components import checked
-from twinrl.flow import conditions, draws
+from twinrl.flow import conditions, draws, returned
 from twinrl.flow.branches import Batch, Rows, selection
 from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
@@ -211,7 +211,7 @@ class Pass:
         F = self.prediction(query, rows)
         with torch.no_grad():
             target = checked(term.target(rows, query, F.detach(), self), Target, term, "target")
-            checked(target.value, Tensor, term, "target.value", F.shape)
+            _check_target(term, target, F)
         share = term.config.weight / term.normaliser(self.counts, rows.global_batch)
         per_row = checked(term.loss(rows, query, F, target.value), Tensor, term, "loss", (len(rows),))
         loss = share * per_row.sum()
@@ -219,9 +219,8 @@ class Pass:
         if target.constant is not None:
             mean = target.constant.sum() / sum(self.counts[name] for name in term.config.branches)
             loss, unweighted = loss + term.config.weight * mean, unweighted + mean
-        parts = {
-            other: share * part for other, part in term.loss_parts(rows, query, F, target).items() if other != name
-        }
+        others = checked(term.loss_parts(rows, query, F, target), Mapping, term, "loss_parts")  # type: ignore[type-abstract]
+        parts = {other: share * part for other, part in others.items() if other != name}
         own = loss - torch.stack(list(parts.values())).sum() if parts else loss
         parts = {} if target.rests else {name: own, **parts}
         return TermLoss(loss, unweighted, per_row.detach(), rows.index, target.aux, parts)
@@ -351,12 +350,24 @@ def _velocity(network: torch.nn.Module, F: object, x: Tensor) -> Tensor:
     return checked(F, Tensor, network, "forward", x.shape)
 
 
+def _check_target(term: Term, target: Target, F: Tensor) -> None:
+    """Raises InputError where a target does not fit the prediction ``F`` (B, C, H, W)."""
+    checked(target.value, Tensor, term, "target.value", F.shape)
+    if target.shift is not None:
+        checked(target.shift, Tensor, term, "target.shift", F.shape)
+    if target.constant is not None:
+        checked(target.constant, Tensor, term, "target.constant", F.shape[:1])
+    returned.check_aux(target.aux, len(F), term, "target.aux")
+
+
 def _checked_query(term: Term, rows: Rows, query: object) -> Query:
     """What a term has asked. Raises InputError where it is no query for its ``rows``."""
     asked = checked(query, Query, term, "query")
     checked(asked.x, Tensor, term, "query.x", rows.x.shape)
     for name in ("t", "r"):
         checked(getattr(asked, name), Tensor, term, f"query.{name}", (len(rows),))
+    checked(asked.point, str, term, "query.point")
+    returned.check_condition(asked.c, len(rows), term, "query.c")
     return asked
 
 

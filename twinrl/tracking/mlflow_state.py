@@ -6,7 +6,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, NonNegativeInt
+
+from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run.layout import MLFLOW
@@ -34,17 +38,18 @@ class ViewState:
         home: where the run directory was when this was written; None in those of older versions.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     folder: Path
     experiment: str = "twinrl"
     tags: dict[str, str] = field(default_factory=dict)
-    total: int = 0
+    total: NonNegativeInt = 0
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     asked_for: str | None = None
     store: str | None = None
     run_id: str | None = None
     superseded: str | None = None
-    published: int = 0
-    claimed: int = 0
+    published: NonNegativeInt = 0
+    claimed: NonNegativeInt = 0
     claim: str = ""
     home: str | None = None
 
@@ -55,14 +60,17 @@ class ViewState:
         Raises:
             InputError: ``mlflow.json`` is not one that this module wrote.
         """
-        path = folder / MLFLOW
+        path, fix = folder / MLFLOW, "delete it and publish again"
         try:
-            content = json.loads(path.read_bytes())
-            return cls(folder, **{key: content[key] for key in content.keys() - {"status"}})  # of older versions
+            content = stored.read(path, dict[str, Any], fix)
         except FileNotFoundError:
             return cls(folder)
-        except (AttributeError, ValueError, TypeError) as error:
-            raise InputError(f"{path} is corrupted", got=error, fix="delete it and publish again") from error
+        content.pop("status", None)  # of older versions
+        state: ViewState = stored.parse(json.dumps(content | {"folder": ""}).encode(), cls, str(path), fix)
+        state.folder = folder
+        if state.published > state.claimed:
+            raise InputError(f"{path} is damaged", got=f"published {state.published}, claimed {state.claimed}", fix=fix)
+        return state
 
     @property
     def here(self) -> str:
@@ -70,11 +78,13 @@ class ViewState:
         return str(self.folder.resolve())
 
     def save(self) -> None:
-        """Write the state in one move."""
+        """Write the state in one move, if it is another than what is there."""
         self.home = self.here
         content = asdict(self)
         del content["folder"]
-        files.write_text(self.folder / MLFLOW, json.dumps(content, indent=1) + "\n")
+        path, text = self.folder / MLFLOW, json.dumps(content, indent=1) + "\n"
+        if not path.is_file() or path.read_bytes() != text.encode():
+            files.write_text(path, text)
 
     def aim(self, store: str, experiment: str | None, tags: Mapping[str, str], total: int) -> None:
         """Set where to publish and what to call it; another store or experiment means another MLflow run.

@@ -194,6 +194,7 @@ def publish(
     """
     folder = Path(run_dir)
     length = _length(folder)
+    _check_readable(folder)
     try:
         with store.impatient():
             publisher = _open(folder, tracking_uri, experiment, tags or {}, None)
@@ -209,6 +210,16 @@ def publish(
             fix="start its server, mend the rights of its file, or name another store",
         ) from error
     return publisher.run_id
+
+
+def _check_readable(folder: Path) -> None:
+    """Before anything is written or sent: raises InputError where a file of the run is damaged."""
+    layout.read_config(folder)
+    layout.read_environment(folder)
+    layout.read_start(folder)
+    layout.read_rows(folder)
+    layout.read_events(folder)
+    _status(folder)
 
 
 def _status(folder: Path) -> str:

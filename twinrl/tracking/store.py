@@ -21,7 +21,11 @@ from twinrl.config.errors import InputError
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
 STORE_PATIENCE_SECONDS = 5
-PASSWORD = re.compile(r"(://[^/@\s:]*:)[^@/\s]+(?=@)|([?&]password=)[^&\s]+")
+SECRETS = "password|passwd|pwd|token|secret|api_?key"
+PASSWORD = re.compile(
+    rf"(://[^/@\s:]*:)(?!\d+(?:[/?#\s]|$))\S+(?=@)|([?&;][\w-]*(?:{SECRETS})=)(?!\*\*\*)[^&;\s]+", re.IGNORECASE
+)
+"""The part of a URI before the last @ that is no port, whatever characters people have in it; and of its query."""
 PARENT_TAG = "mlflow.parentRunId"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")

@@ -64,8 +64,13 @@ def objective_of(provider: Provider[Any], student: nn.Module, guide: Guide | Non
     return Objective(terms, teacher, settings.guidance, autocast, guide)
 
 
+REMAINDER = "remainder"
+"""The part that checkpoints of older versions lack: then the average goes on without."""
+
+
 def parts_of(objective: Objective) -> dict[str, nn.Module]:
     """The modules that a checkpoint holds, by part."""
     teacher = objective.teacher
-    parts = {"student": teacher.student, "ema": teacher.ema, "frozen": teacher.frozen}
+    networks = {"student": teacher.student, "ema": teacher.ema, "frozen": teacher.frozen}
+    parts: dict[str, nn.Module | None] = {**networks, REMAINDER: teacher.remainder}
     return {name: module for name, module in parts.items() if module is not None and list(module.parameters())}

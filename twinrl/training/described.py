@@ -1,6 +1,5 @@
 """What a family's pipeline is, by its description alone: networks, VAE and data without values (the meta device)."""
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twinrl.backends.families import pipelines
 from twinrl.backends.families.family import FamilyNetwork
 from twinrl.backends.families.lora import add_lora
-from twinrl.backends.families.pipelines import INDEX, check_class, components, quiet, read_index, transformer_config
+from twinrl.backends.families.pipelines import INDEX, building, components, quiet, read_index, transformer_config
 from twinrl.config.errors import InputError
 from twinrl.data.dataset import read_manifest
 from twinrl.data.prepare import MANIFEST
@@ -31,7 +31,8 @@ def unloaded(settings: RunConfig) -> Unloaded:
         InputError: no description can be had, or it is another family's.
     """
     folder, family = described(str(settings.model.path)), settings.model.family_class
-    check_class(folder, family.PIPELINE)
+    pipelines.check_class(folder, family.PIPELINE)
+    pipelines.check_values(folder, family.LEFT_OUT)
     network = meta_family(settings, folder)
     used = (name for name in components(read_index(folder)) if name not in (family.PART, *family.LEFT_OUT))
     frozen = {name: module for name in used if (module := meta_component(folder, name)) is not None}
@@ -64,7 +65,7 @@ def described(path: str) -> Path:
 def meta_family(settings: RunConfig, folder: Path) -> FamilyNetwork:
     """The student as :meth:`Family.network` makes it, without values."""
     model, family = settings.model, settings.model.family_class
-    with META, quiet():
+    with building(folder / family.PART), META:
         transformer: Any = family.TRANSFORMER.from_config(transformer_config(folder, family.PART))  # type: ignore[attr-defined]
         transformer.to(DTYPES[model.dtype])
         if model.lora is not None:
@@ -86,9 +87,9 @@ def meta_component(folder: Path, name: str) -> nn.Module | None:
     file = folder / name / "config.json"
     if not file.is_file():
         return None
-    with META:
+    with building(folder / name), META:
         if library == "diffusers":
-            return getattr(diffusers, cls).from_config(json.loads(file.read_text()))
+            return getattr(diffusers, cls).from_config(pipelines.described(file))
         return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
 
 

@@ -10,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from twinrl.config import Settings
-from twinrl.config.components import Registry, checked
+from twinrl.config import Settings, stored
+from twinrl.config.components import Registry, Returned, checked, plain_state
 from twinrl.gradients import Gradient
 from twinrl.gradients.telemetry import Unmoved
 from twinrl.run import names
@@ -146,6 +146,7 @@ class LearningRatePolicy:
     """
 
     Config: ClassVar[type[PolicyConfig]] = PolicyConfig
+    RETURNS: ClassVar[Mapping[str, Returned]] = {"state": plain_state}
 
     def __init__(self, config: Any, steps: int):
         self.config, self.steps, self.scale = config, steps, 1.0
@@ -170,7 +171,7 @@ class LearningRatePolicy:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        self.scale = float(state["scale"])
+        self.scale = stored.finite(state["scale"])
 
 
 class ConstantLR(LearningRatePolicy):
@@ -249,7 +250,7 @@ class Plateau(LearningRatePolicy):
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.best, self.bad = float(state["best"]), int(state["bad"])
+        self.best, self.bad = stored.number(state["best"]), stored.count(state["bad"])
 
 
 LR_POLICIES = Registry(
@@ -288,4 +289,4 @@ class EarlyStop:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        self.best, self.bad = float(state["best"]), int(state["bad"])
+        self.best, self.bad = stored.number(state["best"]), stored.count(state["bad"])

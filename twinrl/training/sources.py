@@ -5,7 +5,8 @@ from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinrl.config.components import ComponentError, check_methods, own
+from twinrl.config.components import ComponentError, check_methods, check_returns, own
+from twinrl.flow import returned
 from twinrl.flow.source import Data, Source
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def find(name: str, trains_family: bool) -> Callable[..., Any]:
         contract = Data if trains_family else Source
         methods = [method for kind in contract.__mro__ for method, value in vars(kind).items() if isfunction(value)]
         check_methods(found, contract, [name for name in methods if name[0] != "_"], f"data source {name!r}")
+        check_returns(found, returned.RETURNS)
     return found
 
 
@@ -76,4 +78,6 @@ def load(name: str, root: Path | None, *family: "Family") -> Any:
         raise ComponentError(
             f"data source {name!r} has no {', '.join(lacking)}", expected="what docs/extending.md lists"
         )
+    if name not in SOURCES | FAMILY_SOURCES:
+        returned.check_attributes(source, f"data source {name!r}")
     return source

@@ -26,6 +26,8 @@ from tests.logs import rows
 from twinrl.backends.families import FAMILIES, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.lora import LoraSettings
+from twinrl.backends.families.sd3 import SD3
+from twinrl.config.components import ComponentError
 from twinrl.sampling import euler, sample
 from twinrl.training import schema
 
@@ -119,3 +121,43 @@ def test_from_images_to_a_stock_pipeline_by_the_commands(added: Case, tmp_path: 
     does("-c", STOCK)
     (run,) = (tmp_path / "runs").glob("*-s0")
     assert [math.isfinite(row["reward/mean"]) for row in rows(run)] == [True, True]
+
+
+# --- what an own family returns -------------------------------------------------------------------------------
+
+
+class Wrong(SD3):
+    """Says what each case makes it say."""
+
+    def _encode_prompts(self, prompts):
+        return SAYS.get("_encode_prompts", super()._encode_prompts)(prompts)
+
+    def encode(self, pixels):
+        return SAYS.get("encode", super().encode)(pixels)
+
+    def decode(self, latents):
+        return SAYS.get("decode", super().decode)(latents)
+
+    def latent_shape(self, height, width):
+        return SAYS.get("latent_shape", super().latent_shape)(height, width)
+
+
+SAYS = {}
+CALLS = {
+    "_encode_prompts": lambda family: family.encode_prompts(["a", "b"]),
+    "encode": lambda family: family.encode(torch.zeros(2, 3, 16, 16)),
+    "decode": lambda family: family.decode(torch.zeros(2, family.channels, 2, 2)),
+    "latent_shape": lambda family: family.latent_shape(16, 16),
+}
+
+
+@pytest.mark.parametrize("wrong", [None, "text", torch.zeros(3, 5)], ids=["none", "text", "shape"])
+@pytest.mark.parametrize("method", CALLS)
+def test_a_family_that_returns_something_else(sd3, monkeypatch, method, wrong):
+    family = load_family(f"{__name__}.Wrong", FamilyConfig(path=str(sd3.folder)))
+    monkeypatch.setattr(family, "TOKENS", 16)
+    CALLS[method](family)
+    monkeypatch.setitem(SAYS, method, lambda *given: wrong)
+    line = getattr(Wrong, method).__wrapped__.__code__.co_firstlineno
+    with pytest.raises(ComponentError, match=rf"Wrong\.{method} returns .* at .*test_adding\.py:{line}; expected "):
+        CALLS[method](family)

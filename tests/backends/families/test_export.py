@@ -1,5 +1,6 @@
 """Export a student, sample with nothing but diffusers: the image is our sampler's."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -133,11 +134,16 @@ def test_adapters_are_added_in_float32_and_rounded_once(case, tmp_path, dtype):
     assert f'from_pretrained("s", torch_dtype=torch.{"float32" if dtype else "bfloat16"})' in card
 
 
+MOVING = ("hidden_states", "sample", "x", "timestep", "t")
+"""Arguments of transformers that are the latents and the time, which differ from step to step."""
+
+
 class Heard:
-    """What a network receives in a sampler's calls: levels and target times in [0, 1], whether they are fake, texts."""
+    """What a network receives in a sampler's calls: levels and target times in [0, 1], whether they are fake, and its
+    context: by argument, every tensor that is neither latents nor time."""
 
     def __init__(self, transformer):
-        self.calls, self.texts = [], []
+        self.calls, self.contexts = [], []
         summed = type(transformer)._levels
 
         def levels(time):
@@ -148,9 +154,11 @@ class Heard:
         transformer.register_forward_pre_hook(self._given, with_kwargs=True)
 
     def _given(self, module, args, kwargs):
-        given = [*args, *kwargs.values()]
-        flat = [value for one in given for value in (one if isinstance(one, list | tuple) else [one])]
-        self.texts.append([v.float() for v in flat if isinstance(v, torch.Tensor) and v.is_floating_point()])
+        named = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        named = {**named, **named.pop("kwargs", {})}
+        lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in named.items()}
+        tensors = {name: [v for v in value if isinstance(v, torch.Tensor)] for name, value in lists.items()}
+        self.contexts.append({name: found for name, found in tensors.items() if found and name not in MOVING})
 
 
 @pytest.mark.slow
@@ -179,6 +187,12 @@ def test_a_stock_pipeline_tells_the_network_what_training_did(case, tmp_path, dt
         assert target.abs().max() == wanted.abs().max() == 0
         assert not fake.any()
         assert not false.any()
+    for given, ours_given in zip(theirs.contexts, ours.contexts, strict=True):
+        assert given.keys() == ours_given.keys()
+        assert given
+        for name, tensors in given.items():
+            for one, other in zip(tensors, ours_given[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
 
 
 def test_a_folder_in_use_is_left_alone(sd3, tmp_path):

@@ -7,7 +7,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from twinrl.config.components import check_class, own
+from twinrl.config.components import check_class, check_returns, own
 from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def _own_class(path: str) -> "type[Family]":
         raise InputError(
             f"{named} lacks {', '.join(lacking)}", fix="set what twinrl.backends.families.family.Family lists"
         )
+    check_returns(found, Family.RETURNS)
     return found
 
 

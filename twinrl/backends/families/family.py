@@ -26,8 +26,10 @@ from twinrl.backends.families.diffusion import check_bridge
 from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
 from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config import Settings
+from twinrl.config.components import Returned, all_of, checked, wrong_return
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
+from twinrl.flow.returned import check_condition
 from twinrl.machine.dtypes import DTYPES
 
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
@@ -69,7 +71,8 @@ class FamilyNetwork(nn.Module, ABC):
         dtype = self.transformer.base_dtype
         told = {name: value.to(dtype) if value.is_floating_point() else value for name, value in condition.items()}
         with self.transformer.at(t_b, r_b):
-            return self.velocity(self.latents(x_bchw), t_b.abs(), told).to(x_bchw.dtype)
+            found = self.velocity(self.latents(x_bchw), t_b.abs(), told)
+        return checked(found, Tensor, self, "velocity", x_bchw.shape).to(x_bchw.dtype)
 
     def latents(self, x_bchw: Tensor) -> Tensor:
         """The latents as :meth:`velocity` gets them: in the transformer's dtype."""
@@ -116,6 +119,35 @@ class FrozenTeacher(nn.Module):
             return self._student[0](x_bchw, t_b, r_b, condition)
 
 
+Arguments = tuple[Any, ...]
+
+
+def _condition(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    check_condition(value, len(arguments[0]), owner, method)
+
+
+def _of_pixels(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    pixels = arguments[0]
+    checked(value, Tensor, owner, method, (len(pixels), *owner.latent_shape(*pixels.shape[-2:])))
+
+
+def _of_latents(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    checked(value, Tensor, owner, method)
+    if value.ndim != 4 or len(value) != len(arguments[0]) or value.shape[1] != 3:
+        raise wrong_return(value, owner, method, f"pixels ({len(arguments[0])}, 3, H, W)")
+
+
+def _sizes(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    all_of(tuple, int)(value, owner, method, arguments)
+    if len(value) != 3 or min(value) < 1:
+        raise wrong_return(value, owner, method, "(C, h, w)")
+
+
+def _rows(value: Any, owner: Any, method: str, arguments: Arguments) -> None:
+    if len(checked(value, Tensor, owner, method)) != len(arguments[0]):
+        raise wrong_return(value, owner, method, f"{len(arguments[0])} rows")
+
+
 class Family(ABC):
     """A loaded pipeline without its transformer, in twinrl's terms; made by :meth:`load`.
 
@@ -150,6 +182,11 @@ class Family(ABC):
     PART: ClassVar[str] = "transformer"
     LEFT_OUT: ClassVar[tuple[str, ...]] = ()
     SETTINGS: ClassVar[Mapping[str, Any]] = {}
+    RETURNS: ClassVar[Mapping[str, Returned]] = {
+        "_encode_prompts": _condition, "encode": _of_pixels, "decode": _of_latents, "latent_shape": _sizes,
+        "condition_shapes": all_of(dict, tuple), "to_pipeline": _rows, "from_pipeline": _rows,
+        "frozen_modules": all_of(list, nn.Module),
+    }  # fmt: skip
 
     def __init__(self, folder: Path, pipeline: Any):
         self.folder, self.pipeline = folder, pipeline
@@ -208,7 +245,7 @@ class Family(ABC):
         check_bridge(self.NAME, config.prediction, config.diff2flow)
         described = pipelines.transformer_config(self.folder, self.PART)
         self.check_variant(described)
-        with pipelines.quiet(), init_empty_weights():
+        with pipelines.building(self.folder / self.PART), init_empty_weights():
             transformer: Any = self.TRANSFORMER.from_config(described)  # type: ignore[attr-defined]
             transformer.to(DTYPES[config.dtype])
         self.configure(transformer, config)

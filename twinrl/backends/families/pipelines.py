@@ -1,7 +1,8 @@
 """From a folder or hub name to a checked pipeline: what is wrong with the input is said in one line."""
 
 import hashlib
-import json
+import inspect
+import math
 import os
 import re
 import sys
@@ -9,15 +10,18 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, Field
 
+from twinrl.config import stored
+from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
 
 INDEX = "model_index.json"
+AGAIN = "download or save the pipeline again"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """Files that tokenizers are made from; without any, transformers makes an empty one without a word."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -67,7 +71,11 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     if not (folder / INDEX).is_file():
         raise InputError(f"{folder} is no diffusers pipeline", expected=f"a file {INDEX} in it")
-    return _described(folder / INDEX)
+    index = _described(folder / INDEX)
+    for name, entry in index.items():
+        if isinstance(entry, list) and not (len(entry) == 2 and {type(one) for one in entry} < {str, type(None)}):
+            raise InputError(f"{folder / INDEX} is damaged", got=f"{name}: {entry!r:.60}", expected="[library, class]")
+    return index
 
 
 def transformer_config(folder: Path, part: str = "transformer") -> dict[str, Any]:
@@ -90,13 +98,73 @@ def scheduler_config(folder: Path) -> dict[str, Any]:
 
 def _described(file: Path) -> dict[str, Any]:
     """A JSON description of a diffusers class."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} is missing or damaged", got=error) from error
-    if not isinstance(found, dict) or "_class_name" not in found:
+    found = described(file)
+    if not isinstance(found.get("_class_name"), str):
         raise InputError(f"{file} is damaged", expected="an object with _class_name")
     return found
+
+
+def described(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a pipeline. Raises InputError where there is none."""
+    try:
+        found: dict[str, Any] = stored.read(file, dict[str, Any], AGAIN)
+    except FileNotFoundError as error:
+        raise InputError(f"{file} is missing", fix=AGAIN) from error
+    return found
+
+
+# --- values of descriptions -------------------------------------------------------------------------------
+
+MOST_LAYERS = 1000
+"""Of any part; a larger number is damage, and would take hours to build."""
+COUNTS = re.compile(r"(num|n)_(\w+_)?layers|layers_per_block")
+
+
+def check_values(folder: Path, without: Sequence[str] = ()) -> None:
+    """Raises InputError where a component is described by a value of another type than its class takes.
+
+    Arguments:
+        folder: of the pipeline. without: components that do not count.
+    """
+    import diffusers
+
+    for name, (library, cls) in ((name, entry) for name, entry in read_index(folder).items() if type(entry) is list):
+        file = folder / name / "config.json"
+        if name in without or not file.is_file():
+            continue
+        known = getattr(diffusers, cls, None) if library == "diffusers" else None
+        taken = inspect.signature(known).parameters if known else {}
+        for key, value in described(file).items():
+            expected = _expected(value, _usual(taken[key])) if key in taken else None
+            if COUNTS.fullmatch(key) and isinstance(value, int | float) and not 0 <= value <= MOST_LAYERS:
+                expected = f"0 to {MOST_LAYERS}"
+            if expected is not None:
+                said = f"{file}: {key} is no value of {cls}"
+                raise InputError(said, got=f"{value!r:.60}", expected=expected, fix=AGAIN)
+
+
+def _usual(parameter: inspect.Parameter) -> object:
+    """A parameter's default; a float where it is declared as one."""
+    return float(parameter.default) if parameter.annotation is float else parameter.default
+
+
+def _expected(value: object, default: object) -> str | None:
+    """What stands where a class has this default, if ``value`` is something else; diffusers takes None and lists of
+    what it takes. A default that is None says nothing."""
+    if isinstance(default, list | tuple):
+        found = value if value is None or isinstance(value, list) else None
+        inner = [_expected(one, default[0]) for one in found or ()] if default else []
+        return "a list" if found is None and value is not None else next(filter(None, inner), None)
+    if value is None or default is None or default is inspect.Parameter.empty:
+        return None
+    if isinstance(value, list):
+        return next(filter(None, (_expected(one, default) for one in value)), None)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(default, bool | str):
+        return None if type(value) is type(default) else type(default).__name__
+    if not number or (isinstance(default, int) and value != int(value)):
+        return "a whole number" if isinstance(default, int) else "a number"
+    return None
 
 
 def components(index: dict[str, Any]) -> list[str]:
@@ -119,8 +187,11 @@ def check_class(folder: Path, pipeline: str) -> None:
 def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
     """Raises InputError where ``folder`` is not a complete pipeline of the class named ``pipeline``."""
     check_class(folder, pipeline)
+    check_values(folder, unused)
     index = read_index(folder)
     for name in components(index):
+        if name not in unused:
+            _check_library(folder, name, index[name][0])
         if name not in unused and not (folder / name).is_dir():
             raise InputError(
                 f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
@@ -128,8 +199,20 @@ def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
         if "Tokenizer" in str(index[name][1]) and not any((folder / name / file).is_file() for file in VOCABULARIES):
             raise InputError(
                 f"{folder / name} has no vocabulary", got=", ".join(sorted(os.listdir(folder / name))) or "no files",
-                expected=f"one of {', '.join(VOCABULARIES)}", fix="download or save the pipeline again",
+                expected=f"one of {', '.join(VOCABULARIES)}", fix=AGAIN,
             )  # fmt: skip
+
+
+def _check_library(folder: Path, name: str, library: str) -> None:
+    """Raises InputError where a component would have a module imported that nobody has asked for."""
+    import diffusers
+
+    known = ("diffusers", "transformers", "twinrl")
+    if library not in known and library not in sys.modules and not hasattr(diffusers.pipelines, library):
+        raise InputError(
+            f"{folder / INDEX} has {name} of another library", got=library, expected=", ".join(known),
+            fix="import it first if you trust the folder",
+        )  # fmt: skip
 
 
 def content_hash(folder: Path, sample: int = 2**20) -> str:
@@ -172,11 +255,8 @@ def load_pipeline(
     index = read_index(folder)
     absent = [part, "scheduler", *left_out(index), *(name for name in unused if name in index)]
     parts = dict.fromkeys(absent) | dict(settings or {})
-    try:
-        with quiet():
-            return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
-    except Exception as error:  # the parsers of each library raise their own on damaged files
-        raise _unreadable(folder, error) from error
+    with building(folder):
+        return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
 
 
 def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype, part: str = "transformer") -> Any:
@@ -185,16 +265,19 @@ def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype, part: s
     Raises:
         InputError: it cannot be read, or its weights do not fit.
     """
-    try:
-        with quiet():
-            loaded = transformer.from_pretrained(folder / part, torch_dtype=dtype)
+    with building(folder / part):
+        loaded = transformer.from_pretrained(folder / part, torch_dtype=dtype)
         loaded.complete(str(folder))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise _unreadable(folder / part, error) from error
     absent = [name for name, parameter in loaded.named_parameters() if parameter.is_meta]
     if absent:
         raise InputError(f"{folder / part} lacks weights", got=f"no {absent[0]} ({len(absent)} in all)")
     return loaded
+
+
+class _WeightIndex(BaseModel):
+    """Which file holds which tensor."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$")]]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -206,13 +289,26 @@ def weight_files(folder: Path) -> list[Path]:
     name = "diffusion_pytorch_model.safetensors"
     index = folder / f"{name}.index.json"
     if index.is_file():
-        return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / file for file in sorted(set(stored.read(index, _WeightIndex, AGAIN).weight_map.values()))]
     if not (folder / name).is_file():
         raise InputError(
             f"{folder} has no safetensors file, and several processes read no others", expected=name,
             fix="save the pipeline again with save_pretrained, or train in one process",
         )  # fmt: skip
     return [folder / name]
+
+
+@contextmanager
+def building(what: Path) -> Iterator[None]:
+    """For making something by its files: raises InputError where the parsers and constructors of each library, which
+    raise their own, do not take them."""
+    try:
+        with quiet(), failures_named():
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(what, error) from error
 
 
 @contextmanager
@@ -244,5 +340,5 @@ def quiet() -> Iterator[None]:
 def _unreadable(folder: Path, error: Exception) -> InputError:
     return InputError(
         f"{folder} cannot be loaded", got=str(error).splitlines()[0] if str(error) else type(error).__name__,
-        fix="download or save the pipeline again: a file is damaged, incomplete or another model's",
+        fix=f"{AGAIN}: a file is damaged, incomplete or another model's",
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 from twinrl.config import Settings, component
 from twinrl.config.components import Registry, checked
 from twinrl.config.errors import InputError
+from twinrl.flow.returned import check_aux
 from twinrl.flow.transport import like
 from twinrl.rewards.latent.autograd import Autograd
 from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, PixelEstimator, RewardFunction, RowDraws
@@ -147,6 +148,7 @@ class LatentReward:
         checked(found, Estimate, self.estimator, method)
         checked(found.g, Tensor, self.estimator, f"{method}.g", at.shape)
         checked(found.scores, Tensor, self.estimator, f"{method}.scores", at.shape[:1])
+        check_aux(found.aux, len(at), self.estimator, f"{method}.aux")
 
     def compare(
         self, found: LatentGradient, z: Tensor, prompts: Sequence[str], codec: Codec, reward: RewardFunction
