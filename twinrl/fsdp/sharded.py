@@ -24,7 +24,8 @@ from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
 from twinrl.machine.visiting import IN_PARTS
-from twinrl.run.checkpoints import Checkpoint, Formats, Kept
+from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.fit import Formats, Kept
 
 
 class Sharded(Ranks):

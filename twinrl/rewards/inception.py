@@ -29,7 +29,7 @@ from twinrl.flow.source import cache_dir
 from twinrl.lab.storage import publish
 from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.weights import PUBLISHED, read_weights
-from twinrl.run.checkpoints import load_module
+from twinrl.run.fit import load_module
 
 ensure_torchvision()
 

@@ -16,7 +16,7 @@ from twinrl.evaluation.protocol import HeldOut
 from twinrl.fsdp import initial
 from twinrl.fsdp.initial import Outline, SafetensorsPart
 from twinrl.machine.dtypes import DTYPES, MASTER_DTYPES
-from twinrl.run import checkpoints
+from twinrl.run import checkpoints, fit
 from twinrl.training import described, sources
 from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
@@ -164,6 +164,6 @@ def load_student(
                 start = own[name].to(DTYPES[settings.model.dtype]).float()
                 see(value.float(), value.float() - start)
     formats = dict.fromkeys(whole.state_dict(), MASTER_DTYPES[settings.train.precision])
-    checkpoints.load_module(whole, checkpoint.judged, str(folder), formats=formats)
+    fit.load_module(whole, checkpoint.judged, str(folder), formats=formats)
     checkpoints.check_finite(whole.parameters(), checkpoint.state, folder)
     return network.eval(), family

@@ -18,7 +18,7 @@ from twinrl.gradients import Engine, Losses, telemetry
 from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
 from twinrl.rewards import keepers
-from twinrl.run import checkpoints, layout, names
+from twinrl.run import checkpoints, fit, layout, names
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.runlog import RunLog
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
@@ -368,7 +368,7 @@ class Trainer:
     def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
         """Everything that training needs to go on from here, given the length of the logs so far."""
         tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
-        tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)
+        tensors["optimizer"] = fit.optimizer_tensors(self.optimizer)
         state = {
             "step": self.step,
             "iteration": self.iteration,
@@ -459,7 +459,7 @@ class Trainer:
             checkpoints.check_finite(module.parameters(), state, file, over_ranks)
         file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
         self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
-        checkpoints.check_steps(self.optimizer, state["step"], file)
+        fit.check_steps(self.optimizer, state["step"], file)
         entries = (value for held in self.optimizer.state.values() for value in held.values())
         checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
 
