@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twinrl.backends import tells_trajectories_apart
-from twinrl.backends.wrappers import WithoutTargetTime
+from twinrl.backends.wrappers import unwrapped
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import widened
@@ -143,7 +143,7 @@ class Sharded(Ranks):
 
     def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
-        inner = hollow.network if isinstance(hollow, WithoutTargetTime) else hollow  # a LoRA teacher calls it directly
+        inner = unwrapped(hollow)  # a LoRA teacher calls it directly
         wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from twinrl.backends.families.family import Family, FrozenTeacher
 from twinrl.backends.families.lora import first_values
-from twinrl.backends.wrappers import WithoutTargetTime
+from twinrl.backends.wrappers import WithoutTargetTime, unwrapped
 from twinrl.config.errors import InputError
 from twinrl.evaluation import PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import HeldOut
@@ -97,8 +97,7 @@ class PretrainedModels(Provider["FolderSource"]):
     def under_adapters(self, student: nn.Module) -> nn.Module | None:
         if self.settings.model.lora is None:
             return None
-        inner: Any = student.network if isinstance(student, WithoutTargetTime) else student
-        return FrozenTeacher(inner)
+        return FrozenTeacher(unwrapped(student))
 
     @property
     def codec(self) -> Sequence[nn.Module]:
