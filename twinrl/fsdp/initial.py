@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from twinrl.fsdp.wrap import local, own_part, part
+from twinrl.fsdp.wrap import own_part, part
+from twinrl.machine.sharding import local
 from twinrl.run import fit
 
 META = torch.device("meta")

@@ -23,6 +23,7 @@ from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
+from twinrl.machine.sharding import local
 from twinrl.machine.visiting import IN_PARTS
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.fit import Formats, Kept
@@ -184,7 +185,7 @@ class Sharded(Ranks):
         copied = self.copy(network)
         with torch.no_grad():
             for parameter in copied.parameters():
-                wrap.local(parameter).fill_(0.0 if parameter.ndim > 1 else 1.0)
+                local(parameter).fill_(0.0 if parameter.ndim > 1 else 1.0)
         return copied
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

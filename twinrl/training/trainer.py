@@ -98,6 +98,7 @@ class Trainer:
         validate: called every ``evaluation.every`` steps and at the end.
         observers: told about steps, checkpoints and events.
         start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
+        asked_to_stop: asked before each step; True ends training with a checkpoint, as ``interrupted`` does.
         ranks: the processes that train this run together; each has a trainer, of which the first one writes.
     """
 
@@ -113,6 +114,7 @@ class Trainer:
     attempt: int = 0  # rollbacks so far; each goes on with another data order
     event_count: int = 0
     interrupted: bool = False
+    asked_to_stop: Callable[[], bool] = lambda: False
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ class Trainer:
             return Outcome("finished", self.step)
         if self.early_stop.reached:
             return Outcome("stopped", self.step, "no improvement in validation quality")
-        if self.ranks.anywhere(self.interrupted):
+        if self.ranks.anywhere(self.interrupted or self.asked_to_stop()):
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
