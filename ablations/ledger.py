@@ -65,7 +65,7 @@ class TrialRecord:
     @property
     def key(self) -> str:
         """What identifies the trial."""
-        return f"{self.config_hash}-s{self.seed}-{self.fingerprint}"
+        return key_of(self.config_hash, self.seed, self.fingerprint)
 
     @property
     def final(self) -> bool:
@@ -81,6 +81,11 @@ class TrialRecord:
         """The record as strict JSON without newline."""
         content = asdict(self) | {"metrics": {name: runlog.encode(value) for name, value in self.metrics.items()}}
         return json.dumps({"format": LEDGER_FORMAT, **content}, allow_nan=False)
+
+
+def key_of(config_hash: str, seed: int, fingerprint: str) -> str:
+    """What identifies a trial."""
+    return f"{config_hash}-s{seed}-{fingerprint}"
 
 
 def provenance(directory: Path, revision: str | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ablations.fingerprint import fingerprint, planned, unused
-from ablations.ledger import Ledger, TrialRecord
+from ablations.ledger import Ledger, TrialRecord, key_of
 from ablations.study import Arm, Resources, Study
 from ablations.trial import environment, last_line
 from twinrl.config import validate
@@ -84,7 +84,7 @@ class Trial:
     @property
     def key(self) -> str:
         """As in the ledger."""
-        return f"{self.config_hash}-s{self.settings.seed}-{self.fingerprint}"
+        return key_of(self.config_hash, self.settings.seed, self.fingerprint)
 
     @property
     def run(self) -> RunDirectory:

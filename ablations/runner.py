@@ -9,9 +9,9 @@ import os
 import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ablations.display import Board, failure_lines
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from ablations.study import Resources
-from ablations.trial import RayTrial, Task, TrialError, pruned, record
+from ablations.trial import RayTrial, Task, TrialError, pruned
 from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.config.errors import InputError
 from twinrl.machine import files
@@ -74,13 +74,14 @@ class Runner:
         Raises:
             InputError: no trial was started: another study runs in this workspace, the ledger can't be written,
                 the cluster is out of reach or too small.
+            OSError: the workspace can't be written.
             LostError: Ray has gone; trials go on from their checkpoints when the study is run again.
         """
-        with exclusive(plan.workspace.root):
+        with lock(plan.workspace.root):
             plan.workspace.ledger.check_writable()
             request = stop_request(plan)
             request.unlink(missing_ok=True)
-            plan = _harvest(plan)
+            plan = plan.reread()
             budget = plan.study.config.budget
             trials = plan.missing[: None if budget.trials is None else max(0, budget.trials - self.started)]
             if not trials:
@@ -88,7 +89,9 @@ class Runner:
             slots = self._slots(plan.study.config.resources)
             self.started += len(trials)
             deadline = None if budget.minutes is None else self.began + 60 * budget.minutes
-            board = Board(plan, _tasks(plan, trials, deadline), self.console)
+            write_configurations(trials, plan)
+            tasks = {trial.key: task_of(trial, plan, deadline) for trial in trials}
+            board = Board(plan, tasks, self.console)
             with asking(request.touch), self._scratch(plan) as scratch:
                 _tune(plan, board, ended or (lambda trial: None), slots, scratch)
             return plan.reread(), failure_lines(board.failures)
@@ -106,36 +109,10 @@ class Runner:
         return cluster.slots(ray.nodes(), resources)
 
 
-@contextmanager
-def exclusive(root: Path) -> Iterator[None]:
-    """One study at a time in a workspace. Raises InputError where another process has it, or it can't be written."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
-    except OSError as error:
-        raise InputError(f"the workspace {root} can't be written", got=error.strerror) from error
-    with lock:
-        files.lock(
-            lock, InputError(f"another study is running in {root}", fix="wait for it to end, or name another --root")
-        )
-        yield
-
-
-def _harvest(plan: Plan) -> Plan:
-    """Record runs that ended while nobody was left to write their line."""
-    for trial in plan.missing:
-        if trial.run.result is not None:
-            plan.workspace.ledger.append(record(task_of(trial, plan)))
-    return plan.reread()
-
-
-def _tasks(plan: Plan, trials: list[Trial], deadline: float | None) -> dict[str, Task]:
-    """The trials' tasks by key. Raises InputError where their configurations can't be written."""
-    try:
-        write_configurations(trials, plan)
-        return {trial.key: task_of(trial, plan, deadline) for trial in trials}
-    except OSError as error:
-        raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
+def lock(root: Path) -> AbstractContextManager[None]:
+    """One study at a time in a workspace. Entering raises InputError where another process has it."""
+    refusal = InputError(f"another study is running in {root}", fix="wait for it to end, or name another --root")
+    return files.locked(root / ".lock", refusal)
 
 
 def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:

@@ -90,7 +90,7 @@ class Task:
     @property
     def key(self) -> str:
         """As in the ledger."""
-        return f"{self.config_hash}-s{self.seed}-{self.fingerprint}"
+        return ledger.key_of(self.config_hash, self.seed, self.fingerprint)
 
     @property
     def path(self) -> Path:

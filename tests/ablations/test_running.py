@@ -301,7 +301,7 @@ def test_probes_of_a_seed_start_from_one_warm_up(run: Run, make: Make, planted: 
 
 
 def test_a_workspace_serves_one_study_at_a_time(make: Make, run: Run, tmp_path: Path) -> None:
-    with runner.exclusive(tmp_path / "work"), pytest.raises(InputError, match="another study is running"):
+    with runner.lock(tmp_path / "work"), pytest.raises(InputError, match="another study is running"):
         run(make())
 
 

@@ -16,7 +16,7 @@ from twinrl.backends.families import FAMILIES
 from twinrl.commands.memory_plan import REWARD_PARAMETERS, Item, _rewards, at_the_peak, plan, size_of
 from twinrl.config.errors import InputError
 from twinrl.data.prepare import CACHE_FORMAT, MANIFEST
-from twinrl.run import checkpoints
+from twinrl.run import fit
 from twinrl.training import assembly, schema
 from twinrl.training.runs import RunDirectory
 from twinrl.training.trainer import Trainer
@@ -37,7 +37,7 @@ def held(settings: schema.RunConfig) -> dict[str, int]:
     found = {
         "student": size_of(student),
         "gradients": size_of(p.grad for p in teacher.student.parameters() if p.grad is not None),
-        "optimizer": size_of(checkpoints.optimizer_tensors(trainer.optimizer).values()),
+        "optimizer": size_of(fit.optimizer_tensors(trainer.optimizer).values()),
     }
     shared = {id(p) for p in student}
     for name, copied in (("average (EMA)", teacher.ema), ("frozen teacher", teacher.frozen)):

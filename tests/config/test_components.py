@@ -106,6 +106,14 @@ def test_methods_with_other_arguments(what: str, monkeypatch: pytest.MonkeyPatch
                 assert "expected (" in message
 
 
+def test_what_needs_not_be_written_is_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    terms, schedules = REGISTRIES["term"], REGISTRIES["schedule"]
+    flagged = _under(Term, **filled(Term), wants_reward=True)
+    assert ": wants_reward takes (True); expected (config)" in refused(terms, flagged, monkeypatch)
+    bare = _under(Schedule, **filled(Schedule))
+    assert ": extremes is a method at tests/config/test_components.py:" in refused(schedules, bare, monkeypatch)
+
+
 def test_a_constructor_with_other_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(LearningRatePolicy):
         class Config(LearningRatePolicy.Config):

@@ -7,6 +7,7 @@ import torch
 from tests import reference
 from tests.sampling.gaussian import GaussianFlow
 from twinrl.config.errors import InputError
+from twinrl.flow.transport import predicted_data
 from twinrl.sampling import (
     SamplerConfig,
     any_step,
@@ -15,6 +16,7 @@ from twinrl.sampling import (
     keyed_noise,
     multi_step,
     nfe,
+    plan,
     sample,
     time_grid,
 )
@@ -35,6 +37,19 @@ def at(time, z):
     return torch.full((len(z),), time, dtype=torch.float64)
 
 
+def followed(network, z, condition, config, **named):
+    """A sample of float64 noise, and ``[z, x̂₁ … x̂ₙ]``: the network's predictions on the way, not extrapolated."""
+    asked, predictions = iter(plan(config)), [z]
+
+    def recording(x, t, r, c):
+        F = network(x, t, r, c)
+        if not next(asked).corrects:
+            predictions.append(predicted_data(x, t, F))
+        return F
+
+    return sample(recording, z, condition, config, **named), torch.stack(predictions)
+
+
 # --- public code's trajectories -------------------------------------------------------------------------
 
 
@@ -45,13 +60,12 @@ def test_every_stored_trajectory_is_known():
 @pytest.mark.parametrize("name", GOLDEN)
 def test_trajectories_of_the_public_code_are_reproduced(name):
     values = reference.case(name)
-    result, trajectory = sample(
+    result, trajectory = followed(
         reference.network("net_sampler"),
         values["z"],
         {"c": values["c"]},
         GOLDEN[name],
         noise=lambda step: values["noise"][step],
-        return_trajectory=True,
     )
     assert trajectory.shape == values["traj"].shape
     assert reference.relative_error(trajectory, values["traj"]) < 1e-12
@@ -168,7 +182,7 @@ def test_order_2_is_the_written_formula(kappa, gap_end):
     config = SamplerConfig(
         steps=11, style="mul", order=2, stochastic_ratio=0.0, extrapolation=kappa, gap_start=0.1, gap_end=gap_end
     )
-    _, trajectory = sample(flow, z, {}, config, return_trajectory=True)
+    _, trajectory = followed(flow, z, {}, config)
     by_hand = order_2_by_hand(lambda x, t: flow.velocity(x, at(t, x)), z, time_grid(config).tolist(), kappa)
     torch.testing.assert_close(trajectory[1:], torch.stack(by_hand), rtol=1e-10, atol=1e-10)
 
@@ -234,8 +248,7 @@ def test_the_network_sees_z_dtype_and_fine_times(dtype, times):
         assert t.shape == r.shape == (2,)
         return 0.5 * x
 
-    result, trajectory = sample(network, normal(2, 1, 2, 2).to(dtype), {}, few_step(2), return_trajectory=True)
-    assert result.dtype == trajectory.dtype == dtype
+    assert sample(network, normal(2, 1, 2, 2).to(dtype), {}, few_step(2)).dtype == dtype
 
 
 def test_the_state_is_float64_between_evaluations():

@@ -31,6 +31,7 @@ GENERATOR = ("terms.reward={branches: [e2e]}",)
 FAKE_TARGET = ("terms.adversarial.reward=one_step", "terms.adversarial.loss=l2", "terms.rectify.loss=l2")
 ROUTES = {"generator": GENERATOR, "fake_target": FAKE_TARGET}
 FEW = "train.steps=4"
+HINGE = "{kind: hinge, ceiling: 0, reward: compressibility}"
 BRIGHT = ("reward.model=brightness", "reward.gradient={estimator: vae_backprop, eta: 30}")
 
 
@@ -365,6 +366,17 @@ def test_presets_run_with_everything_on(tmp_path: Path, preset: str) -> None:
         ((*GENERATOR, *BRIGHT, "reward.schedule.weight={kind: hard, final: 1, start: after_renoise}"), "no renoise"),
         (("renoise={kind: beta, placement: [somewhere]}",), "renoise.placement"),
         ((*GENERATOR, *BRIGHT, "terms.reward.loss=barron"), "would erase the size"),
+        (
+            (
+                *GENERATOR,
+                f"reward.model={{kind: ensemble, rewards: {{a: {{reward: {HINGE}}}}}}}",
+            ),
+            "reward: estimator autograd needs a differentiable reward, and ensemble is none; fix: use random_direction",
+        ),
+        (
+            (*GENERATOR, "reward={model: compressibility, gradient: {estimator: spsa}, compare_every: 5}"),
+            "compare_every needs a differentiable reward, and compressibility is none",
+        ),
         ((*GENERATOR, *BRIGHT, "gradients.terms.rewards.clip.max_norm=1"), "gradients.terms.rewards: there is no such"),
     ],
 )
@@ -377,7 +389,6 @@ def test_bad_input_is_one_line(tmp_path: Path, overrides: tuple[str, ...], messa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("reward.model=compressibility", "reward.gradient.estimator=autograd"), "needs a differentiable reward"),
         (("reward.model={kind: aesthetic, checkpoint: nowhere.pth}",), "nowhere.pth"),
         (("reward.model=lab_hps",), "no scorer lab_hps"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests import logs
 from tests.fake_source import FakeSource
-from twinrl.run import checkpoints, names
+from twinrl.run import checkpoints, fit, names
 from twinrl.training import assembly
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -74,7 +74,7 @@ def state(trainer: Trainer) -> dict[str, Tensor]:
     """Weights of student, EMA and frozen copy, and the optimizer's state."""
     parts = assembly.parts_of(trainer.objective)
     tensors = {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
-    return tensors | {f"optimizer.{k}": v for k, v in checkpoints.optimizer_tensors(trainer.optimizer).items()}
+    return tensors | {f"optimizer.{k}": v for k, v in fit.optimizer_tensors(trainer.optimizer).items()}
 
 
 def rows(trainer: Trainer) -> list[dict[str, Any]]:

@@ -5,10 +5,10 @@ from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from twinrl.flow import conditions
 from twinrl.flow.conditions import Condition
+from twinrl.machine.sharding import local
 
 
 def tells_trajectories_apart(
@@ -49,7 +49,7 @@ def tells_trajectories_apart(
 def _perturb(network: nn.Module) -> None:
     """Add noise to every parameter, large enough to open zero-initialised gates."""
     for parameter in network.parameters():
-        values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        values = local(parameter)
         if values.is_floating_point():
             values.add_(0.1 * torch.randn(values.shape).to(values))
 

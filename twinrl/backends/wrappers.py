@@ -1,5 +1,7 @@
 """Networks around networks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,3 +18,8 @@ class WithoutTargetTime(nn.Module):
     def forward(self, x: Tensor, t: Tensor, r: Tensor, condition: Condition) -> Tensor:
         """As the wrapped network at ``(x, t, 0)``."""
         return self.network(x, t, torch.zeros_like(r), condition)
+
+
+def unwrapped(network: nn.Module) -> Any:
+    """The network inside a :class:`WithoutTargetTime`; any other itself."""
+    return network.network if isinstance(network, WithoutTargetTime) else network

@@ -9,11 +9,11 @@ beside the run directories while it trains; the output is kept in ``<run directo
 import math
 import os
 import socket
-import tempfile
 import traceback
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -50,50 +50,33 @@ def launch(settings: RunConfig, run: RunDirectory, fresh: bool | None, console: 
     if fresh is False:
         run.refuse_existing()
     with ExitStack() as stack:
-        scratch = _scratch(stack, settings.run.dir.resolve())
-        told = {
-            "cwd": os.getcwd(), "scratch": str(scratch), "run": str(run.path), "fresh": fresh,
-            "settings": settings.model_dump(mode="json"),
-        }  # fmt: skip
-        trainer = _trainer(stack, settings, told)
-        trained = in_background(trainer.fit)  # in the main thread it would take Ctrl-C for itself
+        (folder := settings.run.dir.resolve()).mkdir(parents=True, exist_ok=True)  # all machines see it
+        made = TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True)
+        scratch = Path(stack.enter_context(made))
+        plain = settings.model_dump(mode="json")
+        told = {"cwd": os.getcwd(), "scratch": str(scratch), "run": str(run.path), "settings": plain, "fresh": fresh}
+        trained = in_background(_trainer(stack, settings, told).fit)  # in the main thread it would take Ctrl-C
         try:
             _follow(trained, scratch, console)
+            failure = trained.exception()
         except cluster.LostError as error:
-            return _failed(str(error), run, console)
+            failure = error
         finally:
-            if not _refused(trained):
-                _keep_output(scratch, run)
-    if (failure := trained.exception()) is None:
-        outcome: int | InputError = trained.result().return_value
-        if isinstance(outcome, InputError):
-            raise outcome
-        return outcome
+            _keep_output(scratch, run)
+    if failure is not None:
+        return _failed(failure, run, console)
+    if isinstance(outcome := trained.result().return_value, InputError):
+        raise outcome
+    return outcome
+
+
+def _failed(failure: BaseException, run: RunDirectory, console: Console) -> int:
     first = min(getattr(failure, "worker_failures", {0: failure}).items())[1]  # the cause of the others'
     said = str(first).strip().splitlines() or [type(first).__name__]
-    return _failed(f"{said[-1].strip()}; see {run.path / RANKS}", run, console)
-
-
-def _refused(trained: "Future[Any]") -> bool:
-    """Whether the input was wrong, so that nothing was trained, and nothing may have changed."""
-    return trained.done() and trained.exception() is None and isinstance(trained.result().return_value, InputError)
-
-
-def _failed(why: str, run: RunDirectory, console: Console) -> int:
-    console.print(Text("failed:", "bold red"), why)
+    console.print(Text("failed:", "bold red"), f"{said[-1].strip()}; see {run.path / RANKS}")
     if run.exists:
         console.print(f"continue with: {program()} resume {run.path}")
     return FAILED
-
-
-def _scratch(stack: ExitStack, folder: Path) -> Path:
-    """A folder for what is of no use afterwards; all machines see it, as they see the run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise InputError(f"run.dir {folder} cannot be written", got=error.strerror) from error
-    return Path(stack.enter_context(made))
 
 
 def _trainer(stack: ExitStack, settings: RunConfig, told: dict[str, Any]) -> Any:
@@ -145,10 +128,11 @@ def _follow(trained: "Future[Any]", scratch: Path, console: Console) -> None:
 
 def _keep_output(scratch: Path, run: RunDirectory) -> None:
     """Append what the processes printed to the run's own files, if there is a run."""
-    for found in scratch.glob(OUTPUT.format("*")) if run.exists else ():
+    printed = {file.name: text for file in scratch.glob(OUTPUT.format("*")) if (text := file.read_text())}
+    for name, text in printed.items() if run.exists else ():
         (run.path / RANKS).mkdir(exist_ok=True)
-        with (run.path / RANKS / found.name).open("a") as kept:
-            kept.write(found.read_text())
+        with (run.path / RANKS / name).open("a") as kept:
+            kept.write(text)
 
 
 def work(told: dict[str, Any]) -> int | InputError:
@@ -169,6 +153,7 @@ def work(told: dict[str, Any]) -> int | InputError:
         redirect_stdout(output),
         redirect_stderr(output),
     ):
+        before = output.tell()
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
         console = Console(file=output, width=120, markup=False, emoji=False)
         try:
@@ -177,6 +162,7 @@ def work(told: dict[str, Any]) -> int | InputError:
                     return resume(Path(told["run"]), console, scratch / STOP)
                 return train(config.validate(RunConfig, told["settings"]), told["fresh"], console, scratch / STOP)
         except InputError as error:
+            output.truncate(before)  # of a run whose training is refused nothing is to change
             return error
         except BaseException:
             traceback.print_exc()

@@ -22,7 +22,6 @@ from twinrl.flow.source import Data
 from twinrl.fsdp import mesh, restart
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.run import layout
-from twinrl.run.runlog import LogRow
 from twinrl.tracking.mlflow_view import MLflowView
 from twinrl.training import assembly, pictures
 from twinrl.training.opened import OpenedRun
@@ -163,7 +162,7 @@ def _scratch(stack: ExitStack) -> RunDirectory:
 def _continue(trainer: Trainer, console: Console, stop: Path | None) -> int:
     view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
     if stop is not None:
-        trainer.observers.append(StopFile(trainer, stop))
+        trainer.asked_to_stop = stop.exists
     try:
         outcome = _train(trainer, view, console)
         return _conclude(trainer, outcome, view, console)
@@ -199,23 +198,6 @@ def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outco
         if view is not None:
             trainer.observers.append(MLflowObserver(view))
         return trainer.train()
-
-
-class StopFile:
-    """An observer that asks the trainer to stop once a file exists."""
-
-    def __init__(self, trainer: Trainer, path: Path):
-        self.trainer, self.path = trainer, path
-
-    def after_step(self, row: LogRow) -> None:
-        """Look for the file."""
-        self.trainer.interrupted |= self.path.exists()
-
-    def after_checkpoint(self, offset: int) -> None:
-        """Nothing to do."""
-
-    def after_event(self, event: object) -> None:
-        """Nothing to do."""
 
 
 def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, console: Console) -> int:

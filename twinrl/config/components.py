@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any, TypeVar
 
 from twinrl.config.errors import InputError
@@ -31,6 +31,7 @@ class ComponentError(InputError):
     """A user's own component has failed, perhaps in one of several processes alone."""
 
 
+WAYS = (FunctionType, classmethod, staticmethod, property)
 _own: set[str] = set()  # modules of what dotted paths have named, twinrl's own aside
 
 
@@ -91,17 +92,27 @@ def check_class(found: Any, bases: tuple[type, ...], what: str, named: str) -> t
         raise InputError(f"{named} is no {what}", got=told(found), fix=f"derive it from {wanted}")
     if left := sorted(found.__abstractmethods__ if inspect.isabstract(found) else ()):
         raise InputError(f"{named} lacks {', '.join(left)}", fix=f"write what {_path(base)} declares abstract")
-    check_methods(found, base, getattr(base, "__abstractmethods__", ()), named)
+    check_methods(found, base, [*getattr(base, "__abstractmethods__", ()), *_written_anew(found, base)], named)
     return base
 
 
+def _written_anew(found: type, base: type) -> list[str]:
+    """Public methods and properties of a base that a class has otherwise; not those that it has from a library."""
+    package = base.__module__.partition(".")[0]
+    declared = [vars(cls) for cls in base.__mro__ if cls.__module__.partition(".")[0] == package]
+    public = [name for names in declared for name, value in names.items() if name[0] != "_" and isinstance(value, WAYS)]
+    return [name for name in public if getattr(found, name) is not getattr(base, name)]
+
+
 def check_methods(found: type, like: type, methods: Iterable[str], named: str) -> None:
-    """Raises InputError where a class lacks ``methods`` of another, or takes other arguments."""
+    """Raises InputError where a class lacks ``methods`` of another, one for a property, or other arguments."""
     if lacking := [name for name in methods if not hasattr(found, name)]:
         raise InputError(f"{named} lacks {', '.join(lacking)}", fix=f"write what {_path(like)} declares")
     for name in methods:
         if callable(method := getattr(like, name)):
             _check_call(getattr(found, name), tuple(inspect.signature(method).parameters), f"{named}: {name}")
+        elif callable(method := getattr(found, name)):
+            raise InputError(f"{named}: {name} is a method{_place(method)}", fix="write @property above it")
 
 
 def _check_call(function: Any, arguments: tuple[Any, ...], named: str) -> None:

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from twinrl.config import Settings
+from twinrl.machine.sharding import local
 
 TeacherKind = Literal["ema", "live", "frozen"]
 LOW = (torch.bfloat16, torch.float16)
@@ -162,7 +162,7 @@ def _step(average: Tensor, value: Tensor, weight: float, rest: Tensor) -> None:
 def _own(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter; an average needs nothing else."""
     value = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
+    return local(value)
 
 
 # --- random state ---------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import META, SafetensorsPart, Stored, described, read_into
 from twinrl.machine import files
 from twinrl.machine.background import in_background
-from twinrl.run import checkpoints, layout
+from twinrl.run import checkpoints, fit, layout
 from twinrl.run.checkpoints import SHARDS, Checkpoint
 from twinrl.run.shards import ShardReader
 
@@ -146,19 +146,19 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     origin: str,
-    kept: checkpoints.Kept | None = None,
+    kept: fit.Kept | None = None,
 ) -> None:
-    """As :func:`twinrl.run.checkpoints.load_optimizer`, into state that is sharded as the parameters are."""
+    """As :func:`twinrl.run.fit.load_optimizer`, into state that is sharded as the parameters are."""
     parameters, entries = [p for group in optimizer.param_groups for p in group["params"]], described(tensors)
-    checkpoints.check_optimizer(optimizer, entries, origin, kept)
+    fit.check_optimizer(optimizer, entries, origin, kept)
     targets = {key: _target(key, entry, parameters, origin) for key, entry in entries.items()}
     read_into(targets, tensors)
-    checkpoints.load_optimizer(optimizer, targets, origin)
+    fit.load_optimizer(optimizer, targets, origin)
 
 
 def _target(key: str, entry: Tensor, parameters: list[Tensor], origin: str) -> Tensor:
     """An empty tensor for one entry of the state: sharded as its parameter if it has its shape."""
-    parameter = checkpoints.parameter_of(key, entry.shape, parameters, origin)
+    parameter = fit.parameter_of(key, entry.shape, parameters, origin)
     if isinstance(parameter, DTensor) and parameter.shape == entry.shape:
         return torch.empty_like(parameter.detach(), dtype=entry.dtype)
     return torch.empty(entry.shape, dtype=entry.dtype)

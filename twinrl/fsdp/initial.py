@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from twinrl.config.errors import InputError
-from twinrl.fsdp.wrap import local, own_part, part
+from twinrl.fsdp.wrap import own_part, part
 from twinrl.machine import files
-from twinrl.run import checkpoints
+from twinrl.machine.sharding import local
+from twinrl.run import fit
 
 META = torch.device("meta")
 Build = Callable[[], nn.Module]
@@ -112,15 +113,15 @@ def described(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def load_parts(
-    network: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: checkpoints.Formats | None = None
+    network: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: fit.Formats | None = None
 ) -> None:
     """Load weights strictly into a sharded network; of lazily read ones (:class:`Stored`) this rank's parts alone.
 
     Raises:
-        InputError: keys, shapes or formats differ (:func:`checkpoints.check_fit`); names them and ``origin``.
+        InputError: keys, shapes or formats differ (:func:`fit.check_fit`); names them and ``origin``.
     """
     own: dict[str, Tensor] = network.state_dict()
-    checkpoints.check_fit(own, described(tensors), origin, formats=formats)
+    fit.check_fit(own, described(tensors), origin, formats=formats)
     read_into(own, tensors)
 
 

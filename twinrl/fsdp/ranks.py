@@ -18,8 +18,9 @@ from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
 from twinrl.gradients import Losses
-from twinrl.run import checkpoints
-from twinrl.run.checkpoints import Checkpoint, Formats, Kept
+from twinrl.run import checkpoints, fit
+from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.fit import Formats, Kept
 
 T = TypeVar("T")
 
@@ -137,14 +138,14 @@ class Ranks:
     def load_module(
         self, module: nn.Module, tensors: Mapping[str, Tensor], origin: str, formats: Formats | None = None
     ) -> None:
-        """See :func:`twinrl.run.checkpoints.load_module`."""
-        checkpoints.load_module(module, tensors, origin, formats=formats)
+        """See :func:`twinrl.run.fit.load_module`."""
+        fit.load_module(module, tensors, origin, formats=formats)
 
     def load_optimizer(
         self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], origin: str, kept: Kept | None = None
     ) -> None:
-        """See :func:`twinrl.run.checkpoints.load_optimizer`."""
-        checkpoints.load_optimizer(optimizer, tensors, origin, kept)
+        """See :func:`twinrl.run.fit.load_optimizer`."""
+        fit.load_optimizer(optimizer, tensors, origin, kept)
 
 
 ALONE = Ranks()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from twinrl.backends import tells_trajectories_apart
-from twinrl.backends.wrappers import WithoutTargetTime
+from twinrl.backends.wrappers import unwrapped
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import widened
@@ -23,8 +23,10 @@ from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
 from twinrl.gradients import Losses
+from twinrl.machine.sharding import local
 from twinrl.machine.visiting import IN_PARTS
-from twinrl.run.checkpoints import Checkpoint, Formats, Kept
+from twinrl.run.checkpoints import Checkpoint
+from twinrl.run.fit import Formats, Kept
 
 
 class Sharded(Ranks):
@@ -142,7 +144,7 @@ class Sharded(Ranks):
 
     def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
-        inner = hollow.network if isinstance(hollow, WithoutTargetTime) else hollow  # a LoRA teacher calls it directly
+        inner = unwrapped(hollow)  # a LoRA teacher calls it directly
         wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
@@ -183,7 +185,7 @@ class Sharded(Ranks):
         copied = self.copy(network)
         with torch.no_grad():
             for parameter in copied.parameters():
-                wrap.local(parameter).fill_(0.0 if parameter.ndim > 1 else 1.0)
+                local(parameter).fill_(0.0 if parameter.ndim > 1 else 1.0)
         return copied
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

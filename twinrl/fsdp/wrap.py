@@ -147,11 +147,6 @@ def reduce_whole_parameters(network: nn.Module, total: Callable[[Tensor], Tensor
 # --- a rank's part of a tensor ----------------------------------------------------------------------------
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def part(size: int, ranks: int, rank: int) -> slice:
     """The rows of a dimension of ``size`` that belong to ``rank``: equal parts rounded up, the last ones shorter."""
     each = -(-size // ranks)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
+from twinrl.machine.sharding import local
+
 T = TypeVar("T")
 
 
@@ -20,11 +22,6 @@ def all_over_ranks(sums: Sequence[Tensor]) -> list[Tensor]:
     sharded: list[Tensor] = [value for value in sums if isinstance(value, DTensor)]
     whole = iter(over_ranks(torch.stack(sharded)).unbind()) if sharded else iter(())
     return [next(whole) if isinstance(value, DTensor) else value for value in sums]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def share_of_sum(own: Tensor, tensor: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from twinrl.flow.teacher import LOW
-from twinrl.gradients.gradient import all_over_ranks, local, over_ranks, share_of_sum
+from twinrl.gradients.gradient import all_over_ranks, over_ranks, share_of_sum
+from twinrl.machine.sharding import local
 from twinrl.run import names
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from twinrl.rewards.hf_clip import HFClipReward, load_clip
 from twinrl.rewards.model import RewardModelConfig
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, located_folder, read_weights
-from twinrl.run.checkpoints import load_module
+from twinrl.run.fit import load_module
 
 TOWER = "openai/clip-vit-large-patch14"
 HEAD = HubFile("camenduru/improved-aesthetic-predictor", "sac+logos+ava1-l14-linearMSE.pth")

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from twinrl.config import Settings
-from twinrl.rewards.reward import WITHOUT_SOURCE, Keeper, Reward, RewardContext, RewardSettings, build_part
+from twinrl.rewards.reward import REWARDS, WITHOUT_SOURCE, Keeper, Reward, RewardContext, RewardSettings, build_part
 
 
 class Composite(Reward):
@@ -27,6 +27,15 @@ class Composite(Reward):
         self.parts = dict(parts)
         self.differentiable = all(part.differentiable for part in parts.values())
         self.needs_prompts = any(part.needs_prompts for part in parts.values())
+
+    @staticmethod
+    def inner(config: Any) -> list[Any]:
+        """The parts' settings."""
+        return [config.reward]
+
+    @classmethod
+    def has_gradient(cls, config: Any) -> bool:
+        return all(REWARDS.find(part.kind).has_gradient(part) for part in cls.inner(config))
 
     def keepers(self) -> dict[str, Keeper]:
         return {
@@ -77,6 +86,10 @@ class Ensemble(Composite):
             context,
             {name: build_part(member.reward, inside.part(name), "reward") for name, member in members.items()},
         )
+
+    @staticmethod
+    def inner(config: Any) -> list[Any]:
+        return [member.reward for member in config.rewards.values()]
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See ``Reward``. A NaN of one member is a NaN of the sum, whatever its weight."""

@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from twinrl.config import Settings
@@ -19,8 +19,9 @@ from twinrl.flow.schedules import RewardSchedule
 from twinrl.flow.source import Data
 from twinrl.machine.visiting import visiting
 from twinrl.rewards.keepers import metric_of
-from twinrl.rewards.latent import KeyedRows, LatentReward, LatentRewardConfig
-from twinrl.rewards.reward import Reward, RewardSettings
+from twinrl.rewards.latent import ESTIMATORS, KeyedRows, LatentReward, LatentRewardConfig
+from twinrl.rewards.latent.autograd import without_gradient
+from twinrl.rewards.reward import REWARDS, Reward, RewardSettings
 from twinrl.run import names
 from twinrl.terms import Ascent
 
@@ -42,6 +43,14 @@ class RewardConfig(Settings):
     compare_every: int = Field(
         0, ge=0, description="steps between comparisons of the estimate with the exact gradient; 0 = never"
     )
+
+    @model_validator(mode="after")
+    def _gradient_where_one_is_asked_for(self) -> "RewardConfig":
+        kind, model = self.gradient.estimator.kind, self.model
+        wanting = {f"estimator {kind}": ESTIMATORS.find(kind).differentiates, "compare_every": self.compare_every}
+        if any(wanting.values()) and not REWARDS.find(model.kind).has_gradient(model):
+            raise ValueError(str(without_gradient(next(filter(wanting.get, wanting)), model.kind)))
+        return self
 
 
 class Guide:

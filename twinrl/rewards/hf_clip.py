@@ -19,7 +19,7 @@ from twinrl.rewards.hpsv2 import clip_tokens
 from twinrl.rewards.model import ModelReward
 from twinrl.rewards.preprocess import centre_crop
 from twinrl.rewards.weights import PUBLISHED
-from twinrl.run.checkpoints import refuse_misfit
+from twinrl.run.fit import refuse_misfit
 
 
 def load_clip(folder: Path) -> nn.Module:

@@ -24,7 +24,7 @@ from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import letterbox
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
-from twinrl.run.checkpoints import load_module
+from twinrl.run.fit import load_module
 
 HPSV2_REPOSITORY = "xswu/HPSv2"
 WEIGHTS_FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

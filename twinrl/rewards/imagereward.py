@@ -27,7 +27,7 @@ from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import centre_crop
 from twinrl.rewards.reward import WITHOUT_SOURCE, RewardContext
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
-from twinrl.run.checkpoints import load_module
+from twinrl.run.fit import load_module
 
 CHECKPOINT = HubFile("THUDM/ImageReward", "ImageReward.pt")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt")

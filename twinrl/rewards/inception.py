@@ -29,7 +29,7 @@ from twinrl.flow.source import cache_dir
 from twinrl.lab.storage import publish
 from twinrl.machine.compat import ensure_torchvision
 from twinrl.rewards.weights import PUBLISHED, read_weights
-from twinrl.run.checkpoints import load_module
+from twinrl.run.fit import load_module
 
 ensure_torchvision()
 
@@ -38,7 +38,7 @@ from torchvision.transforms.functional import pil_to_tensor  # noqa: E402
 
 WEIGHTS_FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{WEIGHTS_FILE}"
-SIZE, BATCH = 299, 32
+SIZE = 299
 RESIZING = "clean, cut off"
 """Names in the cache what the network is given: kept features of another resizing are not used."""
 SETTING = "evaluation.inception"

@@ -107,6 +107,11 @@ class Reward(ABC):
             they are.
         """
 
+    @classmethod
+    def has_gradient(cls, config: Any) -> bool:
+        """Whether the reward that ``config`` describes is ``differentiable``; known before it is made."""
+        return cls.differentiable
+
     def keepers(self) -> dict[str, Keeper]:
         """What keeps statistics, by the dotted path of the part whose scores these are; empty for most rewards."""
         return {}

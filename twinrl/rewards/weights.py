@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twinrl.config.errors import InputError
-from twinrl.run.checkpoints import few
+from twinrl.run.fit import few
 
 PUBLISHED = "use the published file, or the architecture that it belongs to"
 """What to do about weights that do not fit."""

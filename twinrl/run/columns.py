@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MADE_OF = b"twinrl.log"
 TAIL_BYTES = 4096
-STEP, ITERATION = "step", "iteration"
+STEP = "step"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """UCGM-S: one sampler for few-step, any-step and multi-step networks (arXiv:2505.07447)."""
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, overload
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,36 +20,6 @@ StepNoise: TypeAlias = Callable[[int], Tensor]
 NOISE_PURPOSE = "sampler noise"
 
 
-@overload
-def sample(
-    network: Network,
-    z: Tensor,
-    condition: Condition,
-    config: SamplerConfig,
-    *,
-    noise: StepNoise | None = ...,
-    seed: int = ...,
-    guidance: float = ...,
-    null: Condition | None = ...,
-    return_trajectory: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def sample(
-    network: Network,
-    z: Tensor,
-    condition: Condition,
-    config: SamplerConfig,
-    *,
-    noise: StepNoise | None = ...,
-    seed: int = ...,
-    guidance: float = ...,
-    null: Condition | None = ...,
-    return_trajectory: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
 @torch.no_grad()
 def sample(
     network: Network,
@@ -61,8 +31,7 @@ def sample(
     seed: int = 0,
     guidance: float = 0.0,
     null: Condition | None = None,
-    return_trajectory: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Turns noise into data; the state is kept in float64, the network sees ``z``'s dtype.
 
     Arguments:
@@ -75,11 +44,9 @@ def sample(
         seed: of the injected noise; unused where ``noise`` is given or nothing is injected.
         guidance: g of ``F(c) + g·(F(c) − F(∅))``; 0 is the conditional prediction and costs one call.
         null: the empty condition ∅ with B rows; needed where ``guidance`` is not 0.
-        return_trajectory: also return the predictions on the way.
 
     Returns:
-        The last prediction x̂ (B, C, H, W) in ``z``'s dtype; with ``return_trajectory`` a pair of it and
-        ``[z, x̂₁ … x̂ₙ]`` (n + 1, B, C, H, W), the predictions as the network made them, not extrapolated.
+        The last prediction x̂ (B, C, H, W) in ``z``'s dtype.
 
     Raises:
         InputError: ``z`` is not floating point, ``null`` is missing, a shape is wrong.
@@ -88,14 +55,11 @@ def sample(
     ``euler`` with guidance for teachers.
     """
     _check(z, guidance, null)
-    state, trajectory = initial_state(z), [z]
+    state = initial_state(z)
     for evaluation in plan(config):
         F = _velocity(network, state, z.dtype, evaluation, condition, guidance, null)
         state = update(evaluation, state, F, _noise(evaluation, z, noise, seed))
-        if return_trajectory and not evaluation.corrects and state.predicted is not None:
-            trajectory.append(state.predicted.x_hat.to(z.dtype))
-    result = state.x.to(z.dtype)
-    return (result, torch.stack(trajectory)) if return_trajectory else result
+    return state.x.to(z.dtype)
 
 
 def _check(z: Tensor, guidance: float, null: Condition | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twinrl.backends import build_network, network_key
-from twinrl.backends.wrappers import WithoutTargetTime
+from twinrl.backends.wrappers import unwrapped
 from twinrl.config.errors import InputError
 from twinrl.evaluation import FinalTable, LabelProtocol, final_table
 from twinrl.evaluation.protocol import HeldOut
@@ -73,7 +73,7 @@ class Laboratory(Provider[Source]):
             )
 
     def start_as_teacher(self, network: nn.Module) -> None:
-        self._fill(network.network if isinstance(network, WithoutTargetTime) else network, "the pretrained teacher")
+        self._fill(unwrapped(network), "the pretrained teacher")
 
     def _fill(self, network: nn.Module, origin: str) -> None:
         weights = self.source.teacher_weights(network, network_key(self.settings.model.network))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
 from twinrl.machine.dtypes import MASTER_DTYPES
-from twinrl.run import checkpoints, layout
+from twinrl.run import checkpoints, fit, layout
 from twinrl.sampling import few_step, sample
 from twinrl.sampling.timing import TimingLine, measure
 from twinrl.training import assembly, pictures
@@ -101,7 +101,7 @@ class OpenedRun:
         """The judged network. Raises InputError where the checkpoint is corrupted."""
         network, checkpoint = self.provider.network(), checkpoints.load(self.checkpoint)
         formats = dict.fromkeys(network.state_dict(), MASTER_DTYPES[self.settings.train.precision])
-        checkpoints.load_module(network, checkpoint.judged, str(self.checkpoint), formats=formats)
+        fit.load_module(network, checkpoint.judged, str(self.checkpoint), formats=formats)
         checkpoints.check_finite(network.parameters(), checkpoint.state, self.checkpoint)
         return network.to(self.provider.device).eval()
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from twinrl.backends.families.family import Family, FrozenTeacher
 from twinrl.backends.families.lora import first_values
-from twinrl.backends.wrappers import WithoutTargetTime
+from twinrl.backends.wrappers import WithoutTargetTime, unwrapped
 from twinrl.config.errors import InputError
 from twinrl.evaluation import PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import HeldOut
 from twinrl.fsdp import initial
 from twinrl.fsdp.initial import Outline, SafetensorsPart
 from twinrl.machine.dtypes import DTYPES, MASTER_DTYPES
-from twinrl.run import checkpoints
+from twinrl.run import checkpoints, fit
 from twinrl.training import described, sources
 from twinrl.training.provider import Provider, Unloaded
 from twinrl.training.schema import RunConfig
@@ -97,8 +97,7 @@ class PretrainedModels(Provider["FolderSource"]):
     def under_adapters(self, student: nn.Module) -> nn.Module | None:
         if self.settings.model.lora is None:
             return None
-        inner: Any = student.network if isinstance(student, WithoutTargetTime) else student
-        return FrozenTeacher(inner)
+        return FrozenTeacher(unwrapped(student))
 
     @property
     def codec(self) -> Sequence[nn.Module]:
@@ -164,6 +163,6 @@ def load_student(
                 start = own[name].to(DTYPES[settings.model.dtype]).float()
                 see(value.float(), value.float() - start)
     formats = dict.fromkeys(whole.state_dict(), MASTER_DTYPES[settings.train.precision])
-    checkpoints.load_module(whole, checkpoint.judged, str(folder), formats=formats)
+    fit.load_module(whole, checkpoint.judged, str(folder), formats=formats)
     checkpoints.check_finite(whole.parameters(), checkpoint.state, folder)
     return network.eval(), family

@@ -18,7 +18,7 @@ from twinrl.gradients import Engine, Losses, telemetry
 from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
 from twinrl.rewards import keepers
-from twinrl.run import checkpoints, layout, names
+from twinrl.run import checkpoints, fit, layout, names
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.runlog import RunLog
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
@@ -98,6 +98,7 @@ class Trainer:
         validate: called every ``evaluation.every`` steps and at the end.
         observers: told about steps, checkpoints and events.
         start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
+        asked_to_stop: asked before each step; True ends training with a checkpoint, as ``interrupted`` does.
         ranks: the processes that train this run together; each has a trainer, of which the first one writes.
     """
 
@@ -113,6 +114,7 @@ class Trainer:
     attempt: int = 0  # rollbacks so far; each goes on with another data order
     event_count: int = 0
     interrupted: bool = False
+    asked_to_stop: Callable[[], bool] = lambda: False
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ class Trainer:
             return Outcome("finished", self.step)
         if self.early_stop.reached:
             return Outcome("stopped", self.step, "no improvement in validation quality")
-        if self.ranks.anywhere(self.interrupted):
+        if self.ranks.anywhere(self.interrupted or self.asked_to_stop()):
             return Outcome("interrupted", self.step)
         if self.capsules.due(self.step):
             self._attempt(lambda: self.capsules.remember(self.step, self.state(*self.saver.synced())))
@@ -368,7 +370,7 @@ class Trainer:
     def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
         """Everything that training needs to go on from here, given the length of the logs so far."""
         tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
-        tensors["optimizer"] = checkpoints.optimizer_tensors(self.optimizer)
+        tensors["optimizer"] = fit.optimizer_tensors(self.optimizer)
         state = {
             "step": self.step,
             "iteration": self.iteration,
@@ -462,7 +464,7 @@ class Trainer:
             checkpoints.check_finite(module.parameters(), state, file, over_ranks)
         file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
         self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
-        checkpoints.check_steps(self.optimizer, state["step"], file)
+        fit.check_steps(self.optimizer, state["step"], file)
         entries = (value for held in self.optimizer.state.values() for value in held.values())
         checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
 

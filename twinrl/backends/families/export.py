@@ -42,11 +42,9 @@ def export(
 
     Arguments:
         network: the student; left as it is. Its transformer is copied where it has adapters.
-        family: brings text encoders, tokenizers and VAE.
-        folder: must not exist, or be empty.
+        family: brings text encoders, tokenizers and VAE. folder: must not exist, or be empty.
         scheduler: a ``TwinFlowScheduler``; it decides style and seed of the samples.
-        base: name or folder of the pretrained model, for the model card.
-        dtype: of the written transformer; None keeps the student's.
+        base: the pretrained model, for the model card. dtype: of the written transformer; None keeps the student's.
         costs: of a student without adapters; its caller knows where training began.
 
     Raises:
@@ -57,8 +55,7 @@ def export(
     """
     claim(folder)
     transformer, costs = network.transformer, costs or Costs(dtype or network.transformer.base_dtype)
-    adapted = is_adapted(transformer)
-    if adapted:
+    if adapted := is_adapted(transformer):
         transformer = merged(transformer, costs)
     if dtype is not None and any(p.dtype != dtype for p in transformer.parameters()):
         with quiet():

@@ -22,10 +22,7 @@ def reward_gradient(y: Tensor, prompts: Sequence[str], reward: RewardFunction, e
         InputError: the reward is not differentiable (``estimator`` names who wants it to be).
     """
     if not reward.differentiable:
-        raise InputError(
-            f"estimator {estimator} needs a differentiable reward, and {name_of(reward)} is none",
-            fix="use random_direction, antithetic, orthogonal or spsa",
-        )
+        raise without_gradient(f"estimator {estimator}", name_of(reward))
     leaf = y.detach().requires_grad_()
     with torch.enable_grad():
         scores = scored(reward, leaf, prompts)
@@ -38,8 +35,18 @@ def reward_gradient(y: Tensor, prompts: Sequence[str], reward: RewardFunction, e
     return Estimate(g, scores.detach())
 
 
+def without_gradient(wanted_by: str, reward: str) -> InputError:
+    """The refusal of a reward whose gradient ``wanted_by`` asks for."""
+    return InputError(
+        f"{wanted_by} needs a differentiable reward, and {reward} is none",
+        fix="use random_direction, antithetic, orthogonal or spsa",
+    )
+
+
 class Autograd(PixelEstimator):
     """*When to use*: always, if the reward is differentiable; one forward and one backward pass of the reward."""
+
+    differentiates = True
 
     class Config(Settings):
         kind: Literal["autograd"] = "autograd"

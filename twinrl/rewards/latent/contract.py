@@ -93,10 +93,15 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class PixelEstimator(ABC):
-    """Estimates ``g_y = ∂R/∂y``. A subclass gives ``Config`` and :meth:`pixel_gradient`."""
+    """Estimates ``g_y = ∂R/∂y``. A subclass gives ``Config`` and :meth:`pixel_gradient`.
+
+    Attributes:
+        differentiates: whether it asks for the scores' gradient, which some rewards have not.
+    """
 
     config: Any
     Config: ClassVar[type[Settings]] = Settings
+    differentiates: ClassVar[bool] = False
 
     @abstractmethod
     def pixel_gradient(self, y: Tensor, prompts: Sequence[str], reward: RewardFunction, rows: RowDraws) -> Estimate:
@@ -105,10 +110,15 @@ class PixelEstimator(ABC):
 
 @dataclass(frozen=True)
 class LatentEstimator(ABC):
-    """Estimates ``∇_z R(D(z))`` without the encoder. A subclass gives ``Config`` and :meth:`latent_gradient`."""
+    """Estimates ``∇_z R(D(z))`` without the encoder. A subclass gives ``Config`` and :meth:`latent_gradient`.
+
+    Attributes:
+        differentiates: as of :class:`PixelEstimator`.
+    """
 
     config: Any
     Config: ClassVar[type[Settings]] = Settings
+    differentiates: ClassVar[bool] = False
 
     @abstractmethod
     def latent_gradient(

@@ -18,6 +18,8 @@ from twinrl.rewards.latent.contract import Codec, Estimate, LatentEstimator, Rew
 class VaeBackprop(LatentEstimator):
     """*When to use*: as the ground truth for the others, and wherever memory allows it."""
 
+    differentiates = True
+
     class Config(Settings):
         kind: Literal["vae_backprop"] = "vae_backprop"
 
