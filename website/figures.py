@@ -79,7 +79,9 @@ def branch_times(axes: Axes) -> None:
     for name, colour in COLOURS.items():
         rows = batch.on((name,))
         axes.scatter(rows.t, rows.r, s=70 if name == "e2e" else 4, color=colour, label=name, zorder=3)
-    axes.set(title="Times that each branch asks for", xlabel="t, where the network stands", ylabel="r, where it jumps to")
+    axes.set(
+        title="Times that each branch asks for", xlabel="t, where the network stands", ylabel="r, where it jumps to"
+    )
     axes.axhline(0, color="0.8", lw=0.8)
     axes.axvline(0, color="0.8", lw=0.8)
     axes.legend(frameon=False, fontsize=8)

@@ -1,6 +1,7 @@
 """Reference pages that are made from the code: configuration, commands, metrics, and the interface of each part."""
 
 import ast
+import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
@@ -55,7 +56,7 @@ def configuration() -> str:
         path, _, note = where.partition("  ")
         parts += [f"### `{path}`", note.strip(" ()").capitalize()]
         for kind, keys in doctor.kinds(registry).items():
-            parts += [f"#### `{kind}`", doctor.summary(registry[kind]), _table(keys)]
+            parts += [f"#### `{kind}`", _first(inspect.getdoc(registry[kind])), _table(keys)]
     parts += ["## Preparation of data", "Keys of `twinrl data prepare`.", _table(doctor.keys(PrepareConfig))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -121,6 +122,11 @@ def _leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Comm
 
 def _prose(text: str | None) -> str:
     return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+
+
+def _first(text: str | None) -> str:
+    """The first paragraph of a docstring."""
+    return _prose(text).partition("\n\n")[0].replace("``", "`").replace("<", "&lt;").replace("*", "\\*")
 
 
 def _parameters(command: click.Command) -> str:
