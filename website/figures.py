@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from twinrl.flow import transport
 from twinrl.flow.branches import BatchDraws, divide
-from twinrl.flow.conditions import Condition
 from twinrl.training import schema
 from website.places import REPOSITORY
 
@@ -23,6 +22,8 @@ COLOURS = {"e2e": "#D55E00", "mul": "#009E73", "any": "#0072B2", "adv": "#CC79A7
 REAL, FAKE = "#0072B2", "#CC79A7"
 STEPS = 200
 ROWS = 1200
+VISIBLE = 0.02
+"""Density of samples from which on the third picture has arrows."""
 RENOISE_TIME = 0.4
 """τ of the third picture."""
 
@@ -74,11 +75,11 @@ def branch_times(axes: Axes) -> None:
     """(t, r) of the rows of one large batch, by branch, as the preset `twinflow` draws them."""
     settings = schema.load("twinflow")
     x = torch.zeros(ROWS, 1)
-    c = Condition(torch.zeros(ROWS, 1), torch.zeros(ROWS, 1, 1), torch.ones(ROWS, 1))
+    c = {"label": torch.zeros(ROWS)}
     batch = divide(settings.branches, settings.time, x, c, c, BatchDraws(0, 0, (ROWS, 1)))
     for name, colour in COLOURS.items():
-        rows = batch.on((name,))
-        axes.scatter(rows.t, rows.r, s=70 if name == "e2e" else 4, color=colour, label=name, zorder=3)
+        rows, sign = batch.on((name,)), -1 if name == "adv" else 1  # its term evaluates the network at −t
+        axes.scatter(sign * rows.t, sign * rows.r, s=70 if name == "e2e" else 4, color=colour, label=name, zorder=3)
     axes.set(
         title="Times that each branch asks for", xlabel="t, where the network stands", ylabel="r, where it jumps to"
     )
@@ -97,6 +98,7 @@ def jumps(axes: Axes) -> None:
     axes.plot([], [], color="0.65", label="path in many steps")
     axes.plot([], [], color=COLOURS["e2e"], ls="--", label="one jump, (t, r) = (1, 0)")
     axes.invert_xaxis()
+    axes.set_ylim(-3.1, 2.1)
     axes.set(title="The network learns the jump", xlabel="t, from noise to data", ylabel="x")
     axes.legend(frameon=False, fontsize=8, loc="lower left")
 
@@ -106,9 +108,10 @@ def rectify_force(axes: Axes) -> None:
     x = np.linspace(-2, 2, 400)
     axes.plot(x, DATA.density(x), color=REAL, label="data")
     axes.fill_between(x, GENERATED.density(x), color=FAKE, alpha=0.25, lw=0, label="one-step samples")
-    at = np.linspace(-1.9, 1.9, 24)
-    axes.quiver(at, np.full_like(at, -0.12), delta_v(at), np.zeros_like(at), angles="xy", scale_units="xy", scale=1.5,
-                width=0.004, color=COLOURS["e2e"])  # fmt: skip
+    at = np.linspace(-1.5, 1.8, 18)
+    at = at[GENERATED.density(at) > VISIBLE]
+    axes.quiver(at, np.full_like(at, -0.12), delta_v(at), np.zeros_like(at), angles="xy", scale_units="xy", scale=5,
+                width=0.006, color=COLOURS["e2e"])  # fmt: skip
     axes.set(title=f"Δv moves samples towards the data (τ = {RENOISE_TIME})", xlabel="x", ylabel="density")
     axes.set_ylim(-0.25, None)
     axes.legend(frameon=False, fontsize=8)

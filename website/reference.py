@@ -3,11 +3,11 @@
 import ast
 import inspect
 import pkgutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-import click
 from typer.main import get_command
 
 from twinrl import cli
@@ -82,8 +82,14 @@ def _code(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text in a table's cell: plain, whatever marks it has."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    """Text in a table's cell."""
+    return _plain(" ".join(text.split())).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    """A docstring's text as Markdown: outside of code ``<name>`` is no tag."""
+    parts = text.replace("``", "`").split("`")
+    return "`".join(part if k % 2 else part.replace("<", "&lt;") for k, part in enumerate(parts))
 
 
 # --- commands -------------------------------------------------------------------------------------------------------
@@ -99,8 +105,8 @@ def commands() -> str:
         "diverged under a stop policy. 2 is wrong input. 130 is an interruption with a checkpoint written.",
     ]
     for name, command in _leaves("twinrl", app):
-        usage = " ".join(command.collect_usage_pieces(click.Context(command, info_name=name)))
-        parts += [f"## `{name}`", f"    {name} {usage}", _prose(command.help), _parameters(command)]
+        usage = " ".join(_called(one) for one in command.params if one.param_type_name == "argument")
+        parts += [f"## `{name}`", f"    {name} {usage} [OPTIONS]", _prose(command.help), _parameters(command)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -112,8 +118,8 @@ def _registered():  # type: ignore[no-untyped-def]  # a Typer, which mypy need n
     return cli.app
 
 
-def _leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Command]]:
-    inner: Mapping[str, click.Command] = getattr(command, "commands", {})
+def _leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    inner = getattr(command, "commands", {})
     for word, one in inner.items():
         yield from _leaves(f"{name} {word}", one)
     if not inner:
@@ -121,24 +127,27 @@ def _leaves(name: str, command: click.Command) -> Iterator[tuple[str, click.Comm
 
 
 def _prose(text: str | None) -> str:
-    return "\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n"))
+    return _plain("\n\n".join(" ".join(part.split()) for part in (text or "").split("\n\n")))
 
 
 def _first(text: str | None) -> str:
     """The first paragraph of a docstring."""
-    return _prose(text).partition("\n\n")[0].replace("``", "`").replace("<", "&lt;").replace("*", "\\*")
+    return _prose(text).partition("\n\n")[0]
 
 
-def _parameters(command: click.Command) -> str:
-    rows = [
-        f"| {_code(', '.join(one.opts) if one.param_type_name == 'option' else one.human_readable_name)} "
-        f"| {_shown(one)} | {_cell(getattr(one, 'help', None) or '')} |"
-        for one in command.params
-    ]
+def _parameters(command: Any) -> str:
+    rows = [f"| {_code(_called(one))} | {_shown(one)} | {_cell(one.help or '')} |" for one in command.params]
     return "\n".join(["| what | default | meaning |", "|---|---|---|", *rows]) if rows else ""
 
 
-def _shown(parameter: click.Parameter) -> str:
+def _called(parameter: Any) -> str:
+    """An option by its flags, an argument by its name in the usage."""
+    if parameter.param_type_name == "option":
+        return ", ".join(parameter.opts)
+    return parameter.metavar or parameter.name.upper()
+
+
+def _shown(parameter: Any) -> str:
     if parameter.required:
         return "required"
     default = parameter.default
