@@ -26,7 +26,7 @@ release: install  ## the fixture of this version, from which every later one mus
 	$(BIN)/python -m tests.versions
 
 docs: $(VENV)/.docs-installed  ## the site, to build/site; links are strict, notebooks are executed
-	$(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 $(VENV)/.docs-installed: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"

@@ -21,10 +21,10 @@ sources: dict[str, str] = {}
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what is made from code, and every file of the repository that a page leads to."""
     own = [f"{places.TOP}{file.src_uri}" for file in files.documentation_pages()]
-    for source in places.reached([*STARTS, *own]):
+    for source in places.reached([*STARTS, *own, *notebooks.SOURCES]):
         place = places.on_site(source)
         sources[place] = source
-        if files.get_file_from_path(place) is None:
+        if not source.endswith(places.NOTEBOOK) and files.get_file_from_path(place) is None:
             files.append(File.generated(config, place, abs_src_path=str(places.REPOSITORY / source)))
     made = reference.pages() | notebooks.pages() | {"site.css": STYLE.read_text()}
     for place, content in made.items():

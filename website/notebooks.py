@@ -10,15 +10,14 @@ from nbconvert import MarkdownExporter
 
 from analysis import notebook
 from tests.analysis import simulated
-from website.places import REPOSITORY
+from website.places import REPOSITORY, on_site
 
-FOLDER = "notebooks"
-"""Of the pages, on the site."""
 TITLES = {
     "spikes": "Notebook: which term spiked",
     "arms": "Notebook: which arm is better",
     "published_recipe": "Notebook: the published recipe",
 }
+SOURCES = [f"analysis/notebooks/{name}.ipynb" for name in TITLES]
 TABLES = REPOSITORY / "papers" / "results" / "autopsy"
 
 
@@ -45,6 +44,7 @@ def _copies(folder: Path) -> Iterator[Path]:
 def _page(path: Path) -> dict[str, str | bytes]:
     text, resources = MarkdownExporter().from_filename(str(path), resources={"unique_key": path.stem})
     text = text.replace("![svg]", "![figure that the cell above has drawn]")
-    figures = {f"{FOLDER}/{name}": content for name, content in resources["outputs"].items()}
-    head = f"---\ntitle: '{TITLES[path.stem]}'\n---\n"
-    return {f"{FOLDER}/{path.stem}.md": head + text, **figures}
+    place = on_site(path.name)
+    folder = place.rpartition("/")[0]
+    figures = {f"{folder}/{name}": content for name, content in resources["outputs"].items()}
+    return {place: f"---\ntitle: '{TITLES[path.stem]}'\n---\n{text}", **figures}

@@ -1,7 +1,8 @@
 """Where a file of the repository is on the site.
 
 Pages are written with links that work on a plain git host. On the site, pages of ``docs/`` stand at the top, the README
-is the front page, and everything else keeps its path. Links are rewritten by that rule alone.
+is the front page, notebooks are pages of their own, and everything else keeps its path. Links are rewritten by that rule
+alone.
 """
 
 import os
@@ -12,6 +13,7 @@ from pathlib import Path, PurePosixPath
 REPOSITORY = Path(__file__).parents[1]
 FRONT = "README.md"
 TOP = "docs/"
+NOTEBOOK = ".ipynb"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)\)")
 """A link or picture: its ``!``, text and target."""
 ELSEWHERE = re.compile(r"^(#|[a-z][a-z0-9+.-]*:)")
@@ -19,6 +21,8 @@ ELSEWHERE = re.compile(r"^(#|[a-z][a-z0-9+.-]*:)")
 
 def on_site(source: str) -> str:
     """The place on the site of a file of the repository, both as paths with ``/``."""
+    if source.endswith(NOTEBOOK):
+        return f"notebooks/{PurePosixPath(source).stem}.md"
     return "index.md" if source == FRONT else source.removeprefix(TOP)
 
 

@@ -5,7 +5,9 @@ import pytest
 from tests.pages import REPOSITORY, all_pages
 from website import places
 
-KNOWN = {"README.md", "docs/a.md", "docs/b.md", "papers/c.md", "papers/images/d.png", "benchmarks/e.py"}
+KNOWN = {"README.md", "docs/a.md", "docs/b.md", "papers/c.md", "papers/images/d.png", "benchmarks/e.py"} | {
+    "analysis/notebooks/f.ipynb"
+}
 
 
 @pytest.mark.parametrize(
@@ -16,6 +18,8 @@ KNOWN = {"README.md", "docs/a.md", "docs/b.md", "papers/c.md", "papers/images/d.
         ("papers/c.md", "see [`a`](../docs/a.md), ![d](images/d.png)", "see [`a`](../a.md), ![d](images/d.png)"),
         ("README.md", "[a](docs/a.md) and [e](benchmarks/e.py)", "[a](a.md) and [e](benchmarks/e.py)"),
         ("docs/a.md", "[home](../README.md)", "[home](index.md)"),
+        ("docs/a.md", "[run](../analysis/notebooks/f.ipynb)", "[run](notebooks/f.md)"),
+        ("analysis/notebooks/f.ipynb", "[c](../../papers/c.md)", "[c](../papers/c.md)"),
         ("docs/a.md", "[web](https://example.org/b.md), [here](#x)", "[web](https://example.org/b.md), [here](#x)"),
         ("docs/a.md", "a folder, [`results`](../papers/results)", "a folder, `results`"),
     ],
