@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Where it is set, every process of a test would compile its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check campaign release install lint types imports fast prose clean
+.PHONY: demo test check campaign release docs install lint types imports fast prose clean
 
 demo: install  ## train a one-step generator of handwritten digits and judge it: five to fifteen minutes on two cores
 	$(BIN)/twinrl train lab name=demo run.dir=$(DEMO) --fresh
@@ -25,6 +25,13 @@ campaign: install  ## what takes long, unattended; goes on where it was stopped;
 
 release: install  ## the fixture of this version, from which every later one must go on; docs/architecture.md
 	$(BIN)/python -m tests.versions
+
+docs: $(VENV)/.docs-installed  ## the site, to build/site; links are strict, notebooks are executed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
 
 install: $(STAMP)
 

@@ -51,9 +51,10 @@ def report(
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else _folder_of(path, bool(tracking_uri))
     files.check_writable(folder, str(folder), "name another --out")
-    wanted, runs = (metric, effect, interactions), []
+    wanted = (metric, effect, interactions)
     if tracking_uri:
-        page = study_page.build(from_mlflow(tracking_uri, str(path), base), _made(folder / "figures"), *wanted)
+        study = from_mlflow(tracking_uri, str(path), base)
+        page, runs = study_page.build(study, _made(folder / "figures"), *wanted), list[Run]()
     else:
         page, runs = _page(path, folder, base, index, mapping, wanted)
     written = page.write(folder)[1]

@@ -7,7 +7,8 @@ and compares, so no result in the page was typed by hand. The tables are made by
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 
@@ -75,9 +76,9 @@ HEALTHY = 0.95
 # --- from tables to the page ------------------------------------------------------------------------------
 
 
-def render(trials: pd.DataFrame) -> str:
-    """The page, from the committed tables and the text."""
-    return Template(TEXT.read_text()).substitute(values_of(trials))
+def render(values: Mapping[str, str]) -> str:
+    """The page, from the text and what :func:`values_of` makes of the committed tables."""
+    return Template(TEXT.read_text()).substitute(values)
 
 
 def values_of(trials: pd.DataFrame) -> dict[str, str]:
@@ -379,12 +380,80 @@ def suspects_figure(trials: pd.DataFrame) -> Figure:
     return figure
 
 
+SHARES = {
+    "as published, on the lab": {
+        "live teacher, reward": "live_with_broken",
+        "live teacher, no reward": "live_without_broken",
+        "EMA teacher, reward": "ema_with_broken",
+        "EMA teacher, no reward": "ema_without_broken",
+    },
+    "live teacher, another gradient of the reward": {
+        "round-trip error alone": "dose_residual",
+        "preference alone, as long": "dose_large_eta",
+        "from E(D(z)), else as published": "decoded_broken",
+    },
+    "in a recipe that is whole": {
+        "live teacher and published reward": "clipped_live_published",
+        "live teacher": "clipped_live_corrected",
+        "published reward": "clipped_ema_published",
+        "neither": "clipped_base",
+    },
+    "the recommended recipe": {
+        "at the rate that breaks published": "recipe_slow_broken",
+        "at three times that rate": "recipe_fast_broken",
+    },
+}
+"""Group → row of the shares' figure → name of the share in the text."""
+SHARE = re.compile(r"(\d+) of (\d+) \[([\d.]+), ([\d.]+)\]")
+
+
+def shares_figure(values: Mapping[str, str]) -> Figure:
+    """Share of the runs that fell apart in each arm of the summary, with its interval: what the text says in numbers.
+
+    Arguments:
+        values: of the text, as :func:`values_of` makes them.
+    """
+    lines = sum(len(rows) for rows in SHARES.values()) + len(SHARES)
+    figure = Figure(figsize=(8.4, 0.27 * lines + 0.6), layout="constrained")
+    axes = figure.subplots()
+    row, labels = 0, {}
+    for group, rows in SHARES.items():
+        labels[row] = group
+        for label, name in rows.items():
+            row -= 1
+            labels[row] = label
+            _draw_share(axes, row, values[name])
+        row -= 1
+    axes.set_yticks(list(labels), list(labels.values()), fontsize=8)
+    for text, label in zip(axes.get_yticklabels(), labels.values(), strict=True):
+        text.set_fontweight("bold" if label in SHARES else "normal")
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(row + 0.4, 0.6)
+    axes.set_xlabel("share of runs that fell apart", fontsize=9)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=8, left=False)
+    return figure
+
+
+def _draw_share(axes: Axes, row: int, told: str) -> None:
+    found = SHARE.fullmatch(told)
+    assert found, told
+    fell, runs = int(found[1]), int(found[2])
+    colour = LIVE if fell / runs >= 0.5 else EMA
+    axes.plot([float(found[3]), float(found[4])], [row, row], color=colour, lw=1.6)
+    axes.plot(fell / runs, row, "o", color=colour, ms=5, clip_on=False)
+    axes.text(1.02, row, f"{fell} of {runs}", transform=axes.get_yaxis_transform(), fontsize=8, va="center")
+
+
 def main() -> None:
     """See the module."""
-    suspects_figure(pd.read_csv(TRIALS)).savefig(IMAGES / "autopsy-suspects.png", dpi=150)
-    screening_figure(pd.read_csv(TRIALS)).savefig(IMAGES / "autopsy-screening.png", dpi=150)
+    trials = pd.read_csv(TRIALS)
+    values = values_of(trials)
+    shares_figure(values).savefig(IMAGES / "autopsy-shares.png", dpi=150)
+    suspects_figure(trials).savefig(IMAGES / "autopsy-suspects.png", dpi=150)
+    screening_figure(trials).savefig(IMAGES / "autopsy-screening.png", dpi=150)
     central_figure(pd.read_parquet(CURVES)).savefig(IMAGES / "autopsy.png", dpi=150)
-    PAGE.write_text(render(pd.read_csv(TRIALS)))
+    PAGE.write_text(render(values))
 
 
 if __name__ == "__main__":

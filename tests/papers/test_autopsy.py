@@ -45,11 +45,19 @@ def made(autopsy: ModuleType, trials: pd.DataFrame) -> dict[str, str]:
     return autopsy.values_of(trials)
 
 
-def test_every_number_of_the_page_is_made_from_the_tables(
-    autopsy: ModuleType, trials: pd.DataFrame, made: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autopsy, "values_of", lambda _: made)
-    assert autopsy.PAGE.read_text() == autopsy.render(trials), "run python papers/autopsy.py"
+def test_every_number_of_the_page_is_made_from_the_tables(autopsy: ModuleType, made: dict[str, str]) -> None:
+    assert autopsy.PAGE.read_text() == autopsy.render(made), "run python papers/autopsy.py"
+
+
+def test_the_shares_are_drawn_as_the_text_says_them(autopsy: ModuleType, made: dict[str, str]) -> None:
+    (axes,) = autopsy.shares_figure(made).axes
+    drawn = [text.get_text() for text in axes.texts]
+    names = [name for rows in autopsy.SHARES.values() for name in rows.values()]
+    assert drawn == [made[name].partition(" [")[0] for name in names]
+    told = autopsy.TEXT.read_text().partition("\n---\n")[0]
+    assert [name for name in names if f"${name}" not in told] == ["clipped_base"], (
+        "the summary has the picture's numbers"
+    )
 
 
 def test_every_table_of_the_published_runs_page_is_made_from_its_trials(papers: None) -> None:

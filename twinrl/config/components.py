@@ -167,7 +167,7 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
     """
     number = kind is float
     fits = isinstance(value, int | float) and math.isfinite(value) if number else isinstance(value, kind)
-    if fits and (shape is None or value.shape == shape):  # type: ignore[attr-defined]
+    if fits and (shape is None or value.shape == shape):
         return value
     expected = "a finite number" if number else kind.__name__
     raise wrong_return(value, owner, method, expected + (f" of shape {tuple(shape)}" if shape is not None else ""))

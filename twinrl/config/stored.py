@@ -56,9 +56,10 @@ def parse(content: bytes, kind: Any, what: str, fix: str) -> Any:
 def made(kind: type[T], plain: Mapping[str, object]) -> T:
     """A dataclass from plain values, its fields' types taken strictly. Raises ValueError: they do not fit."""
     try:
-        return _adapter(kind).validate_json(json.dumps(plain), strict=True)  # type: ignore[no-any-return]
+        found: T = TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
         raise ValueError(one_line(error.errors())) from error
+    return found
 
 
 def count(value: object) -> int:

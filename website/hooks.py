@@ -1,0 +1,49 @@
+"""What mkdocs calls: pages from outside ``docs/``, links, formulas."""
+
+import html
+import re
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from website import notebooks, places, reference
+
+STYLE = Path(__file__).parent / "site.css"
+STARTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+sources: dict[str, str] = {}
+"""Place on the site → file of the repository that it shows."""
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add what is made from code, and every file of the repository that a page leads to."""
+    own = [f"{places.TOP}{file.src_uri}" for file in files.documentation_pages()]
+    for source in places.reached([*STARTS, *own, *notebooks.SOURCES]):
+        place = places.on_site(source)
+        sources[place] = source
+        if not source.endswith(places.NOTEBOOK) and files.get_file_from_path(place) is None:
+            files.append(File.generated(config, place, abs_src_path=str(places.REPOSITORY / source)))
+    made = reference.pages() | notebooks.pages() | {"site.css": STYLE.read_text()}
+    for place, content in made.items():
+        files.append(File.generated(config, place, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """The site's links in the place of the repository's."""
+    source = sources.get(page.file.src_uri)
+    return places.rewritten(source, markdown, set(sources.values())) if source else markdown
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as MathML, which browsers draw by themselves."""
+    return FORMULA.sub(_formula, html)
+
+
+def _formula(found: re.Match[str]) -> str:
+    inline, block = found[2], found[3]
+    drawn = convert(html.unescape(inline or block), display="inline" if inline else "block")
+    return f'<{found[1]} class="formula">{drawn}</{found[1]}>'
