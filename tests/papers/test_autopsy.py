@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
-import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -78,28 +77,13 @@ def test_the_readme_says_what_the_tables_say(trials: pd.DataFrame, made: dict[st
     values = {name: value.partition(" [")[0] for name, value in made.items()}
     suspects = trials[trials.study == "suspects"].groupby("arm").diverged
     fell = {name: f"{int(runs.sum())} of {len(runs)}" for name, runs in suspects}
-    recipe, _, bound = made["recipe_slow_broken"].partition(" [0.00, ")
-    published = yaml.safe_load((ROOT / "twinrl/presets/published.yaml").read_text())
-    clip = str(published["gradients"]["total"]["clip"]["max_norm"])
     assert numbers("What made the published RL run diverge?") == [
-        values["live_with_broken"], values["early"], values["early_norm"], clip,
-        values["live_without_broken"], values["ema_with_broken"], *NUMBER.findall(made["margin_reward_live"]),
-        values["clipped_live_published"], values["clipped_live_corrected"], values["clipped_ema_published"],
-        values["dose_residual"], values["dose_large_eta"],
-        fell["decoded baseline"], fell["own clip"], fell["float32"].rpartition(" ")[2],
-        values["falls_nothing"], values["falls_rectify_clip"],
-        recipe, f"{100 * float(bound.rstrip(']')):.0f}", "95", "1", "2",
+        values["live_with_broken"], values["live_without_broken"],
+        values["ema_with_broken"], values["ema_without_broken"],
+        fell["decoded baseline"], fell["own clip"],
+        values["recipe_slow_broken"], values["recipe_fast_broken"],
     ]  # fmt: skip
-    assert values["ema_with_broken"] == values["ema_without_broken"], "with the reward and without"
-    assert made["clipped_live_published_verdict"] == "a cause"
     assert fell["decoded baseline"] == values["live_without_broken"], "as many as without any reward"
-    assert values["dose_from_z"] == values["dose_from_decoded"] == "5 of 5", "either breaks every run"
-    for name in ("sigmoid start", "smaller eta", "more rows", "exact pixel gradient", "float32"):
-        assert fell[name] == "5 of 5", name
-    assert made["recipe_fast_broken"] == made["recipe_slow_broken"], "at either"
-    judged = trials[trials.study == "recommended"]
-    assert all((judged[f"test{nfe}_judge"] > judged.teacher_judge).all() for nfe in (1, 2)), "prefers its samples"
-    assert made["recipe"].count("| yes |") == 4, "no worse by two rates and two numbers of evaluations"
 
 
 def test_the_unchanged_replays_repeat_their_logs(runs: ModuleType) -> None:
