@@ -30,6 +30,7 @@ import numpy as np
 
 from analysis import ledger
 from analysis.margins import Critical, from_brackets
+from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
@@ -327,7 +328,7 @@ def _study_file(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        content = json.loads(file.read_text())
+        content = stored.read(file, dict[str, Any], "make the report again with `ablate report`")
         if not all({"name", "config_hash"} <= set(arm) for arm in content.get("arms", [])):
             raise ValueError("an arm without name or config_hash")
     except (ValueError, TypeError, AttributeError) as error:

@@ -1,6 +1,5 @@
 """MLflow on both sides: a study read from an experiment, addresses of published runs, reports as artifacts."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -10,6 +9,7 @@ from typing import Any
 
 from analysis import ledger
 from analysis.frames import BOOKKEEPING, Run, StudyFrame, assemble
+from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names
 from twinrl.tracking import store, ui
@@ -111,7 +111,7 @@ def _is_gone(uri: str) -> bool:
 
 def _state(run: Run) -> dict[str, Any] | None:
     file = run.path / layout.MLFLOW
-    return json.loads(file.read_text()) if file.is_file() else None
+    return stored.read(file, dict[str, Any], "delete it and publish again") if file.is_file() else None
 
 
 # --- reading ----------------------------------------------------------------------------------------------

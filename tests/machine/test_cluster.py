@@ -79,17 +79,20 @@ def test_what_a_session_leaves_is_ended_with_its_starter(tmp_path: Path) -> None
     """And nothing else is, nor before."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]
     server, other = (subprocess.Popen([*sleeping, f"--dir={tmp_path / name}/logs"]) for name in ("session", "other"))
-    agent = subprocess.Popen(sleeping, env=os.environ | {"RAY_RAYLET_PID": "12345678"})
+    worker = subprocess.Popen(sleeping, env=os.environ | {"RAY_RAYLET_PID": "12345678"})
+    (tmp_path / "session").mkdir()
+    with (tmp_path / "session" / "agent.log").open("w") as log:
+        agent = subprocess.Popen(["ray::Agent", *sleeping[1:]], executable=sys.executable, stdout=log)
     try:
         waiting = subprocess.Popen(
             [sys.executable, "-m", aftermath.NAME, str(tmp_path / "session"), "12345678"], stdin=subprocess.PIPE
         )
         time.sleep(0.5)
-        assert [server.poll(), agent.poll()] == [None, None]
+        assert [process.poll() for process in (server, worker, agent)] == [None] * 3
         waiting.communicate(timeout=60)  # closes its standard input, as the end of its starter does
-        assert [server.wait(60), agent.wait(60)] == [-9, -9]
+        assert [process.wait(60) for process in (server, worker, agent)] == [-9] * 3
         assert other.poll() is None
     finally:
-        for process in (server, agent, other):
+        for process in (server, worker, agent, other):
             process.kill()
             process.wait()

@@ -6,6 +6,7 @@ import pickletools
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors import safe_open
 
 from tests.disk import another_user, open_folder
 from tests.states import STATE
+from twinrl.config.components import ComponentError
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.machine import tensors as safetensors
@@ -221,3 +223,14 @@ def test_state_json_is_strict_json(saved: Path) -> None:
         raise AssertionError(constant)
 
     json.loads((saved / "state.json").read_text(), parse_constant=refuse)
+
+
+def test_an_own_optimizer_that_keeps_text() -> None:
+    class Chatty(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            self.state[self.param_groups[0]["params"][0]]["said"] = "text"
+
+    optimizer = Chatty([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+    optimizer.step()
+    with pytest.raises(ComponentError, match=r"Chatty keeps what no checkpoint takes; got str 'text' as 0\.said"):
+        checkpoints.optimizer_tensors(optimizer)

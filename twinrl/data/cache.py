@@ -54,6 +54,7 @@ class ShardStore:
     def _open(self, path: Path) -> None:
         number = re.fullmatch(r"shard-(\d+)\.safetensors", path.name)
         try:
+            files.check_plain(path)
             path.open("rb").close()  # the library says of a file that it may not read that it is not there
             shard = safe_open(path, framework="pt")
         except (*files.GONE, SafetensorError) as error:

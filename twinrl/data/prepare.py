@@ -109,8 +109,9 @@ def origin(path: Path) -> str:
 def check_origin(path: Path, to: Path) -> None:
     """Raises InputError where ``to`` was prepared from other data, which would be replaced."""
     try:
+        files.check_plain(to / MANIFEST)
         before = json.loads((to / MANIFEST).read_text())["origin"]
-    except (*files.GONE, ValueError, TypeError, KeyError):  # not prepared, or before origins were kept
+    except (*files.GONE, ValueError, TypeError, KeyError, RecursionError):  # not prepared, or before origins were kept
         return
     if before != origin(path):
         raise InputError(f"{to} holds other data", got=f"those of {before}", fix="name another folder with --to")

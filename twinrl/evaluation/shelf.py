@@ -96,6 +96,7 @@ def has_digest(part: object) -> bool:
 
 def _read(path: Path, key: str) -> Entry:
     """The entry. Raises ValueError, SafetensorError, … where the file is not what was written under ``key``."""
+    files.check_plain(path)
     with safe_open(path, "pt") as file:
         about = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

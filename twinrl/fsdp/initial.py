@@ -12,6 +12,7 @@ Three ways, all ending in the local parts that FSDP keeps:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -221,6 +222,7 @@ def _opened(path: Any) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        files.check_plain(Path(path))
         open(path, "rb").close()  # the library's own errors have no number
         return safe_open(path, framework="pt")
     except (*files.GONE, SafetensorError) as error:

@@ -84,8 +84,9 @@ def load_tensors(path: Path, delete: Path) -> dict[str, Tensor]:
 def load_json(path: Path, delete: Path) -> dict[str, object]:
     """Read a JSON object; errors as ``load_tensors``."""
     try:
+        files.check_plain(path)
         return json.loads(path.read_text())
-    except (*files.GONE, ValueError) as error:
+    except (*files.GONE, ValueError, RecursionError) as error:
         raise damaged(path, delete, str(error)) from error
 
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 import psutil
 
 NAME = "twinrl.machine.aftermath"
+TITLED = "ray::"
+"""How the titles of Ray's agents and workers begin."""
 LAST_SECONDS, POLL_SECONDS = 10.0, 0.5
 
 
@@ -20,8 +22,9 @@ def end_all_of(session: str, raylet: int) -> int:
     """Kill the processes that a session has left; how many there were.
 
     Arguments:
-        session: its folder, which the command lines of most of them name.
-        raylet: id of its node process, which the environment of agents and workers names.
+        session: its folder, which the command lines of most of them name; of agents, whose titles are written over
+            command line and environment, the open files lie in it.
+        raylet: id of its node process, which the environment of workers names.
     """
     found = [process for process in psutil.process_iter(["cmdline", "environ"]) if _is_of(process, session, raylet)]
     for process in found:
@@ -32,8 +35,19 @@ def end_all_of(session: str, raylet: int) -> int:
 
 def _is_of(process: psutil.Process, session: str, raylet: int) -> bool:
     words, variables = process.info["cmdline"] or (), process.info["environ"] or {}
-    ours = process.pid != os.getpid() and not any(NAME in word for word in words)
-    return ours and (any(session in word for word in words) or variables.get("RAY_RAYLET_PID") == str(raylet))
+    if process.pid == os.getpid() or any(NAME in word for word in words):
+        return False
+    if any(session in word for word in words) or variables.get("RAY_RAYLET_PID") == str(raylet):
+        return True
+    return any(word.startswith(TITLED) for word in words[:1]) and _has_open(process, session)
+
+
+def _has_open(process: psutil.Process, folder: str) -> bool:
+    """Whether a process has opened a file in a folder, by what its descriptors link to."""
+    try:
+        return any(file.path.startswith(folder) for file in process.open_files())
+    except psutil.Error:  # it has ended, or is another user's
+        return False
 
 
 def main(session: str, raylet: int) -> None:

@@ -41,6 +41,12 @@ def check_writable(folder: Path, what: str, fix: str) -> None:
         raise InputError(f"{what} cannot be written", got=error.strerror, fix=fix) from error
 
 
+def check_plain(path: Path) -> None:
+    """Raises IsADirectoryError where something else than a file is: whoever opens a pipe would wait for ever."""
+    if path.exists() and not path.is_file():
+        raise IsADirectoryError(errno.EISDIR, "Is no file", str(path))
+
+
 def unfinished(path: Path) -> Path:
     """Where ``path`` is written before it takes its name; hidden, with its suffix, by which writers know the format."""
     return path.with_name(f".{path.stem}.new{path.suffix}")

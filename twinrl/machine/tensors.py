@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from twinrl.machine import files
+
 NUMBER = re.compile(r"\(os error (\d+)\)")
 
 
@@ -34,5 +36,6 @@ def load(path: Path) -> dict[str, Tensor]:
         OSError: the file is not there, or cannot be read.
         SafetensorError: it is damaged, or no such file.
     """
+    files.check_plain(path)
     path.open("rb").close()
     return load_file(path)

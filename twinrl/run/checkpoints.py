@@ -174,8 +174,9 @@ def load(path: Path) -> Checkpoint:
 def load_state(path: Path) -> dict[str, Any]:
     """The JSON part of the checkpoint in folder ``path``; errors as for :func:`load`."""
     try:
+        files.check_plain(path / STATE)
         state = json.loads((path / STATE).read_text())
-    except (*files.GONE, ValueError) as error:
+    except (*files.GONE, ValueError, RecursionError) as error:
         raise corrupted(path / STATE, error) from error
     try:
         CheckpointState.model_validate(state)

@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from twinrl.config.components import ComponentError, told
 from twinrl.config.errors import InputError
 
 RUN_FIX = "use the model.network settings that they were trained with"
@@ -102,11 +103,19 @@ def few(names: Iterable[str]) -> str:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``"<parameter index>.<name>"`` → tensor."""
+    """The optimizer's state as ``"<parameter index>.<name>"`` → tensor.
+
+    Raises:
+        ComponentError: one's own keeps something that is no tensor and no number.
+    """
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value) for index, values in state.items() for name, value in values.items()
-    }
+    flat = {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+    try:
+        return {key: torch.as_tensor(value) for key, value in flat.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        key, value = next((key, value) for key, value in flat.items() if not isinstance(value, Tensor | int | float))
+        what = f"{type(optimizer).__module__}.{type(optimizer).__qualname__} keeps what no checkpoint takes"
+        raise ComponentError(what, got=f"{told(value)} as {key}", expected="tensors and numbers") from error
 
 
 Kept: TypeAlias = Callable[[Tensor], Mapping[str, Tensor]]

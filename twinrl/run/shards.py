@@ -14,6 +14,8 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from twinrl.machine import files
+
 DESCRIBING = {
     "torch.distributed.checkpoint.metadata": {
         "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata",
@@ -41,6 +43,7 @@ class ShardReader(FileSystemReader):
         self.folder = folder
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        files.check_plain(self.folder / ".metadata")
         metadata = _unpickled((self.folder / ".metadata").read_bytes())
         metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -134,8 +134,9 @@ def test_adapters_are_added_in_float32_and_rounded_once(case, tmp_path, dtype):
     assert f'from_pretrained("s", torch_dtype=torch.{"float32" if dtype else "bfloat16"})' in card
 
 
-MOVING = ("hidden_states", "sample", "x", "timestep", "t")
-"""Arguments of transformers that are the latents and the time, which differ from step to step."""
+NO_CONTEXT = ("hidden_states", "sample", "x", "timestep", "t", "guidance")
+"""Arguments of transformers that are the latents and the time, and what FLUX's student puts its own number in place of
+(``embedded_guidance``)."""
 
 
 class Heard:
@@ -158,7 +159,7 @@ class Heard:
         named = {**named, **named.pop("kwargs", {})}
         lists = {name: value if isinstance(value, list | tuple) else [value] for name, value in named.items()}
         tensors = {name: [v for v in value if isinstance(v, torch.Tensor)] for name, value in lists.items()}
-        self.contexts.append({name: found for name, found in tensors.items() if found and name not in MOVING})
+        self.contexts.append({name: found for name, found in tensors.items() if found and name not in NO_CONTEXT})
 
 
 @pytest.mark.slow
@@ -192,7 +193,8 @@ def test_a_stock_pipeline_tells_the_network_what_training_did(case, tmp_path, dt
         assert given
         for name, tensors in given.items():
             for one, other in zip(tensors, ours_given[name], strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+                assert one.is_floating_point() == other.is_floating_point(), name
+                assert torch.equal(one.float(), other.float()), name  # masks may be of truths or of ones
 
 
 def test_a_folder_in_use_is_left_alone(sd3, tmp_path):
