@@ -33,7 +33,7 @@ def blocks(
         effect: difference worth finding, in standard deviations of paired differences.
     """
     question: list[PageBlock] = [Text(study.question)] if study.question else []
-    glance = factor_table(study, metric, factors) if factors.metric else arm_table(study, lines)
+    glance = factor_table(metric, factors) if factors.metric else arm_table(study, lines)
     table: list[PageBlock] = [Table(glance, "glance")] if glance is not None else []
     told = Facts(facts(study, metric, lines, factors, effect))
     return [*question, told, *table, Text(INTERVALS_NOTE, note=True), *_left_out(study), Heading("The evidence")]
@@ -238,7 +238,7 @@ def time_ratio(study: StudyFrame, arm: str) -> Interval | None:
 # --- at a glance ------------------------------------------------------------------------------------------
 
 
-def factor_table(study: StudyFrame, metric: str, factors: FactorSection) -> "pd.DataFrame":
+def factor_table(metric: str, factors: FactorSection) -> "pd.DataFrame":
     """One line a contrast: metric, odds of diverging, time and recall."""
     import pandas as pd
 

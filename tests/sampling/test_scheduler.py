@@ -30,6 +30,11 @@ CONFIGS = {
 }
 
 
+def scheduler_of(config: SamplerConfig, **settings) -> TwinFlowScheduler:
+    """The scheduler with a sampler's settings."""
+    return TwinFlowScheduler(**config.model_dump(exclude={"steps"}), **settings)
+
+
 def normal(*shape, seed=0):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -56,7 +61,7 @@ def test_the_scheduler_gives_the_sampler_s_samples(name, tmp_path):
     config, values, network = CONFIGS[name], reference.case("sample_few_2"), reference.network("net_sampler")
     z, condition = values["z"], {"c": values["c"]}
     expected = sample(network, z, condition, config, seed=4)
-    scheduler = TwinFlowScheduler.from_sampler(config, seed=4)
+    scheduler = scheduler_of(config, seed=4)
     scheduler.save_pretrained(tmp_path)
     for each in (scheduler, TwinFlowScheduler.from_pretrained(tmp_path)):
         with torch.no_grad():
@@ -83,7 +88,7 @@ def test_rounded_samples_do_not_round_the_state(dtype):
     def network(x, t, r, condition):
         return torch.sin(3 * x)
 
-    result, _ = walk(TwinFlowScheduler.from_sampler(config), network, z, {}, 50)
+    result, _ = walk(scheduler_of(config), network, z, {}, 50)
     assert result.dtype == dtype
     assert torch.equal(result, sample(network, z, {}, config))
 
@@ -134,7 +139,7 @@ def test_timesteps_are_times_in_training_units():
 
 
 def test_order_2_lists_the_times_between_twice():
-    scheduler = TwinFlowScheduler.from_sampler(CONFIGS["mul order 2"])
+    scheduler = scheduler_of(CONFIGS["mul order 2"])
     scheduler.set_timesteps(9)
     times = time_grid(CONFIGS["mul order 2"])[:-1]
     expected = torch.cat([times[:1], times[1:].repeat_interleave(2)]) * 1000
@@ -185,7 +190,7 @@ def test_simpletuner_s_reading_of_a_zero_gap(steps, gap):
 
 @pytest.mark.parametrize("name", ["few 4", "any 4", "mul 12", "any order 2"])
 def test_target_times_can_be_read_by_index_tensor_and_timestep(name):
-    scheduler = TwinFlowScheduler.from_sampler(CONFIGS[name])
+    scheduler = scheduler_of(CONFIGS[name])
     scheduler.set_timesteps(CONFIGS[name].steps)
     targets = torch.tensor([scheduler.target_time(i) for i in range(len(scheduler.timesteps))])
     torch.testing.assert_close(scheduler.target_timesteps, 1000 * targets)
@@ -368,7 +373,7 @@ def test_a_stock_pipeline_gives_the_sampler_s_samples(pipeline, transformer, nam
     def network(x, t, r, c):
         return transformer(x, c["text"], c["pooled"], timestep=t * 1000, return_dict=False)[0]
 
-    pipeline.scheduler = TwinFlowScheduler.from_sampler(config)
+    pipeline.scheduler = scheduler_of(config)
     latents = pipeline(
         prompt_embeds=condition["text"],
         pooled_prompt_embeds=condition["pooled"],

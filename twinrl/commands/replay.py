@@ -118,7 +118,8 @@ def _number(value: Any) -> str:
 def verdict(result: Replay) -> list[str]:
     """What the traces say, in words."""
     unchanged, *others = result.traces
-    lines = ["the unchanged replay repeats the log exactly" if result.exact else _inexact(result)]
+    differs = "differs from the log in some digits (another machine or thread count?)"
+    lines = [f"the unchanged replay {'repeats the log exactly' if result.exact else differs}"]
     lines += [_says(result, trace) for trace in [*(others or [unchanged]), *result.placebos]]
     lines += [_peaks(result)] if others else []
     if others and not result.recurs(unchanged):
@@ -150,10 +151,6 @@ def _peaks(result: Replay) -> str:
     heights = [f"{_number(result.peak(trace))} ({trace.label})" for trace in [*result.traces, *result.placebos]]
     usually = f"; usually {_number(result.event.reference)}" if result.event.reference is not None else ""
     return f"{result.event.series} around the event: {', '.join(heights)}{usually}"
-
-
-def _inexact(result: Replay) -> str:
-    return "the unchanged replay differs from the log in some digits (another machine or thread count?)"
 
 
 def _says(result: Replay, trace: Trace) -> str:

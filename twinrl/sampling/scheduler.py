@@ -105,11 +105,6 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         self._forget()
 
     @classmethod
-    def from_sampler(cls, config: SamplerConfig, **settings: Any) -> "TwinFlowScheduler":
-        """The scheduler with a sampler's settings; ``config.steps`` is what to give to ``set_timesteps``."""
-        return cls(**config.model_dump(exclude={"steps"}), **settings)
-
-    @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The scheduler of a configuration. Of another class's the shift is left out, with a warning.
 

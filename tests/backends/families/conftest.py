@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.backends.families import tiny
+from tests.backends.families.held import to_pipeline
 from tests.rounding import assert_rounded
 from twinrl.backends.families import FAMILIES, load_family
 from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES
@@ -67,7 +68,7 @@ class Case:
         height, width = self.size
         settings = {"height": height, "width": width} | length(self.family) | CALL[self.name]
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline(list(PROMPTS), latents=self.family.to_pipeline(z), **(settings | arguments))[0]
+        return pipeline(list(PROMPTS), latents=to_pipeline(self.family, z), **(settings | arguments))[0]
 
 
 def length(family: Family) -> dict[str, Any]:

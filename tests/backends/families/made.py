@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES
+from tests.backends.families.held import from_pipeline, to_pipeline
 from tests.data.tiny import write_pairs
 from tests.rounding import assert_rounded
 from twinrl.backends.families import FAMILIES, family_class
@@ -68,8 +69,8 @@ def short_prompts() -> Iterator[None]:
 
 def few(family: Family, network: nn.Module, z: Tensor, condition: Condition, steps: int) -> Tensor:
     """Our sampler's result, with the injected noise laid out as the pipeline holds its latents."""
-    packed, shape = family.to_pipeline(z).shape, (z.shape[1], z.shape[2], z.shape[3])
-    noise = lambda step: family.from_pipeline(keyed_noise(packed, 0, step), shape)  # noqa: E731
+    packed, shape = to_pipeline(family, z).shape, (z.shape[1], z.shape[2], z.shape[3])
+    noise = lambda step: from_pipeline(family, keyed_noise(packed, 0, step), shape)  # noqa: E731
     with torch.no_grad():
         return sample(network, z, condition, few_step(steps), noise=noise)
 

@@ -20,6 +20,7 @@ from tests import pages
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES, Case, disturbed
 from tests.backends.families.forward import at
+from tests.backends.families.held import from_pipeline
 from tests.backends.families.made import assert_alike
 from tests.data.tiny import write_pairs
 from tests.logs import rows
@@ -69,7 +70,7 @@ def test_it_equals_its_own_pipeline_and_starts_as_its_teacher(added: Case, monke
     theirs = added.call(added.pipeline, z, num_inference_steps=4, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent")
     ours = sample(network, z, added.condition, euler(4))
     assert (ours - z).abs().mean() > 0.1
-    assert_alike(NAME, added.family.from_pipeline(theirs, added.shape), ours)
+    assert_alike(NAME, from_pipeline(added.family, theirs, added.shape), ours)
 
     t = torch.tensor([0.3, 1.0])
     assert torch.equal(at(network, added, -t, 0 * t), at(network, added, t))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.backends.families.conftest import PROMPTS, disturbed
 from tests.backends.families.forward import T, at
+from tests.backends.families.held import from_pipeline
 from tests.backends.families.made import assert_alike, few
 from twinrl.backends.families import load_family
 from twinrl.backends.families.export import export
@@ -39,7 +40,7 @@ def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
     for steps in (1, 2, 4):
         z = case.noise(steps)
         told = {"num_inference_steps": steps, "guidance_scale": 0, "output_type": "latent"}
-        theirs = case.family.from_pipeline(case.call(pipeline, z, **told), case.shape)
+        theirs = from_pipeline(case.family, case.call(pipeline, z, **told), case.shape)
         assert_alike(case.name, theirs, few(case.family, network, z, case.condition, steps))
 
 

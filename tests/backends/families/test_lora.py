@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.forward import T, at
+from tests.backends.families.held import from_pipeline
 from tests.backends.families.made import assert_alike
 from tests.rounding import assert_rounded
 from twinrl.backends.families.export import export_lora, with_lora
@@ -62,7 +63,7 @@ def test_a_stock_pipeline_reads_the_adapters(flow, tmp_path):
     pipeline.scheduler, z = tiny.euler(), flow.noise()
     theirs = flow.call(pipeline, z, num_inference_steps=1, sigmas=[1.0], output_type="latent")
     ones = torch.ones(2)
-    assert_alike(flow.name, flow.family.from_pipeline(theirs, flow.shape), z - at(network, flow, ones))
+    assert_alike(flow.name, from_pipeline(flow.family, theirs, flow.shape), z - at(network, flow, ones))
 
 
 def test_a_frozen_teacher_pass_leaves_the_students_gradients_alone(case):

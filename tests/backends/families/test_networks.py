@@ -8,6 +8,7 @@ import torch
 from tests.backends.families import tiny
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.forward import T, at
+from tests.backends.families.held import from_pipeline
 from tests.backends.families.made import assert_alike
 from twinrl.backends import tells_trajectories_apart
 from twinrl.backends.families.family import FrozenTeacher
@@ -23,7 +24,7 @@ def test_multi_step_sampling_equals_the_familys_own_pipeline(flow):
     theirs = flow.call(pipeline, z, num_inference_steps=steps, sigmas=[1.0, 0.75, 0.5, 0.25], output_type="latent")
     ours = sample(flow.network(), z, flow.condition, euler(steps))
     assert (ours - z).abs().mean() > 0.1
-    assert_alike(flow.name, flow.family.from_pipeline(theirs, flow.shape), ours)
+    assert_alike(flow.name, from_pipeline(flow.family, theirs, flow.shape), ours)
 
 
 def test_a_new_student_is_its_teacher_on_both_branches_and_for_every_target(case):

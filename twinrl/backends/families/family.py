@@ -20,7 +20,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from twinrl.backends.dit import patchify, unpatchify
 from twinrl.backends.families import pipelines
 from twinrl.backends.families.diffusion import check_bridge
 from twinrl.backends.families.lora import LoraSettings, add_lora, initialise, is_adapted
@@ -347,16 +346,6 @@ class Family(ABC):
         z = latents.to(vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
         return vae.decode(z, return_dict=False)[0].to(latents.dtype)
 
-    # --- the pipeline's own layout ----------------------------------------------------------------------
-
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) as the pipeline holds them; noise that a scheduler injects has that layout too."""
-        return latents
-
-    def from_pipeline(self, state: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
-        """The inverse of :meth:`to_pipeline`."""
-        return state
-
     def frozen_modules(self) -> list[nn.Module]:
         """Text encoders and VAE."""
         named = self.pipeline.components.items()
@@ -372,18 +361,6 @@ class Family(ABC):
         for module in self.frozen_modules():
             module.to(self.device)
         return self
-
-
-class Packed:
-    """Mixin of families whose pipelines hold latents as patch tokens (B, h·w/4, 4·C)."""
-
-    def to_pipeline(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) → (B, h·w/4, 4·C)."""
-        return patchify(latents, 2)
-
-    def from_pipeline(self, state: Tensor, latent_shape: tuple[int, int, int]) -> Tensor:
-        """(B, h·w/4, 4·C) → (B, C, h, w)."""
-        return unpatchify(state, state.new_empty(len(state), *latent_shape), 2)
 
 
 def pad_tokens(text: Tensor, length: int) -> Tensor:

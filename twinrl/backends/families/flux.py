@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork, Packed
+from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork
 from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.flow.conditions import Condition
 
@@ -89,7 +89,7 @@ def positions(x_bchw: Tensor) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
 
 
-class Flux(Packed, Family):
+class Flux(Family):
     """FLUX.1-dev and FLUX.1-schnell (12 B parameters).
 
     *When to use*: dev as a start is already guided; its student then needs no guidance in the target.

@@ -9,7 +9,7 @@ from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
 from twinrl.backends.dit import patchify, unpatchify
-from twinrl.backends.families.family import Family, FamilyNetwork, Packed, pad_tokens, trimmed
+from twinrl.backends.families.family import Family, FamilyNetwork, pad_tokens, trimmed
 from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
@@ -51,7 +51,7 @@ class QwenImageNetwork(FamilyNetwork):
         return unpatchify(tokens, x, 2)
 
 
-class QwenImage(Packed, Family):
+class QwenImage(Family):
     """Qwen-Image and Qwen-Image-2512 (20 B parameters); not the editing and layered variants.
 
     *When to use*: the model of the largest published TwinFlow result.
