@@ -78,7 +78,7 @@ def test_pages_need_no_network_and_fit_a_phone(site: Path, server: str, browser:
 
 def test_a_word_is_found(server: str, browser: Any) -> None:  # noqa: F811
     _resize(browser, WIDTHS["laptop"])
-    browser.get(f"{server}/index.html?q=renoise")
+    browser.get(f"{server}/index.html?q=glossary")
     found = wait_for(lambda: browser.execute_script(FOUND))
     assert any("glossary" in link for link in found), found
 
