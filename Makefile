@@ -26,7 +26,7 @@ campaign: install  ## what takes long, unattended; goes on where it was stopped;
 release: install  ## the fixture of this version, from which every later one must go on; docs/architecture.md
 	$(BIN)/python -m tests.versions
 
-docs: $(VENV)/.docs-installed  ## the site, to build/site; links are strict, notebooks are executed
+docs: $(VENV)/.docs-installed  ## the site, to build/site; look at it with python -m http.server -d build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 $(VENV)/.docs-installed: $(STAMP)

@@ -17,15 +17,15 @@ from twinrl.flow.branches import BatchDraws, divide
 from twinrl.training import schema
 from website.places import REPOSITORY
 
-IMAGE = REPOSITORY / "docs" / "images" / "twinflow.png"
+IMAGES = REPOSITORY / "docs" / "images"
 COLOURS = {"e2e": "#D55E00", "mul": "#009E73", "any": "#0072B2", "adv": "#CC79A7"}
 REAL, FAKE = "#0072B2", "#CC79A7"
 STEPS = 200
 ROWS = 1200
 VISIBLE = 0.02
-"""Density of samples from which on the third picture has arrows."""
+"""Density of samples from which on that picture has arrows."""
 RENOISE_TIME = 0.4
-"""τ of the third picture."""
+"""τ of the picture of rectify."""
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,13 @@ def delta_v(x: np.ndarray, tau: float = RENOISE_TIME) -> np.ndarray:
 
 
 def main() -> None:
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    for draw, axes in zip((branch_times, jumps, rectify_force), figure.subplots(1, 3), strict=True):
+    for name, draw in {"times": branch_times, "jumps": jumps, "rectify": rectify_force}.items():
+        figure = Figure(figsize=(6, 3.9), layout="constrained")
+        axes = figure.subplots()
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(11)
-    figure.savefig(IMAGE, dpi=110, facecolor="white")
+        figure.savefig(IMAGES / f"twinflow-{name}.png", dpi=110, facecolor="white")
 
 
 if __name__ == "__main__":

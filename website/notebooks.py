@@ -1,6 +1,7 @@
 """Notebooks as pages: executed on made-up runs and on the autopsy's committed tables, with their figures."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ TITLES = {
     "arms": "Notebook: which arm is better",
     "published_recipe": "Notebook: the published recipe",
 }
+SHOWN = {
+    re.escape("![svg]"): "![figure that the cell above has drawn]",
+    r"<style scoped>.*?</style>\n": "",
+    ' border="1" class="dataframe"': "",
+    rf"{re.escape(tempfile.gettempdir())}/\w+/": "",
+}
+"""Pattern → what the page has instead: the site's own tables, names of figures, no folder of this machine."""
 SOURCES = [f"analysis/notebooks/{name}.ipynb" for name in TITLES]
 TABLES = REPOSITORY / "papers" / "results" / "autopsy"
 
@@ -43,7 +51,8 @@ def _copies(folder: Path) -> Iterator[Path]:
 
 def _page(path: Path) -> dict[str, str | bytes]:
     text, resources = MarkdownExporter().from_filename(str(path), resources={"unique_key": path.stem})
-    text = text.replace("![svg]", "![figure that the cell above has drawn]")
+    for found, instead in SHOWN.items():
+        text = re.sub(found, instead, text, flags=re.DOTALL)
     place = on_site(path.name)
     folder = place.rpartition("/")[0]
     figures = {f"{folder}/{name}": content for name, content in resources["outputs"].items()}

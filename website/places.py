@@ -1,8 +1,8 @@
 """Where a file of the repository is on the site.
 
-Pages are written with links that work on a plain git host. On the site, pages of ``docs/`` stand at the top, the
-README is the front page, notebooks are pages of their own, and everything else keeps its path. Links are rewritten by
-that rule alone.
+Pages are written with links that work on a plain git host. On the site, pages of ``docs/`` stand at the top and the
+README is the front page. Notebooks are pages of their own. Everything else keeps its path. Links are rewritten by that
+rule alone.
 """
 
 import os

@@ -194,9 +194,13 @@ def _pattern(node: ast.FunctionDef) -> str:
 
 
 def interface(title: str, modules: Iterable[str]) -> str:
-    """A page that documents modules; the text is made by mkdocstrings."""
+    """A page that documents modules; the text is made by mkdocstrings. Of a package's own file it is the docstring."""
     shown = [module for given in modules for module in _modules(given)]
-    return f"# {title.capitalize()}\n\n" + "\n".join(f"::: {module}\n" for module in shown)
+    return "\n".join([f"# {title.capitalize()}\n", *(f"::: {module}\n{_options(module)}" for module in shown)])
+
+
+def _options(module: str) -> str:
+    return "    options: {members: false}\n" if hasattr(import_module(module), "__path__") else ""
 
 
 def _modules(name: str) -> Iterator[str]:

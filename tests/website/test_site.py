@@ -6,21 +6,27 @@ Accessibility is checked where ``TWINRL_AXE`` names the file ``axe.min.js`` of a
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from tests.analysis.test_report_page import OVERFLOW, offline  # noqa: F401 (fixture)
+from tests.analysis.test_report_page import OVERFLOW
 from tests.pages import REPOSITORY
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
-from tests.tracking.pages import keep_screenshot
+from tests.tracking.pages import keep_screenshot, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.campaign]
 
 WIDTHS = {"phone": 390, "laptop": 1366}
 SERIOUS = ("serious", "critical")
-FOREIGN = "return performance.getEntriesByType('resource').map(e => e.name).filter(n => /^https?:/.test(n))"
+FOREIGN = """return performance.getEntriesByType('resource').map(e => e.name)
+    .filter(n => !n.startsWith('data:') && !n.startsWith(location.origin))"""
+FOUND = "return [...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
 BROKEN = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
 CHECK = """const done = arguments[arguments.length - 1];
 axe.run(document, {resultTypes: ['violations']}).then(found => done(found.violations.map(
@@ -38,42 +44,57 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pages_need_no_network_and_fit_a_phone(site: Path, offline: Any) -> None:  # noqa: F811
+@pytest.fixture(scope="module")
+def server(site: Path) -> Iterator[str]:
+    """Address of the site on this machine."""
+    handler = partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        thread = Thread(target=serving.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files and prints nothing."""
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_pages_need_no_network_and_fit_a_phone(site: Path, server: str, browser: Any) -> None:  # noqa: F811
     """Every page, at both widths: nothing is fetched, pictures are there, no error is logged, nothing sticks out."""
     wrong = []
     for width in WIDTHS.values():
-        _resize(offline, width)
+        _resize(browser, width)
         for page in sorted(site.rglob("*.html")):
-            offline.get(page.as_uri())
-            asked, broken, over = (offline.execute_script(script) for script in (FOREIGN, BROKEN, OVERFLOW))
-            logged = [entry["message"] for entry in offline.get_log("browser") if entry["level"] == "SEVERE"]
+            browser.get(f"{server}/{page.relative_to(site).as_posix()}")
+            asked, broken, over = (browser.execute_script(script) for script in (FOREIGN, BROKEN, OVERFLOW))
+            logged = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
             if asked or broken or logged or over > 0:
                 wrong.append((str(page.relative_to(site)), width, asked, broken, logged, over))
     assert wrong == []
 
 
-def test_a_word_is_found(site: Path, offline: Any) -> None:  # noqa: F811
-    offline.get((site / "index.html").as_uri() + "?q=renoise")
-    from tests.tracking.pages import wait_for
-
-    found = wait_for(
-        lambda: [a.get_attribute("href") for a in offline.find_elements("css selector", ".md-search-result__link")]
-    )
-    assert any("glossary" in link for link in found)
+def test_a_word_is_found(server: str, browser: Any) -> None:  # noqa: F811
+    _resize(browser, WIDTHS["laptop"])
+    browser.get(f"{server}/index.html?q=glossary")
+    found = wait_for(lambda: browser.execute_script(FOUND))
+    assert any("glossary" in link for link in found), found
 
 
 @pytest.mark.skipif("TWINRL_AXE" not in os.environ, reason="TWINRL_AXE names no axe.min.js")
-def test_no_serious_barrier(site: Path, offline: Any) -> None:  # noqa: F811
+def test_no_serious_barrier(site: Path, server: str, browser: Any) -> None:  # noqa: F811
     """axe-core's serious and critical findings, of every page at both widths."""
     axe, wrong = Path(os.environ["TWINRL_AXE"]).read_text(), []
     for name, width in WIDTHS.items():
-        _resize(offline, width)
+        _resize(browser, width)
         for page in sorted(site.rglob("*.html")):
-            offline.get(page.as_uri())
-            offline.execute_script(axe)
-            found = offline.execute_async_script(CHECK)
+            browser.get(f"{server}/{page.relative_to(site).as_posix()}")
+            browser.execute_script(axe)
+            found = browser.execute_async_script(CHECK)
             wrong += [(str(page.relative_to(site)), name, *rest) for impact, *rest in found if impact in SERIOUS]
-            keep_screenshot(offline, f"{page.parent.name}-{page.stem}-{name}")
+            keep_screenshot(browser, f"{page.parent.name}-{page.stem}-{name}")
     assert wrong == []
 
 
