@@ -28,7 +28,7 @@ from ablations.display import Board, failure_lines
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from ablations.study import Resources
-from ablations.trial import RayTrial, Task, TrialError, pruned
+from ablations.trial import RayTrial, Task, TrialError, pruned, record
 from twinrl.commands.interrupt import asking, undisturbed
 from twinrl.config.errors import InputError
 from twinrl.machine import files
@@ -81,7 +81,7 @@ class Runner:
             plan.workspace.ledger.check_writable()
             request = stop_request(plan)
             request.unlink(missing_ok=True)
-            plan = plan.reread()
+            plan = _harvest(plan)
             budget = plan.study.config.budget
             trials = plan.missing[: None if budget.trials is None else max(0, budget.trials - self.started)]
             if not trials:
@@ -113,6 +113,14 @@ def lock(root: Path) -> AbstractContextManager[None]:
     """One study at a time in a workspace. Entering raises InputError where another process has it."""
     refusal = InputError(f"another study is running in {root}", fix="wait for it to end, or name another --root")
     return files.locked(root / ".lock", refusal)
+
+
+def _harvest(plan: Plan) -> Plan:
+    """Record runs that ended while nobody was left to write their line."""
+    for trial in plan.missing:
+        if trial.run.result is not None:
+            plan.workspace.ledger.append(record(task_of(trial, plan)))
+    return plan.reread()
 
 
 def task_of(trial: Trial, plan: Plan, deadline: float | None = None) -> Task:

@@ -18,7 +18,7 @@ from twinrl.config.components import ComponentError
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.machine import tensors as safetensors
-from twinrl.run import checkpoints, layout
+from twinrl.run import checkpoints, fit, layout
 from twinrl.run.checkpoints import Checkpoint, SaveError
 
 
@@ -233,4 +233,4 @@ def test_an_own_optimizer_that_keeps_text() -> None:
     optimizer = Chatty([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     optimizer.step()
     with pytest.raises(ComponentError, match=r"Chatty keeps what no checkpoint takes; got str 'text' as 0\.said"):
-        checkpoints.optimizer_tensors(optimizer)
+        fit.optimizer_tensors(optimizer)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twinrl.config import component
-from twinrl.run import names
+from twinrl.run import names, runlog
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, ConstantLR, CosineLR, EarlyStop, Plateau, update
 
 NAN = math.nan
@@ -98,7 +98,7 @@ def test_plateau_and_early_stop_resume_as_if_undisturbed(start: int) -> None:
     early, later = EarlyStop(EarlyStop.Config(patience=3)), EarlyStop(EarlyStop.Config(patience=3))
     for quality in QUALITIES[:start]:
         early.observe(quality)
-    later.load({key: str(value) for key, value in early.state().items()})  # infinities travel as strings
+    later.load({key: runlog.encode(value) for key, value in early.state().items()})  # infinities travel as strings
     assert [later.observe(q) for q in QUALITIES[start:]] == stops[start:]
 
 

@@ -72,12 +72,18 @@ def load(name: str, root: Path | None, *family: "Family") -> Any:
         InputError: see :func:`find`; one's own lacks something that a source has.
     """
     source = find(name, bool(family))(root, *family)
-    contract = Data if family else Source
-    attributes = [each for kind in contract.__mro__ for each in vars(kind).get("__annotations__", ())]
-    if lacking := [each for each in attributes if not hasattr(source, each)]:
+    if name in SOURCES | FAMILY_SOURCES:
+        return source
+    if lacking := [each for each in _attributes(Data if family else Source) if not hasattr(source, each)]:
         raise ComponentError(
             f"data source {name!r} has no {', '.join(lacking)}", expected="what docs/extending.md lists"
         )
-    if name not in SOURCES | FAMILY_SOURCES:
-        returned.check_attributes(source, f"data source {name!r}")
+    returned.check_attributes(source, f"data source {name!r}")
     return source
+
+
+def _attributes(contract: type) -> list[str]:
+    """What a source has beside its methods."""
+    members = [member for kind in contract.__mro__ for member in vars(kind).items()]
+    properties = [name for name, value in members if isinstance(value, property)]
+    return [*properties, *(name for kind in contract.__mro__ for name in vars(kind).get("__annotations__", ()))]
