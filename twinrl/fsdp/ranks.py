@@ -17,9 +17,9 @@ from twinrl.backends import tells_trajectories_apart
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
-from twinrl.gradients import Losses
 from twinrl.run import checkpoints
 from twinrl.run.checkpoints import Checkpoint, Formats, Kept
+from twinrl.terms.objective import Losses
 
 T = TypeVar("T")
 

@@ -22,9 +22,9 @@ from twinrl.fsdp.config import FSDPConfig
 from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
-from twinrl.gradients import Losses
 from twinrl.machine.visiting import IN_PARTS
 from twinrl.run.checkpoints import Checkpoint, Formats, Kept
+from twinrl.terms.objective import Losses
 
 
 class Sharded(Ranks):
