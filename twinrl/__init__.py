@@ -1,6 +1,13 @@
 """twinrl: an experiment framework for RL-augmented TwinFlow, and the trainer that shows why it diverges."""
 
+from typing import TYPE_CHECKING
+
 from twinrl.machine import compat
+
+if TYPE_CHECKING:
+    from twinrl.training.watching import Stopped as Stopped
+    from twinrl.training.watching import Watch as Watch
+    from twinrl.training.watching import watch as watch
 
 __version__ = "0.2.0"
 
@@ -8,6 +15,11 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "TwinFlowScheduler": "twinrl.sampling.scheduler",
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
+}
+_FACE = {  # what a program of one's own calls
+    "Stopped": "twinrl.training.watching",
+    "Watch": "twinrl.training.watching",
+    "watch": "twinrl.training.watching",
 }
 
 
@@ -24,9 +36,14 @@ def __getattr__(name: str) -> object:
         for family in families.FAMILIES:
             if name not in _COMPONENTS:
                 families.family_class(family)
-    if name not in _COMPONENTS:
+    home = _COMPONENTS.get(name) or _FACE.get(name)
+    if home is None:
         raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
-    return getattr(import_module(_COMPONENTS[name]), name)
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FACE})
 
 
 compat.install()
