@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 from twinrl.machine import compat
 
 if TYPE_CHECKING:
+    from twinrl.commands.interactive import Run as Run
+    from twinrl.commands.interactive import load as load
+    from twinrl.commands.interactive import train as train
     from twinrl.training.watching import Stopped as Stopped
     from twinrl.training.watching import Watch as Watch
     from twinrl.training.watching import watch as watch
@@ -16,7 +19,10 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
 }
-_FACE = {  # what a program of one's own calls
+_FACE = {  # what a program of one's own calls; other packages offer more by entry points
+    "Run": "twinrl.commands.interactive",
+    "load": "twinrl.commands.interactive",
+    "train": "twinrl.commands.interactive",
     "Stopped": "twinrl.training.watching",
     "Watch": "twinrl.training.watching",
     "watch": "twinrl.training.watching",
@@ -26,6 +32,14 @@ _FACE = {  # what a program of one's own calls
 def register(cls: type) -> None:
     """Let diffusers find a class in an exported pipeline, once its module is imported."""
     _COMPONENTS[cls.__name__] = cls.__module__
+
+
+def _offered(name: str) -> list[object]:
+    """What another package offers by this name."""
+    from importlib.metadata import entry_points
+
+    found = () if name.startswith("_") else entry_points(group="twinrl.python", name=name)
+    return [entry.load() for entry in found]
 
 
 def __getattr__(name: str) -> object:
@@ -38,6 +52,8 @@ def __getattr__(name: str) -> object:
                 families.family_class(family)
     home = _COMPONENTS.get(name) or _FACE.get(name)
     if home is None:
+        for offered in _offered(name):
+            return offered
         raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
     return getattr(import_module(home), name)
 
