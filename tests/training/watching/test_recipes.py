@@ -1,5 +1,6 @@
 """docs/watch.md: each file runs as it stands, with the real library, and its event names the loss that went wrong."""
 
+import gc
 import runpy
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check(folder: Path, text: str) -> None:
     """Every run of a file has finished, and its spike is ``reward``'s; samples are those of its batch."""
+    gc.collect()  # Lightning's objects hold each other; the end of a program would end them
     runs = sorted(path.parent for path in (folder / "runs").rglob(layout.CONFIG))
     assert runs
     for run in runs:

@@ -1,5 +1,6 @@
 """The run directory of a loop that is not twinrl's, by the trainer's own writers."""
 
+import logging
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from twinrl.run.runlog import RunLog
 from twinrl.stability.events import Event
 from twinrl.training.runs import EventLog, NoLog, RunDirectory
 
+_log = logging.getLogger(__name__)
 SECONDS = 2.0
 """What is logged is on disk after so long, whatever happens to the process."""
 _open: "WeakValueDictionary[Path, Book]" = WeakValueDictionary()
@@ -74,8 +76,10 @@ class Book:
             self.sync()
 
     def record(self, event: Event) -> None:
-        """Log an event."""
+        """Log an event, and say so where Python's logging is heard: by default on stderr."""
         self.events.append(event.as_dict())
+        if self.writes:
+            _log.warning("%s: %s", self.run.path, event.message)
 
     def sync(self) -> tuple[int, int]:
         """Put all on disk; the lengths of log and events in bytes."""
