@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from twinrl.config.errors import InputError
 from twinrl.fsdp import agreement, wrap
@@ -35,7 +36,14 @@ class Several(Ranks):
 
 
 def processes_of(model: nn.Module, parameters: Sequence[Tensor]) -> Ranks:
-    """Those that train the model. Raises InputError for FSDP's first version, whose gradients lie in flat pieces."""
+    """Those that train the model.
+
+    Raises:
+        InputError: it is of FSDP's first version, whose gradients lie in flat pieces, or of DDP with a static graph,
+            which waits for its own backward.
+    """
+    if any(isinstance(module, DistributedDataParallel) and module.static_graph for module in model.modules()):
+        raise InputError("twinrl.watch takes no DDP model with static_graph=True", fix="leave it out")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise InputError(
             "twinrl.watch takes no FullyShardedDataParallel model", fix="shard it by FSDP2 (fully_shard), or use DDP"
