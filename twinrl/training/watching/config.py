@@ -95,15 +95,16 @@ def described(model: nn.Module, optimizer: torch.optim.Optimizer, trained: int) 
 
 def check_names(given: Iterable[object], known: Iterable[str] | None) -> None:
     """Raises InputError where a loss's name cannot name metrics, or the names are not those of the first step."""
-    names = list(given)
-    for name in names:
+    names = set()
+    for name in given:
         if not isinstance(name, str) or not NAME.fullmatch(name) or name in SHARED_RULES:
             raise InputError(
                 f"{name!r:.80} cannot be a loss's name",
                 expected=f"letters, digits, spaces and _ . : + -, no slash; not {' or '.join(SHARED_RULES)}",
             )
-    if known is not None and set(names) != (before := set(known)):
-        new, gone = sorted(set(names) - before), sorted(before - set(names))
+        names.add(name)
+    if known is not None and names != (before := set(known)):
+        new, gone = sorted(names - before), sorted(before - names)
         told = [f"{word} {', '.join(which)}" for word, which in (("new", new), ("without", gone)) if which]
         raise InputError(
             "the losses' names have changed since the first step", got="; ".join(told),

@@ -60,6 +60,8 @@ class WatchedTrainer(Trainer):
     def _watch(self) -> Watch:
         """Made at the first step, when there is an optimizer."""
         if self.watch is None:
+            assert isinstance(self.model, nn.Module)
+            assert self.optimizer is not None
             options = {"steps": self.state.max_steps, "scaler": self.accelerator.scaler} | self._options
             self.watch = watch(self.model, self.optimizer, self._run, self._rules, **options)
         return self.watch

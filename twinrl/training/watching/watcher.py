@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -167,11 +167,11 @@ class Watch:
         if self._scaler is None or not self._scaler.is_enabled():
             return None
         device = self._backwards.parameters[0].device
-        return self._scaler.scale(torch.ones((), device=device))  # type: ignore[no-any-return]
+        return self._scaler.scale(torch.ones((), device=device))
 
     def _begin(self, micro: Given) -> Engine:
         """The losses are known: the run begins."""
-        space = "output" if micro.outputs else "parameter"
+        space: Literal["parameter", "output"] = "output" if micro.outputs else "parameter"
         if micro.factor is not None and micro.outputs:
             raise InputError("a GradScaler goes with the parameter space alone", fix="leave outputs= out, or use bf16")
         self.config = self.config.of_losses(micro.losses, space)
