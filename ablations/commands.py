@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +22,9 @@ from twinrl.commands import program
 from twinrl.config.errors import InputError
 from twinrl.machine.cluster import LostError
 
+if TYPE_CHECKING:
+    from analysis.frames import StudyFrame
+
 FAILED, INTERRUPTED = 1, 130
 
 
@@ -28,7 +32,7 @@ def plan(
     name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, timing: bool
 ) -> int:
     """``twinrl ablate plan``."""
-    console, made = Console(), _plan(name, seeds, root, ledgers)
+    console, made = Console(), planned(name, seeds, root, ledgers)
     study = made.study
     if study.config.question:
         console.print(f"[italic]{escape(study.config.question)}[/]")
@@ -74,7 +78,7 @@ def run(
     uri: str | None,
 ) -> int:
     """``twinrl ablate run``."""
-    console, made = Console(), _plan(name, seeds, root, ledgers)
+    console, made = Console(), planned(name, seeds, root, ledgers)
     view = StudyView(made, uri) if mlflow else None
     failures: list[str] = []
     broken = ""
@@ -107,7 +111,7 @@ def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console, 
 
 def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> int:
     """``twinrl ablate status``."""
-    console, made = Console(), _plan(name, seeds, root, ledgers)
+    console, made = Console(), planned(name, seeds, root, ledgers)
     console.print(display.arms_table(made))
     _print_hint(made, console)
     for trial in made.trials:
@@ -120,13 +124,36 @@ def report(
     name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
 ) -> int:
     """``twinrl ablate report``."""
-    from analysis.report import report as write
+    reported(name, seeds, root, ledgers, base, out)
+    return 0
 
-    console, made = Console(), _plan(name, seeds, root, ledgers)
-    study = made.study
+
+def framed(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> "StudyFrame":
+    """The finished trials as a table. Raises InputError where there is none."""
+    from analysis.frames import load_study
+
+    made = planned(name, seeds, root, ledgers)
+    return load_study(root, index=_index(made, _finished(made, name), None))
+
+
+def _finished(made: Plan, name: str) -> versions.Version:
+    """The version whose trials are shown. Raises InputError where none is finished."""
     version = versions.to_report(made)
     if version.missing == len(made.trials):
-        raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
+        raise InputError(
+            f"study {made.study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}"
+        )
+    return version
+
+
+def reported(
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
+) -> Path:
+    """Write the report and say what is missing; its page. Raises InputError where no trial is finished."""
+    from analysis.report import report as write
+
+    console, made = Console(), planned(name, seeds, root, ledgers)
+    study, version = made.study, _finished(made, name)
     page = write(
         root, out or made.workspace.study_folder(study) / "report", base=base, index=_index(made, version, base)
     )
@@ -135,7 +162,7 @@ def report(
     if version.missing:
         console.print(f"{version.missing} of {len(made.trials)} trials are missing")
     console.print(f"report: {page}", soft_wrap=True)
-    return 0
+    return page
 
 
 def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str, object]:
@@ -183,7 +210,8 @@ def margin(
     return FAILED if failures else 0
 
 
-def _plan(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> Plan:
+def planned(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> Plan:
+    """Arms and trials of a study, and what is done."""
     study: Study = studies.load(name, seeds)
     return plans.make(study, _workspace(root, ledgers))
 

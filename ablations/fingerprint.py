@@ -29,7 +29,7 @@ PACKAGE = Path(twinrl.__file__).parent
 NOT_NUMERIC_FILES = (
     "tracking", "run/environment.py", "run/layout.py", "run/names.py", "run/runlog.py", "commands",
     "machine/cluster.py", "machine/forks.py", "cli.py", "__main__.py", "presets",
-    "training/opened.py", "training/pictures.py",
+    "training/opened.py", "training/pictures.py", "training/watching",
 )  # fmt: skip
 """Parts of twinrl that change no number of a trained run; a preset's content is in the configuration's hash."""
 WITHOUT_FAMILY = ("backends/families", "data", "training/pretrained.py", "training/described.py")

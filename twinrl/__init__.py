@@ -9,11 +9,27 @@ _COMPONENTS = {  # diffusers looks the parts of an exported pipeline up here, wi
     "SchedulerMixin": "diffusers",
     "ModelMixin": "diffusers",
 }
+_FACE = {  # what a program of one's own calls; other packages offer more by entry points
+    "Run": "twinrl.commands.interactive",
+    "load": "twinrl.commands.interactive",
+    "train": "twinrl.commands.interactive",
+    "Stopped": "twinrl.training.watching",
+    "Watch": "twinrl.training.watching",
+    "watch": "twinrl.training.watching",
+}
 
 
 def register(cls: type) -> None:
     """Let diffusers find a class in an exported pipeline, once its module is imported."""
     _COMPONENTS[cls.__name__] = cls.__module__
+
+
+def _offered(name: str) -> list[object]:
+    """What another package offers by this name."""
+    from importlib.metadata import entry_points
+
+    found = () if name.startswith("_") else entry_points(group="twinrl.python", name=name)
+    return [entry.load() for entry in found]
 
 
 def __getattr__(name: str) -> object:
@@ -24,9 +40,16 @@ def __getattr__(name: str) -> object:
         for family in families.FAMILIES:
             if name not in _COMPONENTS:
                 families.family_class(family)
-    if name not in _COMPONENTS:
+    home = _COMPONENTS.get(name) or _FACE.get(name)
+    if home is None:
+        for offered in _offered(name):
+            return offered
         raise AttributeError(f"module 'twinrl' has no attribute {name!r}")
-    return getattr(import_module(_COMPONENTS[name]), name)
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FACE})
 
 
 compat.install()

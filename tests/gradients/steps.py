@@ -11,8 +11,8 @@ from tests.reference import network
 from twinrl.flow.branches import Batch
 from twinrl.flow.conditions import Condition
 from twinrl.gradients import Engine
-from twinrl.gradients.engine import Losses
-from twinrl.terms.objective import Objective, Pass
+from twinrl.terms.objective import Losses, Objective, Pass
+from twinrl.training.passes import Apart
 from twinrl.training.schema import RunConfig
 
 BATCH = 16
@@ -60,6 +60,11 @@ class Step:
         torch.manual_seed(7)  # of the dropout
         return [self.made.evaluate(chunk, self.counts, separate) for chunk in self.batch.chunks(self.micro)]
 
+    def apart(self) -> list[Apart]:
+        """The passes as the engine sees them."""
+        passes = self.passes(self.config.gradients.separate)
+        return [Apart(one, self.config.gradient_owners) for one in passes]
+
     def plain(self, name: str | None = None) -> Tensor:
         """The gradient of the total, or of one term: plain back-propagation, micro-batch by micro-batch."""
         self.student.zero_grad()
@@ -76,8 +81,9 @@ class Step:
     def run(self, engine: Engine | None = None, step: int = 0) -> tuple[Tensor, Losses, Measures]:
         """The engine's gradient, losses and measures."""
         engine = engine or self.engine()
-        losses, measures = engine.backward(self.passes(engine.separate), step)
-        return flat(self.student), losses, measures
+        apart = self.apart()
+        measures = engine.backward(apart, step)
+        return flat(self.student), [one.losses for one in apart], measures
 
 
 def step_of(

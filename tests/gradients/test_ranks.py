@@ -94,7 +94,7 @@ def numbers(step: Step, total: Any = lambda value: value) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(step.student.parameters(), fused=True)
     found: dict[str, Any] = {"measures": [], "gradients": []}
     for at in range(STEPS):
-        _, measures = engine.backward(step.passes(engine.separate), at)
+        measures = engine.backward(step.apart(), at)
         found["gradients"].append([whole(p.grad) for p in engine.parameters if p.grad is not None])
         measures[names.RMS_MAX] = telemetry.largest(list(telemetry.rms(optimizer).values()))
         measures |= update(optimizer, 1e-3, engine.parameters, measure=True)
@@ -109,7 +109,7 @@ def broken(step: Step, rank: int, total: Any) -> dict[str, float]:
     if rank == RANKS - 1:
         step.batch.rows.x[step.batch.branch["mul"][0]] = torch.nan
     engine = step.engine(total)
-    _, measures = engine.backward(step.passes(engine.separate))
+    measures = engine.backward(step.apart())
     return {key: float(value) for key, value in measures.items()}
 
 

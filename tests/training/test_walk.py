@@ -18,8 +18,8 @@ ROOT = Path(twinrl.__file__).parent
 VALUES = {"config", "run/names", "training/schema", "gradients/chain"}
 """Settings, names and checks: looked up anywhere."""
 WALK = (
-    "flow/draws", "training/feed", "flow/branches", "gradients/engine", "gradients/telemetry", "fsdp/ranks",
-    "rewards/keepers", "flow/schedules", "stability/monitor", "training/optim", "stability/precision",
+    "flow/draws", "training/feed", "flow/branches", "training/passes", "gradients/engine", "gradients/telemetry",
+    "fsdp/ranks", "rewards/keepers", "flow/schedules", "stability/monitor", "training/optim", "stability/precision",
 )  # fmt: skip
 """The files that docs/architecture.md lists, in the order in which the trainer enters them."""
 

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from twinrl.commands.progress import judging
-from twinrl.machine import files
-from twinrl.run import layout
+from twinrl.commands.interactive import Run
 from twinrl.training.opened import open_run
 from twinrl.training.pictures import check_picture, save_samples
 
@@ -24,10 +22,5 @@ def sample(
 
 def evaluate(path: Path, step: int | None, console: Console) -> int:
     """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
-    opened = open_run(path, step)
-    files.check_writable(opened.folder, str(opened.folder), "mend its rights, or evaluate a copy of the run")
-    with judging(console):
-        judged = opened.judge()
-    console.print(*judged.rich())
-    judged.table.write(opened.folder / layout.TABLE)
+    console.print(*Run(path, step).evaluate(console).rich())
     return 0

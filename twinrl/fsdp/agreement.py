@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twinrl.config.errors import InputError
-from twinrl.gradients import Losses
 from twinrl.run.checkpoints import SaveError
-from twinrl.terms.objective import TermLoss
+from twinrl.terms.objective import Losses, TermLoss
 
 T = TypeVar("T")
 

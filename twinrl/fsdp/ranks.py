@@ -17,10 +17,10 @@ from twinrl.backends import tells_trajectories_apart
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
-from twinrl.gradients import Losses
 from twinrl.run import checkpoints, fit
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.fit import Formats, Kept
+from twinrl.terms.objective import Losses
 
 T = TypeVar("T")
 

@@ -22,11 +22,11 @@ from twinrl.fsdp.config import FSDPConfig
 from twinrl.fsdp.frozen import Parted
 from twinrl.fsdp.ranks import Ranks, T
 from twinrl.fsdp.watchdog import APART, Progress
-from twinrl.gradients import Losses
 from twinrl.machine.sharding import local
 from twinrl.machine.visiting import IN_PARTS
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.fit import Formats, Kept
+from twinrl.terms.objective import Losses
 
 
 class Sharded(Ranks):

@@ -4,10 +4,8 @@ A new rule is one class in :mod:`twinrl.gradients.transforms` and a line in its 
 """
 
 from twinrl.gradients.chain import GradientsConfig
-from twinrl.gradients.engine import Engine, Losses
+from twinrl.gradients.engine import Engine
 from twinrl.gradients.gradient import Gradient
 from twinrl.gradients.transforms import TRANSFORMS, RuleContext, Transform
 
-__all__ = [
-    "TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "Losses", "RuleContext", "Transform",
-]  # fmt: skip
+__all__ = ["TRANSFORMS", "Engine", "Gradient", "GradientsConfig", "RuleContext", "Transform"]

@@ -109,6 +109,11 @@ class GradientsConfig(Settings):
         return any(TRANSFORMS.find(rule.kind).needs_others for rule in self.rules(term).values())
 
     @property
+    def separate(self) -> bool:
+        """Whether forward passes should serve one set of terms each."""
+        return self.space == "parameter"
+
+    @property
     def order(self) -> dict[str, list[str]]:
         """Chain → its rules' names in order: what a hash over sorted keys does not see."""
         chains = {f"terms.{term}": rules for term, rules in self.terms.items()}

@@ -23,72 +23,61 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twinrl.flow.branches import Batch
+from twinrl.gradients import losses
 from twinrl.gradients.chain import Chain, GradientsConfig
 from twinrl.gradients.gradient import Gradient, dots
+from twinrl.gradients.losses import Backward, MicroBatch, Scalars, in_own_memory
 from twinrl.gradients.transforms import RuleContext
 from twinrl.run import names
-from twinrl.terms.objective import Objective, Pass, TermLoss
 
-Losses = list[dict[str, TermLoss]]
 Measures = dict[str, Tensor]
 
 
 class Engine:
-    """Puts the gradient of the terms' sum into ``.grad`` and measures the terms on the way.
+    """Puts the gradient of the losses' sum into ``.grad`` and measures the losses one by one on the way.
 
     Arguments:
         config: space, rules, telemetry.
-        parameters: the student's trainable parameters.
-        owners: the gradients that are taken apart, with the terms in whose losses they are.
+        parameters: the trainable parameters.
+        terms: names of the losses whose gradients are taken apart.
         total: sums a 0-dim tensor over the ranks that hold other rows; for the output space.
         reduce: told, where there are micro-batches, before each one's backward whether the gradient that has piled
             up is summed over the ranks after it: it is after the last one of a term.
         steps: length of the run. renoise_end: step at which renoise stands still; both for scheduled rules.
+        back: back-propagates into ``.grad``.
     """
 
     def __init__(
         self,
         config: GradientsConfig,
         parameters: Iterable[nn.Parameter],
-        owners: Mapping[str, tuple[str, ...]],
+        terms: Iterable[str],
         total: Callable[[Tensor], Tensor] = lambda value: value,
         reduce: Callable[[bool], None] = lambda last: None,
         steps: int = 1,
         renoise_end: Fraction | None = None,
+        back: Backward = losses.backward,
     ):
-        self.config, self.total, self.reduce = config, total, reduce
+        self.config, self.total, self.reduce, self.back = config, total, reduce, back
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
-        ordered = sorted(owners, key=config.needs_others)  # stable: the terms that wait for the others come last
-        self.owners = {name: owners[name] for name in ordered}
-        self.chains = {name: Chain(config.rules(name)) for name in ordered}
+        self.terms = sorted(terms, key=config.needs_others)  # stable: those that wait for the others come last
+        self.chains = {name: Chain(config.rules(name)) for name in self.terms}
         self.total_chain = Chain(config.total)
 
-    @property
-    def separate(self) -> bool:
-        """Whether forward passes should serve one set of terms each."""
-        return self.config.space == "parameter"
-
-    def passes(self, objective: Objective, chunks: Iterable[Batch], counts: Mapping[str, int]) -> list[Pass]:
-        """The micro-batches of a step, given the rows of each branch in the global batch; the teacher's average takes
-        in the last step's weights first."""
-        objective.teacher.update()
-        return [objective.evaluate(chunk, counts, self.separate) for chunk in chunks]
-
-    def backward(self, passes: Sequence[Pass], step: int = 0) -> tuple[Losses, Measures]:
-        """The changed gradient into ``.grad``; the losses of every micro-batch, and the measures by metric name.
+    def backward(self, batches: Sequence[MicroBatch], step: int = 0) -> Measures:
+        """The changed gradient into ``.grad``; the measures by metric name.
 
         Arguments:
-            passes: the micro-batches of the step.
+            batches: the micro-batches of the step.
             step: decides which periodic measures are due.
         """
         for parameter in self.parameters:
             parameter.grad = None
-        for one in passes:
+        for one in batches:
             one.begin()
         space = {"parameter": self._in_parameter_space, "output": self._in_output_space, "none": self._together}
-        return space[self.config.space](passes, step)
+        return space[self.config.space](batches, step)
 
     def _finish(self, step: int, gradient: Gradient | None = None) -> Measures:
         """Apply the rules of the sum, which lies in ``.grad`` unless it is given, and leave it there."""
@@ -100,90 +89,81 @@ class Engine:
 
     # --- none ---------------------------------------------------------------------------------------------------
 
-    def _together(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        losses = []
-        last = _last([bool(one.queries()) for one in passes])
-        for number, one in enumerate(passes):
-            self._announce(passes, number == last)
+    def _together(self, batches: Sequence[MicroBatch], step: int) -> Measures:
+        last = _last([bool(one.graphs()) for one in batches])
+        for number, one in enumerate(batches):
+            self._announce(batches, number == last)
             with one.evaluated() as found:
-                _backward(part.loss for part in found.losses.values())
-                losses.append(_detached(found.losses))
-        return losses, self._finish(step)
+                self._back(None, found.total)
+        return self._finish(step)
 
     # --- parameter space ----------------------------------------------------------------------------------------
 
-    def _in_parameter_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
+    def _in_parameter_space(self, batches: Sequence[MicroBatch], step: int) -> Measures:
         account = _Account(self._keeps(step), self._several_need_others)
-        back = self._at_once if len(passes) == 1 else self._in_turn
-        losses = back(passes, lambda name: self._settle(
+        back = self._at_once if len(batches) == 1 else self._in_turn
+        back(batches, lambda name: self._settle(
             name, Gradient.take(self.parameters), account, self.parameters, step
         ))  # fmt: skip
         measures = account.measures | self._geometry(account, step)
-        return losses, measures | self._finish(step, account.sum)
+        return measures | self._finish(step, account.sum)
 
-    def _at_once(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
-        """Back through the one micro-batch's graph, term by term; each is settled with its gradient in ``.grad``."""
-        (one,) = passes
+    def _at_once(self, batches: Sequence[MicroBatch], settle: Callable[[str], None]) -> None:
+        """Back through the one micro-batch's graphs, loss by loss; each is settled with its gradient in ``.grad``."""
+        (one,) = batches
         with one.evaluated() as found:
-            parts = {name: _parts(found.losses, owners, name) for name, owners in self.owners.items()}
-            goes_through = {name: self._points(name, one) if parts[name] else set() for name in parts}
-            for name, scalars in parts.items():
-                points = goes_through.pop(name)  # whose graphs are freed unless a later term needs them
-                _backward(scalars, retain_graph=any(points & later for later in goes_through.values()))
+            goes_through = {name: one.graphs(name) if _of(found, name) else set() for name in self.terms}
+            for name in self.terms:
+                graphs = goes_through.pop(name)  # which are freed unless a later loss needs them
+                self._back(name, _of(found, name), any(graphs & later for later in goes_through.values()))
                 settle(name)
-            return [_detached(found.losses)]
 
-    def _points(self, name: str, one: Pass) -> set[str]:
-        """Where the student was evaluated for a gradient's terms."""
-        return {one.queries()[owner][1].point for owner in self.owners[name] if owner in one.queries()}
-
-    def _in_turn(self, passes: Sequence[Pass], settle: Callable[[str], None]) -> Losses:
-        """Forward and back through every micro-batch for each term."""
-        losses: Losses = [{} for _ in passes]
-        for name, owners in self.owners.items():
-            last = _last([not one.queries().keys().isdisjoint(owners) for one in passes])
-            for number, (one, known) in enumerate(zip(passes, losses, strict=True)):
-                self._announce(passes, number == last)
-                with one.evaluated(owners) as found:
-                    _backward(_parts(found.losses, owners, name))
-                    known |= _detached(found.losses)
+    def _in_turn(self, batches: Sequence[MicroBatch], settle: Callable[[str], None]) -> None:
+        """Forward and back through every micro-batch for each loss."""
+        for name in self.terms:
+            last = _last([bool(one.graphs(name)) for one in batches])
+            for number, one in enumerate(batches):
+                self._announce(batches, number == last)
+                with one.evaluated(name) as found:
+                    self._back(name, _of(found, name))
             settle(name)
-        return losses
 
     # --- output space -------------------------------------------------------------------------------------------
 
-    def _in_output_space(self, passes: Sequence[Pass], step: int) -> tuple[Losses, Measures]:
-        cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.owners}
+    def _in_output_space(self, batches: Sequence[MicroBatch], step: int) -> Measures:
+        cotangents: dict[str, dict[int, Tensor]] = {name: {} for name in self.terms}
         first, account = [0], _Account(self._keeps(step), self._several_need_others)
-        losses: Losses = []
         graphs: list[Callable[[], AbstractContextManager[Sequence[Tensor]]]] = []
         with ExitStack() as kept:
-            for one in passes:
-                found = kept.enter_context(one.evaluated(cut=len(passes) > 1))
-                for name, owners in self.owners.items():
-                    cotangents[name] |= _cotangents(_parts(found.losses, owners, name), found.outputs, first[-1])
+            for one in batches:
+                found = kept.enter_context(one.evaluated(cut=len(batches) > 1))
+                for name in self.terms:
+                    cotangents[name] |= _cotangents(_of(found, name), found.outputs, first[-1])
                 first.append(first[-1] + len(found.outputs))
-                losses.append(_detached(found.losses))
                 graphs.append(found.with_graphs)
             for name, found_cotangents in cotangents.items():
                 gradient = Gradient(found_cotangents, self.total, self.parameters[0].device)
                 self._settle(name, gradient, account, (), step)
             for (start, end), with_graphs in zip(pairwise(first), graphs, strict=True):
-                self._announce(passes, end > max(account.sum.tensors, default=0) >= start)
+                self._announce(batches, end > max(account.sum.tensors, default=0) >= start)
                 with with_graphs() as outputs:
                     pulled = {i: F for i, F in enumerate(outputs, start) if i in account.sum.tensors}
-                    torch.autograd.backward(list(pulled.values()), [account.sum.tensors[i] for i in pulled])
-        return losses, account.measures | self._geometry(account, step) | self._finish(step)
+                    self.back(None, list(pulled.values()), [account.sum.tensors[i] for i in pulled], False)
+        return account.measures | self._geometry(account, step) | self._finish(step)
 
     # --- what they share ----------------------------------------------------------------------------------------
 
-    def _announce(self, passes: Sequence[Pass], last: bool) -> None:
-        if len(passes) > 1:
+    def _back(self, name: str | None, scalars: Sequence[Tensor], retain_graph: bool = False) -> None:
+        if scalars:  # a micro-batch may hold rows that no loss sees
+            self.back(name, [torch.stack(list(scalars)).sum()], None, retain_graph)
+
+    def _announce(self, batches: Sequence[MicroBatch], last: bool) -> None:
+        if len(batches) > 1:
             self.reduce(last)
 
     @property
     def _several_need_others(self) -> bool:
-        return sum(self.config.needs_others(name) for name in self.owners) > 1
+        return sum(self.config.needs_others(name) for name in self.terms) > 1
 
     def _keeps(self, step: int) -> bool:
         telemetry = self.config.telemetry
@@ -297,15 +277,9 @@ def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:
     return torch.where(whole == 0, of_nothing, part / whole)
 
 
-def _parts(losses: Mapping[str, TermLoss], owners: Iterable[str], name: str) -> list[Tensor]:
-    """The scalars in the owners' losses whose gradient goes by ``name``; none in a micro-batch without their rows."""
-    return [losses[owner].parts[name] for owner in owners if owner in losses and name in losses[owner].parts]
-
-
-def _backward(scalars: Iterable[Tensor], retain_graph: bool = False) -> None:
-    found = list(scalars)
-    if found:  # a micro-batch may hold rows of branches that no term sees
-        torch.stack(found).sum().backward(retain_graph=retain_graph)
+def _of(found: Scalars, name: str) -> Sequence[Tensor]:
+    """The scalars whose gradient goes by ``name``; none in a micro-batch without them."""
+    return found.named.get(name, ())
 
 
 def _cotangents(scalars: Sequence[Tensor], outputs: Sequence[Tensor], first: int) -> dict[int, Tensor]:
@@ -314,10 +288,4 @@ def _cotangents(scalars: Sequence[Tensor], outputs: Sequence[Tensor], first: int
     if not scalars:
         return {}
     found = torch.autograd.grad(list(scalars), list(outputs), retain_graph=True, allow_unused=True)
-    # rules write in place, where a broadcast gradient has one element for many
-    return {first + i: cotangent.contiguous() for i, cotangent in enumerate(found) if cotangent is not None}
-
-
-def _detached(losses: Mapping[str, TermLoss]) -> dict[str, TermLoss]:
-    """The numbers of a micro-batch's losses without their graphs."""
-    return {name: part.detached() for name, part in losses.items()}
+    return {first + i: cotangent for i, cotangent in in_own_memory(found).items()}  # rules write in place

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twinrl.flow.teacher import LOW
-from twinrl.gradients.gradient import all_over_ranks, over_ranks, share_of_sum
+from twinrl.gradients.gradient import Gradient, all_over_ranks, over_ranks, share_of_sum
 from twinrl.machine.sharding import local
 from twinrl.run import names
 
@@ -89,6 +89,31 @@ def _unmoved(watched: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     stayed = [(now == before).logical_and_(a) for (_, now, before), a in zip(watched, asked, strict=True)]
     counts = [torch.stack(all_over_ranks([e.sum() for e in entries])).sum().double() for entries in (stayed, asked)]
     return counts[0] / counts[1].clamp(min=1)
+
+
+class Moved:
+    """What the optimizer's next step does to the parameters.
+
+    *When to use*: made before a step and asked after it; it copies the parameters, and what :class:`Unmoved` does.
+
+    Arguments:
+        optimizer: with a gradient in each parameter that it is to move.
+        parameters: what it moves.
+    """
+
+    @torch.no_grad()
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]):
+        self.parameters = parameters
+        self._before = Gradient({i: p.clone() for i, p in enumerate(parameters)})
+        self._unmoved = Unmoved(optimizer, parameters)
+
+    @torch.no_grad()
+    def measures(self) -> dict[str, Tensor]:
+        """Metric → 0-dim value: ‖θ_after − θ_before‖ / ‖θ_before‖ over all parameters, and what stayed; to be asked
+        once."""
+        size = self._before.norm
+        moved = self._before.scale_(-1.0).add_(Gradient(dict(enumerate(self.parameters)))).norm
+        return {names.UPDATE_RATIO: moved / size} | self._unmoved.shares()
 
 
 @torch.no_grad()

@@ -102,6 +102,10 @@ class TermLoss:
         return replace(self, loss=self.loss.detach(), parts={})
 
 
+Losses = list[dict[str, TermLoss]]
+"""Of a step, micro-batch by micro-batch, by term."""
+
+
 @dataclass(frozen=True)
 class Evaluated:
     """What a micro-batch gave, for as long as its graphs are kept.

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from twinrl.config import Settings, stored
 from twinrl.config.components import Registry, Returned, checked, plain_state
-from twinrl.gradients import Gradient
-from twinrl.gradients.telemetry import Unmoved
-from twinrl.run import names
+from twinrl.gradients.telemetry import Moved
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -109,18 +107,15 @@ def update(
     optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool
 ) -> dict[str, Tensor]:
     """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of
-    the parameters: ‖θ_after − θ_before‖ / ‖θ_before‖ over all of them, and what
-    :class:`twinrl.gradients.telemetry.Unmoved` finds."""
+    the parameters: what :class:`twinrl.gradients.telemetry.Moved` finds."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     if not measure:
         optimizer.step()
         return {}
-    before, unmoved = Gradient({i: p.clone() for i, p in enumerate(parameters)}), Unmoved(optimizer, parameters)
+    moved = Moved(optimizer, parameters)
     optimizer.step()
-    size = before.norm
-    moved = before.scale_(-1.0).add_(Gradient(dict(enumerate(parameters)))).norm
-    return {names.UPDATE_RATIO: moved / size} | unmoved.shares()
+    return moved.measures()
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
 from twinrl.training import schema
 
+WATCHED = "watched"
+"""The section of a configuration that only runs of other training loops have."""
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where PyYAML has it
 
 
@@ -76,7 +78,7 @@ class RunDirectory:
         known = layout.read_environment(self.path).get("launchers", [])
         return self.exists and not set(known).isdisjoint(filter(None, launchers))
 
-    def start(self, settings: schema.RunConfig, fresh: bool, launchers: Iterable[str] = ()) -> None:
+    def start(self, settings: config.Settings, fresh: bool, launchers: Iterable[str] = ()) -> None:
         """Make the directory of a new run; ``fresh`` deletes an older one first. The caller holds the lock.
 
         Arguments:
@@ -190,6 +192,11 @@ class RunDirectory:
         """
         if not self.exists:
             raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
+        if WATCHED in layout.read_config(self.path):
+            raise InputError(
+                f"{self.path} was written by twinrl.watch in a training loop of its own",
+                fix="`twinrl analyze`, `ui`, `publish` and `notebook` read it; the loop itself has the model",
+            )
         return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
 
     def newest_checkpoint(self) -> Path:
@@ -210,7 +217,7 @@ def start_of(init: str) -> RunDirectory:
     return run
 
 
-def dump(settings: schema.RunConfig, leave_out: Set[str] = frozenset()) -> str:
+def dump(settings: config.Settings, leave_out: Set[str] = frozenset()) -> str:
     """The configuration as YAML that loads to the same configuration, but for the first keys to ``leave_out``."""
     plain = settings.model_dump(mode="json", exclude=set(leave_out))
     return yaml.dump(plain, Dumper=DUMPER, sort_keys=False, allow_unicode=True)

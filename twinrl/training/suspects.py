@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from twinrl.flow.branches import Batch
-from twinrl.gradients import Losses
 from twinrl.run import names
 from twinrl.stability.events import UNSCORED, Suspects
+from twinrl.terms.objective import Losses
 
 TIME_DIGITS = 6  # of the times in events
 

@@ -14,7 +14,7 @@ from twinrl.config.components import checked
 from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
-from twinrl.gradients import Engine, Losses, telemetry
+from twinrl.gradients import Engine, telemetry
 from twinrl.gradients.gradient import over_ranks
 from twinrl.machine.memory import keep_freed_memory
 from twinrl.rewards import keepers
@@ -26,11 +26,12 @@ from twinrl.stability.events import Event
 from twinrl.stability.monitor import Judgement, Monitor
 from twinrl.stability.policy import Decision
 from twinrl.stability.verdict import COMPLETE
-from twinrl.terms.objective import Objective
+from twinrl.terms.objective import Losses, Objective
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
+from twinrl.training.passes import passes_of
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -131,9 +132,9 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
         )
-        owners = settings.gradient_owners
+        self.owners = settings.gradient_owners
         self.engine = Engine(
-            settings.gradients, student.parameters(), owners,
+            settings.gradients, student.parameters(), self.owners,
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
             steps=settings.train.steps, renoise_end=settings.renoise_end(),
         )  # fmt: skip
@@ -141,7 +142,7 @@ class Trainer:
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
         self.early_stop = EarlyStop(settings.early_stop)
         settings.stability.check_measured(settings.gradients.telemetry.rms_every)
-        self.monitor = Monitor(settings.stability, list(owners), settings.evaluation.nfe[0])
+        self.monitor = Monitor(settings.stability, list(self.owners), settings.evaluation.nfe[0])
         self.feed = self._feed("train")
         self.capsules = Capsules(self.run.path, settings.stability.capsules, self.ranks)
         self.log: RunLog | NoLog = RunLog(self.run.log) if self.ranks.first else NoLog()
@@ -225,11 +226,11 @@ class Trainer:
     def _backward(self, fed: Fed) -> tuple[Losses, dict[str, float]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured, read in one transfer."""
         chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
-        passes = self.engine.passes(self.objective, chunks, fed.counts)
-        own, measures = self.engine.backward(passes, self.step)
+        passes = passes_of(self.objective, chunks, fed.counts, self.owners, self.settings.gradients.separate)
+        measures = self.engine.backward(passes, self.step)
         if self.settings.gradients.telemetry.due("rms", self.step) and (rms := telemetry.rms(self.optimizer)):
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
-        losses = self.ranks.merge(own)
+        losses = self.ranks.merge([one.losses for one in passes])
         scalars = summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
         return losses, self.ranks.agree(_to_floats(scalars))
 

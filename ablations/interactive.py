@@ -1,0 +1,62 @@
+"""Studies from Python: what ``twinrl ablate`` does, as one object. ``twinrl.study`` is :func:`study`."""
+
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ablations import commands
+from ablations import study as studies
+from ablations.cli import ROOT
+from ablations.plan import Plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class StudyRuns:
+    """A study, its trials and its report.
+
+    Attributes:
+        name: a study's YAML file, or a shipped study's name.
+        root: folder of run directories, ledger and MLflow store.
+        seeds: seeds 0 to N−1 instead of the file's.
+    """
+
+    name: str
+    root: Path = ROOT
+    seeds: int | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """Arms and trials, and what is done. Raises InputError."""
+        return commands.planned(self.name, self.seeds, self.root, None)
+
+    def run(self, cpus: int | None = None, address: str | None = None, mlflow: bool = False) -> None:
+        """Run what is missing, with a table of the trials.
+
+        Arguments:
+            cpus: cores to use on this machine; None: all. address: of a Ray cluster to join.
+            mlflow: show trials in MLflow.
+
+        Raises:
+            RuntimeError: trials have failed; which, is printed.
+        """
+        if commands.run(self.name, self.seeds, self.root, None, address, cpus, mlflow, None) == commands.FAILED:
+            raise RuntimeError(f"trials of {self.name} have failed; the reasons are printed above")
+
+    def report(self, base: str | None = None) -> Path:
+        """Write the report; its page. Raises InputError where no trial is finished."""
+        return commands.reported(self.name, self.seeds, self.root, None, base, None)
+
+    @property
+    def frame(self) -> "pd.DataFrame":
+        """One row a finished trial: arm, levels, seed, how it ended, last values. Raises InputError without one."""
+        return commands.framed(self.name, self.seeds, self.root, None).trials
+
+
+def study(name: "str | PathLike[str]", root: "str | PathLike[str]" = ROOT, seeds: int | None = None) -> StudyRuns:
+    """A study by its YAML file or a shipped study's name; arguments as in :class:`StudyRuns`. Raises InputError."""
+    studies.load(str(name), seeds)
+    return StudyRuns(str(name), Path(root), seeds)
