@@ -9,18 +9,40 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.effects import Effect
-from analysis.factor_page import FactorSection, match, ratio
+from analysis.factor_page import FactorSection, estimate, match, ratio
 from analysis.frames import StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, fewest_seeds, mean_t, number, seeds_needed
-from analysis.leaderboard import PAIRED_FROM, ArmLine
+from analysis.leaderboard import PAIRED_FROM, ArmLine, TooFewSeedsError, leaderboard
 from analysis.ledger import ENDED
 from analysis.page import Facts, Heading, PageBlock, Table, Text, percent
+from twinrl.run import names
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SMALLEST_P = 0.001
 MOST_NAMED = 4  # contrasts that a sentence names
+
+
+def sentence(study: StudyFrame, metric: str | None = None, interactions: Sequence[tuple[str, str]] = ()) -> str:
+    """What a study has found, in one sentence of plain text.
+
+    Arguments:
+        study: of :func:`analysis.frames.load_study`.
+        metric: what arms are ranked by; default: the study's own, else ``val/quality``.
+        interactions: pairs of factors that are asked about, besides those that the design can tell by itself.
+
+    Raises:
+        InputError: no run logged the metric, or the runs cannot be compared.
+
+    *When to use*: at the end of a study, in a terminal. The page's first line is the same.
+    """
+    metric = metric or study.metric or names.VAL_QUALITY
+    try:
+        lines = leaderboard(study, metric)
+    except TooFewSeedsError:
+        lines = []
+    return which(study, metric, lines, estimate(study, metric, interactions))
 
 
 def blocks(
