@@ -52,18 +52,31 @@ def save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> "tuple[Figure, np.ndarray]":
-    """A figure with a (rows, columns) array of quiet axes; sizes in inches, text 9 pt."""
+def quiet_axes(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), share: bool = False
+) -> "tuple[Figure, np.ndarray]":
+    """A figure with a (rows, columns) array of quiet axes, which may share both scales; inches, text 9 pt."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.92", linewidth=0.7)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, color="0.6")
     return figure, axes
+
+
+def plain_log(axis: "Axes") -> None:
+    """A logarithmic y axis with plain numbers: powers of ten over a wide range, else 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colour(index: int) -> str:
@@ -94,7 +107,7 @@ def forest(
     """
     label += _left_out(len(rows))
     rows = dict(islice(rows.items(), MOST_LINES))
-    figure, axes = _figure(size=(6.4, 0.9 + 0.34 * len(rows)))
+    figure, axes = quiet_axes(size=(6.4, 0.9 + 0.34 * len(rows)))
     axis = axes[0, 0]
     low, high = _limits(list(rows.values()), reference, log_scale)
     for k, interval in enumerate(rows.values()):
@@ -151,7 +164,7 @@ def arms(lines: Sequence[ArmLine], values: Mapping[str, "pd.Series"], metric: st
     """Every seed as a dot, the interquartile mean and its interval over it; diverged seeds at the edge."""
     cut, lines = _left_out(len(lines)), lines[:MOST_LINES]
     values = {line.arm: values[line.arm] for line in lines}
-    figure, axes = _figure(size=(6.4, 1.0 + 0.42 * len(lines)))
+    figure, axes = quiet_axes(size=(6.4, 1.0 + 0.42 * len(lines)))
     axis = axes[0, 0]
     finite = np.concatenate([v[np.isfinite(v)].to_numpy(float) for v in values.values()] or [np.zeros(1)])
     low, high = _limits([line.interval for line in lines], None, False)
@@ -182,7 +195,7 @@ def _spread(n: int) -> np.ndarray:
 def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     """Kaplan–Meier curves; steps, with the number of runs and of divergences in the legend."""
     shown = list(arms.items())[:MOST_ARMS]
-    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
+    figure, axes = quiet_axes(size=(6.4, 3.3 + 0.18 * len(shown)))
     axis = axes[0, 0]
     widths = np.linspace(2.6, 1.4, max(2, len(shown)))  # and dashes: equal curves show below each other
     for k, (name, times) in enumerate(shown):
@@ -209,7 +222,7 @@ def effects(found: Sequence[Effect], label: str) -> "Figure":
 def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "Figure":
     """Two metrics against each other, a dot a seed: whether reward was bought with recall."""
     shown = list(order)[:MOST_ARMS]
-    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
+    figure, axes = quiet_axes(size=(6.4, 3.3 + 0.18 * len(shown)))
     axis = axes[0, 0]
     for k, arm in enumerate(shown):
         rows = trials[trials["arm"] == arm]
@@ -224,7 +237,7 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
     """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades; NaN as such, on none."""
     cut, accuracy = _left_out(accuracy.shape[1]), accuracy.iloc[:, :MOST_LINES]
     height, width = accuracy.shape
-    figure, axes = _figure(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
+    figure, axes = quiet_axes(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
     axis = axes[0, 0]
     axis.grid(visible=False)
     axis.imshow(accuracy.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -247,7 +260,7 @@ def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
     frame = run.frame()
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
     series = {"total": names.GRAD_TOTAL_RAW} | {term: names.grad(term, "norm_raw") for term in terms}
-    figure, axes = _figure(size=(7.2, 3.8))
+    figure, axes = quiet_axes(size=(7.2, 3.8))
     axis = axes[0, 0]
     for k, (label, name) in enumerate(series.items()):
         tint = INK if k == 0 else colour(k - 1)
@@ -281,7 +294,7 @@ def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -
     frame = run.frame()
     near = frame[(frame["step"] >= spike.step - before) & (frame["step"] <= spike.step + after)]
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
-    figure, axes = _figure(2, 1, (6.4, 4.4))
+    figure, axes = quiet_axes(2, 1, (6.4, 4.4))
     for k, term in enumerate(["total", *terms]):
         norm = near[names.grad(term, "norm_raw")].astype(float)
         usual = float(norm[near["step"] < spike.step - 10].median())
@@ -302,7 +315,7 @@ def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -
 
 def places(cases: Sequence[Placed]) -> "Figure":
     """Source times of the rows behind each event: the worst ones in their branch's colour, the others grey."""
-    figure, axes = _figure(size=(6.4, 3.4))
+    figure, axes = quiet_axes(size=(6.4, 3.4))
     axis = axes[0, 0]
     names = sorted({str(name) for case in cases for name in case.branch})
     others = [(k, t) for k, case in enumerate(cases) for t in case.t[case.worst :]]
@@ -326,7 +339,7 @@ def against_arm(run: Run, others: Sequence[Run], metric: str = names.GRAD_TOTAL_
     """One run's series over the median and 10–90 % band of the other seeds of its arm."""
     import pandas as pd
 
-    figure, axes = _figure(size=(6.4, 3.4))
+    figure, axes = quiet_axes(size=(6.4, 3.4))
     axis = axes[0, 0]
     columns = [other.frame().drop_duplicates("step", keep="last").set_index("step")[metric] for other in others]
     band = pd.concat(columns, axis=1).astype(float).quantile([0.1, 0.5, 0.9], axis=1).T
