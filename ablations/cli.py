@@ -61,12 +61,13 @@ def run(
     cpus: Cpus = None,
     mlflow: Mlflow = True,
     uri: Uri = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="end with the study's report")] = True,
 ) -> None:
-    """Run what is missing. Kill it at any moment: the same command goes on."""
+    """Run what is missing, then answer the study's question. Kill it at any moment: the same command goes on."""
     with importing():
         from ablations.commands import run as command
 
-    raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri))
+    raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri, report))
 
 
 @app.command()

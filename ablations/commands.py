@@ -8,18 +8,21 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ablations import display, runner, versions
+from ablations import display, reporting, runner, versions
 from ablations import margin as margins
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.cluster import Machine, usable_cores
+from ablations.course import Course
 from ablations.plan import Plan, Workspace
 from ablations.publish import StudyView, following
+from ablations.reporting import Report
 from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.config.errors import InputError
 from twinrl.machine.cluster import LostError
+from twinrl.tracking import store
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -72,28 +75,78 @@ def run(
     cpus: int | None,
     mlflow: bool,
     uri: str | None,
+    report: bool,
 ) -> int:
     """``twinrl ablate run``."""
-    console, made = Console(), _plan(name, seeds, root, ledgers)
-    view = StudyView(made, uri) if mlflow else None
-    failures: list[str] = []
-    broken = ""
-    with Runner(Machine(address, cpus), console) as runs, following(view) if view else nullcontext() as ended:
+    console, study = Console(), studies.load(name, seeds)
+    with Course(study, console) as course:
+        with course.data():
+            made = plans.make(study, _workspace(root, ledgers))
+        course.planned(made)
+        view = StudyView(made, uri) if mlflow else None
+        machine, notes = Machine(address, cpus), list[str]()
+        made, failures, broken = _train(made, Runner(machine, console, course.trials), view)
+        if view is not None and (problem := _published(view, course)):
+            notes.append(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
+        whole = not broken and not runner.interrupted(made)
+        written = _written(made, name, course, notes) if report and whole else None
+    code = _conclude(made, failures, name, console, broken, notes)
+    if written is not None:
+        _say(written, console)
+    if view is not None and whole:
+        console.print(f"curves: {program()} ui {_where(root, uri)}", soft_wrap=True)
+    return code or (FAILED if report and whole and written is None else 0)
+
+
+def _train(made: Plan, runs: Runner, view: StudyView | None) -> tuple[Plan, list[str], str]:
+    """Run what is missing: the plan after that, a line for each failure, and what ended it without checkpoints."""
+    with runs, following(view) if view else nullcontext() as ended:
         try:
-            made, failures = runs.run(made, ended)
+            return *runs.run(made, ended), ""
         except (LostError, KeyboardInterrupt) as error:  # a second Ctrl-C
-            made, broken = made.reread(), str(error) or "stopped at once"
-    if view is not None and (problem := view.try_summaries()):
-        console.print(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
-    return _conclude(made, failures, name, console, broken)
+            return made.reread(), [], str(error) or "stopped at once"
 
 
-def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console, broken: str) -> int:
+def _published(view: StudyView, course: Course) -> str | None:
+    course.closing("publishing to MLflow")
+    return view.try_summaries()
+
+
+def _written(made: Plan, name: str, course: Course, notes: list[str]) -> Report | None:
+    """The report; None where there can't be one, and ``notes`` says why: trials that have run are not in vain."""
+    course.closing("writing the report", 0.5)
+    try:
+        return reporting.write(made, _again(name))
+    except InputError as error:
+        notes.append(f"no report: {escape(str(error))}")
+        return None
+
+
+def _say(written: Report, console: Console) -> None:
+    """The study's answer, and where to look."""
+    console.print(f"[bold]{escape(written.answer)}[/]", soft_wrap=True)
+    console.print(f"report: {escape(str(written.page))}", soft_wrap=True)
+    if written.picture is not None:
+        console.print(f"picture: {escape(str(written.picture))}", soft_wrap=True)
+
+
+def _where(root: Path, uri: str | None) -> str:
+    """The words after ``twinrl ui`` that open the store of a study."""
+    return shlex.quote(str(root)) if uri is None else f"--tracking-uri {shlex.quote(store.shown(uri))}"
+
+
+def _again(name: str) -> str:
+    return f"{program()} ablate run {shlex.quote(name)}"
+
+
+def _conclude(
+    made: Plan, failures: Sequence[str], name: str, console: Console, broken: str, notes: Sequence[str] = ()
+) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
     console.print(display.arms_table(made))
-    for line in failures:
+    for line in (*notes, *failures):
         console.print(line, soft_wrap=True)
-    again = f"{program()} ablate run {shlex.quote(name)}"
+    again = _again(name)
     if broken:
         console.print(f"{broken}; trials go on from their newest checkpoints, continue with: {again}", soft_wrap=True)
         return FAILED
@@ -120,50 +173,14 @@ def report(
     name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
 ) -> int:
     """``twinrl ablate report``."""
-    from analysis.report import report as write
-
     console, made = Console(), _plan(name, seeds, root, ledgers)
-    study = made.study
-    version = versions.to_report(made)
-    if version.missing == len(made.trials):
-        raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
-    page = write(
-        root, out or made.workspace.study_folder(study) / "report", base=base, index=_index(made, version, base)
-    )
-    if version.note:
-        console.print(escape(version.note), soft_wrap=True)
-    if version.missing:
-        console.print(f"{version.missing} of {len(made.trials)} trials are missing")
-    console.print(f"report: {page}", soft_wrap=True)
+    written = reporting.write(made, _again(name), base, out)
+    if written.version.note:
+        console.print(escape(written.version.note), soft_wrap=True)
+    if written.version.missing:
+        console.print(f"{written.version.missing} of {len(made.trials)} trials are missing")
+    _say(written, console)
     return 0
-
-
-def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str, object]:
-    """What the analysis is told of a study: its question, its arms, the critical learning rates that are known."""
-    study, arms = made.study, {trial.arm: trial for trial in made.trials}
-    search = margins.Search(margins.fifo(study), made.workspace, lambda plan: (plan, []))
-    return {
-        "name": study.name,
-        "question": study.config.question,
-        "note": version.note,
-        "metric": study.config.metric,
-        "base": base,
-        "seeds": list(study.config.seeds),
-        "arms": [
-            {
-                "name": arm,
-                "config_hash": trial.config_hash,
-                "levels": dict(trial.levels),
-                "steps": trial.settings.train.steps,
-                "fingerprint": version.fingerprints[trial.config_hash],
-            }
-            for arm, trial in arms.items()
-        ],
-        "critical": [
-            {"arm": found.arm, "seed": found.seed, "healthy": found.healthy, "diverged": found.diverged}
-            for found in search.known()
-        ],
-    }
 
 
 def margin(
