@@ -1,7 +1,8 @@
 """What ``twinrl ablate``'s commands do, free of their parsing."""
 
+import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.machine.cluster import LostError
 
 FAILED, INTERRUPTED = 1, 130
@@ -35,6 +37,8 @@ def plan(
     console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
     console.print(display.arms_table(made))
     _print_hint(made, console)
+    if blind := study.unwatched:
+        console.print(f"[yellow]a fall cannot be seen[/] in {escape(blind)}", soft_wrap=True)
     missing, seeds_each = len(made.missing), len(study.config.seeds)
     console.print(
         f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
@@ -75,6 +79,9 @@ def run(
 ) -> int:
     """``twinrl ablate run``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
+    if blind := made.study.unwatched:
+        console.print(f"[yellow]a fall cannot be seen[/] in {escape(blind)}", soft_wrap=True)
+    write_index(made)
     view = StudyView(made, uri) if mlflow else None
     failures: list[str] = []
     broken = ""
@@ -90,6 +97,7 @@ def run(
 
 def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console, broken: str) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
+    write_index(made)
     console.print(display.arms_table(made))
     for line in failures:
         console.print(line, soft_wrap=True)
@@ -117,25 +125,47 @@ def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | N
 
 
 def report(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
-) -> int:
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None,
+    interactions: Sequence[str] = (),
+) -> int:  # fmt: skip
     """``twinrl ablate report``."""
     from analysis.report import report as write
+    from analysis.report import separated
 
+    pairs = [separated(text, ":") for text in interactions]
     console, made = Console(), _plan(name, seeds, root, ledgers)
     study = made.study
     version = versions.to_report(made)
     if version.missing == len(made.trials):
         raise InputError(f"study {study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}")
-    page = write(
-        root, out or made.workspace.study_folder(study) / "report", base=base, index=_index(made, version, base)
-    )
+    index = _index(made, version, base)
+    if out is None:
+        write_index(made, index)
+    folder = out or made.workspace.study_folder(study) / "report"
+    page = write(root, folder, base=base, index=index, interactions=pairs)
     if version.note:
         console.print(escape(version.note), soft_wrap=True)
     if version.missing:
         console.print(f"{version.missing} of {len(made.trials)} trials are missing")
     console.print(f"report: {page}", soft_wrap=True)
     return 0
+
+
+def write_index(made: Plan, index: Mapping[str, object] | None = None) -> None:
+    """Write the study's index into its folder, so that ``twinrl analyze`` knows its factors there.
+
+    Raises:
+        InputError: the workspace can't be written.
+    """
+    from analysis.frames import STUDY_FILE
+
+    folder = made.workspace.study_folder(made.study)
+    index = index or _index(made, versions.to_report(made), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / STUDY_FILE, json.dumps({**index, "runs": "../.."}, indent=1))
+    except OSError as error:
+        raise InputError(f"the workspace {made.workspace.root} can't be written", got=error.strerror) from error
 
 
 def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str, object]:

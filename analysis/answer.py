@@ -56,7 +56,7 @@ class Answer:
         """
         metric, lines, unranked = metric or study.metric or names.VAL_QUALITY, [], ""
         try:
-            lines = leaderboard(study, metric, effect)
+            lines = leaderboard(study, metric, effect) if len(study.arms) > 1 else []
         except TooFewSeedsError as error:
             unranked = str(error)
         factors = estimate(study, metric, interactions)

@@ -71,7 +71,7 @@ class FactorSection:
 def estimate(study: StudyFrame, metric: str, interactions: Sequence[tuple[str, str]]) -> FactorSection:
     """Everything that is tested of a study."""
     ended = study.trials[study.trials["status"].isin(ENDED)].copy()
-    if not study.factors:
+    if not study.factors or len(study.arms) < 2:
         return _of_arms(study, ended, metric)
     reference = study.arm(study.base).iloc[0][list(study.factors)].to_dict()
     try:

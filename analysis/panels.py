@@ -8,8 +8,8 @@ import numpy as np
 
 from analysis.frames import StudyFrame
 from analysis.intervals import number
-from analysis.plots import GREY, INK, MOST_ARMS, colour, plain_log, quiet_axes
 from analysis.page import share_text
+from analysis.plots import FALL, GREY, INK, MOST_ARMS, colour, plain_log, quiet_axes
 from analysis.traces import RunTrace, StudyTraces, leaders, rules_table
 from twinrl.stability.detectors import TOTAL
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FALL = "#A50026"
 BAND = (0.1, 0.9)
 IN_A_ROW = 4
 CHANGED = 1.02
@@ -28,8 +27,8 @@ CHANGED = 1.02
 def study_norms(study: StudyFrame, traces: StudyTraces) -> "Figure":
     """Per-term norms as they enter the sum: median and 10–90 % over seeds, a panel an arm, one logarithmic axis.
 
-    Dotted: before rules, where these changed them. Vertical: falls, and dashed the start of a reward. Triangle: where the
-    term that rose first did.
+    Dotted: before rules, where these changed them. Vertical: falls, and dashed the start of a reward.
+    Triangle: where the term that rose first did.
     """
     shown = study.arms[:MOST_ARMS]
     rows = -(-len(shown) // IN_A_ROW)

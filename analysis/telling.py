@@ -86,12 +86,22 @@ def fell(study: StudyFrame, factors: FactorSection) -> str:
     if not count:
         return f"no run fell (0 of {n}, so rates up to {percent(clopper_pearson(0, n).high)} remain possible)"
     if count == n:
-        return f"every run fell (all {n}), {when(study.trials)}"
+        return f"every run fell (all {n}), {when(study.trials)}{_not_alike(study, factors)}"
     if pairs := factors.falls.pairs:
         return "; ".join(map(_met, [study] * len(pairs), pairs))
     if names := list(dict.fromkeys(e.factor for e in factors.falls.alone)):
         return f"{' and '.join(_by_level(study, name) for name in names[:MOST_NAMED])}, {when(study.trials)}"
     return f"{_by_arm(study)}, {when(study.trials)}; {_unexplained(factors)}"
+
+
+def _not_alike(study: StudyFrame, factors: FactorSection) -> str:
+    """When the runs of each arm fell, where that differs."""
+    arms = factors.falls.arms
+    if arms is None or not arms.named:
+        return ""
+    medians = {arm: float(study.arm(arm)["time"].median()) for arm in study.arms}
+    ordered = [f"{arm} at {number(step, 6)}" for arm, step in sorted(medians.items(), key=lambda item: item[1])]
+    return f", not alike ({p_equals(arms.p_holm)}): {listed(ordered)}"
 
 
 def when(trials: "pd.DataFrame") -> str:
@@ -142,9 +152,9 @@ def _unexplained(factors: FactorSection) -> str:
     arms = factors.falls.arms
     if arms is None or not arms.named:
         p = f" ({p_equals(arms.p_holm)})" if arms else ""
-        return f"so many more in one arm than in another are not beyond chance{p}"
+        return f"that arms differ in this is not shown{p}"
     apart = "; what makes it is not told apart" if factors.odds else ""
-    return f"the arms differ in that ({p_equals(arms.p_holm)}){apart}"
+    return f"the arms differ in this ({p_equals(arms.p_holm)}){apart}"
 
 
 def led(study: StudyFrame, traces: StudyTraces) -> str:
@@ -159,7 +169,7 @@ def led(study: StudyFrame, traces: StudyTraces) -> str:
     times = float(np.median([rise.times for rise in rises]))
     text = f"the gradient of {term} rose first in {len(rises)} of {len(lost)} (to {_times(times)} its usual norm"
     leads = [rise.lead for rise in rises if not math.isnan(rise.lead)]
-    text += f", {_lead(float(np.median(leads)))})" if leads else ")"
+    text += f", {lead_text(float(np.median(leads)))})" if leads else ")"
     others = [f"{name} in {len(own)}" for name, own in found[1:]]
     return text + (f", {listed(others)}" if others else "")
 
@@ -168,7 +178,8 @@ def _times(value: float) -> str:
     return f"{number(value, 2)} times" if math.isfinite(value) else "infinitely many times"
 
 
-def _lead(steps: float) -> str:
+def lead_text(steps: float) -> str:
+    """How many steps before, or after, the total."""
     if not steps:
         return "in one step with the total"
     return f"{number(abs(steps), 3)} step{'s' * (abs(steps) != 1)} {'before' if steps > 0 else 'after'} the total"
@@ -185,6 +196,8 @@ def metric_changed(
     Arguments:
         briefly: leave out what the falls say by themselves: a run that fell has the worst value.
     """
+    if len(study.arms) < 2:
+        return ""
     told = [*_pairs_told(study, metric, factors, briefly), *_alone_told(metric, factors, briefly)]
     if told:
         return "; ".join(told)

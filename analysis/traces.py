@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.frames import Run, StudyFrame
+from analysis.plots import UNCHANGED
 from twinrl.run import layout, names
 from twinrl.run.columns import Columns
-from twinrl.stability.detectors import REWARD_OWNER, TOTAL, term_of
+from twinrl.stability.detectors import REWARD_OWNER, TOTAL, term_of, terms_in
+from twinrl.stability.divergence import Diverged
 from twinrl.stability.series import Spike
 
 if TYPE_CHECKING:
@@ -32,8 +34,6 @@ FEWEST_USUAL = 5
 """Fewer finite values than these say nothing of it."""
 SOONEST = 50
 """Steps before a fall in which its cause is looked for, at least."""
-UNCHANGED = 1e-4
-"""Relative change of a norm below which no rule has acted."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,19 @@ def first_rise(step: np.ndarray, norms: Mapping[str, np.ndarray], after: float, 
     at, _, times = found[term]
     lead = math.nan if total is None else float(step[total[0]] - step[at])
     return Rise(term, int(step[at]), times, lead)
+
+
+def rise_of(run: Run, failure: Diverged) -> Rise | None:
+    """The term that rose first before a run's failure, from its rows."""
+    rows = run.lasting
+    series = {term: names.grad(term, "norm_raw") for term in (*terms_in(rows), TOTAL)}
+    norms = {term: np.array([_height(row.get(name, 0.0)) for row in rows]) for term, name in series.items()}
+    step = np.array([row["step"] for row in rows])
+    return first_rise(step, norms, float(failure.after), float(failure.step))
+
+
+def _height(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def _rose(values: np.ndarray, before: np.ndarray, window: np.ndarray) -> tuple[int, float, float] | None:
