@@ -99,9 +99,14 @@ class FallEffects:
 
     @property
     def alone(self) -> list[Effect]:
-        """The odds that are found and not explained by two factors that meet."""
+        """The odds that are found."""
+        return [effect for effect in self.single if effect.named]
+
+    @property
+    def single(self) -> list[Effect]:
+        """The odds of factors that are not found to act where they meet another: those have none of their own."""
         met = frozenset[str]().union(*(pair.factors for pair in self.pairs))
-        return [e for e in self.odds if e.named and e.factor not in met]
+        return [effect for effect in self.odds if effect.factor not in met]
 
 
 def fall_effects(

@@ -53,7 +53,7 @@ def _title(axis: "Axes", arm: str, fell: "pd.Series", mine: Sequence[RunTrace], 
     """Name, falls and the term that rose first; what rules did, where any arm has rules (a space where not this)."""
     lost = f"{int(fell.sum())} of {len(fell)} fell"
     if first := leaders(mine):
-        lost += f"; {first[0][0]} rose first"
+        lost += f"; {first[0][0]} rose first" + (f" in {len(first[0][1])}" if len(first[0][1]) < fell.sum() else "")
     axis.set_title(f"{shortened(arm)}\n" + "\n" * bool(rules), fontsize=9, loc="left", color=INK, fontweight="bold")
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8}
     tint, weight = (FALL, "bold") if fell.any() else (GREY, "normal")
@@ -159,5 +159,5 @@ def caption(study: StudyFrame, traces: StudyTraces) -> str:
     return (
         "Gradient norm of each term as it enters the sum, over training steps: median and 10–90 % over seeds of the "
         f"largest in every {width} step{'s' * (width != '1')}. "
-        f"Triangle: the term that rose first.{arms}"
+        f"{'Triangle: the term that rose first.' if leaders(list(traces.runs.values())) else ''}{arms}"
     )

@@ -5,7 +5,7 @@ Each function returns a matplotlib ``Figure`` that pyplot does not know; :func:`
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -217,9 +217,11 @@ def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     return figure
 
 
-def effects(found: Sequence[Effect], label: str) -> "Figure":
-    """Main effects and interactions with their intervals; found ones (5 % family-wise) are starred."""
-    rows = {f"{'★ ' if e.named else ''}{e.factor}: {e.contrast}": e.interval for e in found}
+def effects(
+    found: Sequence[Effect], label: str, starred: Callable[[Effect], bool] = lambda effect: effect.named
+) -> "Figure":
+    """Main effects and interactions with their intervals; ``starred``: which are findings (5 % family-wise)."""
+    rows = {f"{'★ ' if starred(e) else ''}{e.factor}: {e.contrast}": e.interval for e in found}
     return forest(rows, label, reference=0.0)
 
 

@@ -16,9 +16,11 @@ def study(folder: Path, truth: planted.Truth, seeds: int = 6) -> StudyFrame:
 
 def test_which_arm_fell_when_and_which_term_led(tmp_path: Path) -> None:
     said = sentence(study(tmp_path, planted.another_term_leads))
-    assert said.startswith("Teacher decides which runs fell: live 12 of 12, ema 0 of 12, seen at step 110 (median)")
+    assert said.startswith(
+        "Which runs fell is decided by teacher: live 12 of 12, ema 0 of 12, seen at step 100 (median)"
+    )
     assert "the gradient of adversarial rose first in 12 of 12" in said
-    assert said.endswith("reward is not found to matter.")
+    assert said.endswith("not found to matter: reward.")
 
 
 def test_nothing(tmp_path: Path) -> None:
@@ -39,7 +41,7 @@ def test_only_together(tmp_path: Path) -> None:
 
 def test_an_interaction_without_main_effects(tmp_path: Path) -> None:
     found = answer.Answer.of(study(tmp_path, planted.crossed))
-    assert "teacher and reward act together on val/quality: ema instead of live changes it by 0.1" in found.sentence
+    assert "val/quality depends on teacher and reward together: ema instead of live changes it by 0.1" in found.sentence
     assert "(worse) at reward=without, by −0.1" in found.sentence
     table = answer.factor_table(found).set_index("factor")["val/quality"]
     assert [name for name, cell in table.items() if cell.startswith("★")] == ["teacher × reward"]

@@ -35,6 +35,15 @@ def test_a_level_that_is_always_high_is_no_rise_and_a_total_that_does_not_rise_g
     assert math.isnan(found.lead)
 
 
+def test_where_nothing_spikes_a_level_that_has_doubled_leads() -> None:
+    found = traces.first_rise(STEP, norms(b=(212, 3), a=(228, 3)), after=220, time=240)
+    assert found is not None
+    assert found.term == "b"
+    assert 2 < found.times < 3 * math.exp(5 * 0.2)
+    assert 212 <= found.step <= 212 + traces.SMOOTHED
+    assert traces.first_rise(STEP, norms(b=(212, 1.5)), after=220, time=240) is None
+
+
 def test_no_rise_no_leader() -> None:
     assert traces.first_rise(STEP, norms(a=(250, 50)), after=220, time=240) is None
     assert traces.first_rise(STEP, norms(a=(3, 50)), after=0, time=4) is None  # nothing says what is usual
