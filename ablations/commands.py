@@ -38,6 +38,7 @@ def plan(
     console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
     console.print(display.arms_table(made))
     _print_hint(made, console)
+    _print_blind(study, console)
     missing, seeds_each = len(made.missing), len(study.config.seeds)
     console.print(
         f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
@@ -66,6 +67,11 @@ def _print_hint(made: Plan, console: Console) -> None:
         console.print(hint, soft_wrap=True)
 
 
+def _print_blind(study: Study, console: Console) -> None:
+    if blind := study.unwatched:
+        console.print(f"[yellow]a fall cannot be seen[/] in {escape(blind)}", soft_wrap=True)
+
+
 def run(
     name: str,
     seeds: int | None,
@@ -79,10 +85,12 @@ def run(
 ) -> int:
     """``twinrl ablate run``."""
     console, study = Console(), studies.load(name, seeds)
+    _print_blind(study, console)
     with Course(study, console) as course:
         with course.data():
             made = plans.make(study, _workspace(root, ledgers))
         course.planned(made)
+        reporting.write_index(made)
         view = StudyView(made, uri) if mlflow else None
         machine, notes = Machine(address, cpus), list[str]()
         made, failures, broken = _train(made, Runner(machine, console, course.trials), view)
@@ -124,6 +132,8 @@ def _written(made: Plan, name: str, course: Course, notes: list[str]) -> Report 
 
 def _say(written: Report, console: Console) -> None:
     """The study's answer, and where to look."""
+    if written.version.note:
+        console.print(escape(written.version.note), soft_wrap=True)
     console.print(f"[bold]{escape(written.answer)}[/]", soft_wrap=True)
     console.print(f"report: {escape(str(written.page))}", soft_wrap=True)
     if written.picture is not None:
@@ -143,6 +153,7 @@ def _conclude(
     made: Plan, failures: Sequence[str], name: str, console: Console, broken: str, notes: Sequence[str] = ()
 ) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
+    reporting.write_index(made)
     console.print(display.arms_table(made))
     for line in (*notes, *failures):
         console.print(line, soft_wrap=True)
@@ -170,13 +181,15 @@ def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | N
 
 
 def report(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
-) -> int:
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None,
+    interactions: Sequence[str] = (),
+) -> int:  # fmt: skip
     """``twinrl ablate report``."""
+    from analysis.report import separated
+
+    pairs = [separated(text, ":") for text in interactions]
     console, made = Console(), _plan(name, seeds, root, ledgers)
-    written = reporting.write(made, _again(name), base, out)
-    if written.version.note:
-        console.print(escape(written.version.note), soft_wrap=True)
+    written = reporting.write(made, _again(name), base, out, pairs)
     if written.version.missing:
         console.print(f"{written.version.missing} of {len(made.trials)} trials are missing")
     _say(written, console)

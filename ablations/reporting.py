@@ -1,5 +1,7 @@
 """A study's report: what the analysis is told of the study, and what is said of the pages that it writes."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from ablations import margin as margins
 from ablations import versions
 from ablations.plan import Plan
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 
 PICTURE = "figures/norms.svg"
 
@@ -31,12 +34,18 @@ class Report:
         return path if path.is_file() else None
 
 
-def write(plan: Plan, again: str, base: str | None = None, out: Path | None = None) -> Report:
+def write(
+    plan: Plan,
+    again: str,
+    base: str | None = None,
+    out: Path | None = None,
+    interactions: Sequence[tuple[str, str]] = (),
+) -> Report:
     """Write the report of what is finished.
 
     Arguments:
         plan: of the study. again: command that runs it. base: arm that the others are compared with.
-        out: folder of the report; default: in the study's.
+        out: folder of the report; default: in the study's. interactions: pairs of factors that are asked about.
 
     Raises:
         InputError: no trial is finished, the trials can't be compared, or the folder can't be written.
@@ -49,8 +58,28 @@ def write(plan: Plan, again: str, base: str | None = None, out: Path | None = No
     if version.missing == len(plan.trials):
         raise InputError(f"study {plan.study.name} has no finished trial", fix=again)
     root, index = plan.workspace.root, index_of(plan, version, base)
-    page = report(root, out or plan.workspace.study_folder(plan.study) / "report", base=base, index=index)
-    return Report(page, version, answer.sentence(load_study(root, base, index)))
+    if out is None:
+        write_index(plan, index)
+    folder = out or plan.workspace.study_folder(plan.study) / "report"
+    page = report(root, folder, base=base, index=index, interactions=interactions)
+    return Report(page, version, answer.sentence(load_study(root, base, index), interactions=interactions))
+
+
+def write_index(plan: Plan, index: Mapping[str, object] | None = None) -> None:
+    """Write the study's index into its folder, so that ``twinrl analyze`` knows its factors there.
+
+    Raises:
+        InputError: the workspace can't be written.
+    """
+    from analysis.frames import STUDY_FILE
+
+    folder = plan.workspace.study_folder(plan.study)
+    index = index or index_of(plan, versions.to_report(plan), None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_text(folder / STUDY_FILE, json.dumps({**index, "runs": "../.."}, indent=1))
+    except OSError as error:
+        raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
 
 
 def index_of(plan: Plan, version: versions.Version, base: str | None) -> dict[str, object]:

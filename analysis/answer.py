@@ -56,7 +56,7 @@ class Answer:
         """
         metric, lines, unranked = metric or study.metric or names.VAL_QUALITY, [], ""
         try:
-            lines = leaderboard(study, metric, effect)
+            lines = leaderboard(study, metric, effect) if len(study.arms) > 1 else []
         except TooFewSeedsError as error:
             unranked = str(error)
         factors = estimate(study, metric, interactions)
@@ -73,7 +73,7 @@ class Answer:
             telling.lost_prompts(study), telling.unwatched(study),
         ]  # fmt: skip
         text = "; ".join(clause for clause in clauses if clause)
-        return f"{text[0].upper()}{text[1:]}."
+        return f"{telling.capital(text)}."
 
 
 def sentence(study: StudyFrame, metric: str | None = None, interactions: Sequence[tuple[str, str]] = ()) -> str:
@@ -109,7 +109,7 @@ def facts(answer: Answer, effect: float = 1.0) -> list[tuple[str, str]]:
     rules = telling.rules(answer.study, answer.traces)
     return [
         ("Which factor?", which(answer)),
-        *([("Did the rules act?", f"{rules[0].upper()}{rules[1:]}.")] if rules else []),
+        *([("Did the rules act?", f"{telling.capital(rules)}.")] if rules else []),
         ("How sure?", sure(answer, effect)),
         ("What does it cost?", costs(answer.study, answer.factors)),
         *([("Made by what?", answer.study.note)] if answer.study.note else []),
@@ -139,7 +139,7 @@ def which(answer: Answer) -> str:
     study, factors = answer.study, answer.factors
     changed = telling.metric_changed(study, answer.metric, answer.lines, factors)
     told = [telling.fell(study, factors), changed, telling.idle(study, factors)]
-    return f"{' '.join(f'{clause[0].upper()}{clause[1:]}.' for clause in told if clause)}{_first(study, answer.lines)}"
+    return f"{' '.join(f'{telling.capital(clause)}.' for clause in told if clause)}{_first(study, answer.lines)}"
 
 
 def _first(study: StudyFrame, lines: Sequence[ArmLine]) -> str:
@@ -268,7 +268,7 @@ def factor_table(answer: Answer) -> "pd.DataFrame":
         line: dict[str, object] = {
             "factor": e.factor,
             "level − reference": e.contrast,
-            f"{answer.metric}{scale}": _starred(e.named, str(e.interval)),
+            f"{answer.metric}{scale}": _starred(factors.starred(e), str(e.interval)),
             "p (Holm)": e.p_holm,
             "fell": _fell(answer, e),
             "time a step ×": known(ratio(time.interval)) if time else None,
@@ -284,7 +284,11 @@ def _fell(answer: Answer, effect: Effect) -> str | None:
     trials, falls = answer.study.trials, answer.factors.falls
     if PAIR in effect.factor:
         met = [pair for pair in falls.pairs if pair.factors == frozenset(effect.factor.split(PAIR))]
-        return _starred(True, f"{met[0].fell} of {met[0].runs} with {telling.meeting(met[0])}") if met else None
+        return (
+            _starred(True, f"{met[0].fell} of {met[0].runs} where {' '.join(met[0].levels.values())} meet")
+            if met
+            else None
+        )
     named = any(e.factor == effect.factor for e in falls.alone)
     groups = [trials[trials[effect.factor].astype(str) == level]["diverged"] for level in effect.contrast.split(" − ")]
     return _starred(named, " − ".join(map(telling.counts, groups)))

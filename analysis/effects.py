@@ -1,4 +1,4 @@
-"""Do the arms differ, and which factor makes it: main effects and interactions, the seed as a block, Holm's correction.
+"""Do the arms differ, and which factor makes it: main effects, interactions, the seed as a block, Holm's correction.
 
 ``y = μ + Σ factors + Σ interactions + seed + ε``, by least squares (statsmodels) on the values, or on their ranks
 where runs diverged: one broken run among healthy ones would otherwise be all of the spread. For "diverged: yes or no"
@@ -9,7 +9,8 @@ Columns are centred, so a coefficient is *this level minus the reference, averag
 the presence of interactions. One F or likelihood-ratio test per factor; Holm's correction over all of them.
 
 A study is asked more: whether its arms differ at all (one F test over arms), and where the design can tell pairs of
-factors apart, whether they interact. All of these tests are one family (:func:`study_effects`).
+factors apart, whether they interact. All of these tests are one family (:func:`study_effects`), in which arms differ
+wherever a factor is found.
 """
 
 import math
@@ -99,7 +100,7 @@ def study_effects(
 ) -> tuple[Effect | None, list[Effect]]:
     """Whether the arms differ, and :func:`main_effects` with every pair of factors that the design can tell.
 
-    Holm's correction is over the arms, the factors and the pairs together: what is found among them is found at 5 %.
+    All of them are one family (:func:`analysis.intervals.gated`): what is found among them is found at 5 %.
 
     Arguments:
         trials: as for :func:`main_effects`, with ``arm``. interactions: pairs beside those of :func:`telling_pairs`.
@@ -110,9 +111,17 @@ def study_effects(
     pairs = list(dict.fromkeys([*interactions, *telling_pairs(trials, factors, interactions)]))
     found = _on_numbers(trials, outcome, design(trials, [outcome], factors, pairs, reference or {}), ranks)
     whole = arms_effect(trials, outcome, ranks) if len(factors) > 1 else None
-    family = corrected([*found, *([whole] if whole else [])], trials["seed"].nunique())
-    by_name = {effect.factor: effect for effect in family}
-    return by_name.get(ARMS), [effect for effect in family if effect.factor != ARMS]
+    return gated(whole, corrected(found, trials["seed"].nunique()))
+
+
+def gated(whole: Effect | None, found: list[Effect]) -> tuple[Effect | None, list[Effect]]:
+    """The test over arms and the effects, corrected as one family; what is there alone stays as it is."""
+    if whole is None or not found:
+        return whole, found
+    p = {effect.factor: effect.p for effect in found}
+    gate, parts = intervals.gated(whole.p, list(p.values()))
+    p_holm = dict(zip(p, parts.tolist(), strict=True))
+    return replace(whole, p_holm=float(gate)), [replace(e, p_holm=p_holm[e.factor]) for e in found]
 
 
 def arms_effect(trials: "pd.DataFrame", outcome: str, ranks: bool = False) -> Effect | None:

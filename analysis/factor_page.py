@@ -1,7 +1,7 @@
 """The part of a study's page about factors: their effects on the metric, on divergence and on the time of a step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,11 +67,15 @@ class FactorSection:
         met = {name for effect in self.pairs for name in effect.factor.split(PAIR)}
         return [e for e in self.metric if e.named and PAIR not in e.factor and e.factor not in met]
 
+    def starred(self, effect: Effect) -> bool:
+        """Whether a contrast is a finding of its own: one that is found, and that no pair found says more about."""
+        return effect in self.alone or effect in self.pairs
+
 
 def estimate(study: StudyFrame, metric: str, interactions: Sequence[tuple[str, str]]) -> FactorSection:
     """Everything that is tested of a study."""
     ended = study.trials[study.trials["status"].isin(ENDED)].copy()
-    if not study.factors:
+    if not study.factors or len(study.arms) < 2:
         return _of_arms(study, ended, metric)
     reference = study.arm(study.base).iloc[0][list(study.factors)].to_dict()
     try:
@@ -141,8 +145,10 @@ def section(factors: FactorSection, metric: str, figures: Path) -> list[PageBloc
         return [Heading("Factors"), Text(f"No effects: {factors.problem}.")]
     if not factors.metric:
         return []
-    blocks = [Heading("Factors"), *_effects(factors.metric, f"change of {metric}", "effects", figures)]
-    blocks += _effects(factors.odds, "log odds ratio of falling", "odds", figures) if factors.odds else []
+    blocks = [Heading("Factors"), *_effects(factors.metric, f"change of {metric}", "effects", figures, factors.starred)]
+    if factors.falls.single:
+        odds = factors.falls.single
+        blocks += _effects(odds, "log odds ratio of falling", "odds", figures, lambda effect: effect.named)
     blocks += _together(factors.falls)
     return [*blocks, Text(EFFECTS_NOTE, note=True)]
 
@@ -175,7 +181,9 @@ EFFECTS_NOTE = (
 )
 
 
-def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> list[PageBlock]:
+def _effects(
+    found: Sequence[Effect], label: str, name: str, figures: Path, starred: Callable[[Effect], bool]
+) -> list[PageBlock]:
     import pandas as pd
 
     label += " (ranks)" if found[0].scale == "ranks" else ""
@@ -186,9 +194,9 @@ def _effects(found: Sequence[Effect], label: str, name: str, figures: Path) -> l
             f"{label} [95 %]": effect.interval,
             "p": effect.p,
             "p (Holm)": effect.p_holm,
-            "": "★" if effect.named else "",
+            "": "★" if starred(effect) else "",
         }
         for effect in found
     )
-    figure = plots.save(plots.effects(found, label), figures / f"{name}.svg")
+    figure = plots.save(plots.effects(found, label, starred), figures / f"{name}.svg")
     return [Heading(label[0].upper() + label[1:], 3), Table(table, name), Picture(figure)]

@@ -1,8 +1,9 @@
 """Which runs fell, and what it takes: a test over the arms paired by seeds, and falls that need two factors at once.
 
-*Do the arms differ?* Runs of one seed share start, data and noise, so without any difference between arms a seed's
-falls could as well have been in its other arms. The sum over arms of (falls)² is compared with what such exchanges give
-(Cochran's Q under permutation within seeds; over all runs where no seed is in two arms).
+*Do the arms differ?* Runs of one seed share start, data and noise, so without any difference between arms what befell
+a seed in one of them could as well have befallen it in another. Every run has its log-rank score, 1 for a fall less the
+falls expected of it by its time (Peto and Peto 1972). The squares of the arms' sums are compared with what exchanges
+within seeds give, as Cochran's Q is; over all runs where no seed is in two arms.
 
 *Only together.* Where runs fall only if two factors meet, a logistic regression without an interaction fits perfectly
 and names each factor. So the cell of two levels is compared with the rest of its row and with the rest of its column
@@ -80,10 +81,10 @@ class Together:
 
 @dataclass(frozen=True)
 class FallEffects:
-    """What decides whether runs fall; empty where none or all did.
+    """What decides whether runs fall; empty where none did.
 
     Attributes:
-        arms: the test over all arms; None where nothing fell. odds: of the factors, log odds.
+        arms: the test over all arms; None where nothing fell. odds: of the factors, log odds; none where all runs fell.
         together: the best cell of each pair of factors.
     """
 
@@ -98,9 +99,14 @@ class FallEffects:
 
     @property
     def alone(self) -> list[Effect]:
-        """The odds that are found and not explained by two factors that meet."""
+        """The odds that are found."""
+        return [effect for effect in self.single if effect.named]
+
+    @property
+    def single(self) -> list[Effect]:
+        """The odds of factors that are not found to act where they meet another: those have none of their own."""
         met = frozenset[str]().union(*(pair.factors for pair in self.pairs))
-        return [e for e in self.odds if e.named and e.factor not in met]
+        return [effect for effect in self.odds if effect.factor not in met]
 
 
 def fall_effects(
@@ -109,24 +115,25 @@ def fall_effects(
     interactions: Sequence[tuple[str, str]] = (),
     reference: dict[str, object] | None = None,
 ) -> FallEffects:
-    """What decides whether runs fall (``diverged``): arms, factors and pairs of factors as one family (Holm)."""
-    fell = trials["diverged"].to_numpy(bool)
-    if fell.all() or not fell.any():
+    """What decides whether runs fall (``diverged``, ``time``): arms, factors and pairs of factors as one family."""
+    fell, seeds = trials["diverged"].to_numpy(bool), trials["seed"].nunique()
+    if not fell.any():
         return FallEffects()
-    seeds = trials["seed"].nunique()
-    odds = effects.odds_effects(trials, factors, "diverged", interactions, reference) if factors else []
-    together = [best for pair in combinations(factors, 2) if (best := _best_cell(trials, pair)) is not None]
     overall = arms_p(trials)
     nothing = Interval(np.nan, -np.inf, np.inf, len(trials), "exchanges within seeds")
     whole = Effect(ARMS, "", nothing, overall, overall, "log odds", seeds)
+    if fell.all() or not factors:
+        return FallEffects(whole)
+    odds = effects.odds_effects(trials, factors, "diverged", interactions, reference)
     if len(factors) == 1:  # the factor's own test is the same question
         return FallEffects(whole, odds)
-    p = {effect.factor: effect.p for effect in (whole, *odds)}
-    corrected = intervals.holm([*p.values(), *(pair.p for pair in together)])
-    p_holm = dict(zip(p, corrected.tolist(), strict=False))
-    pairs = [replace(pair, p_holm=float(value)) for pair, value in zip(together, corrected[len(p) :], strict=True)]
-    whole, *odds = (replace(effect, p_holm=p_holm[effect.factor]) for effect in (whole, *odds))
-    return FallEffects(whole, odds, pairs)
+    together = [best for pair in combinations(factors, 2) if (best := _best_cell(trials, pair)) is not None]
+    p = {effect.factor: effect.p for effect in odds}
+    gate, parts = intervals.gated(overall, [*p.values(), *(pair.p for pair in together)])
+    p_holm = dict(zip(p, parts.tolist(), strict=False))
+    pairs = [replace(pair, p_holm=float(value)) for pair, value in zip(together, parts[len(p) :], strict=True)]
+    corrected = [replace(effect, p_holm=p_holm[effect.factor]) for effect in odds]
+    return FallEffects(replace(whole, p_holm=float(gate)), corrected, pairs)
 
 
 # --- over arms ----------------------------------------------------------------------------------------------
@@ -135,27 +142,36 @@ def fall_effects(
 def arms_p(trials: "pd.DataFrame") -> float:
     """p-value that all arms fall alike, by exchanges within seeds; the same numbers give the same p."""
     arm = np.unique(trials["arm"].to_numpy(str), return_inverse=True)[1]
-    return exchanged(arm, trials["seed"].to_numpy(int), trials["diverged"].to_numpy(float)[None])[0]
+    scores = log_rank_scores(trials["time"].to_numpy(float), trials["diverged"].to_numpy(bool))
+    return exchanged(arm, trials["seed"].to_numpy(int), scores[None])[0]
 
 
-def exchanged(arm: np.ndarray, seed: np.ndarray, fell: np.ndarray, exchanges: int = EXCHANGES) -> list[float]:
+def log_rank_scores(time: np.ndarray, event: np.ndarray) -> np.ndarray:
+    """(n,) 1 for an event, less the Nelson–Aalen estimate of all runs together at each one's time."""
+    moments = np.unique(time[event])
+    hazard = [float((event & (time == moment)).sum() / (time >= moment).sum()) for moment in moments]
+    expected = np.concatenate([[0.0], np.cumsum(hazard)])
+    return np.asarray(event - expected[np.searchsorted(moments, time, side="right")])
+
+
+def exchanged(arm: np.ndarray, seed: np.ndarray, scores: np.ndarray, exchanges: int = EXCHANGES) -> list[float]:
     """p-values of several outcomes of one design.
 
     Arguments:
-        arm, seed: (n,) whole numbers. fell: (k, n) zeros and ones. exchanges: drawn.
+        arm, seed: (n,) whole numbers. scores: (k, n). exchanges: drawn.
     """
     sizes, of_seed = np.bincount(arm), np.unique(seed, return_inverse=True)[1]
     stratum = np.where(np.bincount(of_seed)[of_seed] > 1, of_seed, -1)  # seeds of one run are exchanged with each other
     order = np.argsort(stratum, kind="stable")
     rng, members = np.random.default_rng(0), np.eye(len(sizes))[arm]
-    expected = fell.mean(1, keepdims=True) * sizes
-    seen = ((fell @ members - expected) ** 2 / sizes).sum(1)
-    above = np.zeros(len(fell))
+    expected = scores.mean(1, keepdims=True) * sizes
+    seen = ((scores @ members - expected) ** 2 / sizes).sum(1)
+    above = np.zeros(len(scores))
     for _ in range(exchanges):
         drawn = np.lexsort((rng.random(len(arm)), stratum))  # positions stratum by stratum, shuffled within each
         source = np.empty(len(arm), int)
         source[order] = drawn
-        above += ((fell[:, source] @ members - expected) ** 2 / sizes).sum(1) >= seen - 1e-9
+        above += ((scores[:, source] @ members - expected) ** 2 / sizes).sum(1) >= seen - 1e-9
     return ((1 + above) / (1 + exchanges)).tolist()
 
 

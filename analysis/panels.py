@@ -8,8 +8,8 @@ import numpy as np
 
 from analysis.frames import StudyFrame
 from analysis.intervals import number
-from analysis.plots import GREY, INK, MOST_ARMS, colour, plain_log, quiet_axes
 from analysis.page import share_text
+from analysis.plots import FALL, GREY, INK, MOST_ARMS, colour, plain_log, quiet_axes
 from analysis.traces import RunTrace, StudyTraces, leaders, rules_table
 from twinrl.stability.detectors import TOTAL
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FALL = "#A50026"
 BAND = (0.1, 0.9)
 IN_A_ROW = 4
 CHANGED = 1.02
@@ -28,8 +27,8 @@ CHANGED = 1.02
 def study_norms(study: StudyFrame, traces: StudyTraces) -> "Figure":
     """Per-term norms as they enter the sum: median and 10–90 % over seeds, a panel an arm, one logarithmic axis.
 
-    Dotted: before rules, where these changed them. Vertical: falls, and dashed the start of a reward. Triangle: where the
-    term that rose first did.
+    Dotted: before rules, where these changed them. Vertical: falls, and dashed the start of a reward.
+    Triangle: where the term that rose first did.
     """
     shown = study.arms[:MOST_ARMS]
     rows = -(-len(shown) // IN_A_ROW)
@@ -54,7 +53,7 @@ def _title(axis: "Axes", arm: str, fell: "pd.Series", mine: Sequence[RunTrace], 
     """Name, falls and the term that rose first; what rules did, where any arm has rules (a space where not this)."""
     lost = f"{int(fell.sum())} of {len(fell)} fell"
     if first := leaders(mine):
-        lost += f"; {first[0][0]} rose first"
+        lost += f"; {first[0][0]} rose first" + (f" in {len(first[0][1])}" if len(first[0][1]) < fell.sum() else "")
     axis.set_title(f"{shortened(arm)}\n" + "\n" * bool(rules), fontsize=9, loc="left", color=INK, fontweight="bold")
     place = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8}
     tint, weight = (FALL, "bold") if fell.any() else (GREY, "normal")
@@ -160,5 +159,5 @@ def caption(study: StudyFrame, traces: StudyTraces) -> str:
     return (
         "Gradient norm of each term as it enters the sum, over training steps: median and 10–90 % over seeds of the "
         f"largest in every {width} step{'s' * (width != '1')}. "
-        f"Triangle: the term that rose first.{arms}"
+        f"{'Triangle: the term that rose first.' if leaders(list(traces.runs.values())) else ''}{arms}"
     )

@@ -5,7 +5,7 @@ Each function returns a matplotlib ``Figure`` that pyplot does not know; :func:`
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import numpy as np
 
 from analysis.clusters import Placed
 from analysis.effects import Effect
-from analysis.frames import Run
+from analysis.frames import Run, run_divergence
 from analysis.intervals import Interval, number
 from analysis.leaderboard import ArmLine
 from analysis.spikes import SpikeEpisode
@@ -33,6 +33,10 @@ INK, GREY = "#202124", "#5f6368"
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
 MOST_LINES = 60  # of a figure with a line for each arm or effect
+MOST_MARKS = 20  # triangles of a run's figure
+FALL = "#A50026"
+UNCHANGED = 1e-4
+"""Relative change of a norm below which no rule has acted."""
 MOST_POINTS = 2000  # of a curve: more than a figure has pixels
 
 
@@ -213,9 +217,11 @@ def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     return figure
 
 
-def effects(found: Sequence[Effect], label: str) -> "Figure":
-    """Main effects and interactions with their intervals; found ones (5 % family-wise) are starred."""
-    rows = {f"{'★ ' if e.named else ''}{e.factor}: {e.contrast}": e.interval for e in found}
+def effects(
+    found: Sequence[Effect], label: str, starred: Callable[[Effect], bool] = lambda effect: effect.named
+) -> "Figure":
+    """Main effects and interactions with their intervals; ``starred``: which are findings (5 % family-wise)."""
+    rows = {f"{'★ ' if starred(e) else ''}{e.factor}: {e.contrast}": e.interval for e in found}
     return forest(rows, label, reference=0.0)
 
 
@@ -256,22 +262,54 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
 
 
 def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
-    """Gradient norms of the total and of every term before clipping, with the spikes marked."""
+    """Gradient norms of every term and of the total as they enter sum and optimizer; dotted before rules.
+
+    Spikes are thin vertical lines, the largest with a triangle in their leader's colour; the fall is a thick line.
+    """
     frame = run.frame()
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
-    series = {"total": names.GRAD_TOTAL_RAW} | {term: names.grad(term, "norm_raw") for term in terms}
-    figure, axes = quiet_axes(size=(7.2, 3.8))
+    figure, axes = quiet_axes(size=(11.4, 3.9))
     axis = axes[0, 0]
-    for k, (label, name) in enumerate(series.items()):
-        tint = INK if k == 0 else colour(k - 1)
-        axis.plot(*drawn(frame["step"], frame[name]), color=tint, label=label,
-                  linewidth=0.9, alpha=0.9, zorder=3 - 0.1 * k)  # fmt: skip
+    tints = {"total": INK} | {term: colour(k) for k, term in enumerate(terms)}
+    for k, (term, tint) in enumerate(tints.items()):
+        _before_and_after(axis, frame, term, tint, 3 - 0.1 * k)
     for spike in spikes:
-        axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.35, zorder=0)
-    axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6)
-    _label(axis, "training step (vertical lines: spikes)", "gradient norm before clipping")
+        axis.axvline(spike.step, color=GREY, linewidth=0.8, alpha=0.35, zorder=0)
+    plain_log(axis)
+    for spike in sorted(spikes, key=lambda s: -s.value if math.isfinite(s.value) else -math.inf)[:MOST_MARKS]:
+        if spike.leader:
+            axis.plot([spike.step], [0.98], "v", color=tints[spike.leader], markersize=7, markeredgecolor="white",
+                      transform=axis.get_xaxis_transform(), zorder=5)  # fmt: skip
+    if (failure := run_divergence(run)) is not None:
+        axis.axvline(failure.step, color=FALL, linewidth=1.6, alpha=0.7, label="the fall, as it was seen", zorder=1)
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=8)
+    _label(axis, "training step (vertical: spikes; triangle: the term that led)", "gradient norm after rules")
     return figure
+
+
+def _before_and_after(axis: "Axes", frame: "pd.DataFrame", term: str, tint: str, order: float) -> None:
+    """One term's norm after its rules, and dotted before them where they changed it; a norm of 0 is a gap."""
+    raw, entering = (frame.get(names.grad(term, quantity)) for quantity in ("norm_raw", "norm_clipped"))
+    entering = raw if entering is None else entering
+    assert entering is not None
+    axis.plot(*drawn(frame["step"], positive(entering)), color=tint, label=term, linewidth=0.9, alpha=0.9, zorder=order)
+    if raw is not None and changed(raw, entering):
+        label = f"{term} before rules"
+        axis.plot(*drawn(frame["step"], positive(raw)), color=tint, label=label, linewidth=1.1, linestyle=":",
+                  alpha=0.9, zorder=2)  # fmt: skip
+
+
+def positive(values: "pd.Series") -> "pd.Series":
+    """The values that a logarithmic axis has a place for; the others are gaps."""
+    numbers = values.astype(float)
+    return numbers.where(numbers > 0)
+
+
+def changed(raw: "pd.Series", entering: "pd.Series") -> bool:
+    """Whether rules have changed a norm anywhere."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = (entering.astype(float) / raw.astype(float)).to_numpy()
+    return bool((np.abs(factor[np.isfinite(factor)] - 1) > UNCHANGED).any())
 
 
 def drawn(x: "pd.Series | pd.Index", y: "pd.Series", most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:

@@ -82,6 +82,14 @@ def report(
     return written
 
 
+def separated(text: str, separator: str) -> tuple[str, str]:
+    """The two names of ``A:B`` or ``A=B``. Raises InputError for anything else."""
+    first, found, second = text.partition(separator)
+    if not found or not first or not second:
+        raise InputError(f"{text!r} is no pair", expected=f"two names joined by {separator!r}")
+    return first, second
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -92,8 +92,8 @@ def _rules(found: Answer) -> list[PageBlock]:
 
 
 RULES_NOTE = (
-    "Share of the steps with a gradient in which rules changed its norm, and the factor by which they did: medians "
-    "over the runs; the factor's over those in which they acted at all."
+    "Share of the steps with a gradient in which rules changed its norm, and the factor by which they did: its "
+    "median over the runs in which they acted at all."
 )
 
 

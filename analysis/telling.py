@@ -5,6 +5,7 @@ that it is not told apart. A clause begins in lower case and has no full stop.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,13 @@ WIDEST = 3.0
 
 
 # --- words ------------------------------------------------------------------------------------------------
+
+
+def capital(clause: str) -> str:
+    """A clause as a sentence begins; names of factors and metrics stay as they are."""
+    first = clause.split()[0].rstrip(":,")
+    named = not first.isidentifier() or clause.startswith(f"{first} (")
+    return clause if named else f"{clause[0].upper()}{clause[1:]}"
 
 
 def p_text(value: float) -> str:
@@ -86,18 +94,29 @@ def fell(study: StudyFrame, factors: FactorSection) -> str:
     if not count:
         return f"no run fell (0 of {n}, so rates up to {percent(clopper_pearson(0, n).high)} remain possible)"
     if count == n:
-        return f"every run fell (all {n}), {when(study.trials)}"
+        return f"every run fell (all {n}), {when(study.trials)}{_not_alike(study, factors)}"
     if pairs := factors.falls.pairs:
         return "; ".join(map(_met, [study] * len(pairs), pairs))
     if names := list(dict.fromkeys(e.factor for e in factors.falls.alone)):
-        return f"{' and '.join(_by_level(study, name) for name in names[:MOST_NAMED])}, {when(study.trials)}"
+        levels = " and by ".join(_by_level(study, name) for name in names[:MOST_NAMED])
+        return f"which runs fell is decided by {levels}, {when(study.trials)}"
     return f"{_by_arm(study)}, {when(study.trials)}; {_unexplained(factors)}"
+
+
+def _not_alike(study: StudyFrame, factors: FactorSection) -> str:
+    """When the runs of each arm fell, where that differs."""
+    arms = factors.falls.arms
+    if arms is None or not arms.named:
+        return ""
+    medians = {arm: float(study.arm(arm)["time"].median()) for arm in study.arms}
+    ordered = [f"{arm} at {number(step, 6)}" for arm, step in sorted(medians.items(), key=lambda item: item[1])]
+    return f", not alike ({p_equals(arms.p_holm)}): {listed(ordered)}"
 
 
 def when(trials: "pd.DataFrame") -> str:
     """The step at which falls were seen."""
     lost = trials[trials["diverged"]]
-    median, same = float(lost["time"].median()), lost["time"].nunique() == 1
+    median, same = statistics.median_low(lost["time"].tolist()), lost["time"].nunique() == 1
     return f"seen at step {number(median, 6)}{'' if same else ' (median)'}"
 
 
@@ -117,12 +136,12 @@ def _met(study: StudyFrame, pair: Together) -> str:
 
 
 def _by_level(study: StudyFrame, factor: str) -> str:
-    """``runs fell by teacher: live 8 of 8, ema 0 of 8``, the worst level first."""
+    """``teacher: live 8 of 8, ema 0 of 8``, the worst level first."""
+    if PAIR in factor:
+        return factor
     groups = {str(level): mine["diverged"] for level, mine in study.trials.groupby(factor, sort=False)}
-    if PAIR in factor or not groups:
-        return f"{factor} decides which runs fell"
     worst = sorted(groups.items(), key=lambda item: -float(item[1].mean()))
-    return f"{factor} decides which runs fell: {listed([f'{name} {counts(own)}' for name, own in worst])}"
+    return f"{factor}: {listed([f'{name} {counts(own)}' for name, own in worst])}"
 
 
 def counts(diverged: "pd.Series") -> str:
@@ -142,9 +161,9 @@ def _unexplained(factors: FactorSection) -> str:
     arms = factors.falls.arms
     if arms is None or not arms.named:
         p = f" ({p_equals(arms.p_holm)})" if arms else ""
-        return f"so many more in one arm than in another are not beyond chance{p}"
+        return f"that arms differ in this is not shown{p}"
     apart = "; what makes it is not told apart" if factors.odds else ""
-    return f"the arms differ in that ({p_equals(arms.p_holm)}){apart}"
+    return f"the arms differ in this ({p_equals(arms.p_holm)}){apart}"
 
 
 def led(study: StudyFrame, traces: StudyTraces) -> str:
@@ -159,8 +178,10 @@ def led(study: StudyFrame, traces: StudyTraces) -> str:
     times = float(np.median([rise.times for rise in rises]))
     text = f"the gradient of {term} rose first in {len(rises)} of {len(lost)} (to {_times(times)} its usual norm"
     leads = [rise.lead for rise in rises if not math.isnan(rise.lead)]
-    text += f", {_lead(float(np.median(leads)))})" if leads else ")"
+    text += f", {lead_text(float(np.median(leads)))})" if leads else ")"
     others = [f"{name} in {len(own)}" for name, own in found[1:]]
+    if none := len(lost) - sum(len(own) for _, own in found):
+        others.append(f"in {none} none left its level")
     return text + (f", {listed(others)}" if others else "")
 
 
@@ -168,7 +189,8 @@ def _times(value: float) -> str:
     return f"{number(value, 2)} times" if math.isfinite(value) else "infinitely many times"
 
 
-def _lead(steps: float) -> str:
+def lead_text(steps: float) -> str:
+    """How many steps before, or after, the total."""
     if not steps:
         return "in one step with the total"
     return f"{number(abs(steps), 3)} step{'s' * (abs(steps) != 1)} {'before' if steps > 0 else 'after'} the total"
@@ -185,6 +207,8 @@ def metric_changed(
     Arguments:
         briefly: leave out what the falls say by themselves: a run that fell has the worst value.
     """
+    if len(study.arms) < 2:
+        return ""
     told = [*_pairs_told(study, metric, factors, briefly), *_alone_told(metric, factors, briefly)]
     if told:
         return "; ".join(told)
@@ -255,8 +279,8 @@ def _pairs_told(study: StudyFrame, metric: str, factors: FactorSection, briefly:
     decided = {pair.factors for pair in factors.falls.pairs}
     names = [name for name in dict.fromkeys(e.factor for e in factors.pairs)
              if not (briefly and frozenset(name.split(PAIR)) in decided)]  # fmt: skip
-    return [f"{' and '.join(name.split(PAIR))} act together on {metric}: {_simple(study, metric, name.split(PAIR))}"
-            for name in names[:MOST_NAMED]]  # fmt: skip
+    return [f"{metric} depends on {' and '.join(name.split(PAIR))} together: "
+            f"{_simple(study, metric, name.split(PAIR))}" for name in names[:MOST_NAMED]]  # fmt: skip
 
 
 def _simple(study: StudyFrame, metric: str, pair: Sequence[str]) -> str:
@@ -292,7 +316,7 @@ def idle(study: StudyFrame, factors: FactorSection) -> str:
     quiet = [name for name in study.factors if name not in matter]
     if not matter or not quiet:
         return ""
-    return f"{listed(quiet)} {'is' if len(quiet) == 1 else 'are'} not found to matter"
+    return f"not found to matter: {listed(quiet)}"
 
 
 # --- what else a reader must know -------------------------------------------------------------------------

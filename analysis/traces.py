@@ -3,9 +3,10 @@
 A run's log is read by the columns that this takes, one run at a time; of each run a few hundred numbers are kept.
 
 *Rose first.* A run falls between the last good evaluation and the first bad one. A term's norm has risen where it is
-above what was usual by the trainer's own margins for a spike (:mod:`twinrl.stability.series`): ten times, or six robust
-deviations of its logarithm. Usual is the median of the steps before the search begins, one evaluation earlier than the
-last good one: samples look well for a while after a norm has left its level.
+above what was usual by the trainer's own margins (:mod:`twinrl.stability.series`): those for a spike, ten times or six
+robust deviations of its logarithm; where no term has spiked those for a drift of its running median, twice and three.
+Usual is the median of the steps before the search begins, one evaluation earlier than the last good one: samples look
+well for a while after a norm has left its level.
 """
 
 import math
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis.frames import Run, StudyFrame
+from analysis.plots import UNCHANGED
 from twinrl.run import layout, names
 from twinrl.run.columns import Columns
-from twinrl.stability.detectors import REWARD_OWNER, TOTAL, term_of
-from twinrl.stability.series import Spike
+from twinrl.stability.detectors import REWARD_OWNER, TOTAL, term_of, terms_in
+from twinrl.stability.divergence import Diverged
+from twinrl.stability.series import Drift, Spike
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +33,10 @@ USUAL = 100
 """Steps that say what is usual, at most."""
 FEWEST_USUAL = 5
 """Fewer finite values than these say nothing of it."""
+SMOOTHED = 9
+"""Steps of a running median."""
 SOONEST = 50
 """Steps before a fall in which its cause is looked for, at least."""
-UNCHANGED = 1e-4
-"""Relative change of a norm below which no rule has acted."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,13 @@ def first_rise(step: np.ndarray, norms: Mapping[str, np.ndarray], after: float, 
     begin = max(min(time - 2 * margin, time - SOONEST), time / 4)
     before = (step <= begin) & (step > begin - USUAL)
     window = (step > begin) & (step <= time)
-    found = {term: rose for term, values in norms.items() if (rose := _rose(values, before, window)) is not None}
-    total = found.pop(TOTAL, None)
-    if not found:
+    found: dict[str, tuple[int, float, float]] = {}
+    for seen in (_Spiked(norms), _Drifted(norms)):
+        found = {term: rose for term in norms if (rose := seen.rose(term, before, window)) is not None}
+        total = found.pop(TOTAL, None)
+        if found:
+            break
+    else:
         return None
     term = min(found, key=lambda name: (found[name][0], -found[name][1]))
     at, _, times = found[term]
@@ -205,20 +212,70 @@ def first_rise(step: np.ndarray, norms: Mapping[str, np.ndarray], after: float, 
     return Rise(term, int(step[at]), times, lead)
 
 
-def _rose(values: np.ndarray, before: np.ndarray, window: np.ndarray) -> tuple[int, float, float] | None:
-    """Position of the first value above the margin, its deviations, and the largest over the usual from there on."""
-    usual = values[before & np.isfinite(values) & (values > 0)]
-    if len(usual) < FEWEST_USUAL:
-        return None
-    limits, logs = Spike.Config(), np.log(usual)
-    middle = float(np.median(logs))
-    scale = max(1.4826 * float(np.median(np.abs(logs - middle))), limits.floor)
-    seen = np.where(np.isnan(values), 0.0, values)  # what was not logged has not risen; inf has
-    with np.errstate(divide="ignore"):
-        off = (np.log(seen) - middle) / scale
-    above = window & (off > min(limits.z, math.log(limits.ratio) / scale))
-    (at,) = above.nonzero()
-    return (int(at[0]), float(off[at[0]]), float(np.exp(np.log(seen[window]).max() - middle))) if len(at) else None
+def rise_of(run: Run, failure: Diverged) -> Rise | None:
+    """The term that rose first before a run's failure, from its rows."""
+    rows = run.lasting
+    series = {term: names.grad(term, "norm_raw") for term in (*terms_in(rows), TOTAL)}
+    norms = {term: np.array([_height(row.get(name, 0.0)) for row in rows]) for term, name in series.items()}
+    step = np.array([row["step"] for row in rows])
+    return first_rise(step, norms, float(failure.after), float(failure.step))
+
+
+def _height(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+class _Spiked:
+    """Norms step by step, against the margins for a spike.
+
+    Arguments:
+        norms: term, and the total → (n,) norms.
+    """
+
+    def __init__(self, norms: Mapping[str, np.ndarray]):
+        self.norms = norms
+        own = Spike.Config()
+        self.ratio, self.z, self.floor = own.ratio, own.z, own.floor
+
+    def series(self, term: str) -> np.ndarray:
+        """What is compared with the margin; what was not logged has not risen."""
+        return np.where(np.isnan(self.norms[term]), 0.0, self.norms[term])
+
+    def least(self, scale: float) -> float:
+        """The rise of a logarithm that counts, at a robust deviation."""
+        return min(math.log(self.ratio), self.z * scale)
+
+    def rose(self, term: str, before: np.ndarray, window: np.ndarray) -> tuple[int, float, float] | None:
+        """Position of the first value above the margin, its deviations, and the largest over the usual from there on.
+
+        Arguments:
+            before, window: (n,) which steps say what is usual, and in which a rise is looked for.
+        """
+        values = self.norms[term]
+        usual = values[before & np.isfinite(values) & (values > 0)]
+        if len(usual) < FEWEST_USUAL:
+            return None
+        logs = np.log(usual)
+        middle = float(np.median(logs))
+        scale = max(1.4826 * float(np.median(np.abs(logs - middle))), self.floor)
+        with np.errstate(divide="ignore"):
+            off = np.log(self.series(term)) - middle
+        (at,) = (window & (off > self.least(scale))).nonzero()
+        return (int(at[0]), float(off[at[0]] / scale), float(np.exp(off[window].max()))) if len(at) else None
+
+
+class _Drifted(_Spiked):
+    """Running medians of the norms, against the margins for a drift."""
+
+    def series(self, term: str) -> np.ndarray:
+        """(n,) the median of each step and those before it, SMOOTHED together."""
+        padded = np.concatenate([np.zeros(SMOOTHED - 1), super().series(term)])
+        return np.asarray(np.median(np.lib.stride_tricks.sliding_window_view(padded, SMOOTHED), axis=1))
+
+    def least(self, scale: float) -> float:
+        """As above; both must be passed."""
+        own = Drift.Config()
+        return max(math.log(own.factor), own.z * scale)
 
 
 # --- arms -------------------------------------------------------------------------------------------------
@@ -247,7 +304,7 @@ def rules_table(study: StudyFrame, traces: StudyTraces) -> "pd.DataFrame":
             factors = [one.factor for one in actions if one.share > 0]
             lines.append({
                 "arm": arm, "gradient": "sum" if term == TOTAL else term,
-                "share of steps": float(np.median([one.share for one in actions])),
+                "share of steps": float(np.mean([one.share for one in actions])),
                 "median factor": float(np.median(factors)) if factors else math.nan,
                 "runs": f"{len(factors)} of {len(actions)}",
             })  # fmt: skip

@@ -11,12 +11,12 @@ import numpy as np
 from tests.analysis import simulated
 
 FACTORS = {"teacher": ("live", "ema"), "reward": ("without", "with")}
-FELL_AT = 240
+STEPS, FELL_AT = 160, 100
 Truth = Callable[[str, str, int], dict[str, Any]]
 """Teacher, reward and seed → what :func:`simulated.make_run` is told."""
 
 
-def make(folder: Path, truth: Truth, seeds: int = 8, steps: int = 400) -> Path:
+def make(folder: Path, truth: Truth, seeds: int = 8, steps: int = STEPS) -> Path:
     """A grid of both factors; returns the folder of the study, which has a study.json."""
     study = folder / "planted"
     arms = []
