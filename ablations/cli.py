@@ -61,12 +61,13 @@ def run(
     cpus: Cpus = None,
     mlflow: Mlflow = True,
     uri: Uri = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="end with the study's report")] = True,
 ) -> None:
-    """Run what is missing. Kill it at any moment: the same command goes on."""
+    """Run what is missing, then answer the study's question. Kill it at any moment: the same command goes on."""
     with importing():
         from ablations.commands import run as command
 
-    raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri))
+    raise typer.Exit(command(study, seeds, root, ledger, address, cpus, mlflow, uri, report))
 
 
 @app.command()
@@ -86,6 +87,7 @@ def report(
     ledger: Ledgers = None,
     base: Annotated[str | None, typer.Option(help="arm that the others are compared with")] = None,
     out: Annotated[Path | None, typer.Option(help="folder of the report; default: in --root")] = None,
+    interaction: Annotated[list[str] | None, typer.Option(help="A:B, a pair of factors; may be repeated")] = None,
 ) -> None:
     """Answer the study's question: ranking, effects, survival, sample grids, as Markdown and one HTML page.
 
@@ -94,7 +96,7 @@ def report(
     with importing():
         from ablations.commands import report as command
 
-    raise typer.Exit(command(study, seeds, root, ledger, base, out))
+    raise typer.Exit(command(study, seeds, root, ledger, base, out, interaction or ()))
 
 
 @app.command()

@@ -4,26 +4,25 @@ import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
-from ablations import display, runner, versions
+from ablations import display, reporting, runner, versions
 from ablations import margin as margins
 from ablations import plan as plans
 from ablations import study as studies
 from ablations.cluster import Machine, usable_cores
+from ablations.course import Course
 from ablations.plan import Plan, Workspace
 from ablations.publish import StudyView, following
+from ablations.reporting import Report
 from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.config.errors import InputError
 from twinrl.machine.cluster import LostError
-
-if TYPE_CHECKING:
-    from analysis.frames import StudyFrame
+from twinrl.tracking import store
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -39,6 +38,7 @@ def plan(
     console.print(escape(study.design.describe(study.factors)), soft_wrap=True)
     console.print(display.arms_table(made))
     _print_hint(made, console)
+    _print_blind(study, console)
     missing, seeds_each = len(made.missing), len(study.config.seeds)
     console.print(
         f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
@@ -67,6 +67,11 @@ def _print_hint(made: Plan, console: Console) -> None:
         console.print(hint, soft_wrap=True)
 
 
+def _print_blind(study: Study, console: Console) -> None:
+    if blind := study.unwatched:
+        console.print(f"[yellow]a fall cannot be seen[/] in {escape(blind)}", soft_wrap=True)
+
+
 def run(
     name: str,
     seeds: int | None,
@@ -76,36 +81,92 @@ def run(
     cpus: int | None,
     mlflow: bool,
     uri: str | None,
+    report: bool,
 ) -> int:
     """``twinrl ablate run``."""
-    console, made = Console(), planned(name, seeds, root, ledgers)
-    view = StudyView(made, uri) if mlflow else None
-    failures: list[str] = []
-    broken = ""
-    with Runner(Machine(address, cpus), console) as runs, following(view) if view else nullcontext() as ended:
+    console, study = Console(), studies.load(name, seeds)
+    _print_blind(study, console)
+    with Course(study, console) as course:
+        with course.data():
+            made = plans.make(study, _workspace(root, ledgers))
+        course.planned(made)
+        reporting.write_index(made)
+        view = StudyView(made, uri) if mlflow else None
+        machine, notes = Machine(address, cpus), list[str]()
+        made, failures, broken = _train(made, Runner(machine, console, course.trials), view)
+        if view is not None and (problem := _published(view, course)):
+            notes.append(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
+        whole = not broken and not runner.interrupted(made)
+        written = _written(made, name, course, notes) if report and whole else None
+    code = _conclude(made, failures, name, console, broken, notes)
+    if written is not None:
+        _say(written, console)
+    if view is not None and whole:
+        console.print(f"curves: {program()} ui {_where(root, uri)}", soft_wrap=True)
+    return code or (FAILED if report and whole and written is None else 0)
+
+
+def _train(made: Plan, runs: Runner, view: StudyView | None) -> tuple[Plan, list[str], str]:
+    """Run what is missing: the plan after that, a line for each failure, and what ended it without checkpoints."""
+    with runs, following(view) if view else nullcontext() as ended:
         try:
-            made, failures = runs.run(made, ended)
+            return *runs.run(made, ended), ""
         except (LostError, KeyboardInterrupt) as error:  # a second Ctrl-C
-            made, broken = made.reread(), str(error) or "stopped at once"
-    if view is not None and (problem := view.try_summaries()):
-        console.print(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
-    return _conclude(made, failures, name, console, broken)
+            return made.reread(), [], str(error) or "stopped at once"
 
 
-def _conclude(made: Plan, failures: Sequence[str], name: str, console: Console, broken: str) -> int:
+def _published(view: StudyView, course: Course) -> str | None:
+    course.closing("publishing to MLflow")
+    return view.try_summaries()
+
+
+def _written(made: Plan, name: str, course: Course, notes: list[str]) -> Report | None:
+    """The report; None where there can't be one, and ``notes`` says why: trials that have run are not in vain."""
+    course.closing("writing the report", 0.5)
+    try:
+        return reporting.write(made, again(name))
+    except InputError as error:
+        notes.append(f"no report: {escape(str(error))}")
+        return None
+
+
+def _say(written: Report, console: Console) -> None:
+    """The study's answer, and where to look."""
+    if written.version.note:
+        console.print(escape(written.version.note), soft_wrap=True)
+    console.print(f"[bold]{escape(written.answer)}[/]", soft_wrap=True)
+    console.print(f"report: {escape(str(written.page))}", soft_wrap=True)
+    if written.picture is not None:
+        console.print(f"picture: {escape(str(written.picture))}", soft_wrap=True)
+
+
+def _where(root: Path, uri: str | None) -> str:
+    """The words after ``twinrl ui`` that open the store of a study."""
+    return shlex.quote(str(root)) if uri is None else f"--tracking-uri {shlex.quote(store.shown(uri))}"
+
+
+def again(name: str) -> str:
+    """The command that runs a study."""
+    return f"{program()} ablate run {shlex.quote(name)}"
+
+
+def _conclude(
+    made: Plan, failures: Sequence[str], name: str, console: Console, broken: str, notes: Sequence[str] = ()
+) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
+    reporting.write_index(made)
     console.print(display.arms_table(made))
-    for line in failures:
+    for line in (*notes, *failures):
         console.print(line, soft_wrap=True)
-    again = f"{program()} ablate run {shlex.quote(name)}"
+    command = again(name)
     if broken:
-        console.print(f"{broken}; trials go on from their newest checkpoints, continue with: {again}", soft_wrap=True)
+        console.print(f"{broken}; trials go on from their newest checkpoints, continue with: {command}", soft_wrap=True)
         return FAILED
     if runner.interrupted(made):
-        console.print(f"interrupted; trials are checkpointed, continue with: {again}")
+        console.print(f"interrupted; trials are checkpointed, continue with: {command}")
         return INTERRUPTED
     if made.missing:
-        console.print(f"{len(made.missing)} trials left, continue with: {again}")
+        console.print(f"{len(made.missing)} trials left, continue with: {command}")
     return FAILED if failures else 0
 
 
@@ -121,76 +182,19 @@ def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | N
 
 
 def report(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
-) -> int:
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None,
+    interactions: Sequence[str] = (),
+) -> int:  # fmt: skip
     """``twinrl ablate report``."""
-    reported(name, seeds, root, ledgers, base, out)
-    return 0
+    from analysis.report import separated
 
-
-def framed(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> "StudyFrame":
-    """The finished trials as a table. Raises InputError where there is none."""
-    from analysis.frames import load_study
-
-    made = planned(name, seeds, root, ledgers)
-    return load_study(root, index=_index(made, _finished(made, name), None))
-
-
-def _finished(made: Plan, name: str) -> versions.Version:
-    """The version whose trials are shown. Raises InputError where none is finished."""
-    version = versions.to_report(made)
-    if version.missing == len(made.trials):
-        raise InputError(
-            f"study {made.study.name} has no finished trial", fix=f"{program()} ablate run {shlex.quote(name)}"
-        )
-    return version
-
-
-def reported(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, base: str | None, out: Path | None
-) -> Path:
-    """Write the report and say what is missing; its page. Raises InputError where no trial is finished."""
-    from analysis.report import report as write
-
+    pairs = [separated(text, ":") for text in interactions]
     console, made = Console(), planned(name, seeds, root, ledgers)
-    study, version = made.study, _finished(made, name)
-    page = write(
-        root, out or made.workspace.study_folder(study) / "report", base=base, index=_index(made, version, base)
-    )
-    if version.note:
-        console.print(escape(version.note), soft_wrap=True)
-    if version.missing:
-        console.print(f"{version.missing} of {len(made.trials)} trials are missing")
-    console.print(f"report: {page}", soft_wrap=True)
-    return page
-
-
-def _index(made: Plan, version: versions.Version, base: str | None) -> dict[str, object]:
-    """What the analysis is told of a study: its question, its arms, the critical learning rates that are known."""
-    study, arms = made.study, {trial.arm: trial for trial in made.trials}
-    search = margins.Search(margins.fifo(study), made.workspace, lambda plan: (plan, []))
-    return {
-        "name": study.name,
-        "question": study.config.question,
-        "note": version.note,
-        "metric": study.config.metric,
-        "base": base,
-        "seeds": list(study.config.seeds),
-        "arms": [
-            {
-                "name": arm,
-                "config_hash": trial.config_hash,
-                "levels": dict(trial.levels),
-                "steps": trial.settings.train.steps,
-                "fingerprint": version.fingerprints[trial.config_hash],
-            }
-            for arm, trial in arms.items()
-        ],
-        "critical": [
-            {"arm": found.arm, "seed": found.seed, "healthy": found.healthy, "diverged": found.diverged}
-            for found in search.known()
-        ],
-    }
+    written = reporting.write(made, again(name), base, out, pairs)
+    if written.version.missing:
+        console.print(f"{written.version.missing} of {len(made.trials)} trials are missing")
+    _say(written, console)
+    return 0
 
 
 def margin(
@@ -211,9 +215,8 @@ def margin(
 
 
 def planned(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> Plan:
-    """Arms and trials of a study, and what is done."""
-    study: Study = studies.load(name, seeds)
-    return plans.make(study, _workspace(root, ledgers))
+    """The study's trials, and what of them is done. Raises InputError."""
+    return plans.make(studies.load(name, seeds), _workspace(root, ledgers))
 
 
 def _workspace(root: Path, ledgers: Sequence[Path] | None) -> Workspace:

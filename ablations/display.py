@@ -4,11 +4,13 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,6 +18,7 @@ from ablations.design import arm_name
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from ablations.trial import Task, checkpointed
+from twinrl.run import layout
 from twinrl.stability.divergence import NEVER_WHOLE
 
 TAIL_BYTES = 4096
@@ -112,7 +115,7 @@ class Board:
         self.running: set[str] = set()
         self.ended: set[str] = set()
         self.failures: list[tuple[Task, str]] = []
-        self.began = time.monotonic()
+        self.began, self.pictured = time.monotonic(), False
 
     def start(self, key: str) -> None:
         """A trial has begun."""
@@ -122,7 +125,7 @@ class Board:
         """A trial has ended, or was stopped."""
         self.running.discard(key)
         self.ended.add(key)
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             counted = f"{len(self.ended)}/{len(self.tasks)}"
             self.console.print(
                 f"{counted}  {escape(self.tasks[key].title)}: {escape(note)}; {self.eta()}", soft_wrap=True
@@ -134,18 +137,45 @@ class Board:
         self.failures.append((self.tasks[key], message))
         self.end(key, f"failed: {message}")
 
+    def look(self) -> None:
+        """Name the first picture that a running trial has drawn, once."""
+        for key in [] if self.pictured else sorted(self.running):
+            if drawn := layout.grids(Path(self.tasks[key].directory)):
+                self.pictured = True
+                self.console.print(f"first samples: {escape(str(drawn[0]))}", soft_wrap=True)
+                return
+
+    def share(self) -> float:
+        """Of the trials that are to run now, in [0, 1]."""
+        work = len(self.ended) + sum(fraction(self.tasks[key]) for key in sorted(self.running))
+        return work / len(self.tasks)
+
     def eta(self) -> str:
         """How much is left, from the pace since the start."""
-        work = len(self.ended) + sum(fraction(self.tasks[key]) for key in self.running)
-        left = len(self.tasks) - work
+        work = self.share()
         pace = (time.monotonic() - self.began) / work if work > 0 else math.nan
-        return f"{duration(left * pace)} left" if left > 0 else "all ended"
+        return f"{duration((1 - work) * pace)} left" if work < 1 else "all ended"
+
+    def state(self) -> str:
+        """How many trials are where."""
+        return f"{len(self.ended)} of {len(self.tasks)} trials ended, {len(self.running)} running"
+
+    def table(self) -> Table:
+        """The arms, with the steps of what runs."""
+        return arms_table(self.plan, {k: f"{round(100 * fraction(self.tasks[k]))}%" for k in sorted(self.running)})
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        running = {key: f"{round(100 * fraction(self.tasks[key]))}%" for key in self.running}
-        yield arms_table(self.plan, running)
-        yield f"{len(self.ended)} of {len(self.tasks)} trials ended, {len(self.running)} running; {self.eta()}"
+        yield self.table()
+        yield f"{self.state()}; {self.eta()}"
         yield from failure_lines(self.failures)
+
+
+@contextmanager
+def live(board: Board) -> Iterator[None]:
+    """Show the table while trials run."""
+    interactive = board.console.is_interactive
+    with Live(board, console=board.console, auto_refresh=interactive, refresh_per_second=1, transient=True):
+        yield
 
 
 def failure_lines(failures: Sequence[tuple[Task, str]]) -> list[str]:

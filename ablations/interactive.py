@@ -5,10 +5,11 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ablations import commands
+from ablations import commands, reporting
 from ablations import study as studies
 from ablations.cli import ROOT
 from ablations.plan import Plan
+from ablations.reporting import Report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,17 +44,25 @@ class StudyRuns:
         Raises:
             RuntimeError: trials have failed; which, is printed.
         """
-        if commands.run(self.name, self.seeds, self.root, None, address, cpus, mlflow, None) == commands.FAILED:
+        code = commands.run(self.name, self.seeds, self.root, None, address, cpus, mlflow, None, report=False)
+        if code == commands.FAILED:
             raise RuntimeError(f"trials of {self.name} have failed; the reasons are printed above")
 
-    def report(self, base: str | None = None) -> Path:
-        """Write the report; its page. Raises InputError where no trial is finished."""
-        return commands.reported(self.name, self.seeds, self.root, None, base, None)
+    def report(self, base: str | None = None) -> Report:
+        """Write the report: its page, its picture and the answer in one sentence.
+
+        Arguments:
+            base: arm that the others are compared with.
+
+        Raises:
+            InputError: no trial is finished.
+        """
+        return reporting.write(self.plan, commands.again(self.name), base)
 
     @property
     def frame(self) -> "pd.DataFrame":
         """One row a finished trial: arm, levels, seed, how it ended, last values. Raises InputError without one."""
-        return commands.framed(self.name, self.seeds, self.root, None).trials
+        return reporting.frame(self.plan, commands.again(self.name)).trials
 
 
 def study(name: "str | PathLike[str]", root: "str | PathLike[str]" = ROOT, seeds: int | None = None) -> StudyRuns:

@@ -14,17 +14,16 @@ from concurrent.futures import wait
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from rich.console import Console
-from rich.live import Live
 
 from ablations import cluster, ledger
 from ablations.cluster import Machine
-from ablations.display import Board, failure_lines
+from ablations.display import Board, failure_lines, live
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
 from ablations.study import Resources
@@ -38,20 +37,21 @@ from twinrl.run.environment import git_state
 from twinrl.training.runs import dump
 
 POLL_SECONDS = 0.2
+Show: TypeAlias = Callable[[Board], AbstractContextManager[None]]
 
 
 class Runner:
     """Runs plans, one after the other, in one Ray session that starts when the first trial has to.
 
     Arguments:
-        machine: where. console: shows the live table.
+        machine: where. console: for what is said. show: shows a board while its trials run.
 
     *When to use*: as a context manager; leaving it ends the session, unless Ray was running before.
     """
 
-    def __init__(self, machine: Machine, console: Console):
+    def __init__(self, machine: Machine, console: Console, show: Show = live):
         os.environ.update(cluster.QUIET_TUNE)
-        self.machine, self.console = machine, console
+        self.machine, self.console, self.show = machine, console, show
         self.began, self.started, self.owns_session = time.time(), 0, False
 
     def __enter__(self) -> "Runner":
@@ -92,7 +92,7 @@ class Runner:
             write_configurations(trials, plan)
             tasks = {trial.key: task_of(trial, plan, deadline) for trial in trials}
             board = Board(plan, tasks, self.console)
-            with asking(request.touch), self._scratch(plan) as scratch:
+            with asking(request.touch), self._scratch(plan) as scratch, self.show(board):
                 _tune(plan, board, ended or (lambda trial: None), slots, scratch)
             return plan.reread(), failure_lines(board.failures)
 
@@ -180,7 +180,7 @@ def bundles(resources: Resources) -> list[dict[str, float]]:
 
 def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int, scratch: str) -> None:
     """Run the board's trials to their ends."""
-    config, console = plan.study.config, board.console
+    config = plan.study.config
     placement = tune.PlacementGroupFactory(bundles(config.resources), strategy="STRICT_PACK")
     tuner = tune.Tuner(
         tune.with_resources(RayTrial, placement),
@@ -192,12 +192,12 @@ def _tune(plan: Plan, board: Board, ended: Callable[[Trial], object], slots: int
             callbacks=[Follow(plan, board, ended)],
         ),
     )  # fmt: skip
-    with Live(board, console=console, auto_refresh=console.is_terminal, refresh_per_second=1, transient=True):
-        watch = Watch(partial(cluster.fits, config.resources))
-        work = in_background(tuner.fit)  # this thread has the signals
-        while wait([work], POLL_SECONDS).not_done:
-            watch.check()
-        work.result()
+    watch = Watch(partial(cluster.fits, config.resources))
+    work = in_background(tuner.fit)  # this thread has the signals
+    while wait([work], POLL_SECONDS).not_done:
+        watch.check()
+        board.look()
+    work.result()
 
 
 def _scheduler(plan: Plan) -> Any:

@@ -243,6 +243,15 @@ class Study:
         _check_distinct(arms)
         return arms
 
+    @property
+    def unwatched(self) -> str:
+        """The arms that are judged at their end alone, where a fall has no date and may not be seen, and why."""
+        arms = [a.name for a in self.arms if not 0 < a.settings.evaluation.every < a.settings.train.steps]
+        if not arms:
+            return ""
+        named = "every arm" if len(arms) == len(self.arms) else ", ".join(arms[:3]) + ", …" * (len(arms) > 3)
+        return f"{named}: evaluation.every gives no evaluation before the last step"
+
     @cached_property
     def _base(self) -> tuple[dict[str, Any], str]:
         """What the base says, and its name."""

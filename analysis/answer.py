@@ -1,4 +1,4 @@
-"""The top of a study's page: which factor, how sure, what it costs. Everything else on the page is evidence.
+"""The top of a study's page: the answer in a sentence, then how it comes about. Everything below it is evidence.
 
 Sentences are made from the same effects and lines as the sections below them. Something is said to have an effect
 only where it is found at 5 % family-wise; what is not found comes with what the data leave possible.
@@ -6,55 +6,120 @@ only where it is found at 5 % family-wise; what is not found comes with what the
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from analysis import telling
+from analysis import traces as tracing
 from analysis.effects import Effect
-from analysis.factor_page import FactorSection, match, ratio
-from analysis.frames import StudyFrame, higher_is_better
-from analysis.intervals import Interval, clopper_pearson, fewest_seeds, mean_t, number, seeds_needed
-from analysis.leaderboard import PAIRED_FROM, ArmLine
+from analysis.factor_page import PAIR, FactorSection, estimate, match, ratio
+from analysis.frames import StudyFrame
+from analysis.intervals import Interval, fewest_seeds, mean_t, number, seeds_needed
+from analysis.leaderboard import PAIRED_FROM, ArmLine, TooFewSeedsError, leaderboard
 from analysis.ledger import ENDED
-from analysis.page import Facts, Heading, PageBlock, Table, Text, percent
+from analysis.page import Facts, Heading, PageBlock, Table, Text
+from analysis.telling import MOST_NAMED, clear, contrast, known
+from analysis.traces import StudyTraces
+from twinrl.run import names
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SMALLEST_P = 0.001
-MOST_NAMED = 4  # contrasts that a sentence names
+
+@dataclass(frozen=True)
+class Answer:
+    """What a study has found, read once and told in several lengths.
+
+    Attributes:
+        study: its trials. metric: what arms are ranked by. lines: the leaderboard; empty where there is no ranking.
+        factors: what makes arms differ. traces: what the logs say of gradients.
+        unranked: why there is no ranking.
+    """
+
+    study: StudyFrame
+    metric: str
+    lines: Sequence[ArmLine]
+    factors: FactorSection
+    traces: StudyTraces
+    unranked: str = ""
+
+    @classmethod
+    def of(
+        cls, study: StudyFrame, metric: str | None = None, interactions: Sequence[tuple[str, str]] = (),
+        effect: float = 1.0,
+    ) -> "Answer":  # fmt: skip
+        """Everything that is needed of a study; arguments as for :func:`sentence`.
+
+        Arguments:
+            effect: difference worth finding, in standard deviations of paired differences.
+        """
+        metric, lines, unranked = metric or study.metric or names.VAL_QUALITY, [], ""
+        try:
+            lines = leaderboard(study, metric, effect) if len(study.arms) > 1 else []
+        except TooFewSeedsError as error:
+            unranked = str(error)
+        factors = estimate(study, metric, interactions)
+        return cls(study, metric, lines, factors, tracing.of_study(study), unranked)
+
+    @cached_property
+    def sentence(self) -> str:
+        """Which arms fell, at which step, which term led, what explains it, in one sentence."""
+        study, factors = self.study, self.factors
+        briefly = bool(study.trials["diverged"].any())
+        clauses = [
+            telling.fell(study, factors), telling.led(study, self.traces),
+            telling.metric_changed(study, self.metric, self.lines, factors, briefly), telling.idle(study, factors),
+            telling.lost_prompts(study), telling.unwatched(study),
+        ]  # fmt: skip
+        text = "; ".join(clause for clause in clauses if clause)
+        return f"{telling.capital(text)}."
 
 
-def blocks(
-    study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float
-) -> list[PageBlock]:
-    """The answer's blocks.
+def sentence(study: StudyFrame, metric: str | None = None, interactions: Sequence[tuple[str, str]] = ()) -> str:
+    """What a study has found, in one sentence of plain text.
 
     Arguments:
-        lines: of the leaderboard; empty where there is no ranking. factors: their effects.
+        study: of :func:`analysis.frames.load_study`.
+        metric: what arms are ranked by; default: the study's own, else ``val/quality``.
+        interactions: pairs of factors that are asked about, besides those that the design can tell by itself.
+
+    Raises:
+        InputError: no run logged the metric, or the runs cannot be compared.
+
+    *When to use*: at the end of a study, in a terminal. The page's first line is the same.
+    """
+    return Answer.of(study, metric, interactions).sentence
+
+
+def blocks(answer: Answer, effect: float) -> list[PageBlock]:
+    """The box below the first picture: questions with their answers, and a table.
+
+    Arguments:
         effect: difference worth finding, in standard deviations of paired differences.
     """
-    question: list[PageBlock] = [Text(study.question)] if study.question else []
-    glance = factor_table(metric, factors) if factors.metric else arm_table(study, lines)
+    glance = factor_table(answer) if answer.factors.metric else arm_table(answer.study, answer.lines)
     table: list[PageBlock] = [Table(glance, "glance")] if glance is not None else []
-    told = Facts(facts(study, metric, lines, factors, effect))
-    return [*question, told, *table, Text(INTERVALS_NOTE, note=True), *_left_out(study), Heading("The evidence")]
+    return [Facts(facts(answer, effect)), *table, Text(INTERVALS_NOTE, note=True), *_left_out(answer.study),
+            Heading("The evidence")]  # fmt: skip
 
 
-def facts(
-    study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float = 1.0
-) -> list[tuple[str, str]]:
+def facts(answer: Answer, effect: float = 1.0) -> list[tuple[str, str]]:
     """The questions and their answers; arguments as for :func:`blocks`."""
-    made = [("Made by what?", study.note)] if study.note else []
+    rules = telling.rules(answer.study, answer.traces)
     return [
-        ("Which factor?", which(study, metric, lines, factors)),
-        ("How sure?", sure(study, metric, lines, factors, effect)),
-        ("What does it cost?", costs(study, factors)),
-        *made,
+        ("Which factor?", which(answer)),
+        *([("Did the rules act?", f"{telling.capital(rules)}.")] if rules else []),
+        ("How sure?", sure(answer, effect)),
+        ("What does it cost?", costs(answer.study, answer.factors)),
+        *([("Made by what?", answer.study.note)] if answer.study.note else []),
     ]
 
 
 INTERVALS_NOTE = (
-    "Intervals: 95 %. ★: found at 5 %, over all factors (or arms) together (Holm), each outcome by itself. Time a "
-    "step: training alone, without validation; compare it only between runs of one machine."
+    "Intervals: 95 %. ★: found at 5 %, over arms, factors and pairs together (Holm), each outcome by itself. Time a "
+    "step: training alone, without validation; compare it only between runs of one machine. A ratio whose interval "
+    "spans more than a factor of three is not known."
 )
 
 
@@ -69,10 +134,12 @@ def _left_out(study: StudyFrame) -> list[PageBlock]:
 # --- which ------------------------------------------------------------------------------------------------
 
 
-def which(study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection) -> str:
-    """What was found to change the metric and the divergence."""
-    by_metric = _by_factors(metric, factors) if factors.metric else _by_arms(study, metric, lines)
-    return f"{by_metric} {_divergence(study, factors)}{_first(study, lines)}"
+def which(answer: Answer) -> str:
+    """What was found to change the metric, and what decides which runs fall."""
+    study, factors = answer.study, answer.factors
+    changed = telling.metric_changed(study, answer.metric, answer.lines, factors)
+    told = [telling.fell(study, factors), changed, telling.idle(study, factors)]
+    return f"{' '.join(f'{telling.capital(clause)}.' for clause in told if clause)}{_first(study, answer.lines)}"
 
 
 def _first(study: StudyFrame, lines: Sequence[ArmLine]) -> str:
@@ -85,90 +152,28 @@ def _first(study: StudyFrame, lines: Sequence[ArmLine]) -> str:
     return f" First of the arms is {lines[0].arm}: {lines[0].interval}; the base has {base.interval}."
 
 
-def _by_factors(metric: str, factors: FactorSection) -> str:
-    if not any(effect.named for effect in factors.metric):
-        first = factors.metric[0]
-        if first.seeds == 1:
-            largest = f"{_contrast(first)} {_change(first, metric, factors)}"
-            return f"One seed names none; in it, and perhaps in it alone, {largest}."
-        nearest = f"nearest: {first.factor}, p = {number(first.p_holm)}"
-        return f"None is found to change {metric} beyond chance ({nearest})."
-    found, higher = clear(factors.metric), higher_is_better(metric)
-    texts = [f"{_contrast(e)} {_change(e, metric, factors)} ({_verdict(e.interval, higher)})"
-             for e in found[:MOST_NAMED]]  # fmt: skip
-    blurred = {e.factor for e in factors.metric if e.named} - {e.factor for e in found}
-    texts += [f"{factor} matters, though no level by itself stands out from its reference" for factor in blurred]
-    return f"{'; '.join(texts)}{_more(found)}."
-
-
-def clear(effects: Sequence[Effect]) -> list[Effect]:
-    """Contrasts of the factors that were found whose own interval excludes no effect."""
-    return [e for e in effects if e.named and not e.interval.low <= 0 <= e.interval.high]
-
-
-def _more(found: Sequence[Effect]) -> str:
-    return f"; and {len(found) - MOST_NAMED} more contrasts" if len(found) > MOST_NAMED else ""
-
-
-def _contrast(effect: Effect) -> str:
-    """``teacher (ema instead of live)``."""
-    words = effect.contrast if "×" in effect.contrast else effect.contrast.replace(" − ", " instead of ", 1)
-    return f"{effect.factor} ({words})"
-
-
-def _change(effect: Effect, metric: str, factors: FactorSection) -> str:
-    if effect.scale == "ranks":
-        ends = [factors.medians.get((effect.factor, level), math.nan) for level in effect.contrast.split(" − ")]
-        medians = "" if any(map(math.isnan, ends)) else f", medians {' against '.join(map(number, ends))}"
-        return f"moves a run's rank in {metric} by {effect.interval} of {effect.interval.n}{medians}"
-    return f"changes {metric} by {effect.interval}"
-
-
-def _verdict(interval: Interval, higher: bool) -> str:
-    return "better" if bool(interval.estimate > 0) == higher else "worse"
-
-
-def _by_arms(study: StudyFrame, metric: str, lines: Sequence[ArmLine]) -> str:
-    if not lines:
-        return f"There is no ranking by {metric} yet."
-    found = [line for line in lines if line.p_holm < 0.05 and line.better]
-    groups = {word: [line.arm for line in found if line.better and sign * (line.better.estimate - 0.5) > 0]
-              for word, sign in (("Better", 1), ("worse", -1))}  # fmt: skip
-    texts = [f"{word} than {study.base} by {metric}: {', '.join(arms) or 'no arm'}" for word, arms in groups.items()]
-    return f"{'; '.join(texts)}."
-
-
-def _divergence(study: StudyFrame, factors: FactorSection) -> str:
-    diverged, n = int(study.trials["diverged"].sum()), len(study.trials)
-    if not diverged:
-        return f"No run diverged; of all {n}, rates above {percent(clopper_pearson(0, n).high)} are excluded."
-    text = f"{diverged} of {n} runs diverged"
-    if found := clear(factors.odds):
-        changes = [f"{_contrast(e)} multiplies the odds by {ratio(e.interval)}" for e in found[:MOST_NAMED]]
-        return f"{text}: {'; '.join(changes)}{_more(found)}."
-    if factors.odds:
-        first = factors.odds[0]
-        return f"{text}; no factor is found to change that (nearest: {first.factor}, p = {number(first.p_holm)})."
-    return f"{text}."
-
-
 # --- how sure ---------------------------------------------------------------------------------------------
 
 
-def sure(study: StudyFrame, metric: str, lines: Sequence[ArmLine], factors: FactorSection, effect: float) -> str:
+def sure(answer: Answer, effect: float) -> str:
     """What stands behind the answer, and what it leaves possible."""
-    trials = study.trials
+    study, factors, trials = answer.study, answer.factors, answer.study.trials
     seeds = trials.groupby("arm")["seed"].nunique()
     span = f"{seeds.min()}" if seeds.min() == seeds.max() else f"{seeds.min()} to {seeds.max()}"
     text = f"{len(study.arms)} arms, {span} seed{'s' * (span != '1')} an arm, {trials['planned'].max():,} steps; "
     text += f"base: {study.base}. "
-    passed = [e.p_holm for e in (*clear(factors.metric), *clear(factors.odds))]
+    passed = [*(e.p_holm for e in (*factors.pairs, *clear(factors.alone), *clear(factors.falls.alone))),
+              *(pair.p_holm for pair in factors.falls.pairs)]  # fmt: skip
     if passed:
-        text += f"What is named passes at 5 % over all factors together (largest p after Holm: {_p(max(passed))}). "
-    missed = [e for e in factors.metric if not e.named and e.scale == "values"]
-    if missed and lines:
+        text += "What is named passes at 5 % over all that is tested (largest p after Holm: "
+        text += f"{telling.p_text(max(passed))}). "
+    met = {name for e in factors.pairs for name in e.factor.split(PAIR)}
+    missed = [e for e in factors.metric if not e.named and e.scale == "values" and PAIR not in e.factor
+              and e.factor not in met]  # fmt: skip
+    if missed and answer.lines:
         worst = max(missed, key=lambda e: max(abs(e.interval.low), abs(e.interval.high)))
-        text += f"What is not found is not absent: {_contrast(worst)} may still change {metric} by {worst.interval}. "
+        text += f"What is not found is not absent: {contrast(worst)} may still change {answer.metric} by "
+        text += f"{worst.interval}. "
     return text + _seeds(study, effect, int(seeds.min()))
 
 
@@ -197,19 +202,36 @@ def costs(study: StudyFrame, factors: FactorSection) -> str:
     if not seconds > 0:
         return "The runs' times are not known."
     text = f"The whole study took {duration(seconds)} of training. "
-    named = list(dict.fromkeys((e.factor, e.contrast) for e in (*clear(factors.metric), *clear(factors.odds))))
-    for factor, contrast in named[:MOST_NAMED]:
-        if spent := match(factors.time, factor, contrast):
-            text += f"{_contrast(spent)}: {ratio(spent.interval)} times the time a step"
-            lost = match(factors.recall, factor, contrast)
+    named = list(dict.fromkeys((e.factor, e.contrast) for e in _found(factors)))
+    for factor, levels in named[:MOST_NAMED]:
+        if spent := match(factors.time, factor, levels):
+            text += f"{contrast(spent)}: {_dear(ratio(spent.interval))}"
+            lost = match(factors.recall, factor, levels)
             values = lost is not None and lost.scale == "values"
             text += f", recall changes by {lost.interval}. " if lost is not None and values else ". "
     if not named:
-        slow = {arm: r for arm in study.arms if arm != study.base and (r := time_ratio(study, arm)) is not None}
-        if slow:
-            arm = max(slow, key=lambda name: slow[name].estimate)
-            text += f"The dearest arm, {arm}, takes {slow[arm]} times the base's time a step."
+        text += _dearest(study)
     return text.strip()
+
+
+def _found(factors: FactorSection) -> list[Effect]:
+    """Contrasts of the factors that matter, by themselves or together with another."""
+    met = {name for effect in factors.pairs for name in effect.factor.split(PAIR)}
+    met = met.union(*(pair.factors for pair in factors.falls.pairs))
+    return [*clear(factors.alone), *clear(factors.falls.alone), *(e for e in factors.metric if e.factor in met)]
+
+
+def _dear(spent: Interval) -> str:
+    return f"{spent} times the time a step" if known(spent) == str(spent) else "its time a step is not known"
+
+
+def _dearest(study: StudyFrame) -> str:
+    ratios = {arm: time_ratio(study, arm) for arm in study.arms if arm != study.base}
+    slow = {arm: spent for arm, spent in ratios.items() if spent is not None and known(spent) == str(spent)}
+    if not slow:
+        return "How much dearer one arm is than another is not known."
+    arm = max(slow, key=lambda name: slow[name].estimate)
+    return f"The dearest arm, {arm}, takes {slow[arm]} times the base's time a step."
 
 
 def duration(seconds: float) -> str:
@@ -218,10 +240,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{number(seconds / length, 2)} {unit}"
     return f"{number(seconds, 2)} seconds"
-
-
-def _p(value: float) -> str:
-    return number(value, 2) if value >= SMALLEST_P else f"< {SMALLEST_P:g}"
 
 
 def time_ratio(study: StudyFrame, arm: str) -> Interval | None:
@@ -238,21 +256,22 @@ def time_ratio(study: StudyFrame, arm: str) -> Interval | None:
 # --- at a glance ------------------------------------------------------------------------------------------
 
 
-def factor_table(metric: str, factors: FactorSection) -> "pd.DataFrame":
-    """One line a contrast: metric, odds of diverging, time and recall."""
+def factor_table(answer: Answer) -> "pd.DataFrame":
+    """One line a contrast: metric, how many fell, time and recall."""
     import pandas as pd
 
+    factors = answer.factors
     scale = " (ranks)" if factors.metric[0].scale == "ranks" else ""
     lines = []
     for e in factors.metric:
-        odds, time, recall = (match(of, e.factor, e.contrast) for of in (factors.odds, factors.time, factors.recall))
+        time, recall = (match(of, e.factor, e.contrast) for of in (factors.time, factors.recall))
         line: dict[str, object] = {
             "factor": e.factor,
             "level − reference": e.contrast,
-            f"{metric}{scale}": _starred(e, e.interval),
+            f"{answer.metric}{scale}": _starred(factors.starred(e), str(e.interval)),
             "p (Holm)": e.p_holm,
-            "odds of diverging ×": _starred(odds, ratio(odds.interval)) if odds else None,
-            "time a step ×": str(ratio(time.interval)) if time else None,
+            "fell": _fell(answer, e),
+            "time a step ×": known(ratio(time.interval)) if time else None,
         }
         if recall and recall.scale == "values":
             line["recall"] = str(recall.interval)
@@ -260,12 +279,27 @@ def factor_table(metric: str, factors: FactorSection) -> "pd.DataFrame":
     return pd.DataFrame(lines)
 
 
-def _starred(effect: Effect, interval: Interval) -> str:
-    return f"{'★ ' if effect.named else ''}{interval}"
+def _fell(answer: Answer, effect: Effect) -> str | None:
+    """How many runs of both levels fell; of a pair, where it takes both."""
+    trials, falls = answer.study.trials, answer.factors.falls
+    if PAIR in effect.factor:
+        met = [pair for pair in falls.pairs if pair.factors == frozenset(effect.factor.split(PAIR))]
+        return (
+            _starred(True, f"{met[0].fell} of {met[0].runs} where {' '.join(met[0].levels.values())} meet")
+            if met
+            else None
+        )
+    named = any(e.factor == effect.factor for e in falls.alone)
+    groups = [trials[trials[effect.factor].astype(str) == level]["diverged"] for level in effect.contrast.split(" − ")]
+    return _starred(named, " − ".join(map(telling.counts, groups)))
+
+
+def _starred(found: bool, text: str) -> str:
+    return f"{'★ ' if found else ''}{text}"
 
 
 def arm_table(study: StudyFrame, lines: Sequence[ArmLine]) -> "pd.DataFrame | None":
-    """One line an arm: metric, chance to be better, divergence and time; None without a ranking."""
+    """One line an arm: metric, chance to be better, falls and time; None without a ranking."""
     import pandas as pd
 
     if not lines:
@@ -273,11 +307,11 @@ def arm_table(study: StudyFrame, lines: Sequence[ArmLine]) -> "pd.DataFrame | No
     return pd.DataFrame(
         {
             "arm": line.arm,
-            "interquartile mean": f"{'★ ' if line.p_holm < 0.05 else ''}{line.interval}",
+            "interquartile mean": _starred(line.p_holm < 0.05, str(line.interval)),
             "P(better than the base)": line.better,
             "p (Holm)": None if math.isnan(line.p_holm) else line.p_holm,
-            "diverged": f"{line.diverged} of {len(study.arm(line.arm))}",
-            "time a step ×": time_ratio(study, line.arm) if line.arm != study.base else None,
+            "fell": f"{line.diverged} of {len(study.arm(line.arm))}",
+            "time a step ×": known(time_ratio(study, line.arm)) if line.arm != study.base else None,
         }
         for line in lines
     )

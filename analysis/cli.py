@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from twinrl.config.errors import InputError
 from twinrl.tracking.store import without_password
 
 
@@ -42,10 +41,10 @@ def analyze(
 
     Reads run directories and ledgers, and with --column also CSV, JSON, W&B exports and TensorBoard events.
     """
-    pairs = [_pair(text, ":") for text in interaction or []]
-    mapping = dict(_pair(text, "=") for text in column or [])
-    from analysis.report import report
+    from analysis.report import report, separated
 
+    pairs = [separated(text, ":") for text in interaction or []]
+    mapping = dict(separated(text, "=") for text in column or [])
     page = report(
         path, out, metric=metric, base=base, effect=effect, interactions=pairs, mapping=mapping,
         tracking_uri=tracking_uri, mlflow=mlflow,
@@ -88,10 +87,3 @@ def notebook(
         subprocess.run([*viewer, str(copied)], check=False)
     elif not viewer:
         typer.echo(f"to open it: {notebooks.INSTALL}, then jupyter lab {copied}")
-
-
-def _pair(text: str, separator: str) -> tuple[str, str]:
-    first, found, second = text.partition(separator)
-    if not found or not first or not second:
-        raise InputError(f"{text!r} is no pair", expected=f"two names joined by {separator!r}")
-    return first, second

@@ -1,4 +1,4 @@
-"""Which factor matters: main effects and chosen interactions, with the seed as a block and Holm's correction.
+"""Do the arms differ, and which factor makes it: main effects, interactions, the seed as a block, Holm's correction.
 
 ``y = μ + Σ factors + Σ interactions + seed + ε``, by least squares (statsmodels) on the values, or on their ranks
 where runs diverged: one broken run among healthy ones would otherwise be all of the spread. For "diverged: yes or no"
@@ -7,10 +7,16 @@ conservative.
 
 Columns are centred, so a coefficient is *this level minus the reference, averaged over the other factors*, also in
 the presence of interactions. One F or likelihood-ratio test per factor; Holm's correction over all of them.
+
+A study is asked more: whether its arms differ at all (one F test over arms), and where the design can tell pairs of
+factors apart, whether they interact. All of these tests are one family (:func:`study_effects`), in which arms differ
+wherever a factor is found.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +27,9 @@ from twinrl.config.errors import InputError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+ARMS = "arms"
+"""What the test over all arms is called among factors."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +86,86 @@ def main_effects(
     Raises:
         InputError: a column is missing, or the design cannot tell the factors apart.
     """
-    blocks = design(trials, [outcome], factors, interactions, reference or {})
+    effects = _on_numbers(trials, outcome, design(trials, [outcome], factors, interactions, reference or {}), ranks)
+    return corrected(effects, trials["seed"].nunique())
+
+
+def study_effects(
+    trials: "pd.DataFrame",
+    outcome: str,
+    factors: Sequence[str],
+    interactions: Sequence[tuple[str, str]] = (),
+    reference: dict[str, object] | None = None,
+    ranks: bool = False,
+) -> tuple[Effect | None, list[Effect]]:
+    """Whether the arms differ, and :func:`main_effects` with every pair of factors that the design can tell.
+
+    All of them are one family (:func:`analysis.intervals.gated`): what is found among them is found at 5 %.
+
+    Arguments:
+        trials: as for :func:`main_effects`, with ``arm``. interactions: pairs beside those of :func:`telling_pairs`.
+
+    Returns:
+        the test over arms, None where a factor is the same or runs are too few; the effects.
+    """
+    pairs = list(dict.fromkeys([*interactions, *telling_pairs(trials, factors, interactions)]))
+    found = _on_numbers(trials, outcome, design(trials, [outcome], factors, pairs, reference or {}), ranks)
+    whole = arms_effect(trials, outcome, ranks) if len(factors) > 1 else None
+    return gated(whole, corrected(found, trials["seed"].nunique()))
+
+
+def gated(whole: Effect | None, found: list[Effect]) -> tuple[Effect | None, list[Effect]]:
+    """The test over arms and the effects, corrected as one family; what is there alone stays as it is."""
+    if whole is None or not found:
+        return whole, found
+    p = {effect.factor: effect.p for effect in found}
+    gate, parts = intervals.gated(whole.p, list(p.values()))
+    p_holm = dict(zip(p, parts.tolist(), strict=True))
+    return replace(whole, p_holm=float(gate)), [replace(e, p_holm=p_holm[e.factor]) for e in found]
+
+
+def arms_effect(trials: "pd.DataFrame", outcome: str, ranks: bool = False) -> Effect | None:
+    """The F test that all arms are alike, the seed as a block; None where there are too few runs or arms."""
+    if trials["arm"].nunique() < 2:
+        return None
+    try:
+        found = _on_numbers(trials, outcome, [factor_block(ARMS, trials["arm"])], ranks)
+    except InputError:  # too few runs
+        return None
+    return replace(found[0], seeds=trials["seed"].nunique())
+
+
+def telling_pairs(
+    trials: "pd.DataFrame", factors: Sequence[str], asked: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str]]:
+    """The pairs of factors whose interactions the design tells from everything else, as in a grid of several seeds.
+
+    A pair counts where all combinations of its levels were run. Where all such pairs cannot be told together, as in a
+    fraction, there are none: one of them would stand for another.
+
+    Arguments:
+        asked: pairs that are in the model anyway.
+    """
+    if trials["seed"].nunique() < 2:
+        return []
+    full = [
+        pair for pair in combinations(factors, 2)
+        if pair not in asked and pair[::-1] not in asked
+        and len(trials.groupby(list(pair), dropna=False)) == math.prod(trials[f].nunique(dropna=False) for f in pair)
+    ]  # fmt: skip
+    try:
+        blocks = design(trials, [], factors, [*asked, *full], {})
+    except InputError:
+        return []
+    columns = sum(block.columns.shape[1] for block in blocks) + trials["seed"].nunique()
+    return full if columns < len(trials) else []
+
+
+def _on_numbers(trials: "pd.DataFrame", outcome: str, blocks: Sequence[FactorColumns], ranks: bool) -> list[Effect]:
+    """Uncorrected effects on a numeric column, by its ranks where asked or where it is not finite."""
     y = trials[outcome].to_numpy(float)
     scale = "values" if np.isfinite(y).all() and not ranks else "ranks"
-    effects = _least_squares(blocks, _seed_block(trials, blocks), y if scale == "values" else _ranks(y), scale)
-    return corrected(effects, trials["seed"].nunique())
+    return _least_squares(blocks, _seed_block(trials, blocks), y if scale == "values" else _ranks(y), scale)
 
 
 def odds_effects(
@@ -202,7 +286,7 @@ def _least_squares(blocks: Sequence[FactorColumns], seeds: np.ndarray, y: np.nda
     for block in blocks:
         index = range(first, first + block.columns.shape[1])
         first = index.stop
-        p = float(result.f_test(np.eye(x.shape[1])[list(index)]).pvalue)
+        p = float(result.f_test(np.eye(x.shape[1])[list(index)]).pvalue) if np.ptp(y) > 0 else 1.0
         for k, contrast in zip(index, block.contrasts, strict=True):
             estimate, low, high = values[k].tolist()
             interval = Interval(estimate, low, high, len(y), "least squares, seed as block")

@@ -12,13 +12,15 @@ A *run* is its log, one row a step (:func:`load_run`). A *study* is one row a tr
     <setting with a dot, or a factor's name>   level of each factor
 
 A study is a folder of run directories, a ledger (``*.jsonl``), or both; a trial found in both is read from its run
-directory. ``study.json`` in the folder names arms and levels; without it arms are told apart by their
-configurations, and factors are the settings that differ.
+directory. ``study.json`` in the folder names arms and levels, and may say where the runs are (``runs``, relative to
+it): ``twinrl ablate run`` writes one into ``<root>/studies/<study>/``. Of the root of a single study that one counts.
+Without it arms are told apart by their configurations, and factors are the settings that differ.
 """
 
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -181,7 +183,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as ``{"optim.lr": …}``."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping):  # an empty one says nothing that what it lacks does not
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
@@ -228,6 +230,7 @@ def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | N
         path: as above. index: what ``study.json`` would say: ``name``, ``question``, ``note``, ``metric``, ``base`` and
             ``arms``, each with ``name``, ``config_hash`` and, where known, ``levels``, ``steps``, ``fingerprint``.
             Only trials of these arms (and fingerprints), and of ``seeds`` where it has them, are read.
+            ``runs``: folder of the run directories, where that is another one.
             ``critical``: brackets of critical learning rates, as for :func:`analysis.margins.from_brackets`.
         base: the arm that others are compared with; default: the one that the index names, else an arm called
             ``base`` or ``start``, else the first.
@@ -235,7 +238,7 @@ def load_study(path: Path, base: str | None = None, index: Mapping[str, Any] | N
     Raises:
         InputError: nothing is there, the runs follow different protocols, or ``base`` is no arm.
     """
-    index = _study_file(path) if index is None else index
+    path, index = located(path) if index is None else (path, index)
     arms = {arm["config_hash"]: arm for arm in index.get("arms", [])}
     runs = [load_run(folder) for folder in run_folders(path) if _belongs(arms, hash_of(folder), folder.parent.name)]
     records = ledger.read(path, lambda config_hash, fingerprint: _belongs(arms, config_hash, fingerprint))
@@ -323,14 +326,30 @@ def _check_unique(runs: Iterable[Run]) -> None:
         seen[key] = run.path
 
 
-def _study_file(path: Path) -> dict[str, Any]:
-    file = (path if path.is_dir() else path.parent) / STUDY_FILE
+def located(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Where the trials of a study are, and its index; an empty one where there is no ``study.json``.
+
+    Raises:
+        InputError: the index is damaged.
+    """
+    folder = path if path.is_dir() else path.parent
+    beside = list(folder.glob(f"studies/*/{STUDY_FILE}"))
+    file = beside[0] if len(beside) == 1 and not (folder / STUDY_FILE).is_file() else folder / STUDY_FILE
     if not file.is_file():
-        return {}
+        return path, {}
+    index = _study_file(file)
+    if file.parent != folder or "runs" not in index:
+        return path, index
+    return Path(os.path.normpath(folder / index["runs"])), index
+
+
+def _study_file(file: Path) -> dict[str, Any]:
     try:
         content = stored.read(file, dict[str, Any], "make the report again with `ablate report`")
         if not all({"name", "config_hash"} <= set(arm) for arm in content.get("arms", [])):
             raise ValueError("an arm without name or config_hash")
+        if not isinstance(content.get("runs", ""), str):
+            raise ValueError("runs is no folder")
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} does not describe a study", got=error) from error
     return content
@@ -346,8 +365,13 @@ def _name_arms(lines: list[dict[str, Any]], runs: list[Run], index: Mapping[str,
     for line in lines:
         flat = settings.get(line["config_hash"], {})
         line["arm"] = titles.get(line["config_hash"], line["config_hash"])
-        line |= {key: str(flat.get(key)) for key in varying if flat}
+        line |= {key: _level(flat.get(key)) for key in varying if flat}
     return varying
+
+
+def _level(value: Any) -> str:
+    """A setting's value as a level; ``none`` where it is not there."""
+    return "none" if value is None else str(value)
 
 
 def _varying(settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -383,7 +407,7 @@ def _titles(runs: list[Run], settings: Mapping[str, Mapping[str, Any]], varying:
         return named
     if len(varying) <= 3:
         short = _shortened(varying)
-        return {key: " ".join(f"{short[k]}={flat.get(k)}" for k in varying) for key, flat in settings.items()}
+        return {key: " ".join(f"{short[k]}={_level(flat.get(k))}" for k in varying) for key, flat in settings.items()}
     return {key: f"{name}-{key}" for key, name in named.items()}
 
 

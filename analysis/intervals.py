@@ -241,6 +241,21 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.take_along_axis(corrected, np.argsort(order, axis=-1), -1)
 
 
+def gated(whole: float | np.ndarray, parts: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Corrected p-values of "there is a difference at all" and of what it may be due to, 5 % for all together.
+
+    By closed testing (Marcus, Peritz and Gabriel 1976): that there is no difference is rejected by its own test or by
+    the least of the others, each at half the level; a part only where that is, by Holm's correction over the parts.
+
+    Arguments:
+        whole: p of no difference at all, which implies that none is due to any part; (…) in arrays.
+        parts: (…, k) p of the parts, one or more.
+    """
+    corrected = holm(np.asarray(parts, dtype=float))
+    gate = np.asarray(np.minimum(1.0, 2 * np.minimum(whole, corrected.min(-1))))
+    return gate, np.maximum(corrected, gate[..., None])
+
+
 def seeds_needed(effect: float, tests: int = 1, power: float = 0.8) -> int:
     """Seeds an arm must have for Wilcoxon's signed ranks to find a difference of ``effect`` standard deviations.
 

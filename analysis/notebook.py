@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.frames import is_run, run_folders
+from analysis.frames import is_run, located, run_folders
 from twinrl.config.errors import InputError
 from twinrl.machine.files import publishing
 
@@ -93,7 +93,7 @@ def check_installed() -> None:
 def _check(kind: str, subject: Path) -> None:
     if kind == "spikes" and not is_run(subject):
         raise InputError(f"{subject} is not a run directory", fix="a study is for: twinrl notebook arms STUDY")
-    if kind == "arms" and (is_run(subject) or not (run_folders(subject) or subject.suffix == ".jsonl")):
+    if kind == "arms" and (is_run(subject) or not (run_folders(located(subject)[0]) or subject.suffix == ".jsonl")):
         raise InputError(
             f"{subject} is not a study", expected="a folder of run directories, or a ledger (*.jsonl)",
             fix="a run is for: twinrl notebook spikes RUN",

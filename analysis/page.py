@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STYLE = """
 :root{color-scheme:light}
 body{font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#202124;
-  background:#fff;max-width:70rem;margin:2.5rem auto;padding:0 1.25rem}
+  background:#fff;max-width:70rem;margin:1.2rem auto;padding:0 1.25rem}
 h1{font-size:1.7rem;line-height:1.25;margin:0 0 .5rem} h2{font-size:1.25rem;margin:2.6rem 0 .6rem;
   border-top:1px solid #e3e5e8;padding-top:1.4rem} h2+h2{border:0;padding:0;margin-top:0}
   h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
@@ -29,7 +29,12 @@ th,td{padding:.32rem .75rem;text-align:left;border-bottom:1px solid #e8eaed;whit
 th{white-space:normal;vertical-align:bottom;border-bottom:2px solid #bdc1c6;font-weight:600} td.n,th.n{text-align:right}
 figure{margin:1rem 0} figure img{max-width:100%;height:auto} figcaption{color:#5f6368;font-size:.86rem;max-width:46rem}
 .grids{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:1.2rem;align-items:start}
-.grids figure{margin:0} a{color:#0b57d0} code{font-size:.9em;background:#f1f3f4;padding:.05em .3em;border-radius:3px}
+.grids figure{margin:0} p.lead{font-size:1.08rem;line-height:1.45;max-width:none;background:#f6f8fb;
+  border-left:4px solid #0072B2;padding:.55rem .9rem;margin:.6rem 0}
+.strip{display:flex;gap:.7rem;margin:.3rem 0 1rem} .strip figure{margin:0;flex:1 1 0;min-width:0;max-width:19rem}
+.strip img{width:100%;display:block}
+.strip figcaption{font-size:.78rem;line-height:1.25} p.asked{font-size:1.02rem;color:#3c4043;margin:.2rem 0 .4rem;
+  max-width:none} a{color:#0b57d0} code{font-size:.9em;background:#f1f3f4;padding:.05em .3em;border-radius:3px}
 .facts{background:#f6f8fb;border-left:4px solid #0072B2;padding:.9rem 1.2rem;margin:1rem 0 1.2rem}
 .facts dt{font-weight:600} .facts dd{margin:.1rem 0 .7rem;max-width:56rem} .facts dd:last-child{margin-bottom:0}
 @media print{body{margin:0;max-width:none} h2{break-after:avoid} figure{break-inside:avoid}}
@@ -58,6 +63,14 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """The answer in a sentence, below the question that it answers, where there is one."""
+
+    text: str
+    question: str = ""
+
+
+@dataclass(frozen=True)
 class Table:
     """A table; numbers are shown with three digits. Of a long one the page shows the first rows.
 
@@ -81,17 +94,23 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image file with a caption."""
+    """An image file with a caption; a click leads to ``whole``, of which it is a part, where there is one."""
 
     path: Path
     caption: str = ""
+    whole: Path | None = None
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Image files side by side, each with its caption."""
+    """Image files side by side, each with its caption.
+
+    Attributes:
+        low: whether they are one row.
+    """
 
     pictures: Sequence[Picture]
+    low: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,7 +127,7 @@ class Facts:
     pairs: Sequence[tuple[str, str]]
 
 
-PageBlock: TypeAlias = Heading | Text | Table | Picture | Gallery | Links | Facts
+PageBlock: TypeAlias = Heading | Text | Answered | Table | Picture | Gallery | Links | Facts
 
 
 @dataclass
@@ -173,6 +192,8 @@ def _markdown(block: PageBlock, folder: Path) -> str:
             return f"{'#' * level} {text}"
         case Text(text, note):
             return f"*{text}*" if note else text
+        case Answered(text, question):
+            return "\n\n".join([*([question] if question else []), f"**{text}**"])
         case Table(frame):
             more = f"\n\n{block.said} [{block.file}]({block.file})" if block.file else ""
             return _markdown_table(frame[:MOST_ROWS]) + more
@@ -210,14 +231,20 @@ def _html(block: PageBlock, folder: Path) -> str:
             return f"<h{level}>{html.escape(text)}</h{level}>"
         case Text(text, note):
             return f"<p{' class=note' if note else ''}>{html.escape(text)}</p>"
+        case Answered(text, question):
+            asked = f"<p class=asked>{html.escape(question)}</p>" if question else ""
+            return f"{asked}<p class=lead>{html.escape(text)}</p>"
         case Table(frame):
             more = f'<p class=note>{block.said} <a href="{block.file}">{block.file}</a></p>' if block.file else ""
             return _html_table(frame[:MOST_ROWS]) + more
         case Picture(path, caption):
             below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-            return f'<figure><img alt="{html.escape(caption, quote=True)}" src="{data_uri(path)}">{below}</figure>'
-        case Gallery(pictures):
-            return _html_gallery(pictures, folder)
+            image = f'<img alt="{html.escape(caption, quote=True)}" src="{data_uri(path)}">'
+            if block.whole is not None:
+                image = f'<a href="{html.escape(_relative(block.whole, folder), quote=True)}">{image}</a>'
+            return f"<figure>{image}{below}</figure>"
+        case Gallery(pictures, low):
+            return _html_gallery(pictures, folder, "strip" if low else "grids")
         case Links(targets):
             items = (
                 f'<li><a href="{html.escape(to, quote=True)}">{html.escape(name)}</a></li>' for name, to in targets
@@ -228,13 +255,13 @@ def _html(block: PageBlock, folder: Path) -> str:
             return f"<dl class=facts>{''.join(texts)}</dl>"
 
 
-def _html_gallery(pictures: Sequence[Picture], folder: Path) -> str:
+def _html_gallery(pictures: Sequence[Picture], folder: Path, kind: str) -> str:
     """Pictures as far as a page can hold them, the first in any case; links to the others."""
     sizes = accumulate(picture.path.stat().st_size for picture in pictures)
     inside = max(1, sum(size <= PICTURE_BYTES for size in sizes))
     shown = "".join(_html(picture, folder) for picture in pictures[:inside])
     others = Links([(picture.caption, _relative(picture.path, folder)) for picture in pictures[inside:]])
-    return f"<div class=grids>{shown}</div>" + (_html(others, folder) if others.targets else "")
+    return f"<div class={kind}>{shown}</div>" + (_html(others, folder) if others.targets else "")
 
 
 def _html_table(frame: "pd.DataFrame") -> str:
@@ -258,6 +285,11 @@ def _unbroken(title: str) -> str:
 def data_uri(path: Path) -> str:
     """The file's content as an address, so that a page holds its images."""
     return f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def share_text(share: float) -> str:
+    """A share in per cent, small ones with two digits."""
+    return f"{100 * share:.2g} %" if 0 < share < 0.01 else percent(share)
 
 
 def percent(share: float) -> str:

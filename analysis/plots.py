@@ -5,7 +5,7 @@ Each function returns a matplotlib ``Figure`` that pyplot does not know; :func:`
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import numpy as np
 
 from analysis.clusters import Placed
 from analysis.effects import Effect
-from analysis.frames import Run
+from analysis.frames import Run, run_divergence
 from analysis.intervals import Interval, number
 from analysis.leaderboard import ArmLine
 from analysis.spikes import SpikeEpisode
@@ -33,6 +33,10 @@ INK, GREY = "#202124", "#5f6368"
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
 MOST_LINES = 60  # of a figure with a line for each arm or effect
+MOST_MARKS = 20  # triangles of a run's figure
+FALL = "#A50026"
+UNCHANGED = 1e-4
+"""Relative change of a norm below which no rule has acted."""
 MOST_POINTS = 2000  # of a curve: more than a figure has pixels
 
 
@@ -52,18 +56,31 @@ def save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def _figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6)) -> "tuple[Figure, np.ndarray]":
-    """A figure with a (rows, columns) array of quiet axes; sizes in inches, text 9 pt."""
+def quiet_axes(
+    rows: int = 1, columns: int = 1, size: tuple[float, float] = (6.4, 3.6), share: bool = False
+) -> "tuple[Figure, np.ndarray]":
+    """A figure with a (rows, columns) array of quiet axes, which may share both scales; inches, text 9 pt."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.92", linewidth=0.7)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=8, color="0.6")
     return figure, axes
+
+
+def plain_log(axis: "Axes") -> None:
+    """A logarithmic y axis with plain numbers: powers of ten over a wide range, else 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def colour(index: int) -> str:
@@ -94,7 +111,7 @@ def forest(
     """
     label += _left_out(len(rows))
     rows = dict(islice(rows.items(), MOST_LINES))
-    figure, axes = _figure(size=(6.4, 0.9 + 0.34 * len(rows)))
+    figure, axes = quiet_axes(size=(6.4, 0.9 + 0.34 * len(rows)))
     axis = axes[0, 0]
     low, high = _limits(list(rows.values()), reference, log_scale)
     for k, interval in enumerate(rows.values()):
@@ -151,7 +168,7 @@ def arms(lines: Sequence[ArmLine], values: Mapping[str, "pd.Series"], metric: st
     """Every seed as a dot, the interquartile mean and its interval over it; diverged seeds at the edge."""
     cut, lines = _left_out(len(lines)), lines[:MOST_LINES]
     values = {line.arm: values[line.arm] for line in lines}
-    figure, axes = _figure(size=(6.4, 1.0 + 0.42 * len(lines)))
+    figure, axes = quiet_axes(size=(6.4, 1.0 + 0.42 * len(lines)))
     axis = axes[0, 0]
     finite = np.concatenate([v[np.isfinite(v)].to_numpy(float) for v in values.values()] or [np.zeros(1)])
     low, high = _limits([line.interval for line in lines], None, False)
@@ -182,7 +199,7 @@ def _spread(n: int) -> np.ndarray:
 def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     """Kaplan–Meier curves; steps, with the number of runs and of divergences in the legend."""
     shown = list(arms.items())[:MOST_ARMS]
-    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
+    figure, axes = quiet_axes(size=(6.4, 3.3 + 0.18 * len(shown)))
     axis = axes[0, 0]
     widths = np.linspace(2.6, 1.4, max(2, len(shown)))  # and dashes: equal curves show below each other
     for k, (name, times) in enumerate(shown):
@@ -200,16 +217,18 @@ def survival_curves(arms: Mapping[str, Times], horizon: float) -> "Figure":
     return figure
 
 
-def effects(found: Sequence[Effect], label: str) -> "Figure":
-    """Main effects and interactions with their intervals; found ones (5 % family-wise) are starred."""
-    rows = {f"{'★ ' if e.named else ''}{e.factor}: {e.contrast}": e.interval for e in found}
+def effects(
+    found: Sequence[Effect], label: str, starred: Callable[[Effect], bool] = lambda effect: effect.named
+) -> "Figure":
+    """Main effects and interactions with their intervals; ``starred``: which are findings (5 % family-wise)."""
+    rows = {f"{'★ ' if starred(e) else ''}{e.factor}: {e.contrast}": e.interval for e in found}
     return forest(rows, label, reference=0.0)
 
 
 def trade_off(trials: "pd.DataFrame", x: str, y: str, order: Sequence[str]) -> "Figure":
     """Two metrics against each other, a dot a seed: whether reward was bought with recall."""
     shown = list(order)[:MOST_ARMS]
-    figure, axes = _figure(size=(6.4, 3.3 + 0.18 * len(shown)))
+    figure, axes = quiet_axes(size=(6.4, 3.3 + 0.18 * len(shown)))
     axis = axes[0, 0]
     for k, arm in enumerate(shown):
         rows = trials[trials["arm"] == arm]
@@ -224,7 +243,7 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
     """Judge accuracy by prompt (rows) and arm (columns), as numbers on shades; NaN as such, on none."""
     cut, accuracy = _left_out(accuracy.shape[1]), accuracy.iloc[:, :MOST_LINES]
     height, width = accuracy.shape
-    figure, axes = _figure(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
+    figure, axes = quiet_axes(size=(1.6 + 0.9 * min(width, 12), 0.9 + 0.28 * height))
     axis = axes[0, 0]
     axis.grid(visible=False)
     axis.imshow(accuracy.to_numpy(float), cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -243,22 +262,54 @@ def prompts(accuracy: "pd.DataFrame") -> "Figure":
 
 
 def norms(run: Run, spikes: Sequence[SpikeEpisode]) -> "Figure":
-    """Gradient norms of the total and of every term before clipping, with the spikes marked."""
+    """Gradient norms of every term and of the total as they enter sum and optimizer; dotted before rules.
+
+    Spikes are thin vertical lines, the largest with a triangle in their leader's colour; the fall is a thick line.
+    """
     frame = run.frame()
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
-    series = {"total": names.GRAD_TOTAL_RAW} | {term: names.grad(term, "norm_raw") for term in terms}
-    figure, axes = _figure(size=(7.2, 3.8))
+    figure, axes = quiet_axes(size=(11.4, 3.9))
     axis = axes[0, 0]
-    for k, (label, name) in enumerate(series.items()):
-        tint = INK if k == 0 else colour(k - 1)
-        axis.plot(*drawn(frame["step"], frame[name]), color=tint, label=label,
-                  linewidth=0.9, alpha=0.9, zorder=3 - 0.1 * k)  # fmt: skip
+    tints = {"total": INK} | {term: colour(k) for k, term in enumerate(terms)}
+    for k, (term, tint) in enumerate(tints.items()):
+        _before_and_after(axis, frame, term, tint, 3 - 0.1 * k)
     for spike in spikes:
-        axis.axvline(spike.step, color=COLOURS[1], linewidth=0.8, alpha=0.35, zorder=0)
-    axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=6)
-    _label(axis, "training step (vertical lines: spikes)", "gradient norm before clipping")
+        axis.axvline(spike.step, color=GREY, linewidth=0.8, alpha=0.35, zorder=0)
+    plain_log(axis)
+    for spike in sorted(spikes, key=lambda s: -s.value if math.isfinite(s.value) else -math.inf)[:MOST_MARKS]:
+        if spike.leader:
+            axis.plot([spike.step], [0.98], "v", color=tints[spike.leader], markersize=7, markeredgecolor="white",
+                      transform=axis.get_xaxis_transform(), zorder=5)  # fmt: skip
+    if (failure := run_divergence(run)) is not None:
+        axis.axvline(failure.step, color=FALL, linewidth=1.6, alpha=0.7, label="the fall, as it was seen", zorder=1)
+    axis.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=8)
+    _label(axis, "training step (vertical: spikes; triangle: the term that led)", "gradient norm after rules")
     return figure
+
+
+def _before_and_after(axis: "Axes", frame: "pd.DataFrame", term: str, tint: str, order: float) -> None:
+    """One term's norm after its rules, and dotted before them where they changed it; a norm of 0 is a gap."""
+    raw, entering = (frame.get(names.grad(term, quantity)) for quantity in ("norm_raw", "norm_clipped"))
+    entering = raw if entering is None else entering
+    assert entering is not None
+    axis.plot(*drawn(frame["step"], positive(entering)), color=tint, label=term, linewidth=0.9, alpha=0.9, zorder=order)
+    if raw is not None and changed(raw, entering):
+        label = f"{term} before rules"
+        axis.plot(*drawn(frame["step"], positive(raw)), color=tint, label=label, linewidth=1.1, linestyle=":",
+                  alpha=0.9, zorder=2)  # fmt: skip
+
+
+def positive(values: "pd.Series") -> "pd.Series":
+    """The values that a logarithmic axis has a place for; the others are gaps."""
+    numbers = values.astype(float)
+    return numbers.where(numbers > 0)
+
+
+def changed(raw: "pd.Series", entering: "pd.Series") -> bool:
+    """Whether rules have changed a norm anywhere."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = (entering.astype(float) / raw.astype(float)).to_numpy()
+    return bool((np.abs(factor[np.isfinite(factor)] - 1) > UNCHANGED).any())
 
 
 def drawn(x: "pd.Series | pd.Index", y: "pd.Series", most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
@@ -281,7 +332,7 @@ def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -
     frame = run.frame()
     near = frame[(frame["step"] >= spike.step - before) & (frame["step"] <= spike.step + after)]
     terms = [term for term in terms_in(run.rows) if names.grad(term, "norm_raw") in frame]
-    figure, axes = _figure(2, 1, (6.4, 4.4))
+    figure, axes = quiet_axes(2, 1, (6.4, 4.4))
     for k, term in enumerate(["total", *terms]):
         norm = near[names.grad(term, "norm_raw")].astype(float)
         usual = float(norm[near["step"] < spike.step - 10].median())
@@ -302,7 +353,7 @@ def close_up(run: Run, spike: SpikeEpisode, before: int = 30, after: int = 15) -
 
 def places(cases: Sequence[Placed]) -> "Figure":
     """Source times of the rows behind each event: the worst ones in their branch's colour, the others grey."""
-    figure, axes = _figure(size=(6.4, 3.4))
+    figure, axes = quiet_axes(size=(6.4, 3.4))
     axis = axes[0, 0]
     names = sorted({str(name) for case in cases for name in case.branch})
     others = [(k, t) for k, case in enumerate(cases) for t in case.t[case.worst :]]
@@ -326,7 +377,7 @@ def against_arm(run: Run, others: Sequence[Run], metric: str = names.GRAD_TOTAL_
     """One run's series over the median and 10–90 % band of the other seeds of its arm."""
     import pandas as pd
 
-    figure, axes = _figure(size=(6.4, 3.4))
+    figure, axes = quiet_axes(size=(6.4, 3.4))
     axis = axes[0, 0]
     columns = [other.frame().drop_duplicates("step", keep="last").set_index("step")[metric] for other in others]
     band = pd.concat(columns, axis=1).astype(float).quantile([0.1, 0.5, 0.9], axis=1).T

@@ -93,6 +93,14 @@ def _folder_of(path: Path, is_name: bool) -> Path:
     return Path(f"{path.name}-{FOLDER}") if is_name else path.with_name(f"{path.stem}-{FOLDER}")
 
 
+def separated(text: str, separator: str) -> tuple[str, str]:
+    """The two names of ``A:B`` or ``A=B``. Raises InputError for anything else."""
+    first, found, second = text.partition(separator)
+    if not found or not first or not second:
+        raise InputError(f"{text!r} is no pair", expected=f"two names joined by {separator!r}")
+    return first, second
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -6,13 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import clusters, plots, spikes
+import numpy as np
+
+from analysis import clusters, plots, spikes, telling, traces
 from analysis.frames import Run, run_divergence
 from analysis.intervals import number
 from analysis.mlflow_store import mlflow_links
-from analysis.page import Facts, Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text
+from analysis.page import Answered, Facts, Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text, percent
 from analysis.spikes import SpikeEpisode
 from twinrl.run import layout, names, runlog
+from twinrl.stability.detectors import TOTAL, terms_in
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
 
 CLOSE_UPS = 3
@@ -32,14 +35,60 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     """
     found = spikes.find(run.rows)
     page = Page(f"Run {run.name}")
-    page.add(Facts(answers(run, found)))
+    page.add(Answered(sentence(run, found)))
     page.add(Picture(plots.save(plots.norms(run, found), figures / "norms.svg")))
+    page.add(Facts(answers(run, found)), *_rules(run))
     if found:
         page.add(*_anatomy(run, found, figures))
     page.add(*_clusters(run, found, figures), *_arm(run, others, figures), *_samples(run))
     if links := mlflow_links([run]):
         page.add(Heading("MLflow"), Links(links))
     return page
+
+
+def sentence(run: Run, found: Sequence[SpikeEpisode]) -> str:
+    """Whether the run fell, which term led and by how many steps, in one sentence."""
+    failure = run_divergence(run)
+    text = f"It fell, seen at step {failure.step:,}" if failure else "It has not fallen"
+    rise = traces.rise_of(run, failure) if failure else None
+    if rise is not None:
+        total = "" if math.isnan(rise.lead) else f", {telling.lead_text(rise.lead)}"
+        text += f"; the gradient of {rise.term} rose first, at step {rise.step:,}{total}"
+    leading = Counter(spike.leader for spike in found if spike.leader).most_common(1)
+    if not found:
+        return f"{text}; no gradient norm spiked."
+    spikes_found = f"{len(found)} spike{'s' * (len(found) != 1)}"
+    if not leading:
+        return f"{text}; {spikes_found}, of which no term's norm stood out."
+    for term, count in leading:
+        leads = [spike.lead for spike in found if spike.leader == term and not math.isnan(spike.lead)]
+        by = f", {telling.lead_text(statistics.median(leads))}" if leads else ""
+        text += f"; {term} led {count} of {spikes_found}{by}{' (median)' * (len(leads) > 1)}"
+    return f"{text}."
+
+
+def _rules(run: Run) -> list[PageBlock]:
+    """Norms before and after rules; nothing where no rule has acted."""
+    import pandas as pd
+
+    rows = run.lasting
+    lines = []
+    for term in (*terms_in(rows), TOTAL):
+        both = [names.grad(term, quantity) for quantity in ("norm_raw", "norm_clipped")]
+        known = [(float(row[both[0]]), float(row[both[1]])) for row in rows if both[0] in row and both[1] in row]
+        raw, entering = np.array(known).T if known else (np.zeros(0), np.zeros(0))
+        did, measured = traces.action(raw, entering), np.isfinite(raw) & (raw > 0)
+        if measured.any():
+            lines.append({
+                "gradient": "sum" if term == TOTAL else term,
+                "median norm before rules": float(np.median(raw[measured])),
+                "after": float(np.median(entering[measured])),
+                "rules acted in": f"{percent(did.share)} of the steps",
+                "median factor there": did.factor,
+            })  # fmt: skip
+    if all(math.isnan(line["median factor there"]) for line in lines):
+        return []
+    return [Heading("Norms before and after rules"), Table(pd.DataFrame(lines))]
 
 
 def answers(run: Run, found: Sequence[SpikeEpisode]) -> list[tuple[str, str]]:

@@ -5,20 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis import answer, factor_page, margins, plots
+from analysis import answer, factor_page, margins, panels, plots, telling
+from analysis.answer import Answer
 from analysis.frames import Run, StudyFrame, higher_is_better
 from analysis.intervals import Interval, clopper_pearson, number
 from analysis.leaderboard import (
     COLLAPSED,
     ArmLine,
-    TooFewSeedsError,
     collapses,
-    leaderboard,
     per_prompt,
     values_of,
 )
 from analysis.mlflow_store import mlflow_links
-from analysis.page import Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text, percent
+from analysis.page import Answered, Gallery, Heading, Links, Page, PageBlock, Picture, Table, Text, percent
 from analysis.survival import (
     Times,
     hazard_ratio,
@@ -27,7 +26,9 @@ from analysis.survival import (
     restricted_mean_difference,
     times_of,
 )
+from analysis.traces import rules_table
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, names
 from twinrl.stability.divergence import FALL, NEVER_WHOLE
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 REWARD_METRICS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
 MOST_REWARDS = 4
 LR_KEY = "optim.lr"
+THUMBNAIL = 560
+"""Width of the part of a grid that the first screen shows, in pixels."""
 GRIDS = ("final-1nfe.png", f"{layout.STEP}*.png", "*.png")
 
 
@@ -60,29 +63,53 @@ def build(
                 f"{name} is no factor of this study", expected=f"two of {', '.join(study.factors) or 'none'}",
                 fix="give --interaction factors that vary",
             )  # fmt: skip
-    lines, ranking = _ranking(study, metric, effect, figures)
-    factors = factor_page.estimate(study, metric, interactions)
+    found = Answer.of(study, metric, interactions, effect)
     page = Page(f"Study {study.name}")
-    page.add(*answer.blocks(study, metric, lines, factors, effect), *ranking, *_survival(study, figures))
-    page.add(*factor_page.section(factors, metric, figures), *_critical(study, figures), *_reward(study, figures))
-    page.add(*_prompts(study, figures), *_cost(study), *_samples(study), *_links(study))
+    page.add(Answered(found.sentence, study.question), *_norms(found, figures), *_samples(study, figures))
+    page.add(*answer.blocks(found, effect), *_rules(found), *_ranking(found, figures), *_survival(study, figures))
+    page.add(*factor_page.section(found.factors, metric, figures), *_critical(study, figures))
+    page.add(*_reward(study, figures), *_prompts(study, figures), *_cost(study), *_links(study))
     return page
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+
+def _norms(found: Answer, figures: Path) -> list[PageBlock]:
+    """The picture below the answer; none where no log has a norm."""
+    if not any(trace.raw for trace in found.traces.runs.values()):
+        return []
+    figure = plots.save(panels.study_norms(found.study, found.traces), figures / "norms.svg")
+    return [Picture(figure, panels.caption(found.study, found.traces))]
+
+
+def _rules(found: Answer) -> list[PageBlock]:
+    table = rules_table(found.study, found.traces)
+    if table.empty:
+        return []
+    table["share of steps"] = [percent(share) for share in table["share of steps"]]
+    return [Heading("What the gradient rules did"), Table(table, "rules"), Text(RULES_NOTE, note=True)]
+
+
+RULES_NOTE = (
+    "Share of the steps with a gradient in which rules changed its norm, and the factor by which they did: its "
+    "median over the runs in which they acted at all."
+)
 
 
 # --- ranking ----------------------------------------------------------------------------------------------
 
 
-def _ranking(study: StudyFrame, metric: str, effect: float, figures: Path) -> tuple[list[ArmLine], list[PageBlock]]:
-    try:
-        lines = leaderboard(study, metric, effect)
-    except TooFewSeedsError as error:
-        return [], [Heading("Ranking"), Text(f"There is no ranking: {error}.")]
+def _ranking(found: Answer, figures: Path) -> list[PageBlock]:
+    study, metric, lines = found.study, found.metric, found.lines
+    if found.unranked:
+        return [Heading("Ranking"), Text(f"There is no ranking: {found.unranked}.")]
     direction = "higher" if higher_is_better(metric) else "lower"
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
     blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base), "ranking")]
     blocks.append(Picture(figure, "Dot: a seed; line: interquartile mean with its 95 % interval."))
-    return lines, [*blocks, Text(RANKING_NOTE, note=True)]
+    return [*blocks, Text(RANKING_NOTE, note=True)]
 
 
 RANKING_NOTE = (
@@ -297,11 +324,12 @@ def _cost(study: StudyFrame) -> list[PageBlock]:
     for arm in study.arms:
         trials = study.arm(arm)
         per_step = 1000 * trials["seconds"] / trials["step"]
+        dear = answer.time_ratio(study, arm) if arm != study.base else None
         rows.append({
             "arm": arm,
             "seconds a run (median)": float(trials["seconds"].median()),
             "ms a step (median)": float(per_step.median()),
-            f"time a step × {study.base} [95 %]": answer.time_ratio(study, arm) if arm != study.base else None,
+            f"time a step × {study.base} [95 %]": telling.known(dear),
             "hours in all": float(trials["seconds"].sum() / 3600),
         })  # fmt: skip
     note = "Training steps, without validation. The ratio is paired by seed; it means something on one machine only."
@@ -319,7 +347,7 @@ def newest_grid(run: Run) -> Path | None:
     return None
 
 
-def _samples(study: StudyFrame) -> list[PageBlock]:
+def _samples(study: StudyFrame, figures: Path) -> list[PageBlock]:
     """The grids of one seed that all arms have, side by side."""
     grids = {(study.trials.loc[k, "arm"], study.trials.loc[k, "seed"]): newest_grid(r) for k, r in study.runs.items()}
     with_grid = {key: path for key, path in grids.items() if path is not None}
@@ -329,8 +357,34 @@ def _samples(study: StudyFrame) -> list[PageBlock]:
     for _, seed in with_grid:
         counts[seed] = counts.get(seed, 0) + 1
     chosen = max(sorted(counts), key=lambda seed: counts[seed])
-    pictures = [Picture(with_grid[arm, chosen], str(arm)) for arm in study.arms if (arm, chosen) in with_grid]
-    return [Heading("Samples"), Text(f"Seed {chosen} of every arm, the same noise."), Gallery(pictures)]
+    shown = [arm for arm in study.arms if (arm, chosen) in with_grid]
+    folder = figures / "samples"
+    folder.mkdir(exist_ok=True)
+    pictures = [
+        Picture(_top(with_grid[arm, chosen], folder / f"arm-{k}.png"),
+                f"{arm}, seed {chosen}{_end(study, arm, chosen)}", with_grid[arm, chosen])
+        for k, arm in enumerate(shown)
+    ]  # fmt: skip
+    return [Gallery(pictures, low=len(pictures) <= plots.MOST_ARMS)]
+
+
+def _top(grid: Path, target: Path) -> Path:
+    """The upper left part of a grid, half as high as wide, in few colours: what a first look takes."""
+    from PIL import Image
+
+    with Image.open(grid) as picture:
+        width = min(picture.width, THUMBNAIL)
+        part = picture.convert("RGB").crop((0, 0, width, min(picture.height, width // 2)))
+    with files.publishing(target) as new:
+        part.quantize(64).save(new, "PNG", optimize=True)
+    return target
+
+
+def _end(study: StudyFrame, arm: str, seed: int) -> str:
+    """Whether a run fell, and when."""
+    mine = study.arm(arm)
+    (run,) = mine[mine["seed"] == seed].to_dict("records")
+    return f": fell, seen at step {run['time']:,.0f}" if run["diverged"] else ""
 
 
 def _links(study: StudyFrame) -> list[PageBlock]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis import clusters, effects, firth, intervals, leaderboard, margins, spikes, survival
+from analysis import clusters, effects, falls, firth, intervals, leaderboard, margins, spikes, survival
 from analysis.intervals import Interval
 from analysis.survival import Times
 
@@ -227,6 +227,62 @@ def odds(studies: int) -> Iterator[ValidityRow]:
             yield ValidityRow("log odds ratio", law, n, COVERS, covered, studies)
 
 
+def grids(studies: int) -> Iterator[ValidityRow]:
+    """A 2 × 2 grid: arms, factors and their interaction as one family; as :func:`analysis.effects.study_effects`."""
+    from scipy import stats
+
+    for n, planted in itertools.product((8, 20), (0.0, 1.0)):
+        a, b, seed = (part.ravel() for part in np.meshgrid([0.0, 1.0], [0.0, 1.0], np.arange(n), indexing="ij"))
+        own = np.stack([a - 0.5, b - 0.5, (a - 0.5) * (b - 0.5)], axis=1)
+        x = np.concatenate([np.ones((len(seed), 1)), own, effects.factor_block("seed", _series(seed)).columns], axis=1)
+        rng = np.random.default_rng([11, n])
+        noise = rng.standard_normal((studies, len(seed))) + rng.standard_normal((studies, n))[:, seed.astype(int)]
+        y = noise + planted * (a == b)
+        inverse, freedom = np.linalg.inv(x.T @ x), len(seed) - x.shape[1]
+        beta = y @ x @ inverse
+        variance = ((y - beta @ x.T) ** 2).sum(1, keepdims=True) / freedom
+        t = beta[:, 1:4] / np.sqrt(variance * np.diag(inverse)[1:4])
+        arms_p = stats.f.sf((t**2).mean(1), 3, freedom)  # the three are orthogonal, and span the arms
+        gate, parts = intervals.gated(arms_p, 2 * stats.t.sf(np.abs(t), freedom))
+        named = np.column_stack([gate, parts]) < 0.05
+        law = f"2², levels that agree {planted:g} σ" if planted else "2², nothing planted"
+        wrong = named[:, [1, 2]] if planted else named
+        yield ValidityRow("arms, factors, pairs", law, n, LEVEL, float(wrong.any(1).mean()), studies)
+        if planted and n > 8:
+            yield ValidityRow("arms, factors, pairs", law, n, POWER, float(named[:, 3].mean()), studies)
+
+
+def fallen(studies: int) -> Iterator[ValidityRow]:
+    """A 2 × 2 grid in which runs fall: arms, factors and two levels that meet as one family, with shared seeds."""
+    import pandas as pd
+
+    for what, chances in (("nothing planted", (0.4, 0.4, 0.4)), ("one factor", (0.05, 0.95, 0.95)),
+                          ("only together", (0.02, 0.02, 0.98))):  # fmt: skip
+        rng, found = np.random.default_rng([13, len(what)]), []
+        trials = pd.DataFrame(itertools.product(("live", "ema"), ("with", "without"), range(10)),
+                              columns=["teacher", "reward", "seed"])  # fmt: skip
+        trials["arm"] = trials["teacher"] + trials["reward"]
+        neither, live, both = chances
+        p = np.where(trials["teacher"] == "live", np.where(trials["reward"] == "with", both, live), neither)
+        for _ in range(studies):
+            luck = np.repeat(rng.standard_normal((1, 10)), 4, 0).ravel()  # seeds that fall more easily, in every arm
+            odds = np.log(p / (1 - p)) + 0.5 * luck
+            trials["time"] = 1.0
+            trials["diverged"] = rng.random(len(trials)) < 1 / (1 + np.exp(-odds))
+            told = falls.fall_effects(trials, ("teacher", "reward"))
+            alone = {effect.factor for effect in told.alone}
+            found.append((bool(told.arms and told.arms.named), "teacher" in alone, "reward" in alone, bool(told.pairs)))
+        arms_differ, teacher, reward, together = np.array(found).T
+        law, name = f"2², {what}", "falls: arms, factors, pairs"
+        if what == "nothing planted":
+            yield ValidityRow(name, law, 10, LEVEL, float(np.any(found, axis=1).mean()), studies)
+            continue
+        wrong = reward | together if what == "one factor" else teacher | reward
+        right = teacher if what == "one factor" else together
+        yield ValidityRow(name, law, 10, LEVEL, float(wrong.mean()), studies)
+        yield ValidityRow(name, law, 10, POWER, float((right & arms_differ).mean()), studies)
+
+
 # --- spikes -----------------------------------------------------------------------------------------------
 
 
@@ -258,6 +314,8 @@ CHECKS: dict[str, Check] = {
     "critical rates": critical_rates,
     "main effects": main_effects,
     "odds": odds,
+    "grids": grids,
+    "falls": fallen,
     "recurrences": recurrences,
 }
 

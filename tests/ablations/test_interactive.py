@@ -23,7 +23,9 @@ def test_run_frame_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(zip(study.frame["arm"], study.frame["seed"], strict=True)) == [
         ("rate=large", 0), ("rate=large", 1), ("rate=small", 0), ("rate=small", 1),
     ]  # fmt: skip
-    assert study.report().is_file()
+    written = study.report()
+    assert written.page.is_file()
+    assert written.answer.endswith(".")
 
 
 def test_a_study_that_is_not_there() -> None:

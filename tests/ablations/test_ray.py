@@ -1,11 +1,14 @@
 """Studies in Ray, with real trials in processes of their own; what becomes of many outcomes is in test_running.py."""
 
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
 from ablations import plan as plans
@@ -13,7 +16,7 @@ from ablations import study as studies
 from ablations.cluster import Machine
 from ablations.plan import Plan, Trial, Workspace
 from ablations.runner import Runner
-from tests.ablations.disturbing import lines, start, trials, wait_until
+from tests.ablations.disturbing import COMMAND, REPOSITORY, lines, start, trials, wait_until
 from tests.ablations.planted import plant
 from tests.ablations.tiny import without_figures, write
 from tests.fake_source import FakeSource
@@ -148,6 +151,31 @@ def test_a_killed_study_goes_on_and_ends_with_the_numbers_of_a_quiet_run(
     expected, found = tensors(quiet.directory), tensors(trial.run)
     assert set(expected) == set(found)
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
+
+
+def test_the_demo_in_small_ends_with_its_answer(runs: Runner, halved: tuple[Plan, list[str]], tmp_path: Path) -> None:
+    """Its arms on a source that is there at once, started where no checkout is, without a terminal."""
+    import ray
+
+    demo = yaml.safe_load((studies.STUDIES / "demo.yaml").read_text())
+    rates = {"train.steps": 8, "reward.model": "brightness", "reward.gradient.estimator": "autograd"}
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(demo | {"set": SMALL | rates, "seeds": 1}))
+    done = subprocess.run(
+        [*COMMAND, "demo.yaml", "--root", "work", "--no-mlflow", "--address", ray.get_runtime_context().gcs_address],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+        timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    *before, answer, report, picture = done.stdout.splitlines()
+    folder = "work/studies/demo/report"
+    assert (report, picture) == (f"report: {folder}/report.html", f"picture: {folder}/figures/norms.svg")
+    assert (tmp_path / folder / "report.html").is_file()
+    assert (tmp_path / folder / "figures" / "norms.svg").is_file()
+    assert answer in (tmp_path / folder / "report.md").read_text()
+    counted = [line.split()[0] for line in before if ": ended; " in line]
+    assert counted == ["1/4", "2/4", "3/4", "4/4"]
+    (first,) = (line.removeprefix("first samples: ") for line in before if line.startswith("first samples"))
+    assert (tmp_path / first).is_file()
 
 
 @pytest.mark.parametrize("variables", [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "another token"}])

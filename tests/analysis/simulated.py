@@ -16,6 +16,7 @@ LEADER, LEAD, GUILTY_ROW = "rectify", 3, 17
 GUILTY_T, GUILTY_BRANCH = (0.8, 0.9), "any"
 MIX = ("mul", "any", "adv", "e2e")
 EVALUATE_EVERY = 20
+RISE = 12
 STEPS = 400
 ERRORS = 4
 """Monte-Carlo standard errors that a share of simulated studies may be off: one right share in 15,000 is further."""
@@ -47,6 +48,8 @@ def make_run(
     color: int = 0,
     lost: str = "",
     seconds: float = 0.01,
+    leader: str = "",
+    limits: Mapping[str, float] | None = None,
 ) -> Path:
     """A run directory: ``rectify`` leads every planted spike by 3 steps, and data row 17 is in each one's batch.
 
@@ -54,6 +57,8 @@ def make_run(
         quality: final ``val/quality`` of a run that survives. diverges_at: step from which samples are broken.
         settings: further configuration. color: of the sample grid. lost: prompt that collapses though the run
             does not. seconds: of a step.
+        leader: term whose norm rises RISE steps before ``diverges_at``, and the others' RISE/2 before; none if empty.
+        limits: term → norm that a rule clips it to.
     """
     run = folder / f"{name}-{config_hash}-s{seed}"
     (run / "samples").mkdir(parents=True)
@@ -65,10 +70,14 @@ def make_run(
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     rng = np.random.default_rng([seed, int(config_hash, 16)])
     norms = _norms(rng, steps, spikes_at)
+    if leader and diverges_at:
+        for term, values in norms.items():
+            values[diverges_at - (RISE if term == leader else RISE // 2) :] *= 40
     with RunLog(run / "log.jsonl") as log:
         for step in range(1, steps + 1):
             log.append(
                 _row(rng, step, {term: values[step] for term, values in norms.items()}, quality, diverges_at, lost)
+                | _clipped({term: float(values[step]) for term, values in norms.items()}, limits)
                 | {"perf/step_seconds": seconds * (1 + 0.05 * math.sin(7 * step + 100 * quality) ** 2)}
             )
     _events(run, rng, spikes_at)
@@ -103,6 +112,12 @@ def _row(
     if step % EVALUATE_EVERY == 0:
         row |= _validation(rng, step, quality, diverges_at, lost)
     return row
+
+
+def _clipped(norms: Mapping[str, float], limits: Mapping[str, float] | None) -> dict[str, object]:
+    """Norms after rules, of runs that have any."""
+    after = {term: min(norm, (limits or {}).get(term, math.inf)) for term, norm in norms.items()}
+    return {f"grad/{term}/norm_clipped": norm for term, norm in after.items()} if limits is not None else {}
 
 
 def _validation(

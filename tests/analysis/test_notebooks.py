@@ -91,7 +91,7 @@ def test_arms(run: Run, study_folder: Path) -> None:
     shown = run(notebook.copy("arms", study_folder))
     assert "Which factor?" in shown
     assert "log-rank p: 0.0" in shown
-    assert "log odds of diverging" in shown
+    assert "log odds of falling" in shown
     assert shown.count("<svg") >= 3
 
 

@@ -63,11 +63,26 @@ def check_page(window: Any, page: Path, figures: int, seconds: float = 60) -> No
     assert window.execute_script(OVERFLOW) <= 0
 
 
+def assert_first_screen(window: Any, arms: int) -> None:
+    """At 1280 × 800: the answer, the norms and every arm's samples, without scrolling."""
+    window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                           {"width": 1280, "height": 800, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+    bottoms = window.execute_script(
+        "return ['p.lead', 'figure:not(.strip figure) img', '.strip img'].map("
+        "what => [...document.querySelectorAll(what)].map(e => e.getBoundingClientRect().bottom + scrollY))"
+    )
+    window.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    answer, figures, samples = bottoms
+    assert len(samples) == arms
+    assert 0 < answer[0] < figures[0] < min(samples) <= max(samples) < 800
+
+
 @pytest.mark.slow
 def test_a_small_study_is_drawn_without_network(offline: Any, drawn_page: Path) -> None:
     check_page(offline, drawn_page, len(list(drawn_page.parent.glob("figures/*.svg"))) + 2)
     facts = {dt.text for dt in offline.find_elements("tag name", "dt")}
     assert facts == {"Which factor?", "How sure?", "What does it cost?"}
+    assert_first_screen(offline, 2)
 
 
 @pytest.mark.campaign

@@ -23,7 +23,8 @@ def outside(check: str, studies: int) -> list[ValidityRow]:
 
 
 @pytest.mark.parametrize(
-    ("check", "studies"), [("main effects", 2000), ("ranking", 50), ("critical rates", 50), ("chances", 100)]
+    ("check", "studies"),
+    [("main effects", 2000), ("grids", 2000), ("ranking", 50), ("critical rates", 50), ("chances", 100)],
 )
 def test_shares_lie_inside_their_bands(check: str, studies: int) -> None:
     """The others take a fit for every study: few of them are tried where each statistic is tested."""

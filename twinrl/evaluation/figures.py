@@ -172,7 +172,9 @@ EVENT_COLOURS = {"spike": "#D55E00", "nonfinite": "#000000", "drift": "#E69F00",
 
 
 def gradient_norms(rows: Frame, events: Sequence[Mapping[str, Any]] = (), *, title: str | None = None) -> "Figure":
-    """Every term's gradient norm before clipping, and every term's share, with the events as vertical lines.
+    """Every term's gradient norm as rules leave it, and every term's share, with the events as vertical lines.
+
+    The total is what enters the optimizer. Dotted: norms before rules, where these changed them.
 
     Arguments:
         rows: log rows, with an ``iteration`` column where a run was rolled back.
@@ -181,19 +183,33 @@ def gradient_norms(rows: Frame, events: Sequence[Mapping[str, Any]] = (), *, tit
     """
     frame = _numeric(rows)
     frame = frame.set_index("iteration") if "iteration" in frame.columns else frame
-    norms, shares = _per_term(frame, "norm_raw"), _per_term(frame, "share")
-    panels = [(h, c, log) for h, c, log in (("Gradient norm before clipping", norms, True),
+    raw, shares = _per_term(frame, "norm_raw"), _per_term(frame, "share")
+    norms = raw | _per_term(frame, "norm_clipped")
+    panels = [(h, c, log) for h, c, log in (("Gradient norm after rules (dotted: before)", norms, True),
                                             ("Signed share of the gradient", shares, False)) if c]  # fmt: skip
     if not panels:
         raise ValueError("no per-term gradient norm in these rows")
     figure, axes = _figure(len(panels), 1, (9.6, 2.9 * len(panels) + 0.3))
     for axis, (heading, curves, log_scale) in zip(axes.flat, panels, strict=True):
         _mark(axis, events)
-        _panel(axis, heading, {label: frame[name] for label, name in curves.items()}, {}, log_scale)
+        shown = {label: frame[name] for label, name in curves.items()}
+        _panel(axis, heading, {k: s.where(s != 0) for k, s in shown.items()} if log_scale else shown, {}, log_scale)
+        for colour, (label, after) in zip(COLOURS * len(shown), shown.items() if log_scale else (), strict=False):
+            _before_rules(axis, frame[raw[label]] if label in raw else after, after, colour)
         axis.set_xlabel("iteration", fontsize=9)
     if title:
         figure.suptitle(title)
     return figure
+
+
+def _before_rules(axis: "Axes", raw: "Series", after: "Series", colour: str) -> None:
+    """The norm before rules, dotted, where these have changed it by a thousandth or more anywhere."""
+    factor = (after / raw)[np.isfinite(after / raw)]
+    if (np.abs(factor - 1) > 1e-3).any():
+        finite = raw[np.isfinite(raw) & (raw > 0)]
+        window = max(1, len(finite) // WINDOWS)
+        median = finite.rolling(window, center=True, min_periods=1).median()
+        axis.plot(median.index, median, color=colour, linewidth=1.2, linestyle=":")
 
 
 def _per_term(frame: "DataFrame", quantity: str) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""One progress bar over all stages of a build."""
+"""One progress bar over all stages of a build, or a share of somebody else's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from contextvars import ContextVar
+from typing import Protocol, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -26,9 +27,28 @@ class InterruptedBuildError(Exception):
     """The build was given up elsewhere; raised in stages that are still running."""
 
 
+Watcher: TypeAlias = Callable[[str, float], object]
+"""Told what runs, and which share of the build in [0, 1] is made; from the stages' threads, too."""
+
+_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched_by(watcher: Watcher) -> Iterator[None]:
+    """Builds inside draw no bar of their own and tell ``watcher`` instead.
+
+    *When to use*: where a build is a part of something longer that shows its own progress.
+    """
+    token = _WATCHER.set(watcher)
+    try:
+        yield
+    finally:
+        _WATCHER.reset(token)
+
+
 @contextmanager
 def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
-    """A bar over ``total`` units of cost that names the running stages; drawn on standard error.
+    """A bar over ``total`` units of cost that names the running stages; drawn on standard error unless watched.
 
     When the block ends, by an error or the keyboard too, stages still running in other threads are interrupted
     at their next step.
@@ -40,13 +60,19 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     left: dict[str, int | None] = {}  # steps, by name of the stage
-    ended = False
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+    ended, watcher = False, _WATCHER.get() if shown else None
+    drawn = shown and watcher is None
+    with Progress(*columns, console=Console(stderr=True), disable=not drawn, transient=True) as bar:
         task = bar.add_task(title, total=total)
 
         def describe() -> None:
             running = ", ".join(name for name, steps in list(left.items()) if steps != 0)
             bar.update(task, description=f"{title}: {running}")
+            tell()
+
+        def tell() -> None:
+            if watcher is not None:
+                watcher(bar.tasks[0].description, bar.tasks[0].completed / total)
 
         def stage(name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
             left[name] = steps
@@ -61,6 +87,8 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
             bar.advance(task, cost)
             if left[name] == 0:
                 describe()
+            else:
+                tell()
 
         try:
             yield stage

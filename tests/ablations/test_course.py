@@ -1,0 +1,83 @@
+"""One bar over the parts of ``ablate run``, and plain lines where there is no terminal."""
+
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ablations import course as courses
+from ablations import study as studies
+from ablations.course import BUILD, CLOSING, TRIAL, Course
+from tests.ablations.tiny import write
+from twinrl.lab.progress import stages
+
+STEPS, TRIALS = 20, 4
+
+
+def begun(tmp_path: Path, terminal: bool = False) -> Course:
+    console = Console(file=StringIO(), width=100, force_terminal=terminal, force_interactive=terminal)
+    return Course(studies.load(write(tmp_path / "study.yaml")), console)
+
+
+def shown(course: Course) -> str:
+    console = Console(file=StringIO(), width=100)
+    console.print(course)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def build(course: Course, steps: int, of: int = 4) -> None:
+    with course.data(), stages("building", of) as stage:
+        tick = stage("codec", 1)
+        for _ in range(steps):
+            tick()
+
+
+def test_a_build_is_a_part_of_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    course = begun(tmp_path)
+    whole = BUILD + TRIALS * (STEPS + TRIAL) + CLOSING
+    with course, course.data(), stages("building", 4) as stage:
+        tick = stage("codec", 1)
+        tick()
+        assert course.made() == BUILD / 4
+        assert f"{BUILD / 4 / whole:.0%}" in shown(course)
+        assert "building: codec" in shown(course)
+    assert course.made() == BUILD  # now that the data are there
+    assert capfd.readouterr().err == ""  # a bar of its own would be there
+
+
+def test_data_that_are_there_cost_nothing(tmp_path: Path) -> None:
+    course = begun(tmp_path)
+    with course, course.data():
+        pass
+    assert course.made() == 0
+
+
+def test_plain_lines_tell_a_build_by_quarters(tmp_path: Path) -> None:
+    course = begun(tmp_path)
+    with course:
+        build(course, 100, of=100)
+    assert course.console.file.getvalue().split() == [  # type: ignore[attr-defined]
+        word for share in (0, 25, 50, 75, 100) for word in ("building:", "codec", f"{share}%")
+    ]  # fmt: skip
+
+
+def test_time_left_is_told_by_the_pace_of_this_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(courses.time, "monotonic", lambda: clock[0])
+    course = begun(tmp_path)
+    course.trained.share = course.trained.before = 0.5  # made by an earlier command, in no time of this one
+    assert course.left() == ""
+    clock[0], course.trained.share = 60.0, 0.75
+    quarter = course.trained.work / 4
+    assert course.left() == f"{courses.duration(60 / quarter * (quarter + CLOSING))} left"
+
+
+def test_the_bar_fits_a_narrow_terminal(tmp_path: Path) -> None:
+    course = begun(tmp_path)
+    course.what = "building the digits lab: " + ", ".join(["preference judge"] * 6)
+    console = Console(file=StringIO(), width=60)
+    console.print(course)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 1
+    assert len(lines[0]) <= 60
