@@ -41,7 +41,7 @@ def arm_name(levels: Mapping[str, str]) -> str:
 
 def _arms(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
     """At least one arm, of known factors and levels and of keys."""
-    all_of(dict, Mapping)(value, owner, method, arguments)  # type: ignore[type-abstract]
+    all_of(dict, Mapping)(value, owner, method, arguments)
     if not value or not all(isinstance(key, str) for key in (*value, *(k for arm in value.values() for k in arm))):
         raise wrong_return(value, owner, method, "arm → {factor: level}, at least one")
     for name, chosen in value.items():

@@ -99,7 +99,7 @@ def _number(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> 
 
 
 def _ordered_pair(value: Any, owner: Any, method: str, arguments: tuple[Any, ...]) -> None:
-    checked(value, Sequence, owner, method)
+    checked(value, Sequence, owner, method)  # type: ignore[type-abstract]
     numbers = [each for each in value if isinstance(each, int | float | Fraction) and math.isfinite(each)]
     if len(numbers) != 2 or len(value) != 2 or numbers[0] > numbers[1]:
         raise wrong_return(value, owner, method, "two numbers, the smaller one first")

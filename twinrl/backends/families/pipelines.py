@@ -159,12 +159,14 @@ def _expected(value: object, default: object) -> str | None:
         return None
     if isinstance(value, list):
         return next(filter(None, (_expected(one, default) for one in value)), None)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if isinstance(default, bool | str):
         return None if type(value) is type(default) else type(default).__name__
-    if not number or (isinstance(default, int) and value != int(value)):
-        return "a whole number" if isinstance(default, int) else "a number"
-    return None
+    whole = isinstance(default, int)
+    if isinstance(value, float):
+        fits = value.is_integer() if whole else math.isfinite(value)
+    else:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    return None if fits else "a whole number" if whole else "a number"
 
 
 def components(index: dict[str, Any]) -> list[str]:
