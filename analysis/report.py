@@ -7,7 +7,8 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,10 @@ def report(
     if tracking_uri:
         folder = Path(out) if out else Path(f"{path.name}-{FOLDER}")
         files.check_writable(folder, str(folder), "name another --out")
-        study = from_mlflow(tracking_uri, str(path), base)
-        page = study_page.build(study, _made(folder / "figures"), metric, effect, interactions)
-        return page.write(folder)[1]
+        with _nothing_left_of_a_refusal(folder):
+            study = from_mlflow(tracking_uri, str(path), base)
+            page = study_page.build(study, _made(folder / "figures"), metric, effect, interactions)
+            return page.write(folder)[1]
     if not os.path.exists(path):  # False where the name is too long for a file
         raise InputError(f"nothing at {path}", expected="a run directory, a study folder, a ledger or a log")
     folder = Path(out) if out else (path / FOLDER if path.is_dir() else path.with_name(f"{path.stem}-{FOLDER}"))
@@ -64,22 +66,36 @@ def report(
             f"{path} is {kind} of another program", expected="names for its columns",
             fix="add e.g. --column step=global_step --column grad/total/norm_raw=grad_norm",
         )  # fmt: skip
-    if mapping:
-        log = other_logs.read(path, mapping)
-        page = run_page.build(Run.of(path, log.rows), [], _made(figures))
-        if log.replaced:
-            page.add(Text(f"{log.replaced} values were logged again for their step; the last ones count.", note=True))
-    elif path.is_dir() and is_run(path):
-        runs = [load_run(path)]
-        page = _of_run(runs[0], _made(figures))
-    else:
-        study = load_study(path, base, index)
-        runs, page = list(study.runs.values()), _of_study(study, _made(figures), metric, effect, interactions)
-        study.trials.to_csv(folder / "trials.csv", index=False)
-    written = page.write(folder)[1]
+    with _nothing_left_of_a_refusal(folder):
+        if mapping:
+            log = other_logs.read(path, mapping)
+            page = run_page.build(Run.of(path, log.rows), [], _made(figures))
+            if log.replaced:
+                said = f"{log.replaced} values were logged again for their step; the last ones count."
+                page.add(Text(said, note=True))
+        elif path.is_dir() and is_run(path):
+            runs = [load_run(path)]
+            page = _of_run(runs[0], _made(figures))
+        else:
+            study = load_study(path, base, index)
+            runs, page = list(study.runs.values()), _of_study(study, _made(figures), metric, effect, interactions)
+            study.trials.to_csv(folder / "trials.csv", index=False)
+        written = page.write(folder)[1]
     if mlflow and runs:
         log_report(runs, folder, page.title)
     return written
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
+    """Where the input turns out wrong inside, the folders that were made for the report go away again."""
+    new = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
+    try:
+        yield
+    except InputError:
+        if new is not None:
+            files.remove(new)
+        raise
 
 
 def _made(folder: Path) -> Path:
