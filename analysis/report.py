@@ -7,7 +7,8 @@
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def report(
     folder = Path(out) if out else _folder_of(path, bool(tracking_uri))
     files.check_writable(folder, str(folder), "name another --out")
     wanted = (metric, effect, interactions)
-    if tracking_uri:
-        study = from_mlflow(tracking_uri, str(path), base)
-        page, runs = study_page.build(study, _made(folder / "figures"), *wanted), list[Run]()
-    else:
-        page, runs = _page(path, folder, base, index, mapping, wanted)
-    written = page.write(folder)[1]
+    with _nothing_left_of_a_refusal(folder):
+        if tracking_uri:
+            study = from_mlflow(tracking_uri, str(path), base)
+            page, runs = study_page.build(study, _made(folder / "figures"), *wanted), list[Run]()
+        else:
+            page, runs = _page(path, folder, base, index, mapping, wanted)
+        written = page.write(folder)[1]
     if mlflow and runs:
         log_report(runs, folder, page.title)
     return written
@@ -99,6 +101,18 @@ def separated(text: str, separator: str) -> tuple[str, str]:
     if not found or not first or not second:
         raise InputError(f"{text!r} is no pair", expected=f"two names joined by {separator!r}")
     return first, second
+
+
+@contextmanager
+def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
+    """Where the input turns out wrong inside, the folders that were made for the report go away again."""
+    new = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
+    try:
+        yield
+    except InputError:
+        if new is not None:
+            files.remove(new)
+        raise
 
 
 def _made(folder: Path) -> Path:

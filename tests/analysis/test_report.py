@@ -442,3 +442,16 @@ def _write(run: Path, rows: list[dict[str, Any]]) -> None:
 
 def _said(page: Path) -> list[str]:
     return [(page.parent / name).read_text() for name in ("report.md", "report.html", "trials.csv")]
+
+
+def test_a_refused_report_leaves_no_folder(tmp_path: Path) -> None:
+    """A value that only a figure needs is found when the folder is there already."""
+    folder = simulated.make_study(tmp_path, seeds=1, steps=20)
+    run = next(folder.rglob("log.jsonl")).parent
+    rows = (run / "log.jsonl").read_text().splitlines()
+    rows[3] = json.dumps(json.loads(rows[3]) | {"opt/rms_max": [1.5]})
+    (run / "log.jsonl").write_text("\n".join(rows) + "\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="opt/rms_max"):
+        report(run, tmp_path / "new" / "out", mlflow=False)
+    assert sorted(tmp_path.rglob("*")) == before

@@ -106,6 +106,7 @@ STATES = {
     "half an episode": ("monitor.watch.episodes.spike", 1.5, "is no count"),
     "no number": (f"{DRIFT}.baseline", "low", "is no number"),
     "not finite": (f"{SPIKE}.window", [1.0, "nan"], "is not finite"),
+    "400 digits": ("monitor.divergence.best", int("7" * 400), "is no number"),
     "truth": ("monitor.divergence.best", True, "is no number"),
     "no stretch": ("monitor.divergence.bad.length", None, "is no count"),
     "judged by text": ("monitor.divergence.judged.sound", "2", "sound: "),

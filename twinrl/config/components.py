@@ -166,7 +166,8 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
         InputError: it is not; the message names the method and its line.
     """
     number = kind is float
-    fits = isinstance(value, int | float) and math.isfinite(value) if number else isinstance(value, kind)
+    whole = number and isinstance(value, int)  # which may be too large for a float
+    fits = whole or (isinstance(value, kind) and not (number and not math.isfinite(value)))  # type: ignore[arg-type]
     if fits and (shape is None or value.shape == shape):
         return value
     expected = "a finite number" if number else kind.__name__

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -56,10 +56,9 @@ def parse(content: bytes, kind: Any, what: str, fix: str) -> Any:
 def made(kind: type[T], plain: Mapping[str, object]) -> T:
     """A dataclass from plain values, its fields' types taken strictly. Raises ValueError: they do not fit."""
     try:
-        found: T = TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+        return cast(T, _adapter(cast(Any, kind)).validate_json(json.dumps(plain), strict=True))
     except ValidationError as error:
         raise ValueError(one_line(error.errors())) from error
-    return found
 
 
 def count(value: object) -> int:
@@ -73,7 +72,10 @@ def number(value: object) -> float:
     """A number; one that is not finite may be a string, as strict JSON has it. Raises ValueError: something else."""
     if type(value) not in (int, float) and value not in ("nan", "inf", "-inf"):
         raise ValueError(f"{value!r:.40} is no number")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError as error:  # of a whole number
+        raise ValueError(f"{value!r:.40} is no number") from error
 
 
 def finite(value: object) -> float:

@@ -456,8 +456,8 @@ class Trainer:
         state, parts = checkpoint.state, assembly.parts_of(self.objective)
         formats = {n: t.dtype for n, t in parts["student"].state_dict().items()}  # as averages were in older versions
         if assembly.REMAINDER in parts and assembly.REMAINDER not in checkpoint.tensors:
-            for rest in parts.pop(assembly.REMAINDER).parameters():
-                rest.detach().zero_()
+            for remainder in parts.pop(assembly.REMAINDER).parameters():
+                remainder.detach().zero_()
         for name, module in parts.items():
             part = "student" if name in lacking else name
             found, file = checkpoint.part(part), f"{origin}/{part}.safetensors"

@@ -115,6 +115,7 @@ ODD = {
     "layers for a year": ("transformer", {"num_layers": 10**9}, "num_layers .* expected 0 to 1000"),
     "text encoder": ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers .* expected 0 to 1000"),
     "sizes that do not fit": ("transformer", {"num_attention_heads": 3}, "cannot be loaded; got "),
+    "400 digits": ("vae", {"sample_size": int("7" * 400), "layers_per_block": -1}, "layers_per_block .* 0 to 1000"),
     "below zero": ("transformer", {"in_channels": -4}, "cannot be loaded; got "),
 }
 

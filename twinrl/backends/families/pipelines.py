@@ -162,9 +162,11 @@ def _expected(value: object, default: object) -> str | None:
     if isinstance(default, bool | str):
         return None if type(value) is type(default) else type(default).__name__
     whole = isinstance(default, int)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return None if not whole or value == int(value) else "a whole number"
-    return "a whole number" if whole else "a number"
+    if isinstance(value, float):
+        fits = value.is_integer() if whole else math.isfinite(value)
+    else:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    return None if fits else "a whole number" if whole else "a number"
 
 
 def components(index: dict[str, Any]) -> list[str]:
