@@ -24,6 +24,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.campaign]
 
 WIDTHS = {"phone": 390, "laptop": 1366}
 SERIOUS = ("serious", "critical")
+BY_FINGER = "scrollable-region-focusable"
+"""What the theme leaves out where nothing can hover: there code is scrolled by a finger."""
 FOREIGN = """return performance.getEntriesByType('resource').map(e => e.name)
     .filter(n => !n.startsWith('data:') && !n.startsWith(location.origin))"""
 FOUND = "return [...document.querySelectorAll('.md-search-result__link')].map(link => link.href)"
@@ -93,11 +95,16 @@ def test_no_serious_barrier(site: Path, server: str, browser: Any) -> None:  # n
             browser.get(f"{server}/{page.relative_to(site).as_posix()}")
             browser.execute_script(axe)
             found = browser.execute_async_script(CHECK)
-            wrong += [(str(page.relative_to(site)), name, *rest) for impact, *rest in found if impact in SERIOUS]
+            allowed = (BY_FINGER,) if name == "phone" else ()
+            wrong += [(str(page.relative_to(site)), name, rule, *rest) for impact, rule, *rest in found
+                      if impact in SERIOUS and rule not in allowed]  # fmt: skip
             keep_screenshot(browser, f"{page.parent.name}-{page.stem}-{name}")
     assert wrong == []
 
 
 def _resize(window: Any, width: int) -> None:
+    """A window of this width; the laptop has a mouse."""
+    hover = "hover" if width == WIDTHS["laptop"] else "none"
+    window.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "hover", "value": hover}]})
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     window.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
