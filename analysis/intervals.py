@@ -4,14 +4,12 @@ Which interval for the interquartile mean? Coverage of nominal 95 % (Monte-Carlo
 analysis.coverage``), worst of four laws: normal, log-normal (σ = 0.75), Student t with 3 degrees of freedom, and
 normal with one run in ten collapsed:
 
-====  ===================  =====================  =====================  ==================  ==================
- n    percentile           BCa                    bootstrap-t            trimmed t, Student   **calibrated t**
-====  ===================  =====================  =====================  ==================  ==================
- 5    0.882                0.880                  0.977, width 10⁸       0.914               0.939
- 8    0.923                0.923                  0.950                  0.909               0.939
- 10   0.930                0.929                  0.943                  0.932               0.945
- 20   0.935                0.936                  0.931                  0.935               0.949
-====  ===================  =====================  =====================  ==================  ==================
+| n | percentile | BCa | bootstrap-t | trimmed t, Student | **calibrated t** |
+|--:|--:|--:|--:|--:|--:|
+| 5 | 0.882 | 0.880 | 0.977, width 10⁸ | 0.914 | 0.939 |
+| 8 | 0.923 | 0.923 | 0.950 | 0.909 | 0.939 |
+| 10 | 0.930 | 0.929 | 0.943 | 0.932 | 0.945 |
+| 20 | 0.935 | 0.936 | 0.931 | 0.935 | 0.949 |
 
 The trimmed t of Tukey and McLaughlin (1963) is short of its level because Student's law is only an approximation
 to that of a trimmed mean; with the quantile simulated for normal data instead it is exact there and good

@@ -14,6 +14,9 @@ from website import notebooks, places, reference
 STYLE = Path(__file__).parent / "site.css"
 STARTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL)
+ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):(?=<code>)")
+"""What stands before a name in docstrings that another program would read."""
+DIALOG = 'data-md-component="search" role="dialog"'
 sources: dict[str, str] = {}
 """Place on the site → file of the repository that it shows."""
 
@@ -39,8 +42,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw by themselves."""
-    return FORMULA.sub(_formula, html)
+    """Formulas as MathML, which browsers draw by themselves; wide tables can be scrolled by the keyboard."""
+    return ROLE.sub("", FORMULA.sub(_formula, html)).replace("<table", '<table tabindex="0"')
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """A name for the theme's dialog."""
+    return output.replace(DIALOG, f'{DIALOG} aria-label="Search"')
 
 
 def _formula(found: re.Match[str]) -> str:
