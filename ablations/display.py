@@ -5,7 +5,7 @@ import re
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -172,9 +172,9 @@ class Board:
 
 @contextmanager
 def live(board: Board) -> Iterator[None]:
-    """Show the table while trials run."""
-    interactive = board.console.is_interactive
-    with Live(board, console=board.console, auto_refresh=interactive, refresh_per_second=1, transient=True):
+    """Show the table while trials run, on a terminal that can."""
+    shown = Live(board, console=board.console, refresh_per_second=1, transient=True)
+    with shown if board.console.is_interactive else nullcontext():
         yield
 
 
