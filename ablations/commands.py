@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ablations import display, runner, versions
+from ablations import display, runner, timing, versions
 from ablations import margin as margins
 from ablations import plan as plans
 from ablations import study as studies
@@ -25,7 +25,7 @@ FAILED, INTERRUPTED = 1, 130
 
 
 def plan(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, timing: bool
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, measure: bool
 ) -> int:
     """``twinrl ablate plan``."""
     console, made = Console(), _plan(name, seeds, root, ledgers)
@@ -40,20 +40,25 @@ def plan(
         f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
         f"{len(made.trials) - missing} done, {missing} to run"
     )
-    if timing and missing:
-        _print_cost(made, cpus, console)
+    if missing:
+        _print_cost(made, cpus, measure, console)
     return 0
 
 
-def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
+def _print_cost(made: Plan, cpus: int | None, measure: bool, console: Console) -> None:
+    """What the missing trials take, and how sure that is."""
     resources = made.study.config.resources
     slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
-    with console.status("timing a few steps"):
-        timing = plans.measure(made)
-    total = plans.remaining_seconds(made, timing, slots)
+    with console.status("timing a few steps") if measure else nullcontext():
+        found = timing.measure(made) if measure else timing.known(made)
+    if found is None:
+        console.print("not measured on this machine; --measure times a few steps, once", soft_wrap=True)
+        return
+    expected, low, high = map(display.duration, found.rest(made, slots))
     console.print(
-        f"measured on this machine: {timing.step:.3f} s a step, {timing.fixed:.1f} s besides; about "
-        f"{display.duration(total)} with {slots} at a time (validations during training not counted)",
+        f"about {expected} with {slots} at a time (from the middle half of the steps: {low} to {high}): "
+        f"{found.step:.3f} s a step, {found.fixed:.1f} s besides, measured here on {found.at} over {found.steps} "
+        "steps; validations during training are not counted",
         soft_wrap=True,
     )
 
