@@ -23,6 +23,7 @@ ARTIFACTS_NAME = "mlartifacts"
 STORE_PATIENCE_SECONDS = 5
 PASSWORD = re.compile(r"(://[^/@\s:]*:)[^@/\s]+(?=@)|([?&]password=)[^&\s]+")
 PARENT_TAG = "mlflow.parentRunId"
+NAME_TAG = "mlflow.runName"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the pages for training runs
