@@ -34,10 +34,11 @@ DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)))
 MOST_ARMS = 8  # curves in one panel; further arms are left to the tables
 MOST_LINES = 60  # of a figure with a line for each arm or effect
 MOST_POINTS = 2000  # of a curve: more than a figure has pixels
+DOTS_PER_INCH = 150  # of a PNG, as MLflow shows it
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write ``path`` (``*.svg``) and, unless it is there of the same figure, a PDF beside it; returns ``path``."""
+    """Write ``path`` (``*.svg``) and, unless they are there of the same figure, a PDF and a PNG; returns ``path``."""
     import matplotlib
 
     page, picture = path.with_suffix(".pdf"), io.BytesIO()
@@ -47,6 +48,8 @@ def save(figure: "Figure", path: Path) -> Path:
             figure.set_layout_engine("none")  # once found it stays
             with files.publishing(page) as new:
                 figure.savefig(new, format="pdf", facecolor="white", metadata={"CreationDate": None})
+            with files.publishing(path.with_suffix(".png")) as new:
+                figure.savefig(new, format="png", facecolor="white", dpi=DOTS_PER_INCH)
             with files.publishing(path) as new:
                 new.write_bytes(picture.getvalue())
     return path
