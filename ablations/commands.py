@@ -8,10 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from ablations import display, runner, timing, versions
+from ablations import display, runner, versions
 from ablations import margin as margins
 from ablations import plan as plans
 from ablations import study as studies
+from ablations import timing as timings
 from ablations.cluster import Machine, usable_cores
 from ablations.plan import Plan, Workspace
 from ablations.publish import StudyView, following
@@ -50,7 +51,7 @@ def _print_cost(made: Plan, cpus: int | None, measure: bool, console: Console) -
     resources = made.study.config.resources
     slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
     with console.status("timing a few steps") if measure else nullcontext():
-        found = timing.measure(made) if measure else timing.known(made)
+        found = timings.measure(made) if measure else timings.known(made)
     if found is None:
         console.print("not measured on this machine; --measure times a few steps, once", soft_wrap=True)
         return
