@@ -51,9 +51,9 @@ def views(study: str, metric: str, series: Mapping[str, Extent]) -> dict[str, Vi
     arms = f"tags.study = '{study}' AND tags.level = 'summary'"
     fate = [*_charts([metric], series, str), Chart("seeds alive", (ALIVE,))]
     outcomes = [name for name in series if name.startswith("val/") and name != metric]
-    norms = Section(f"What became of the arms ({BAND_NOTE})", fate, columns=2), *_norms(series)
+    norms = Section(f"What became of the arms ({BAND_NOTE})", fate), *_norms(series)
     quality = (
-        Section(f"Quality by arm ({BAND_NOTE})", fate, columns=2),
+        Section(f"Quality by arm ({BAND_NOTE})", fate),
         Section("Other validation", _charts(outcomes, series, lambda name: name.removeprefix("val/"))),
     )
     return {

@@ -246,7 +246,17 @@ class StudyView:
         links = "\n".join(f"- [{title}]({at[page].removeprefix('/')})" for page, title in pages.TITLES.items())
         shown = f"{self._base}{at[pages.NORMS]}"
         self._tag(self._study, {"compare": shown, NOTE_TAG: f"{self.plan.study.config.question}\n\n{links}"})
+        self._count()
         return shown
+
+    def _count(self) -> None:
+        """Say in the study's run how many trials have ended, and how many have diverged."""
+        plan = self.plan.reread()
+        ended = [record for trial in plan.trials if (record := plan.record(trial)) is not None]
+        counts = {"trials": len(ended), "diverged": sum(record.diverged is not None for record in ended)}
+        for name, count in counts.items():
+            if count:  # no bar has no height
+                self.client.log_metric(self._study, name, count, timestamp=0, step=0)
 
     def _summarise(self, plan: Plan, trials: Sequence[Trial]) -> None:
         """The summary of an arm's ended ``trials``, unless it is there."""
@@ -267,12 +277,19 @@ class StudyView:
         for older in self._summaries.pop(arm, []):
             self.client.delete_run(older)
         tags = {"level": "summary", "study": self.plan.study.name, "arm": trials[0].arm, store.PARENT_TAG: arm}
+        tags[views.COLOUR_TAG] = self._colour(trials[0])
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         self._summaries[arm] = [run]
         self._levels(run, trials[0])
         self._log(run, curves, living)
         self.client.set_terminated(run)
         return run
+
+    def _colour(self, trial: Trial) -> str:
+        """The arm's colour, as in the report's figures."""
+        from analysis.plots import colour
+
+        return colour([arm.name for arm in self.plan.study.arms].index(trial.arm))
 
     @cached_property
     def _summaries(self) -> dict[str, list[str]]:

@@ -274,6 +274,9 @@ def test_summaries_hold_every_series_and_the_pages_are_laid_out(workspace: Works
         if run.data.tags.get("level", "seed") in ("seed", "summary"):
             assert own[run.data.tags["mlflow.parentRunId"]] == run.data.tags["arm"]
             assert run.data.params["factor.rate"] == run.data.tags["arm"].removeprefix("rate=")
+    (study,) = (run for run in found if run.data.tags.get("level") == "study")
+    assert study.data.metrics == {"trials": 4, "diverged": 1}
+    assert study.data.tags["factor.rate"] == "small, large"
     names_of = {run.info.run_name for run in found if "seed" in run.data.tags}
     assert names_of == {f"rate={rate} · s{seed}" for rate in ("small", "large") for seed in (0, 1)}
 

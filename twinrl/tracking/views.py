@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 TAG = "mlflow.sharedViewState."
 COMPRESSED = "deflate;"
+COLOUR_TAG = "mlflow.runColor"
 TRAINING_PAGES = "workflowType=machine_learning"  # MLflow opens its pages for chat applications otherwise
 CARD_PIXELS = 360
 BY_NAME = "tags.`mlflow.runName`"
@@ -30,7 +31,7 @@ class Chart:
     """Curves over steps, of every run of a view in its colour.
 
     Attributes:
-        title: above it. metrics: the first is drawn solid, the next dashed and dotted.
+        title: above it, where MLflow does not show the metrics' names. metrics: the first solid, then dashed, dotted.
         log: logarithmic vertical axis.
     """
 
@@ -49,7 +50,7 @@ class Section:
 
     title: str
     charts: Sequence[Chart]
-    columns: int = 3
+    columns: int = 2
     opened: bool = True
 
 
@@ -86,7 +87,8 @@ class View:
             "searchFilter": self.runs, "orderByKey": self.order, "orderByAsc": True, **table,
             "runsHiddenMode": "FIRST_20_RUNS",
             "compareRunSections": sections, "compareRunCharts": [*self._charts(), *self._deleted()],
-            "isAccordionReordered": True, "hideEmptyCharts": True, "autoRefreshEnabled": False,
+            "isAccordionReordered": True, "hideEmptyCharts": True, "runListHidden": bool(sections),
+            "autoRefreshEnabled": False,
             "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
         }  # fmt: skip
 
