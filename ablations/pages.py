@@ -17,6 +17,9 @@ BAND_NOTE = "solid: median over seeds; dashed, dotted: 10 % and 90 %"
 LOG_FROM = 20.0
 """Ratio of the largest median to the smallest from which an axis is logarithmic."""
 TOTAL = "total"
+OTHERS = "Other series"
+FOLDED = {"grad": "Clips and shares", "loss": "Losses", "": OTHERS}
+"""Sections that are folded up at first, by the first part of their series' names."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,18 @@ def views(study: str, metric: str, series: Mapping[str, Extent]) -> dict[str, Vi
         study: its name. metric: that it ranks by. series: what the arms' summaries hold.
     """
     arms = f"tags.study = '{study}' AND tags.level = 'summary'"
-    fate = [*_charts([metric], series, str), Chart("seeds alive", (ALIVE,))]
+    fate = Section("Seeds alive", [Chart("seeds alive", (ALIVE,))], columns=1, height=260)
+    ranked = _charts([metric], series, str)
     outcomes = [name for name in series if name.startswith("val/") and name != metric]
-    norms = Section(f"What became of the arms ({BAND_NOTE})", fate), *_norms(series)
+    before, after = (_norms(series, quantity) for quantity in ("norm_raw", "norm_clipped"))
+    norms = (
+        fate,
+        Section(f"{metric}, and gradient norms by term before rules ({BAND_NOTE})", [*ranked, *before]),
+        Section(f"Gradient norms by term after rules ({BAND_NOTE})", after),
+    )
     quality = (
-        Section(f"Quality by arm ({BAND_NOTE})", fate),
+        fate,
+        Section(f"Quality by arm ({BAND_NOTE})", ranked, columns=1),
         Section("Other validation", _charts(outcomes, series, lambda name: name.removeprefix("val/"))),
     )
     return {
@@ -72,26 +82,19 @@ def _charts(chosen: Iterable[str], series: Mapping[str, Extent], title: Callable
     return [Chart(title(name), bands(name), series[name].log) for name in chosen if name in series]
 
 
-def _norms(series: Mapping[str, Extent]) -> Iterable[Section]:
-    """A section for the norms before rules, and one for those after; a chart a term, the total first."""
-    for quantity, when in (("norm_raw", "before rules"), ("norm_clipped", "after rules")):
-        owners = [name.split("/")[1] for name in series if name.startswith("grad/") and name.endswith(f"/{quantity}")]
-        charts = [
-            Chart(owner, bands(names.grad(owner, quantity)), log=series[names.grad(owner, quantity)].high > 0)
-            for owner in sorted(owners, key=lambda owner: owner != TOTAL)
-        ]  # fmt: skip
-        yield Section(f"Gradient norm by term, {when} ({BAND_NOTE})", charts)
+def _norms(series: Mapping[str, Extent], quantity: str) -> list[Chart]:
+    """A chart for each term's norm before or after rules, the total first."""
+    owners = [name.split("/")[1] for name in series if name.startswith("grad/") and name.endswith(f"/{quantity}")]
+    found = {owner: names.grad(owner, quantity) for owner in sorted(owners, key=lambda owner: owner != TOTAL)}
+    return [Chart(owner, bands(name), log=series[name].high > 0) for owner, name in found.items()]
 
 
 def _rest(shown: Iterable[Section], series: Mapping[str, Extent]) -> list[Section]:
     """What other sections do not show, folded up: clips and shares, losses, and the others."""
     drawn = {chart.metrics[0] for section in shown for chart in section.charts}
-    groups: dict[str, list[str]] = {"Clips and shares": [], "Losses": [], "Other series": []}
+    groups: dict[str, list[str]] = {title: [] for title in FOLDED.values()}
     for name in (name for name in series if name not in drawn):
-        key = (
-            "Clips and shares" if name.startswith("grad/") else "Losses" if name.startswith("loss/") else "Other series"
-        )
-        groups[key].append(name)
+        groups[FOLDED.get(name.split("/")[0], OTHERS)].append(name)
     return [Section(title, _charts(found, series, str), opened=False) for title, found in groups.items()]
 
 

@@ -157,7 +157,7 @@ class StudyView:
     def _tags(self, trial: Trial, arm: str, mine: bool) -> dict[str, object]:
         """A seed run's tags. A run that another study published first only learns that this one uses it, too."""
         name, seed = self.plan.study.name, trial.settings.seed
-        member = {f"study.{name}": trial.arm}
+        member: dict[str, object] = {f"study.{name}": trial.arm}
         if not mine:
             return member
         title = f"{trial.arm} · s{seed}"

@@ -16,7 +16,6 @@ TAG = "mlflow.sharedViewState."
 COMPRESSED = "deflate;"
 COLOUR_TAG = "mlflow.runColor"
 TRAINING_PAGES = "workflowType=machine_learning"  # MLflow opens its pages for chat applications otherwise
-CARD_PIXELS = 360
 BY_NAME = "tags.`mlflow.runName`"
 NAME_COLUMN, NAME_PIXELS = "attributes.`Run Name`", 300
 LINE = {
@@ -45,12 +44,14 @@ class Section:
     """Charts under one heading.
 
     Attributes:
-        columns: charts beside one another. opened: whether it is unfolded at first.
+        columns: charts beside one another. A wide one has room for the names of its runs below it.
+        height: of a chart, in pixels. opened: whether it is unfolded at first.
     """
 
     title: str
     charts: Sequence[Chart]
     columns: int = 2
+    height: int = 360
     opened: bool = True
 
 
@@ -75,7 +76,7 @@ class View:
     def state(self) -> dict[str, Any]:
         """What MLflow's page is made of."""
         sections = [
-            {"uuid": f"s{k}", "name": s.title, "display": s.opened, "columns": s.columns, "cardHeight": CARD_PIXELS,
+            {"uuid": f"s{k}", "name": s.title, "display": s.opened, "columns": s.columns, "cardHeight": s.height,
              "isReordered": True, "deleted": False, "isGenerated": False}
             for k, s in enumerate(self.sections)
         ]  # fmt: skip
