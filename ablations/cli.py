@@ -42,13 +42,15 @@ def plan(
     root: Root = ROOT,
     ledger: Ledgers = None,
     cpus: Cpus = None,
-    timing: Annotated[bool, typer.Option("--timing/--no-timing", help="measure a few steps for the cost")] = True,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time a few steps for the cost, and keep that for this machine")
+    ] = False,
 ) -> None:
     """Show arms and trials, what is done, and what the rest costs. Starts nothing."""
     with importing():
         from ablations.commands import plan as command
 
-    raise typer.Exit(command(study, seeds, root, ledger, cpus, timing))
+    raise typer.Exit(command(study, seeds, root, ledger, cpus, measure))
 
 
 @app.command()

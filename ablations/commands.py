@@ -12,6 +12,7 @@ from ablations import display, reporting, runner, versions
 from ablations import margin as margins
 from ablations import plan as plans
 from ablations import study as studies
+from ablations import timing as timings
 from ablations.cluster import Machine, usable_cores
 from ablations.course import Course
 from ablations.plan import Plan, Workspace
@@ -28,7 +29,7 @@ FAILED, INTERRUPTED = 1, 130
 
 
 def plan(
-    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, timing: bool
+    name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None, cpus: int | None, measure: bool
 ) -> int:
     """``twinrl ablate plan``."""
     console, made = Console(), planned(name, seeds, root, ledgers)
@@ -44,20 +45,25 @@ def plan(
         f"{len(study.arms)} arms × {seeds_each} seed{'s' * (seeds_each != 1)} = {len(made.trials)} trials, "
         f"{len(made.trials) - missing} done, {missing} to run"
     )
-    if timing and missing:
-        _print_cost(made, cpus, console)
+    if missing:
+        _print_cost(made, cpus, measure, console)
     return 0
 
 
-def _print_cost(made: Plan, cpus: int | None, console: Console) -> None:
+def _print_cost(made: Plan, cpus: int | None, measure: bool, console: Console) -> None:
+    """What the missing trials take, and how sure that is."""
     resources = made.study.config.resources
     slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
-    with console.status("timing a few steps"):
-        timing = plans.measure(made)
-    total = plans.remaining_seconds(made, timing, slots)
+    with console.status("timing a few steps") if measure else nullcontext():
+        found = timings.measure(made) if measure else timings.known(made)
+    if found is None:
+        console.print("not measured on this machine; --measure times a few steps, once", soft_wrap=True)
+        return
+    expected, low, high = map(display.duration, found.rest(made, slots))
     console.print(
-        f"measured on this machine: {timing.step:.3f} s a step, {timing.fixed:.1f} s besides; about "
-        f"{display.duration(total)} with {slots} at a time (validations during training not counted)",
+        f"about {expected} with {slots} at a time (from the middle half of the steps: {low} to {high}): "
+        f"{found.step:.3f} s a step, {found.fixed:.1f} s besides, measured here on {found.at} over {found.steps} "
+        "steps; validations during training are not counted",
         soft_wrap=True,
     )
 

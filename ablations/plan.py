@@ -1,35 +1,22 @@
-"""From a study to its trials: what is done, what is begun, what is missing, and what the rest costs."""
+"""From a study to its trials: what is done, what is begun, what is missing."""
 
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ablations.fingerprint import fingerprint, planned, unused
 from ablations.ledger import Ledger, TrialRecord, key_of
 from ablations.study import Arm, Resources, Study
-from ablations.trial import environment, last_line
-from twinrl.config import validate
-from twinrl.config.errors import InputError
-from twinrl.flow.schedules import ANCHOR, SCHEDULES, position
-from twinrl.run import layout, names
+from twinrl.run import layout
 from twinrl.training.assembly import load_source
-from twinrl.training.runs import RunDirectory, dump
+from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
 
 DEFAULT_ROOT = Path("runs/ablations")
 LEDGER_NAME = "ledger.jsonl"
-TIMED_STEPS = 6
-TIMING_PATIENCE_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -171,87 +158,3 @@ def content_hash(settings: RunConfig) -> str:
     if key not in _HASHES:
         _HASHES[key] = load_source(settings, torch.device("cpu")).content_hash
     return _HASHES[key]
-
-
-# --- cost -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MeasuredCost:
-    """Measured cost of the base configuration on this machine.
-
-    Attributes:
-        step: seconds of one optimizer step (median).
-        fixed: seconds of a run besides its steps: start, data, last validation, final table, pictures.
-    """
-
-    step: float
-    fixed: float
-
-    def trial(self, steps: int) -> float:
-        """Seconds of a trial; validations during training are not counted."""
-        return self.fixed + steps * self.step
-
-
-def measure(plan: Plan) -> MeasuredCost:
-    """Train the first arm for a few steps in a throw-away folder.
-
-    Raises:
-        InputError: it can't be trained, or not in a quarter of an hour; gives the reason.
-    """
-    trial = plan.trials[0]
-    with tempfile.TemporaryDirectory() as folder:
-        path, output = Path(folder, "timing.yaml"), Path(folder, "output.txt")
-        short = shortened(trial.settings, TIMED_STEPS, Path(folder))
-        path.write_text(dump(short))
-        started = time.monotonic()
-        try:
-            with output.open("wb") as file:
-                subprocess.run(
-                    [sys.executable, "-m", "twinrl", "train", str(path)], stdout=file, stderr=file, check=False,
-                    env=environment(trial.settings.machine.threads or 1), timeout=TIMING_PATIENCE_SECONDS,
-                )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise InputError(
-                f"arm {trial.arm} took longer than {TIMING_PATIENCE_SECONDS:g} s for {TIMED_STEPS} steps",
-                got=last_line(output), fix="give --no-timing to plan without the cost",
-            ) from error  # fmt: skip
-        elapsed = time.monotonic() - started
-        if RunDirectory(short.directory).result is None:
-            raise InputError(f"arm {trial.arm} can't be trained", got=last_line(output))
-        seconds = [row[names.STEP_SECONDS] for row in layout.read_rows(short.directory)]
-    return MeasuredCost(statistics.median(seconds[1:]), elapsed - sum(seconds))
-
-
-def shortened(settings: RunConfig, steps: int, folder: Path) -> RunConfig:
-    """The configuration as a run of ``steps`` in ``folder``, made to its end whatever happens on the way.
-
-    Schedules shrink with the run, so that what an arm switches on late is in the steps that are timed.
-    """
-    plain = _with_shares(settings.model_dump(mode="json"), settings.train.steps)
-    plain["train"]["steps"], plain["run"]["dir"] = steps, str(folder)
-    plain["stability"] |= dict.fromkeys(("policy", "spike", "drift"), "record")
-    plain["early_stop"]["patience"] = None
-    return validate(RunConfig, plain)
-
-
-def _with_shares(value: Any, steps: int) -> Any:
-    """Plain settings in which schedules have their moments as shares of a run of ``steps``."""
-    if isinstance(value, list):
-        return [_with_shares(item, steps) for item in value]
-    if not isinstance(value, dict):
-        return value
-    moments = [key for key in ("start", "end") if key in value and value.get("kind") in SCHEDULES]
-    shares = {key: _share(value[key], steps) for key in moments}
-    return {key: _with_shares(item, steps) for key, item in value.items()} | shares
-
-
-def _share(moment: int | str, steps: int) -> str:
-    """A moment as the same share of a run of ``steps``; what lies beyond it stays at its end."""
-    share = f"{min(100.0, float(100 * position(moment, steps, Fraction(0)) / steps)):.6f}%"
-    return f"{ANCHOR}+{share}" if str(moment).startswith(ANCHOR) else share
-
-
-def remaining_seconds(plan: Plan, timing: MeasuredCost, slots: int) -> float:
-    """Wall-clock seconds for what is missing, ``slots`` trials at a time."""
-    return sum(timing.trial(trial.settings.train.steps) for trial in plan.missing) / max(1, slots)

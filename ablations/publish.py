@@ -2,32 +2,33 @@
 
 Seed runs are twinrl's own views of run directories (:mod:`twinrl.tracking.mlflow_view`), here with the tags
 ``study``, ``arm`` and the factor levels as parameters. They grow while trials run, by the rows that a checkpoint has
-made durable: what a resumed trial cuts off and repeats was never shown. A study and an arm are parent runs. At the
-end an arm gets a fresh summary run (:mod:`ablations.summary`) in place of the one before, so that charts compare arms
-and not single lucky runs. A trial that belongs to several studies stays where it was published first; the others
-link to it by tags.
+made durable: what a resumed trial cuts off and repeats was never shown. A study and an arm are parent runs. When its
+last trial has ended an arm gets a fresh summary run (:mod:`ablations.summary`) in place of the one before, so that
+charts compare arms and not single lucky runs; the study's pages (:mod:`ablations.pages`) show those. A trial that
+belongs to several studies stays where it was published first; the others link to it by tags.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 
+from ablations import pages
 from ablations.display import by_arm
 from ablations.ledger import TrialRecord
 from ablations.plan import Plan, Trial
-from ablations.summary import BandPoint, curves
+from ablations.summary import Curve, alive, curves, logs_of
 from ablations.trial import durable_log
 from twinrl.config.errors import InputError
 from twinrl.run import names
-from twinrl.tracking import mlflow_view, store, ui
+from twinrl.tracking import mlflow_view, store, studies, ui, views
 from twinrl.tracking.mlflow_run import POINTS_PER_REQUEST, fitting
 from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.mlflow_view import MLflowView
 
-EXPERIMENT = "ablations"
+EXPERIMENT = studies.EXPERIMENT
 STUDY_KEY_TAG = "twinrl.study_key"
 NOTE_TAG = "mlflow.note.content"
 SERVER = "http://127.0.0.1:5000"
@@ -58,6 +59,9 @@ class StudyView:
         self._ended: set[str] = set()
         self._runs: dict[str, dict[str, str]] = {}
         self._arms: dict[str, str] = {}
+        self._published: dict[str, str | None] = {}
+        self._summarised: dict[str, int] = {}
+        self._series: dict[str, pages.Extent] = {}
         self._paused_until = 0.0
         self.uri = store.resolve(uri, plan.workspace.root)
         try:
@@ -80,8 +84,18 @@ class StudyView:
                 self._paused_until = time.monotonic() + PAUSE_SECONDS
 
     def try_trial(self, trial: Trial) -> None:
-        """:meth:`trial` where it can't be in the way: what fails now is published by :meth:`try_summaries`."""
-        self._try(lambda: self.trial(trial))
+        """:meth:`trial`, and the summary of an arm that it completes, where it can't be in the way.
+
+        What fails now is published by :meth:`try_summaries`.
+        """
+        self._try(lambda: self._complete(trial))
+
+    def _complete(self, trial: Trial) -> None:
+        self.trial(trial)
+        plan = self.plan.reread()
+        trials = by_arm(plan)[trial.arm]
+        if all(plan.record(other) is not None for other in trials):
+            self._summarise(plan, trials)
 
     def try_summaries(self) -> str | None:
         """:meth:`summarise`; what went wrong, if anything."""
@@ -133,6 +147,7 @@ class StudyView:
         run = mlflow_view.publish(trial.run.path, self.uri, EXPERIMENT, tags, final=True)
         self._place(trial, run)
         self._outcome(run, record)
+        self._published[trial.key] = run
         return run
 
     def _mine(self, trial: Trial) -> bool:
@@ -142,10 +157,12 @@ class StudyView:
     def _tags(self, trial: Trial, arm: str, mine: bool) -> dict[str, object]:
         """A seed run's tags. A run that another study published first only learns that this one uses it, too."""
         name, seed = self.plan.study.name, trial.settings.seed
+        member: dict[str, object] = {f"study.{name}": trial.arm}
         if not mine:
-            return {f"study.{name}": trial.arm}
-        place = {"study": name, "arm": trial.arm, "seed": seed, store.PARENT_TAG: arm}
-        return place | {"config_hash": trial.config_hash, "fingerprint": trial.fingerprint}
+            return member
+        title = f"{trial.arm} · s{seed}"
+        place = {"study": name, "arm": trial.arm, "seed": seed, store.PARENT_TAG: arm, store.NAME_TAG: title}
+        return member | place | {"config_hash": trial.config_hash, "fingerprint": trial.fingerprint}
 
     def _place(self, trial: Trial, run: str) -> None:
         """Give a seed run its factor levels and its arm the link to the curves of its seeds."""
@@ -155,7 +172,7 @@ class StudyView:
         else:
             self._tag(arm, {f"reused.s{trial.settings.seed}": run})
         self._runs.setdefault(trial.arm, {})[trial.key] = run
-        self._note(arm, "the seeds of this arm", list(self._runs[trial.arm].values()))
+        self._note_seeds(arm, list(self._runs[trial.arm].values()))
 
     def _outcome(self, run: str, record: TrialRecord) -> None:
         """Steps made, and a failure as the ledger has it, its step also as a number that sorts."""
@@ -180,8 +197,12 @@ class StudyView:
 
     @cached_property
     def _study(self) -> str:
-        """Id of the study's parent run."""
-        return self._parent(f"study/{self.plan.study.name}", self.plan.study.name, {"level": "study"})
+        """Id of the study's parent run, whose tags name the factors' levels."""
+        study = self.plan.study
+        run = self._parent(f"study/{study.name}", study.name, {"level": "study"})
+        for factor, levels in study.factors.items():
+            self.client.set_tag(run, f"factor.{factor}", ", ".join(levels))
+        return run
 
     def _parent(self, key: str, name: str, tags: Mapping[str, str]) -> str:
         """Id of the run with ``key``, made if need be."""
@@ -200,35 +221,75 @@ class StudyView:
     # --- summaries ----------------------------------------------------------------------------------------
 
     def summarise(self) -> None:
-        """Publish what is finished, and a fresh summary run for each arm; what is left is marked as interrupted."""
+        """Publish what is finished, the arms' summaries and the study's pages; what is left counts as interrupted."""
         plan = self.plan.reread()
         for key in [trial.key for trial in plan.missing if trial.key in self._shown]:
             self._shown.pop(key).close("KILLED", self._offsets[key])
-        summaries = []
         for trials in by_arm(plan).values():
             done = [trial for trial in trials if plan.record(trial) is not None]
-            runs = [run for trial in done if (run := self.trial(trial)) is not None]
-            if runs:
-                summaries.append(self.summary(done[0], curves(plan, done)))
-        if summaries:
-            self.compare(summaries)
+            for trial in done:
+                if trial.key not in self._published:
+                    self.trial(trial)
+            if any(self._published[trial.key] for trial in done):
+                self._summarise(plan, done)
+        if self._summarised:
+            self.compare()
 
-    def compare(self, summaries: Sequence[str]) -> str:
-        """Link the study's run to the page that overlays its arms; the page's address."""
-        return self._note(self._study, "the arms of this study, medians over seeds", summaries)
+    def compare(self) -> str:
+        """Lay out the study's pages and link its run to them; the address of the norms by term and arm."""
+        name, metric = self.plan.study.name, self.plan.study.config.metric
+        for page, view in pages.views(name, metric, self._series).items():
+            views.save(self.client, self.experiment, _page_key(name, page), view)
+        at = {
+            page: views.address(self.experiment, _page_key(name, page), page != pages.DIVERGED) for page in pages.TITLES
+        }
+        links = "\n".join(f"- [{title}]({at[page].removeprefix('/')})" for page, title in pages.TITLES.items())
+        shown = f"{self._base}{at[pages.NORMS]}"
+        self._tag(self._study, {"compare": shown, NOTE_TAG: f"{self.plan.study.config.question}\n\n{links}"})
+        self._count()
+        return shown
 
-    def summary(self, trial: Trial, curves: Mapping[str, Sequence[BandPoint]]) -> str:
-        """A new summary run of the arm of ``trial`` with curves by metric; the one before is deleted."""
-        arm, name = self._arm(trial), f"{trial.arm} (summary)"
+    def _count(self) -> None:
+        """Say in the study's run how many trials have ended, and how many have diverged."""
+        plan = self.plan.reread()
+        ended = [record for trial in plan.trials if (record := plan.record(trial)) is not None]
+        counts = {"trials": len(ended), "diverged": sum(record.diverged is not None for record in ended)}
+        for name, count in counts.items():
+            if count:  # no bar has no height
+                self.client.log_metric(self._study, name, count, timestamp=0, step=0)
+
+    def _summarise(self, plan: Plan, trials: Sequence[Trial]) -> None:
+        """The summary of an arm's ended ``trials``, unless it is there."""
+        if self._summarised.get(trials[0].arm) != len(trials):
+            logs = logs_of(plan, trials)
+            self.summary(trials, curves(logs), alive(logs))
+            self._summarised[trials[0].arm] = len(trials)
+
+    def summary(
+        self, trials: Sequence[Trial], curves: Iterable[tuple[str, Curve]], living: Iterable[tuple[int, int]]
+    ) -> str:
+        """A new summary run of an arm; the one before is deleted.
+
+        Arguments:
+            trials: of the arm. curves: its series. living: (step, seeds alive).
+        """
+        arm, name = self._arm(trials[0]), f"{trials[0].arm} · {len(trials)} seed{'s' * (len(trials) != 1)}"
         for older in self._summaries.pop(arm, []):
             self.client.delete_run(older)
-        tags = {"level": "summary", "study": self.plan.study.name, "arm": trial.arm, store.PARENT_TAG: arm}
+        tags = {"level": "summary", "study": self.plan.study.name, "arm": trials[0].arm, store.PARENT_TAG: arm}
+        tags[views.COLOUR_TAG] = self._colour(trials[0])
         run = self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id
         self._summaries[arm] = [run]
-        self._levels(run, trial)
-        self._log(run, curves)
+        self._levels(run, trials[0])
+        self._log(run, curves, living)
         self.client.set_terminated(run)
         return run
+
+    def _colour(self, trial: Trial) -> str:
+        """The arm's colour, as in the report's figures."""
+        from analysis.plots import colour
+
+        return colour([arm.name for arm in self.plan.study.arms].index(trial.arm))
 
     @cached_property
     def _summaries(self) -> dict[str, list[str]]:
@@ -242,30 +303,40 @@ class StudyView:
             token = page.token or ""
         return found
 
-    def _log(self, run: str, curves: Mapping[str, Sequence[BandPoint]]) -> None:
+    def _log(self, run: str, curves: Iterable[tuple[str, Curve]], living: Iterable[tuple[int, int]]) -> None:
+        """Send an arm's curves, a request's worth at a time."""
         from mlflow.entities import Metric
 
-        metrics = [
-            Metric(name, value, 0, point.step)
-            for metric, points in curves.items()
-            for point in points
-            for name, value in (
-                (metric, point.median), (f"{metric}/low", point.low), (f"{metric}/high", point.high),
-                (f"{metric}/lowest", point.lowest), (f"{metric}/highest", point.highest),
-                (f"{metric}/alive", point.alive),
-            )
-        ]  # fmt: skip
-        for start in range(0, len(metrics), POINTS_PER_REQUEST):
-            self.client.log_batch(run, metrics=metrics[start : start + POINTS_PER_REQUEST])
+        batch = [Metric(pages.ALIVE, float(count), 0, step) for step, count in living]
+        for name, curve in curves:
+            key = fitting(name)
+            self._series[key] = self._series.get(key, pages.Extent()).with_curve(curve)
+            for metric, values in zip(pages.bands(key), (curve.median, curve.low, curve.high), strict=True):
+                batch += [
+                    Metric(metric, float(value), 0, int(step)) for step, value in zip(curve.step, values, strict=True)
+                ]
+            while len(batch) >= POINTS_PER_REQUEST:
+                self.client.log_batch(run, metrics=batch[:POINTS_PER_REQUEST])
+                batch = batch[POINTS_PER_REQUEST:]
+        self.client.log_batch(run, metrics=batch)
 
-    def _note(self, run: str, what: str, runs: Sequence[str]) -> str:
-        """A link to the page that overlays ``runs``, as the run's description and a tag."""
-        base = self.uri if self.uri.startswith("http") else SERVER
-        url = ui.compare_url(
-            base, self.experiment, runs, list(dict.fromkeys([self.plan.study.config.metric, names.LOSS_TOTAL]))
-        )
-        self._tag(run, {"compare": url, NOTE_TAG: f"[Curves of {what}]({url})"})
-        return url
+    def _note_seeds(self, arm: str, runs: Sequence[str]) -> None:
+        """Link an arm's run to the pages that overlay its seeds."""
+        links = {
+            "gradient norm": ui.compare_url("", self.experiment, runs, [names.GRAD_TOTAL_RAW], log_scale=True),
+            self.plan.study.config.metric: ui.compare_url("", self.experiment, runs, [self.plan.study.config.metric]),
+        }
+        listed = "\n".join(f"- [{title}]({at.removeprefix('/')})" for title, at in links.items())
+        self._tag(arm, {NOTE_TAG: f"The seeds of this arm:\n\n{listed}"})
+
+    @property
+    def _base(self) -> str:
+        """The address of the store's pages."""
+        return self.uri.rstrip("/") if self.uri.startswith("http") else SERVER
+
+
+def _page_key(study: str, page: str) -> str:
+    return f"{study}-{page}"
 
 
 @contextmanager

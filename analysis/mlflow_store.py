@@ -12,7 +12,7 @@ from analysis.frames import BOOKKEEPING, Run, StudyFrame, assemble
 from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names
-from twinrl.tracking import store, ui
+from twinrl.tracking import pictures, store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
@@ -56,7 +56,9 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
-    """Log a report's folder as artifacts, below ``report/``: of the run's own MLflow run, or of the study's.
+    """Log a report's folder as artifacts, below ``report/``, and its figures as pictures among the charts.
+
+    They go to the run's own MLflow run, or to the study's.
 
     A study's MLflow run is what all its published runs have above them; where they have nothing in common, a run
     ``report <name>`` is made in their experiment, once. A store that cannot be reached gets nothing.
@@ -76,6 +78,7 @@ def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
             first = run(states[0]["run_id"])
             target = first if len(states) == 1 else _above(run, states) or _for_reports(client, first, name)
             client.log_artifacts(target.info.run_id, str(folder), FOLDER)
+            pictures.show(client, target.info.run_id, sorted(folder.glob("figures/*.png")), FOLDER)
     except failures:
         return None
     return ui.run_url(uri if uri.startswith("http") else LOCAL, target.info.experiment_id, target.info.run_id)

@@ -38,10 +38,11 @@ FALL = "#A50026"
 UNCHANGED = 1e-4
 """Relative change of a norm below which no rule has acted."""
 MOST_POINTS = 2000  # of a curve: more than a figure has pixels
+DOTS_PER_INCH = 150  # of a PNG, as MLflow shows it
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write ``path`` (``*.svg``) and, unless it is there of the same figure, a PDF beside it; returns ``path``."""
+    """Write ``path`` (``*.svg``) and, unless they are there of the same figure, a PDF and a PNG; returns ``path``."""
     import matplotlib
 
     page, picture = path.with_suffix(".pdf"), io.BytesIO()
@@ -51,6 +52,8 @@ def save(figure: "Figure", path: Path) -> Path:
             figure.set_layout_engine("none")  # once found it stays
             with files.publishing(page) as new:
                 figure.savefig(new, format="pdf", facecolor="white", metadata={"CreationDate": None})
+            with files.publishing(path.with_suffix(".png")) as new:
+                figure.savefig(new, format="png", facecolor="white", dpi=DOTS_PER_INCH)
             with files.publishing(path) as new:
                 new.write_bytes(picture.getvalue())
     return path

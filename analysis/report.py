@@ -1,7 +1,7 @@
 """``twinrl analyze`` and ``twinrl ablate report``: one page about a run or a study, as Markdown and as HTML.
 
     <out>/report.html      everything in one file        <out>/report.md      the same as Markdown
-    <out>/figures/*.svg    and *.pdf, for papers         <out>/trials.csv     a study's table
+    <out>/figures/*.svg    and *.pdf, *.png            <out>/trials.csv     a study's table
 
 ``metrics.parquet`` is written beside every run's log, for the next report.
 """

@@ -10,7 +10,6 @@ stops when every arm's curve is drawn. Needs chromium and chromedriver.
 """
 
 import argparse
-import math
 import os
 import shutil
 import sqlite3
@@ -26,23 +25,23 @@ import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from ablations import pages, publish
 from ablations import plan as plans
-from ablations import publish
 from ablations import study as studies
 from ablations.display import by_arm
 from ablations.plan import Plan, Workspace
 from ablations.publish import StudyView
-from ablations.summary import BandPoint
+from ablations.summary import MOST_POINTS, Curve
 from tests.tracking.conftest import CHROMIUM_OPTIONS
 from tests.tracking.pages import drawn, wait_for
 from twinrl.run import names
 from twinrl.run.runlog import RunLog
-from twinrl.tracking import store, thinning, ui
+from twinrl.tracking import store, ui
 from twinrl.tracking.mlflow_view import publish as publish_run
 from twinrl.training.runs import dump
 
 RESULTS = Path(__file__).parent / "results"
-METRICS = (names.VAL_QUALITY, names.LOSS_TOTAL)
+METRICS = (names.VAL_QUALITY, names.GRAD_TOTAL_RAW)
 COPIED = ("runs", "tags", "params", "metrics", "latest_metrics")
 STEPS, REPEATS, PATIENCE_SECONDS, CACHE_KIB = 1500, 3, 120, 2**19
 
@@ -93,13 +92,11 @@ def copy(database: Path, run: str, names: list[str]) -> None:
             )
 
 
-def arm_curves(arm: int, points: int) -> dict[str, list[BandPoint]]:
+def arm_curves(arm: int, points: int) -> dict[str, Curve]:
     """A falling curve with a band for each metric."""
-    found = []
-    for step in np.linspace(1, STEPS, points).astype(int).tolist():
-        middle = 0.3 + 0.02 * arm + math.exp(-step / 300)
-        found.append(BandPoint(step, middle, 0.9 * middle, 1.1 * middle, 0.8 * middle, 1.5 * middle, 50))
-    return dict.fromkeys(METRICS, found)
+    step = np.linspace(1, STEPS, points).astype(int)
+    middle = 0.3 + 0.02 * arm + np.exp(-step / 300)
+    return dict.fromkeys(METRICS, Curve(step, middle, 0.9 * middle, 1.1 * middle, 0.8 * middle, 1.5 * middle))
 
 
 def fill(folder: Path, arms: int, trials: int, series: int, points: int) -> tuple[StudyView, str, list[str]]:
@@ -109,10 +106,12 @@ def fill(folder: Path, arms: int, trials: int, series: int, points: int) -> tupl
     database = store.sqlite_path(view.uri)
     assert database is not None
     copy(database, publish_one(view, series, points), [trial.title for trial in plan.trials[1:]])
-    first = [found[0] for found in by_arm(plan).values()]
-    summaries = [view.summary(trial, arm_curves(i, thinning.MOST_POINTS)) for i, trial in enumerate(first)]
-    curves = [f"{trial.arm} (summary) ({metric})" for trial in first for metric in METRICS]
-    return view, view.compare(summaries), curves
+    curves = []
+    for i, found in enumerate(by_arm(plan).values()):
+        run = view.summary(found, arm_curves(i, MOST_POINTS).items(), [(0, len(found)), (STEPS, len(found))])
+        shown = [pages.ALIVE, *(band for metric in METRICS for band in pages.bands(metric))]
+        curves += [f"{view.client.get_run(run).info.run_name} ({metric})" for metric in shown]
+    return view, view.compare(), curves
 
 
 def seconds_until_drawn(url: str, expected: list[str], profile: Path, screenshot: Path | None) -> list[float]:
@@ -142,16 +141,16 @@ def _drawn_after(window: object, url: str, expected: list[str], screenshot: Path
     return elapsed
 
 
-def page(arms: int, trials: int, series: int, points: int, times: list[float], size: float) -> str:
+def page(arms: int, trials: int, series: int, points: int, curves: int, times: list[float], size: float) -> str:
     """The results as Markdown."""
     load = f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
     return (
         f"# The page that compares a study's arms\n\n"
         f"`python benchmarks/compare_page.py --trials {trials} --arms {arms} --series {series} --points {points}`: "
-        f"{trials:,} trials × {series} series × {points} points and {arms} summaries of 2 × 6 series × "
-        f"{thinning.MOST_POINTS} points in one sqlite store of {size:.0f} MB; headless Chromium and MLflow's server on "
+        f"{trials:,} trials × {series} series × {points} points and {arms} summaries of {len(METRICS)} × 3 curves × "
+        f"{MOST_POINTS} points in one sqlite store of {size:.0f} MB; headless Chromium and MLflow's server on "
         f"the same machine, whose load average was {load}.\n\n"
-        f"| from the click to the last of {len(METRICS) * arms} curves | seconds |\n|---|---|\n"
+        f"| from the click to the last of {curves} curves | seconds |\n|---|---|\n"
         f"| first time, empty browser cache | {times[0]:.1f} |\n"
         f"| again, median of {len(times) - 1} | {statistics.median(times[1:]):.1f} |\n"
     )
@@ -176,7 +175,7 @@ def main() -> None:
         with ui.Server(view.uri, port=0) as server:
             here = url.replace(publish.SERVER, server.url)
             times = seconds_until_drawn(here, curves, folder / "browser", given.screenshot)
-    text = page(given.arms, given.trials, given.series, given.points, times, size)
+    text = page(given.arms, given.trials, given.series, given.points, len(curves), times, size)
     print(text)
     given.out.write_text(text)
 

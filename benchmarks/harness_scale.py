@@ -217,7 +217,7 @@ def planning(folder: Path, trials: int) -> dict[str, dict[str, float]]:
     """A plan, its state and the start of its run."""
     study, root = grid(folder, trials), folder / f"grid-{trials}"
     return {
-        "plan": twinrl("ablate", "plan", study, "--no-timing", "--root", root),
+        "plan": twinrl("ablate", "plan", study, "--root", root),
         "status": twinrl("ablate", "status", study, "--root", root),
         "run, up to the first trial": cost([sys.executable, "-c", STARTED, str(study), str(root)]),
     }

@@ -167,18 +167,22 @@ def publish(
 
 @app.command()
 def ui(
-    runs: Annotated[Path, typer.Argument(help="the folder of run directories")] = Path("runs"),
+    runs: Annotated[
+        str, typer.Argument(metavar="[RUNS_OR_STUDY]", help="folder of run directories, or a study's name or file")
+    ] = "runs",
     port: Annotated[int, typer.Option(min=1, max=65535, help="a free one is taken if this is in use")] = 5000,
     uri: Annotated[
         str | None,
         typer.Option("--tracking-uri", help="MLflow store; default: the one of RUNS", callback=without_password),
     ] = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="open it in a browser, where there is one")] = True,
 ) -> None:
-    """Open the MLflow pages of a folder of runs on this machine."""
-    from twinrl.tracking import store
+    """Open the MLflow pages of a folder of runs, or of a study, on this machine."""
+    from twinrl.tracking import studies
     from twinrl.tracking.ui import serve
 
-    raise typer.Exit(serve(store.resolve(uri, runs), port))
+    where, study = studies.located(runs, uri)
+    raise typer.Exit(serve(where, port, study=study, show=show))
 
 
 @app.command()

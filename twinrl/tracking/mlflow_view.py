@@ -30,7 +30,7 @@ from twinrl.stability.divergence import Diverged
 from twinrl.tracking import moved, store
 from twinrl.tracking.mlflow_run import MlflowRun
 from twinrl.tracking.mlflow_state import ViewState
-from twinrl.tracking.thinning import MetricPoint, Thinner
+from twinrl.tracking.thinning import COUNTERS, MetricPoint, Thinner
 
 ENDED_STATUSES = ("FINISHED", "FAILED", "KILLED")
 logger = logging.getLogger(__name__)
@@ -48,8 +48,9 @@ class Publisher:
         self._state = state
         self._run = MlflowRun(run_dir, uri, state)
         self._thinner = Thinner(state.total)
+        self._told: list[dict[str, Any]] = []
         for row in runlog.rows(self._log, stop=state.published):
-            self._thinner.feed(row)
+            self._take(row)
 
     @property
     def run_id(self) -> str:
@@ -62,37 +63,46 @@ class Publisher:
         self._state.announce(self._log, offset)
         points = []
         for row in runlog.rows(self._log, start=self._state.published, stop=offset):
-            points += self._thinner.feed(row)
+            points += self._take(row)
         self._run.log_points(points)
         self._run.log_files()
         self._run.tag_events()
-        self._run.tag_verdict(self._verdict(offset)[0])
+        self._run.tag_verdict(self._verdict())
         self._state.advance(offset)
+
+    def _take(self, row: dict[str, Any]) -> list[MetricPoint]:
+        """Take in the log's next row; the points that it completes. What tells of a failure is kept."""
+        self._told.append({name: value for name, value in row.items() if name in COUNTERS or _tells(name)})
+        return self._thinner.feed(row)
 
     def finish(self, status: str) -> None:
         """End the MLflow run, FAILED if the run failed, after what the open bucket holds; a KILLED one goes on there.
 
         An outcome that was measured last before the run failed ends with nan, which ranks behind every number.
         """
-        failure, rows = self._verdict(self._state.published)
+        failure = self._verdict()
         self._run.tag_verdict(failure)
         if status != "KILLED":
             self._run.log_points(self._thinner.flush())
-            self._run.log_points(self._outdated(rows, failure))
+            self._run.log_points(self._outdated(failure))
         self._run.finish("FAILED" if failure is not None and status != "KILLED" else status, self._thinner.seconds)
 
-    def _verdict(self, offset: int) -> tuple[Diverged | None, list[dict[str, Any]]]:
-        """Whether the run has failed by byte ``offset`` of its log, and the rows up to there."""
-        rows = list(runlog.rows(self._log, stop=offset))
-        return verdict.of_run(self._log.parent, rows), rows
+    def _verdict(self) -> Diverged | None:
+        """Whether the run has failed in the rows taken in."""
+        return verdict.of_run(self._log.parent, self._told)
 
-    def _outdated(self, rows: list[dict[str, Any]], failure: Diverged | None) -> list[MetricPoint]:
+    def _outdated(self, failure: Diverged | None) -> list[MetricPoint]:
         """A last point, nan, for each outcome whose last value is from before the failure."""
-        values = verdict.final_values(runlog.surviving(rows, rows), names.is_outcome, failure)
-        last = rows[-1]["iteration"] if rows else 0
+        values = verdict.final_values(runlog.surviving(self._told, self._told), names.is_outcome, failure)
+        last = self._told[-1]["iteration"] if self._told else 0
         return [
             MetricPoint(name, last, value, self._thinner.seconds) for name, value in values.items() if math.isnan(value)
         ]
+
+
+def _tells(name: str) -> bool:
+    """Whether a verdict, or what ranks a run, needs a series."""
+    return names.is_outcome(name) or verdict.telling(name)
 
 
 class MLflowView:

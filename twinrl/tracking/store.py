@@ -27,6 +27,7 @@ PASSWORD = re.compile(
 )
 """The part of a URI before the last @ that is no port, whatever characters people have in it; and of its query."""
 PARENT_TAG = "mlflow.parentRunId"
+NAME_TAG = "mlflow.runName"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 CHATTY_LOGGERS = ("mlflow", "alembic", "sqlalchemy", "urllib3")
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # opens the pages for training runs

@@ -14,18 +14,22 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+import webbrowser
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import FrameType
 from urllib.parse import quote
 
 from twinrl.config.errors import InputError
-from twinrl.tracking import store
+from twinrl.tracking import store, studies
 from twinrl.tracking.guard import ADDRESSES
+from twinrl.tracking.views import TRAINING_PAGES
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 120
 STOP_SECONDS = 10
-TRAINING_PAGES = "workflowType=machine_learning"  # MLflow opens its pages for chat applications otherwise
+START_PAGE = f"/#/experiments?{TRAINING_PAGES}"
+MOST_STUDIES = 10
 SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
@@ -134,16 +138,23 @@ def available_port(wanted: int, host: str = LOOPBACK) -> int:
     raise AssertionError("a free port was found or an error raised")
 
 
-def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
+def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK, study: str | None = None, show: bool = False) -> int:
     """Show ``store_uri`` until Ctrl-C: start the server, print its address and wait; returns the exit code.
 
     For a store that is a server already, only its address is printed.
 
+    Arguments:
+        study: whose page is opened; the pages of the store's other studies are named.
+        show: open the page in a browser, where there is a screen for one.
+
     Raises:
-        InputError: as for :class:`Server`.
+        InputError: as for :class:`Server`; there is no such study.
     """
-    if store_uri.startswith(("http://", "https://")):
-        print(f"MLflow: {store.shown(store_uri)}")
+    remote = store_uri.startswith(("http://", "https://"))
+    found = studies.pages(store_uri) if study is not None or not remote else {}
+    page = START_PAGE if study is None else studies.page_of(study, found, store_uri)
+    if remote:
+        print(f"MLflow: {store.shown(store_uri).rstrip('/')}{page if study is not None else ''}")
         return 0
     print(f"starting MLflow over {store.shown(store_uri)} …", flush=True)
     for name in ("SIGTERM", "SIGHUP"):  # a polite kill, a closed terminal
@@ -151,10 +162,25 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK) -> int:
             signal.signal(getattr(signal, name), _interrupt)
     try:
         with Server(store_uri, port, host) as server:
-            print(f"MLflow: {server.url}/#/experiments?{TRAINING_PAGES}   (Ctrl-C ends it)", flush=True)
+            _announce(server.url, page, {} if study is not None else found)
+            if show and _has_screen():
+                webbrowser.open(f"{server.url}{page}")
             return 1 if server.wait() else 0
     except KeyboardInterrupt:
         return 0
+
+
+def _announce(url: str, page: str, found: Mapping[str, str]) -> None:
+    """Print the addresses: of the first page, and of the newest studies'."""
+    for study, own in islice(found.items(), MOST_STUDIES):
+        print(f"study {study}: {url}{own}")
+    print(f"MLflow: {url}{page}   (Ctrl-C ends it)", flush=True)
+
+
+def _has_screen() -> bool:
+    """Whether a browser would have a window; one in the terminal would take the terminal away."""
+    windows = sys.platform == "darwin" or os.name == "nt" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
+    return sys.stdout.isatty() and windows
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,73 @@
+"""Where ``twinrl ui`` opens: the store and the page that its argument stands for."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from twinrl.config.errors import InputError
+from twinrl.tracking import store, studies, ui
+
+PAGE = "/#/experiments/1/runs?viewStateShareKey=first-norms"
+
+
+@pytest.fixture
+def shown(tmp_path: Path, empty_store: Path) -> str:
+    """A store in which the study ``first`` was published twice, and a run of another kind."""
+    shutil.copy(empty_store, tmp_path)
+    uri = store.default_uri(tmp_path)
+    client = store.connect(uri)
+    experiment = client.create_experiment(studies.EXPERIMENT)
+    for start, page in enumerate(["/#/metric?runs=[]", PAGE]):
+        tags = {"level": "study", "study": "first", "compare": f"http://127.0.0.1:5000{page}"}
+        client.create_run(experiment, tags=tags, start_time=1 + start)
+    client.create_run(experiment, tags={"level": "arm", "study": "other", "compare": "http://elsewhere/#/x"})
+    return uri
+
+
+@pytest.mark.slow
+def test_the_newest_page_of_a_study_is_found(shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert studies.pages(shown) == {"first": PAGE}
+    assert studies._of_server(shown) == studies._of_sqlite(store.sqlite_path(shown) or Path())
+    assert studies.page_of("first", studies.pages(shown), shown) == PAGE
+    with pytest.raises(InputError, match=r"no study secnod; expected one of first; fix: twinrl ablate run secnod"):
+        ui.serve(shown, study="secnod")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_store_that_nobody_used_has_no_studies(tmp_path: Path, empty_store: Path) -> None:
+    assert studies.pages(f"sqlite:///{empty_store}") == {}
+    (tmp_path / "empty.db").touch()
+    assert studies.pages(f"sqlite:///{tmp_path}/empty.db") == {}
+    assert studies.pages(f"sqlite:///{tmp_path}/gone.db") == {}
+    (tmp_path / "text.db").write_text("no database " * 1000)
+    with pytest.raises(InputError, match="can't be read; got file is not a database"):
+        studies.pages(f"sqlite:///{tmp_path}/text.db")
+
+
+def test_an_argument_is_a_folder_of_runs_or_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    Path("work/studies/mine").mkdir(parents=True)
+    Path("named.yaml").write_text("name: theirs\n")
+    own, workspace = store.default_uri(Path("work")), store.default_uri(studies.WORKSPACE)
+    assert studies.located("work", None) == (own, None)
+    assert studies.located("work/studies/mine", None) == (own, "mine")
+    assert studies.located("runs", None) == (store.default_uri(Path("runs")), None)
+    assert studies.located("./gone", None) == (store.default_uri(Path("gone")), None)
+    assert studies.located("mine", None) == (workspace, "mine")
+    assert studies.located("named.yaml", None) == (workspace, "theirs")
+    assert studies.located("mine", "http://there:1") == ("http://there:1", "mine")
+
+
+def test_a_page_is_opened_where_there_is_a_screen_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert not ui._has_screen()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert ui._has_screen()
+    monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
+    assert not ui._has_screen()
