@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MADE_OF = b"twinrl.log"
 TAIL_BYTES = 4096
-STEP = "step"
+STEP, ITERATION = "step", "iteration"
 
 
 @dataclass(frozen=True)
