@@ -285,7 +285,7 @@ def _fell(answer: Answer, effect: Effect) -> str | None:
     if PAIR in effect.factor:
         met = [pair for pair in falls.pairs if pair.factors == frozenset(effect.factor.split(PAIR))]
         return (
-            _starred(True, f"{met[0].fell} of {met[0].runs} where {' '.join(met[0].levels.values())} meet")
+            _starred(True, f"{met[0].fell} of {met[0].runs} where {' and '.join(met[0].levels.values())} meet")
             if met
             else None
         )

@@ -93,7 +93,7 @@ def _panel(axis: "Axes", trials: "pd.DataFrame", traces: StudyTraces, tints: Map
     _mark_rise(axis, mine, traces, tints)
     for step in trials["time"][trials["diverged"]]:
         axis.axvline(step, color=FALL, linewidth=1.0, alpha=0.6, zorder=1)
-    for step in {trace.reward_start for trace in mine} - {None}:
+    for step in {trace.reward_start for trace in mine if trace.reward_start is not None}:
         axis.axvline(step, color=GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
     axis.set_xlim(0, traces.edges[-1])
 
@@ -149,7 +149,7 @@ def _legend(figure: "Figure", axes: np.ndarray, tints: Mapping[str, str]) -> Non
 
 def _upright(axis: "Axes", tint: str) -> bool:
     """Whether a vertical line of a colour is in a panel."""
-    return any(line.get_color() == tint and len(set(line.get_xdata())) == 1 for line in axis.lines)
+    return any(line.get_color() == tint and len(set(np.asarray(line.get_xdata()).tolist())) == 1 for line in axis.lines)
 
 
 def caption(study: StudyFrame, traces: StudyTraces) -> str:

@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,7 @@ def _rules(run: Run) -> list[PageBlock]:
     import pandas as pd
 
     rows = run.lasting
-    lines = []
+    lines: list[dict[str, Any]] = []
     for term in (*terms_in(rows), TOTAL):
         both = [names.grad(term, quantity) for quantity in ("norm_raw", "norm_clipped")]
         known = [(float(row[both[0]]), float(row[both[1]])) for row in rows if both[0] in row and both[1] in row]

@@ -36,7 +36,10 @@ def test_only_together(tmp_path: Path) -> None:
         "Runs fall only where teacher=live and reward=with meet: 6 of 6, seen at step 100, against 0 of 18 elsewhere; "
         "the gradient of rectify rose first in 6 of 6"
     )
-    assert "★" not in "".join(str(cell) for cell in answer.factor_table(found)["fell"][1:] if cell and "meet" in cell)
+    table = answer.factor_table(found).set_index("factor")["fell"]
+    assert {name: cell.startswith("★") for name, cell in table.items()} == {
+        "teacher": False, "reward": False, "teacher × reward": True,
+    }  # fmt: skip
 
 
 def test_an_interaction_without_main_effects(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(stu
     """What a second person asks, from the page alone: the planted teacher, its interval, its time a step."""
     markdown = (study_page.parent / "report.md").read_text().split("## The evidence")[0]
     answered, which, sure, cost = (line for line in markdown.splitlines() if line.startswith("**"))
-    assert answered.startswith("**Fell: base 4 of 6, none of the 12 in other arms, seen at step 120 (median); ")
+    assert answered.startswith("**Fell: base 4 of 6, none of the 12 in other arms, seen at step 40 (median); ")
     rank = (
         r"teacher \(ema instead of live\) moves a run's rank in val/quality by −[\d.]+ \[−.*?, −.*?\] of 18, medians "
     )
