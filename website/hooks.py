@@ -48,6 +48,15 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """A name for the theme's dialog."""
+    return _named(output)
+
+
+def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
+    """The same where a page is not found."""
+    return _named(output_content)
+
+
+def _named(output: str) -> str:
     return output.replace(DIALOG, f'{DIALOG} aria-label="Search"')
 
 
