@@ -69,7 +69,7 @@ def shown(name: str) -> Iterator[Command]:
     for token in MarkdownIt("commonmark").enable("table").parse((REPOSITORY / name).read_text()):
         line = token.map[0] + 1 if token.map else 0
         if token.type in ("code_block", "fence") and token.info in ("", "bash", "sh"):
-            yield from (Command(name, line, text, True, needs) for text in _commands(token.content.splitlines()))
+            yield from (Command(name, line, text, True, needs) for text in _commands(_whole_lines(token.content)))
         elif token.type == "inline":
             yield from (Command(name, line, text, False) for text in _commands(_codes(token)))
         found = NEEDS.search(token.content) if token.type == "html_block" else None
@@ -78,6 +78,11 @@ def shown(name: str) -> Iterator[Command]:
 
 def _codes(token: Token) -> list[str]:
     return [child.content for child in token.children or [] if child.type == "code_inline"]
+
+
+def _whole_lines(block: str) -> list[str]:
+    """Lines, those that a backslash continues as one."""
+    return re.sub(r"\\\n\s*", "", block).splitlines()
 
 
 def _commands(lines: list[str]) -> Iterator[str]:
