@@ -123,7 +123,7 @@ def test_a_plan_says_how_sure_its_estimate_is_and_trains_nothing(
     plan_of: Callable[..., Plan], measured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(commands, "_plan", lambda *_: plan_of("train.steps=100"))
+    monkeypatch.setattr(commands, "planned", lambda *_: plan_of("train.steps=100"))
     monkeypatch.setattr(timing, "known", lambda plan: TIMED if measured else None)
     monkeypatch.setattr(subprocess, "run", None)
     assert commands.plan("study", None, tmp_path, None, 1, measure=False) == 0
