@@ -10,7 +10,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check campaign release docs install lint types imports fast prose clean
 
-demo: install  ## a study of the published recipe and its cure, answered in a report: six minutes on two idle cores
+demo: install  ## a study of the published recipe and its cure, answered in a report: minutes on two cores
 	$(BIN)/twinrl ablate run demo
 
 test: install  ## everything that protects users: five minutes on two cores
