@@ -24,6 +24,7 @@ from twinrl.commands import program
 from twinrl.config.errors import InputError
 from twinrl.machine.cluster import LostError
 from twinrl.tracking import store
+from twinrl.tracking.studies import WORKSPACE
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -108,7 +109,7 @@ def run(
     if written is not None:
         _say(written, console)
     if view is not None and whole:
-        console.print(f"curves: {program()} ui {_where(root, uri)}", soft_wrap=True)
+        console.print(f"curves: {program()} ui {_where(made, uri)}", soft_wrap=True)
     return code or (FAILED if report and whole and written is None else 0)
 
 
@@ -146,9 +147,12 @@ def _say(written: Report, console: Console) -> None:
         console.print(f"picture: {escape(str(written.picture))}", soft_wrap=True)
 
 
-def _where(root: Path, uri: str | None) -> str:
-    """The words after ``twinrl ui`` that open the store of a study."""
-    return shlex.quote(str(root)) if uri is None else f"--tracking-uri {shlex.quote(store.shown(uri))}"
+def _where(made: Plan, uri: str | None) -> str:
+    """The words after ``twinrl ui`` that open the study's pages."""
+    workspace, name = made.workspace, made.study.name
+    subject = name if workspace.root == WORKSPACE else str(workspace.study_folder(made.study))
+    store_of = [] if uri is None else ["--tracking-uri", store.shown(uri)]
+    return shlex.join([subject, *store_of])
 
 
 def again(name: str) -> str:
