@@ -164,9 +164,8 @@ def _conclude(
     made: Plan, failures: Sequence[str], name: str, console: Console, broken: str, notes: Sequence[str] = ()
 ) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
-    reporting.write_index(made)
     console.print(display.arms_table(made))
-    for line in (*notes, *failures):
+    for line in (*notes, *_indexed(made), *failures):
         console.print(line, soft_wrap=True)
     command = again(name)
     if broken:
@@ -178,6 +177,15 @@ def _conclude(
     if made.missing:
         console.print(f"{len(made.missing)} trials left, continue with: {command}")
     return FAILED if failures else 0
+
+
+def _indexed(made: Plan) -> list[str]:
+    """Write the study's index; a line where that cannot be: trials that have run are not in vain."""
+    try:
+        reporting.write_index(made)
+        return []
+    except InputError as error:
+        return [escape(str(error))]
 
 
 def status(name: str, seeds: int | None, root: Path, ledgers: Sequence[Path] | None) -> int:
