@@ -46,8 +46,9 @@ def refused(registry: Registry, cls: object, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def filled(base: type) -> dict[str, Any]:
-    """Bodies for the abstract methods of a base, with its arguments."""
-    return {name: lambda self, *arguments: None for name in getattr(base, "__abstractmethods__", ())}
+    """Bodies for the abstract methods and properties of a base, with its arguments."""
+    bodies = {name: lambda self, *arguments: None for name in getattr(base, "__abstractmethods__", ())}
+    return {name: body if callable(getattr(base, name)) else property(body) for name, body in bodies.items()}
 
 
 # --- classes ------------------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ def test_what_needs_not_be_written_is_checked_too(monkeypatch: pytest.MonkeyPatc
     terms, schedules = REGISTRIES["term"], REGISTRIES["schedule"]
     flagged = _under(Term, **filled(Term), wants_reward=True)
     assert ": wants_reward takes (True); expected (config)" in refused(terms, flagged, monkeypatch)
-    bare = _under(Schedule, **filled(Schedule))
+    bare = _under(Schedule, **filled(Schedule) | {"extremes": lambda self: None})
     assert ": extremes is a method at tests/config/test_components.py:" in refused(schedules, bare, monkeypatch)
 
 
