@@ -92,7 +92,7 @@ def check_class(found: Any, bases: tuple[type, ...], what: str, named: str) -> t
         raise InputError(f"{named} is no {what}", got=told(found), fix=f"derive it from {wanted}")
     if left := sorted(found.__abstractmethods__ if inspect.isabstract(found) else ()):
         raise InputError(f"{named} lacks {', '.join(left)}", fix=f"write what {_path(base)} declares abstract")
-    check_methods(found, base, [*getattr(base, "__abstractmethods__", ()), *_written_anew(found, base)], named)
+    check_methods(found, base, [*sorted(getattr(base, "__abstractmethods__", ())), *_written_anew(found, base)], named)
     return base
 
 
