@@ -36,8 +36,12 @@ class WatchedTrainer(Trainer):
         self.add_callback(_Steps(self))
 
     def compute_losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        """Name → scalar loss of a micro-batch; each a mean over its samples."""
-        raise NotImplementedError
+        """Name → scalar loss of a micro-batch; each a mean over its samples. To be overridden.
+
+        Raises:
+            NotImplementedError: it was not.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names no losses; write its compute_losses")
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
