@@ -42,7 +42,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Formulas as MathML, which browsers draw by themselves; wide tables can be scrolled by the keyboard."""
+    """Formulas as MathML, which browsers draw by themselves; wide ones and tables can be scrolled by the keyboard."""
     return ROLE.sub("", FORMULA.sub(_formula, html)).replace("<table", '<table tabindex="0"')
 
 
@@ -63,4 +63,5 @@ def _named(output: str) -> str:
 def _formula(found: re.Match[str]) -> str:
     inline, block = found[2], found[3]
     drawn = convert(html.unescape(inline or block), display="inline" if inline else "block")
-    return f'<{found[1]} class="formula">{drawn}</{found[1]}>'
+    by_keyboard = "" if inline else ' tabindex="0"'
+    return f'<{found[1]} class="formula"{by_keyboard}>{drawn}</{found[1]}>'
