@@ -1,6 +1,16 @@
 """twinrl: an experiment framework for RL-augmented TwinFlow, and the trainer that shows why it diverges."""
 
+from typing import TYPE_CHECKING, Any
+
 from twinrl.machine import compat
+
+if TYPE_CHECKING:  # when asked for, each is imported by __getattr__
+    from twinrl.commands.interactive import Run as Run
+    from twinrl.commands.interactive import load as load
+    from twinrl.commands.interactive import train as train
+    from twinrl.training.watching import Stopped as Stopped
+    from twinrl.training.watching import Watch as Watch
+    from twinrl.training.watching import watch as watch
 
 __version__ = "0.2.0"
 
@@ -19,11 +29,6 @@ _FACE = {  # what a program of one's own calls; other packages offer more by ent
 }
 
 
-def register(cls: type) -> None:
-    """Let diffusers find a class in an exported pipeline, once its module is imported."""
-    _COMPONENTS[cls.__name__] = cls.__module__
-
-
 def _offered(name: str) -> list[object]:
     """What another package offers by this name."""
     from importlib.metadata import entry_points
@@ -32,15 +37,12 @@ def _offered(name: str) -> list[object]:
     return [entry.load() for entry in found]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     from importlib import import_module
 
-    if "TwinFlow" in name:  # a transformer, which its family's module registers
-        families = import_module("twinrl.backends.families")
-        for family in families.FAMILIES:
-            if name not in _COMPONENTS:
-                families.family_class(family)
     home = _COMPONENTS.get(name) or _FACE.get(name)
+    if home is None and "TwinFlow" in name:
+        home = import_module("twinrl.backends.families").transformer_home(name)
     if home is None:
         for offered in _offered(name):
             return offered

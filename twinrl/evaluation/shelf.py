@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import twinrl
 from twinrl.flow.source import Scorer, Source, cache_dir
 from twinrl.lab.storage import content_hash, publish
 from twinrl.machine import files
@@ -116,7 +115,7 @@ def _write(path: Path, entry: Entry, key: str) -> None:
 def _code() -> str:
     """A digest of the sources in :data:`CODE`."""
     digest = hashlib.sha256()
-    root = Path(str(twinrl.__file__)).parent
+    root = Path(__file__).parents[1]
     for path in _sources(root):
         digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()

@@ -40,6 +40,16 @@ def family_class(name: str) -> "type[Family]":
     return found
 
 
+def transformer_home(name: str) -> str | None:
+    """The module of the transformer called ``name``, where a family or a module that is imported has one."""
+    from twinrl.backends.families.twin_times import TRANSFORMERS
+
+    for family in FAMILIES:
+        if name not in TRANSFORMERS:
+            family_class(family)
+    return TRANSFORMERS.get(name)
+
+
 def _own_class(path: str) -> "type[Family]":
     from twinrl.backends.families.family import Family
 

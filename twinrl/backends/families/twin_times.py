@@ -24,12 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-import twinrl
 from twinrl.backends.embedding import at_least_single
 from twinrl.backends.families.lora import without_adapters
 from twinrl.config.errors import InputError
 
 _log = logging.getLogger(__name__)
+
+TRANSFORMERS: dict[str, str] = {}
+"""Name of a transformer with twin times → its module; each is entered when it is defined. diffusers asks for it."""
 
 
 class TwinTimes(nn.Module):
@@ -51,7 +53,7 @@ class TwinTimes(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        twinrl.register(cls)
+        TRANSFORMERS[cls.__name__] = cls.__module__
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
