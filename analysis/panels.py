@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BAND = (0.1, 0.9)
 IN_A_ROW = 4
+RISE = "v"
+"""Marker where a term rose first."""
 CHANGED = 1.02
 """Ratio of a median norm before and after rules from which both are drawn."""
 
@@ -45,6 +47,8 @@ def study_norms(study: StudyFrame, traces: StudyTraces) -> "Figure":
     plain_log(axes[0, 0])
     for axis in axes[:, 0]:
         axis.set_ylabel("gradient norm", fontsize=8, color=INK)
+    for axis in axes[-1]:
+        axis.set_xlabel("step", fontsize=8, color=INK)
     _legend(figure, axes, tints)
     return figure
 
@@ -62,10 +66,11 @@ def _title(axis: "Axes", arm: str, fell: "pd.Series", mine: Sequence[RunTrace], 
 
 
 def _acted(study: StudyFrame, traces: StudyTraces) -> dict[str, str]:
-    """Arm → the rules that acted in it: ``rectify × 0.3 in 12 % of steps``."""
+    """Arm → the rules that acted in it: ``rectify scaled by 0.3 in 12 % of steps``."""
     texts: dict[str, list[str]] = {}
     for row in rules_table(study, traces).dropna().to_dict("records"):
-        text = f"{row['gradient']} × {number(row['median factor'], 2)} in {share_text(row['share of steps'])} of steps"
+        factor, share = number(row["median factor"], 2), share_text(row["share of steps"])
+        text = f"{row['gradient']} scaled by {factor} in {share} of steps"
         texts.setdefault(str(row["arm"]), []).append(text)
     return {arm: ", ".join(own) for arm, own in texts.items()}
 
@@ -108,7 +113,7 @@ def _mark_rise(axis: "Axes", mine: Sequence[RunTrace], traces: StudyTraces, tint
     band = over_seeds([_entering(trace).get(term, _raw(trace).get(term)) for trace in mine])
     if band is not None and np.isfinite(band[2, place]):
         axis.plot(
-            [step], [1.6 * band[2, place]], "v", color=tints[term], markersize=8, markeredgecolor="white", zorder=5
+            [step], [1.6 * band[2, place]], RISE, color=tints[term], markersize=8, markeredgecolor="white", zorder=5
         )
 
 
@@ -142,6 +147,8 @@ def _legend(figure: "Figure", axes: np.ndarray, tints: Mapping[str, str]) -> Non
         entries.append(
             Line2D([], [], color=FALL, alpha=0.6, marker="|", linestyle="none", markersize=9, label="a fall")
         )
+    if any(line.get_marker() == RISE for axis in axes.flat for line in axis.lines):
+        entries.append(Line2D([], [], color=GREY, marker=RISE, linestyle="none", label="rose first"))
     if any(_upright(axis, GREY) for axis in axes.flat):
         entries.append(Line2D([], [], color=GREY, linestyle=(0, (4, 3)), label="the reward starts"))
     figure.legend(handles=entries, loc="outside upper left", ncols=len(entries), frameon=False, fontsize=8)
