@@ -91,11 +91,11 @@ def run(
     report: bool,
 ) -> int:
     """``twinrl ablate run``."""
-    console, study = Console(), studies.load(name, seeds)
+    console, study, workspace = Console(), studies.load(name, seeds), _workspace(root, ledgers)
     _print_blind(study, console)
     with Course(study, console) as course:
-        with course.data():
-            made = plans.make(study, _workspace(root, ledgers))
+        with course.data(workspace.study_folder(study)):
+            made = plans.make(study, workspace)
         course.planned(made)
         reporting.write_index(made)
         view = StudyView(made, uri) if mlflow else None
@@ -105,6 +105,8 @@ def run(
             notes.append(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")
         whole = not broken and not runner.interrupted(made)
         written = _written(made, name, course, notes) if report and whole else None
+    if written is None:
+        notes += _indexed(made)
     code = _conclude(made, failures, name, console, broken, notes)
     if written is not None:
         _say(written, console)
@@ -165,7 +167,7 @@ def _conclude(
 ) -> int:
     """The table, what failed and how to go on; the exit code. ``broken``: what ended it without checkpoints."""
     console.print(display.arms_table(made))
-    for line in (*notes, *_indexed(made), *failures):
+    for line in (*notes, *failures):
         console.print(line, soft_wrap=True)
     command = again(name)
     if broken:

@@ -5,24 +5,30 @@ A terminal shows one bar over these parts, and the study's table while trials ru
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import RLock
 
+import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from torch import Tensor
 
 from ablations.display import Board, duration, failure_lines
 from ablations.plan import Plan
 from ablations.study import Study
+from twinrl.evaluation import grids
 from twinrl.lab import progress
 
 BUILD, TRIAL, CLOSING = 4000.0, 300.0, 400.0
 """What building the laboratory, a trial besides its steps, and the report cost, in steps; for the bar alone."""
+BUILT = "data.png"
+"""Picture of the data, where they had to be built."""
 BAR_WIDTH = 24
 QUARTERS = 4
 SETTLED_SECONDS = 5
@@ -70,9 +76,9 @@ class Course:
     # --- the parts ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def data(self) -> Iterator[None]:
-        """While data are loaded; what is built for that fills the bar's first part."""
-        with progress.watched_by(self._building):
+    def data(self, folder: Path) -> Iterator[None]:
+        """While data are loaded; a build fills the bar's first part, and its picture goes to ``folder``."""
+        with progress.watched_by(self._building, lambda title, rows: self._picture(folder, title, rows)):
             yield
         self.build.share = 1.0
 
@@ -82,6 +88,13 @@ class Course:
             if not self.console.is_interactive and (quarter := math.floor(QUARTERS * share)) > self._told:
                 self._told = quarter
                 self.console.print(f"{escape(what)} {share:.0%}", soft_wrap=True)
+
+    def _picture(self, folder: Path, title: str, rows: Mapping[str, Tensor]) -> None:
+        path = folder / BUILT
+        with suppress(OSError):  # a workspace that can't be written is refused when the study's index is
+            folder.mkdir(parents=True, exist_ok=True)
+            grids.save(grids.sample_grid(torch.stack(list(rows.values())), list(rows)), path)
+            self.console.print(f"{escape(title)}: {escape(str(path))}", soft_wrap=True)
 
     def planned(self, plan: Plan) -> None:
         """Take what the ledger has for made."""

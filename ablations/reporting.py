@@ -54,17 +54,15 @@ def write(
     Raises:
         InputError: no trial is finished, the trials can't be compared, or the folder can't be written.
     """
-    from analysis import answer
-    from analysis.frames import load_study
     from analysis.report import report
 
     version = _finished(plan, again)
-    root, index = plan.workspace.root, index_of(plan, version, base)
+    index = index_of(plan, version, base)
     if out is None:
         write_index(plan, index)
     folder = out or plan.workspace.study_folder(plan.study) / "report"
-    page = report(root, folder, base=base, index=index, interactions=interactions)
-    return Report(page, version, answer.sentence(load_study(root, base, index), interactions=interactions))
+    made = report(plan.workspace.root, folder, base=base, index=index, interactions=interactions)
+    return Report(made.page, version, made.answer)
 
 
 def frame(plan: Plan, again: str) -> "StudyFrame":

@@ -45,11 +45,12 @@ def analyze(
 
     pairs = [separated(text, ":") for text in interaction or []]
     mapping = dict(separated(text, "=") for text in column or [])
-    page = report(
+    written = report(
         path, out, metric=metric, base=base, effect=effect, interactions=pairs, mapping=mapping,
         tracking_uri=tracking_uri, mlflow=mlflow,
     )  # fmt: skip
-    typer.echo(f"report: {page}")
+    typer.echo(written.answer)
+    typer.echo(f"report: {written.page}")
 
 
 class Kind(StrEnum):

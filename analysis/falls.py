@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 EXCHANGES = 5000
 """Drawn for the test over arms: the smallest p is 0.0002."""
+AT_ONCE = 500
+"""Exchanges that are held in memory together."""
 FEW = 4
 """What two levels do together is theirs alone where the share elsewhere is at most one in so many of theirs."""
 
@@ -165,13 +167,17 @@ def exchanged(arm: np.ndarray, seed: np.ndarray, scores: np.ndarray, exchanges: 
     order = np.argsort(stratum, kind="stable")
     rng, members = np.random.default_rng(0), np.eye(len(sizes))[arm]
     expected = scores.mean(1, keepdims=True) * sizes
-    seen = ((scores @ members - expected) ** 2 / sizes).sum(1)
-    above = np.zeros(len(scores))
-    for _ in range(exchanges):
-        drawn = np.lexsort((rng.random(len(arm)), stratum))  # positions stratum by stratum, shuffled within each
-        source = np.empty(len(arm), int)
-        source[order] = drawn
-        above += ((scores[:, source] @ members - expected) ** 2 / sizes).sum(1) >= seen - 1e-9
+
+    def unevenness(outcomes: np.ndarray) -> np.ndarray:
+        """Of (k, m, n) outcomes: (k, m)."""
+        return np.asarray(((outcomes @ members - expected[:, None]) ** 2 / sizes).sum(-1))
+
+    seen, above = unevenness(scores[:, None]), np.zeros(len(scores))
+    for begun in range(0, exchanges, AT_ONCE):
+        lots = rng.random((min(AT_ONCE, exchanges - begun), len(arm)))
+        source = np.empty(lots.shape, int)
+        source[:, order] = np.argsort(2 * stratum + lots, axis=1)  # stratum by stratum, shuffled within each
+        above += (unevenness(scores[:, source]) >= seen - 1e-9).sum(1)
     return ((1 + above) / (1 + exchanges)).tolist()
 
 

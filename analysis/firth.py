@@ -83,7 +83,15 @@ def profile_interval(x: np.ndarray, y: np.ndarray, column: int, full: FirthFit, 
     def excess(value: float) -> float:
         return full.value - fit(x, y, {column: value}).value - drop
 
-    best = float(full.beta[column])
-    low = optimize.brentq(excess, -WIDEST_ODDS, best, xtol=1e-4) if excess(-WIDEST_ODDS) > 0 else -math.inf
-    high = optimize.brentq(excess, best, WIDEST_ODDS, xtol=1e-4) if excess(WIDEST_ODDS) > 0 else math.inf
-    return low, high
+    def end(side: float) -> float:
+        """Searched outward by steps that double, since a fit far out takes many iterations."""
+        inner, step = float(full.beta[column]), side
+        while True:
+            outer = min(max(inner + step, -WIDEST_ODDS), WIDEST_ODDS)
+            if excess(outer) > 0:
+                return float(optimize.brentq(excess, inner, outer, xtol=1e-4))
+            if abs(outer) == WIDEST_ODDS:
+                return side * math.inf
+            inner, step = outer, 2 * step
+
+    return end(-1.0), end(1.0)

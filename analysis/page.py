@@ -141,6 +141,11 @@ class Page:
         """Append blocks."""
         self.blocks.extend(blocks)
 
+    @property
+    def answer(self) -> str:
+        """The sentence that the page opens with; empty where it has none."""
+        return next((block.text for block in self.blocks if isinstance(block, Answered)), "")
+
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write ``report.md`` and ``report.html``, and long tables, into ``folder``; returns both paths."""
         markdown, page = folder / "report.md", folder / "report.html"

@@ -9,6 +9,7 @@
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,18 @@ from analysis.page import Page, Text
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import layout
+
+
+@dataclass(frozen=True)
+class Reported:
+    """A report that has been written.
+
+    Attributes:
+        page: as HTML. answer: what was found, in one sentence.
+    """
+
+    page: Path
+    answer: str
 
 
 def report(
@@ -33,8 +46,8 @@ def report(
     tracking_uri: str | None = None,
     index: Mapping[str, Any] | None = None,
     mlflow: bool = True,
-) -> Path:
-    """Analyze a run directory, a study (folder or ledger) or a foreign log; returns the HTML page.
+) -> Reported:
+    """Analyze a run directory, a study (folder or ledger) or a foreign log, and write a page about it.
 
     Arguments:
         path: what to analyze. out: folder of the report; default: ``report`` in it, or beside a file.
@@ -62,7 +75,7 @@ def report(
         written = page.write(folder)[1]
     if mlflow and runs:
         log_report(runs, folder, page.title)
-    return written
+    return Reported(written, page.answer)
 
 
 def _page(

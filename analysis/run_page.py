@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from analysis.spikes import SpikeEpisode
 from twinrl.run import layout, names, runlog
 from twinrl.stability.detectors import TOTAL, terms_in
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLOSE_UPS = 3
 MOST_ROWS = 30
@@ -105,17 +108,14 @@ def _who(found: Sequence[SpikeEpisode]) -> str:
     texts = []
     for term, count in Counter(spike.leader for spike in found if spike.leader).most_common():
         leads = [spike.lead for spike in found if spike.leader == term and not math.isnan(spike.lead)]
-        lead = f" (median lead over the total {number(statistics.median(leads))} steps)" if leads else ""
-        texts.append(f"{term} in {count} of {len(found)}{lead}")
+        lead = f", {telling.lead_text(statistics.median(leads))}{' (median)' * (len(leads) > 1)}" if leads else ""
+        texts.append(f"{telling.counted(term, count, len(found))}{lead}")
+    if not texts:
+        return "No term's norm was logged, or none stood out."
     carriers = Counter(spike.carrier for spike in found if spike.carrier).most_common()
-    shares = f". At the spike itself most of the gradient was {_counted(carriers)}" if carriers else ""
-    return (
-        f"First to stand out: {'; '.join(texts)}{shares}." if texts else "No term's norm was logged, or none stood out."
-    )
-
-
-def _counted(counts: Sequence[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} ({count})" for name, count in counts)
+    most = ", ".join(telling.counted(name, count, len(found)) for name, count in carriers)
+    carried = f" At the spike itself most of the gradient was {most}." if most else ""
+    return f"First to stand out: {'; '.join(texts)}.{carried}"
 
 
 def _before(run: Run, found: Sequence[SpikeEpisode]) -> str:
@@ -152,14 +152,15 @@ def _failed(failure: Diverged) -> str:
 
 def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[PageBlock]:
     worst = _largest(found)
-    blocks: list[PageBlock] = [Heading("Spikes"), Table(spikes.table(_chosen(found)))]
+    blocks: list[PageBlock] = [Heading("Spikes"), Table(_with_rows(run, _chosen(found)))]
     if len(found) > MOST_ROWS:
         half = MOST_ROWS // 2
         blocks.append(Text(f"The first {half} of {len(found)}, and the {half} largest of the others.", note=True))
     note = (
         "Leader: the term whose norm stood out first. Lead: steps from that to the total's, – where the total never "
         "stood out. Carried by: the largest share of the gradient at the spike's own step. Rise: largest value of an "
-        f"indicator in the {spikes.LEAD} steps before, over its median in the {spikes.BEFORE} before those."
+        f"indicator in the {spikes.LEAD} steps before, over its median in the {spikes.BEFORE} before those. "
+        "Data rows: of the event there, the largest loss first where rows have losses of their own; events.jsonl has all."
     )
     blocks.append(Text(note, note=True))
     pictures = []
@@ -167,6 +168,15 @@ def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[Pag
         path = plots.save(plots.close_up(run, spike), figures / f"spike-{spike.step}.svg")
         pictures.append(Picture(path, _caption(spike)))
     return [*blocks, Heading("The largest, step by step", 3), *pictures]
+
+
+def _with_rows(run: Run, chosen: Sequence[SpikeEpisode]) -> "pd.DataFrame":
+    """The table of spikes with the data rows of their events, where events have any."""
+    table = spikes.table(chosen)
+    rows = [spikes.rows_of(run, spike) for spike in chosen]
+    if any(rows):
+        table["data rows"] = [telling.listed(list(map(str, own))) if own else None for own in rows]
+    return table
 
 
 def _chosen(found: Sequence[SpikeEpisode]) -> list[SpikeEpisode]:

@@ -27,6 +27,8 @@ LEAD = 20
 """Steps before a spike in which its causes are looked for."""
 BEFORE = 50
 """Steps before that, which say what is usual."""
+NEAR = 10
+"""Steps between a spike and its event, at most: episodes join what is no further apart."""
 FEWEST_QUIET = 5
 """Quiet places that a comparison takes."""
 SHORT = {
@@ -187,6 +189,12 @@ def table(spikes: Sequence[SpikeEpisode]) -> "pd.DataFrame":
         rises = {f"rise of {short}": s.indicators.get(name, math.nan) for name, short in shown.items()}
         lines.append(dict(zip(columns, [*line, carried], strict=True)) | rises)
     return pd.DataFrame(lines).dropna(axis="columns", how="all") if lines else pd.DataFrame(columns=columns)
+
+
+def rows_of(run: Run, spike: SpikeEpisode) -> list[int]:
+    """The data rows of the event that a spike made, as the event has them; none where it made none."""
+    near = [event for event in run.events if event.get("rows") and abs(event["step"] - spike.step) <= NEAR]
+    return list(min(near, key=lambda event: abs(event["step"] - spike.step))["rows"]) if near else []
 
 
 # --- clusters ---------------------------------------------------------------------------------------------

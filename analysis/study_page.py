@@ -182,7 +182,7 @@ def told(trials: "pd.DataFrame") -> list[str]:
 
 
 def _arms_of(trials: "pd.DataFrame") -> str:
-    return ", ".join(f"{arm} ({len(runs)})" for arm, runs in trials.groupby("arm", sort=False))
+    return ", ".join(telling.counted(arm, len(runs), len(trials)) for arm, runs in trials.groupby("arm", sort=False))
 
 
 def _survival_text(arms: dict[str, Times]) -> str:

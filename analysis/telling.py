@@ -80,6 +80,11 @@ def listed(texts: Sequence[str]) -> str:
     return ", ".join(texts[:MOST_NAMED]) + more
 
 
+def counted(name: str, count: int, n: int) -> str:
+    """``reward in 3 of 4``; the name alone where it is all of them."""
+    return name if count == n else f"{name} in {count} of {n}"
+
+
 def meeting(pair: Together) -> str:
     """``teacher=live and reward=with``."""
     return " and ".join(f"{factor}={level}" for factor, level in pair.levels.items())

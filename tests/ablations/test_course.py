@@ -4,13 +4,15 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 from rich.console import Console
 
 from ablations import course as courses
 from ablations import study as studies
-from ablations.course import BUILD, CLOSING, TRIAL, Course
+from ablations.course import BUILD, BUILT, CLOSING, TRIAL, Course
 from tests.ablations.tiny import write
-from twinrl.lab.progress import stages
+from twinrl.lab.progress import show, stages
 
 STEPS, TRIALS = 20, 4
 
@@ -27,7 +29,7 @@ def shown(course: Course) -> str:
 
 
 def build(course: Course, steps: int, of: int = 4) -> None:
-    with course.data(), stages("building", of) as stage:
+    with course.data(Path()), stages("building", of) as stage:
         tick = stage("codec", 1)
         for _ in range(steps):
             tick()
@@ -36,7 +38,7 @@ def build(course: Course, steps: int, of: int = 4) -> None:
 def test_a_build_is_a_part_of_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     course = begun(tmp_path)
     whole = BUILD + TRIALS * (STEPS + TRIAL) + CLOSING
-    with course, course.data(), stages("building", 4) as stage:
+    with course, course.data(tmp_path), stages("building", 4) as stage:
         tick = stage("codec", 1)
         tick()
         assert course.made() == BUILD / 4
@@ -48,9 +50,26 @@ def test_a_build_is_a_part_of_the_bar(tmp_path: Path, capfd: pytest.CaptureFixtu
 
 def test_data_that_are_there_cost_nothing(tmp_path: Path) -> None:
     course = begun(tmp_path)
-    with course, course.data():
+    with course, course.data(tmp_path):
         pass
     assert course.made() == 0
+
+
+def test_a_build_shows_its_data_before_it_has_ended(tmp_path: Path) -> None:
+    course, folder = begun(tmp_path), tmp_path / "studies" / "mine"
+    with course, course.data(folder), stages("building", 4):
+        show("the data", {"digit": torch.zeros(10, 3, 32, 32), "decoded": torch.ones(10, 3, 32, 32)})
+        said = course.console.file.getvalue()  # type: ignore[attr-defined]
+        assert said == f"the data: {folder / BUILT}\n"
+        with Image.open(folder / BUILT) as picture:
+            assert {(127, 127, 127), (255, 255, 255)} < {colour for _, colour in picture.getcolors(1 << 16)}
+
+
+def test_a_build_goes_on_where_its_picture_cannot_be_written(tmp_path: Path) -> None:
+    course = begun(tmp_path)
+    with course, course.data(tmp_path / "study.yaml" / "below a file"), stages("building", 4):
+        show("the data", {"digit": torch.zeros(1, 3, 8, 8)})
+    assert course.console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
 def test_plain_lines_tell_a_build_by_quarters(tmp_path: Path) -> None:

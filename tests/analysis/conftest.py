@@ -33,7 +33,7 @@ def study_page(study_folder: Path) -> Path:
     """The study's report; its figures are not drawn."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "save", _save_undrawn)
-        return report(study_folder)
+        return report(study_folder).page
 
 
 @pytest.fixture(scope="session")
@@ -41,4 +41,4 @@ def drawn_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a small study with its figures, and with sample grids."""
     folder = tmp_path_factory.mktemp("small")
     arms = {name: {**arm, "rate": 0.0} for name, arm in simulated.ARMS.items() if name != "clip"}
-    return report(simulated.make_study(folder, seeds=3, arms=arms, steps=40))
+    return report(simulated.make_study(folder, seeds=3, arms=arms, steps=40)).page

@@ -80,7 +80,7 @@ def test_spikes(run: Run, tmp_path: Path) -> None:
     simulated.make_run(tmp_path, seed=1)
     shown = run(notebook.copy("spikes", folder))
     assert "3 spikes" in shown
-    assert "First to stand out: rectify in 3 of 3" in shown
+    assert "First to stand out: rectify, " in shown
     assert "Recurrence(row=17" in shown
     assert "branch any 12 of 12 worst rows" in shown
     assert shown.count("<svg") >= 3

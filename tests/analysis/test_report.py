@@ -80,7 +80,7 @@ def test_the_top_of_the_page_answers_which_factor_how_sure_and_what_it_costs(stu
 @pytest.mark.usefixtures("undrawn")
 def test_nothing_is_named_at_the_top_where_nothing_is_planted(tmp_path: Path) -> None:
     alike = {name: {**arm, "rate": 0.0, "quality": 0.2} for name, arm in simulated.ARMS.items()}
-    page = report(simulated.make_study(tmp_path, seeds=5, arms=alike, steps=80)).with_suffix(".md").read_text()
+    page = report(simulated.make_study(tmp_path, seeds=5, arms=alike, steps=80)).page.with_suffix(".md").read_text()
     top = page.split("## The evidence")[0]
     assert "No arm is found to differ in val/quality beyond chance (nearest:" in top
     assert "No run fell (0 of 15, so rates up to 22 % remain possible)." in top
@@ -98,7 +98,7 @@ def test_critical_learning_rates_of_a_search_are_read(tmp_path: Path) -> None:
         brackets += [{"arm": arm, "seed": k, "healthy": r, "diverged": 1.2 * r} for k, r in enumerate(rates)]
     brackets.append({"arm": "clip", "seed": 0, "healthy": 0.1, "diverged": None})
     arms = [{"name": name, "config_hash": arm["hash"]} for name, arm in simulated.ARMS.items()]
-    page = report(folder, tmp_path / "out", index={"name": "lr", "arms": arms, "critical": brackets})
+    page = report(folder, tmp_path / "out", index={"name": "lr", "arms": arms, "critical": brackets}).page
     markdown = page.with_suffix(".md").read_text()
     assert "## Critical learning rate" in markdown
     assert re.search(r"\| ema \| 3 of 3 \| 0\.0048\d* \[.*?\] \| 2 \[1\.\d+, 2\.\d+\] \|", markdown)
@@ -121,7 +121,7 @@ def test_markdown_figures_and_tables_are_there(study_page: Path, study_folder: P
 @pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_a_report_can_be_repeated(study_page: Path, study_folder: Path, tmp_path: Path) -> None:
-    again = report(study_folder, tmp_path)
+    again = report(study_folder, tmp_path).page
     assert again.parent == tmp_path
     assert (tmp_path / "trials.csv").read_bytes() == (study_page.parent / "trials.csv").read_bytes()
     first, second = ((folder / "report.md").read_text() for folder in (study_page.parent, tmp_path))
@@ -152,7 +152,7 @@ def test_a_pdf_is_drawn_again_where_its_figure_has_changed(tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("undrawn")
 def test_one_seed_gives_a_report_without_a_ranking(tmp_path: Path) -> None:
-    page = report(simulated.make_study(tmp_path, seeds=1, steps=60)).read_text()
+    page = report(simulated.make_study(tmp_path, seeds=1, steps=60)).page.read_text()
     assert "There is no ranking: arm base has 1 finished seed" in page
     assert "run 13 more" in page
     assert "Time to divergence" in page
@@ -162,9 +162,9 @@ def test_one_seed_gives_a_report_without_a_ranking(tmp_path: Path) -> None:
 def test_a_run_and_its_arm(tmp_path: Path) -> None:
     run = simulated.make_run(tmp_path, spikes_at=(120, 200, 330), diverges_at=340)
     simulated.make_run(tmp_path, seed=1)
-    text = Addresses(report(run).read_text()).text
+    text = Addresses(report(run).page.read_text()).text
     assert "It diverged between steps 320 and 340" in text
-    assert "First to stand out: rectify in 3 of 3 (median lead over the total 3 steps)." in text
+    assert "First to stand out: rectify, 3 steps before the total (median)." in text
     assert re.search(
         r"before \(median of all spikes\): RMS_t 2\.\d times its usual value \(quiet steps: 1\.?\d*\)", text
     )
@@ -197,7 +197,7 @@ def test_learning_rates_as_a_factor_give_critical_ones(tmp_path: Path) -> None:
             })  # fmt: skip
     (tmp_path / "study.json").write_text(json.dumps({"name": "lr", "metric": "val/quality", "arms": arms}))
     (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    markdown = report(tmp_path).with_suffix(".md").read_text()
+    markdown = report(tmp_path).page.with_suffix(".md").read_text()
     assert re.search(r"\| teacher=ema \| 4 of 4 \| 0\.00566 \[.*?\] \| 1 \[0\.2\d*, 1\.8\d*\] \|", markdown)
     assert "change of val/quality (ranks)" in markdown
     assert "| live 0.016 | 4 | ∞ [−∞, ∞] |" in markdown
@@ -213,7 +213,7 @@ def test_a_ledger_alone_is_enough(tmp_path: Path) -> None:
     ]  # fmt: skip
     ledger = tmp_path / "host.jsonl"
     ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    page = report(ledger, base="b").read_text()
+    page = report(ledger, base="b").page.read_text()
     assert "The arms differ in val/quality (p &lt; 0.001); better than b: a." in page
     assert "No run diverged." in page
     assert (tmp_path / "host-report" / "report.md").is_file()
@@ -231,12 +231,12 @@ def test_mlflow_experiments_are_studies(tmp_path: Path, tmp_path_factory: pytest
             run = simulated.make_run(folder, name=kind, config_hash=f"0000000{k}", seed=seed, steps=40,
                                      quality=0.3 - 0.2 * k, settings={"teacher": {"kind": kind}})  # fmt: skip
             run_id = publish(run, uri, "lab", {"arm": kind, "seed": seed, "config_hash": f"0000000{k}"}, final=True)
-    page = report("lab", tmp_path / "out", tracking_uri=uri).read_text()
+    page = report("lab", tmp_path / "out", tracking_uri=uri).page.read_text()
     assert "2 arms, 2 seeds an arm, 40 steps; base: base" in page
     assert "teacher.kind" in page
-    linked = report(folder, tmp_path / "linked").read_text()
+    linked = report(folder, tmp_path / "linked").page.read_text()
     assert linked.count('<a href="http://127.0.0.1:5000/#/') == 5
-    assert run_id in report(run).read_text()
+    assert run_id in report(run).page.read_text()
     files = store.connect(uri).list_artifacts(run_id, "report")
     assert "report/report.html" in {file.path for file in files}
     with pytest.raises(InputError, match="no finished runs of 'nothing'"):
@@ -425,11 +425,11 @@ def test_a_report_from_tables_says_what_one_from_logs_says(tmp_path: Path) -> No
     )
     _write(lost, [row | {name: math.nan for name in row if name.startswith("val/accuracy/two")}
                   for row in runlog.read(lost / layout.LOG)])  # fmt: skip
-    said = [_said(report(study, mlflow=False)) for _ in range(2)]
+    said = [_said(report(study, mlflow=False).page) for _ in range(2)]
     assert len(list(study.glob(f"*/{layout.METRICS}"))) == 9
     for table in study.glob(f"*/{layout.METRICS}"):
         table.write_bytes(b"damaged")
-    said.append(_said(report(study, mlflow=False)))
+    said.append(_said(report(study, mlflow=False).page))
     assert said[0] == said[1] == said[2]
 
 

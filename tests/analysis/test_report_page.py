@@ -87,7 +87,7 @@ def test_a_small_study_is_drawn_without_network(offline: Any, drawn_page: Path) 
 
 @pytest.mark.campaign
 def test_a_study_is_drawn_without_network(offline: Any, tmp_path: Path) -> None:
-    page = report(simulated.make_study(tmp_path, seeds=5))
+    page = report(simulated.make_study(tmp_path, seeds=5)).page
     check_page(offline, page, len(STUDY) + len(simulated.ARMS))
     assert all((page.parent / "figures" / f"{name}.svg").is_file() for name in STUDY)
     facts = {dt.text: dt.find_element("xpath", "following-sibling::dd[1]").text
@@ -103,7 +103,7 @@ def test_a_run_is_drawn_and_linked_to_its_mlflow_page(offline: Any, tmp_path: Pa
     run = simulated.make_run(tmp_path, spikes_at=(120, 200, 330), diverges_at=340)
     simulated.make_run(tmp_path, seed=1)
     run_id = mlflow_view.publish(run, f"sqlite:///{database}", final=True)
-    page = report(run)
+    page = report(run).page
     check_page(offline, page, len(RUN) + 3)
     assert all(list(page.parent.glob(f"figures/{name}*.svg")) for name in RUN)
     links = [link.get_attribute("href") for link in offline.find_elements("tag name", "a")]

@@ -1,7 +1,10 @@
 """Short versions of ``python -m analysis.coverage``, whose full table is committed."""
 
 import itertools
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +38,26 @@ def test_shares_lie_inside_their_bands(check: str, studies: int) -> None:
 @pytest.mark.parametrize("check", list(validity.CHECKS))
 def test_shares_of_many_studies_lie_inside_their_bands(check: str) -> None:
     assert outside(check, FULL) == []
+
+
+def test_the_committed_page_is_of_the_committed_numbers() -> None:
+    results = Path(__file__).parents[2] / "benchmarks/results"
+    parts = json.loads((results / "coverage.json").read_text())
+    assert parts.keys() == {*coverage.ROWS, *coverage.TABLES}
+    assert coverage.page(parts) == (results / "coverage.md").read_text()
+
+
+def test_a_part_is_made_again_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(*arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["coverage", "--out", str(tmp_path / "coverage.md"), *arguments])
+        coverage.main()
+        return json.loads((tmp_path / "coverage.json").read_text())
+
+    first = main("--studies", "5", "--only", "grids")
+    both = main("--studies", "4", "--only", "main effects")
+    assert both["grids"] == first["grids"]
+    assert both["main effects"]["studies"] == 4
+    assert "not made yet" in (tmp_path / "coverage.md").read_text()
 
 
 @pytest.mark.parametrize(("rate", "n"), [(0.1, 3), (0.3, 4), (1.0, 5), (4.0, 4)])

@@ -12,6 +12,7 @@ from twinrl.lab import LabRecipe, load_lab
 from twinrl.lab.digits import Warp
 from twinrl.lab.fitting import Recipe
 from twinrl.lab.pretrain import Pretraining
+from twinrl.lab.progress import watched_by
 
 SHORT = Recipe(steps=2, batch=8, lr=1e-3, seed=1)
 TINY = LabRecipe(
@@ -52,6 +53,18 @@ def test_rebuilding_gives_the_same_content_whatever_the_threads(tiny, tmp_path, 
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_the_data_are_shown_while_models_are_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINRL_CACHE", str(tmp_path))
+    shares, shown = [0.0], {}
+    recipe = dataclasses.replace(TINY, teacher=Pretraining(steps=20, batch=8))
+    with watched_by(lambda what, share: shares.append(share), lambda title, rows: shown.update(rows, at=shares[-1])):
+        lab = load_lab(recipe=recipe)
+    assert 0 < shown["at"] < 1
+    first = [int((lab.validation.labels == label).nonzero()[0]) for label in range(10)]
+    assert torch.equal(shown["digit"], lab.validation.pixels[first])
+    assert torch.allclose(shown["through the codec"], lab.codec.decode(lab.latents("validation")[first]), atol=1e-5)
 
 
 def test_loading_again_finds_the_cache(tiny, cache):

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from twinrl.lab.progress import stages, watched_by
+from twinrl.lab.progress import show, stages, watched_by
 
 STEPS = 50
 
@@ -26,6 +26,16 @@ def test_a_watcher_hears_of_every_step_and_nothing_is_drawn(capfd: pytest.Captur
     assert max(share for _, share in told) == 1
     assert told[1][0] == "building: codec, judge"
     assert capfd.readouterr().err == ""
+
+
+def test_pictures_go_to_whoever_watches_and_else_nowhere() -> None:
+    shown: list[str] = []
+    show("before", {})
+    with watched_by(lambda what, share: None, lambda title, rows: shown.append(title)):
+        show("the data", {})
+    with watched_by(lambda what, share: None):
+        show("to one who looks at no pictures", {})
+    assert shown == ["the data"]
 
 
 def test_a_silent_build_tells_nobody() -> None:

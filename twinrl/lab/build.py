@@ -13,16 +13,16 @@ from twinrl.backends.embedding import Spec
 from twinrl.flow.source import Split
 from twinrl.lab.clip import EMBEDDING, train_clip, train_preference
 from twinrl.lab.degrade import Degrade
-from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, load_digit_splits
+from twinrl.lab.digits import CLASSES, HELD_OUT_TEMPLATES, TEMPLATES, load_digit_splits
 from twinrl.lab.fitting import seeded
 from twinrl.lab.judge import train_judge
 from twinrl.lab.models import Models
 from twinrl.lab.pretrain import pretrain
-from twinrl.lab.progress import Stage, stages
+from twinrl.lab.progress import Stage, show, stages
 from twinrl.lab.recipe import LabRecipe
 from twinrl.lab.storage import content_hash, save_tensors
 from twinrl.lab.teachers import flow_data
-from twinrl.lab.vae import LATENT_SHAPE, train_codec
+from twinrl.lab.vae import LATENT_SHAPE, Autoencoder, train_codec
 
 MANIFEST = "manifest.json"
 PARTS = ("data", "codec", "judge", "clip", "hps", "preference_judge", "teacher")
@@ -88,6 +88,7 @@ def _train(recipe: LabRecipe, pool: ThreadPoolExecutor, stage: Stage) -> dict[st
     first.result()
     encoding = pool.submit(_encode, models, splits)
     latents = encoding.result()
+    _show(splits["validation"], latents["validation"], models.codec)
     recognised.result()
     preferred, taught = pool.submit(preferences), pool.submit(teacher)
     preferred.result()
@@ -97,6 +98,14 @@ def _train(recipe: LabRecipe, pool: ThreadPoolExecutor, stage: Stage) -> dict[st
 
 def _encode(models: Models, splits: Mapping[str, Split]) -> dict[str, Tensor]:
     return {name: models.codec.encode_all(split.pixels) for name, split in splits.items()}
+
+
+@torch.no_grad()
+def _show(split: Split, latents: Tensor, codec: Autoencoder) -> None:
+    """One digit of each class, and what is left of it on the way through the codec."""
+    chosen = [int((split.labels == label).nonzero()[0]) for label in range(len(CLASSES))]
+    rows = {"digit": split.pixels[chosen], "through the codec": codec.decode(latents[chosen])}
+    show("the data: digits, and what the codec's latents keep of them", rows)
 
 
 def _pack(splits: Mapping[str, Split], latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """One progress bar over all stages of a build, or a share of somebody else's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 
 class Stage(Protocol):
@@ -27,19 +29,36 @@ class InterruptedBuildError(Exception):
     """The build was given up elsewhere; raised in stages that are still running."""
 
 
-Watcher: TypeAlias = Callable[[str, float], object]
+Told: TypeAlias = Callable[[str, float], object]
 """Told what runs, and which share of the build in [0, 1] is made; from the stages' threads, too."""
+Shown: TypeAlias = Callable[[str, Mapping[str, Tensor]], object]
+"""Given a title, and rows of pixels (K, 3, H, W) in [−1, 1] by their labels; from the builder's thread."""
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Whoever shows a build as a part of something longer."""
+
+    told: Told
+    shown: Shown
+
 
 _WATCHER: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 
+def show(title: str, rows: Mapping[str, Tensor]) -> None:
+    """Give what is built so far to the watcher, as pictures; arguments as of :data:`Shown`."""
+    if (watcher := _WATCHER.get()) is not None:
+        watcher.shown(title, rows)
+
+
 @contextmanager
-def watched_by(watcher: Watcher) -> Iterator[None]:
-    """Builds inside draw no bar of their own and tell ``watcher`` instead.
+def watched_by(told: Told, shown: Shown = lambda title, rows: None) -> Iterator[None]:
+    """Builds inside draw no bar of their own and tell whoever watches instead.
 
     *When to use*: where a build is a part of something longer that shows its own progress.
     """
-    token = _WATCHER.set(watcher)
+    token = _WATCHER.set(Watcher(told, shown))
     try:
         yield
     finally:
@@ -72,7 +91,7 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
 
         def tell() -> None:
             if watcher is not None:
-                watcher(bar.tasks[0].description, bar.tasks[0].completed / total)
+                watcher.told(bar.tasks[0].description, bar.tasks[0].completed / total)
 
         def stage(name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
             left[name] = steps

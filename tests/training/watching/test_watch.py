@@ -84,6 +84,21 @@ def test_the_rate_and_further_numbers_are_logged(tmp_path: Path) -> None:
     assert names.SKIPPED not in first
 
 
+def test_a_last_step_that_is_missing_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, steps in (("whole", 3), ("cut", 2)):
+        watch, network, optimizer = watched(tmp_path / name)
+        for step in range(3):
+            x = batch(step)
+            watch.backward(losses(network(x), x))
+            optimizer.step()
+            if step < steps:
+                watch.step()
+        watch.close()
+        assert len(rows(tmp_path / name)) == steps
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"{tmp_path}/cut: step 3 is not in the log: watch.step() is missing" in said
+
+
 def test_other_commands_say_what_the_run_is(tmp_path: Path) -> None:
     watch, network, optimizer = watched(tmp_path / "run")
     for _ in follow(watch, network, optimizer, 2):

@@ -29,6 +29,9 @@ class Book:
         writes: whether this process writes; of several one does.
         fresh: an older run there may go. resume: it goes on.
 
+    Attributes:
+        begun: step whose gradient is there and whose row is not; 0 between steps.
+
     Raises:
         InputError: a run exists there, or none to be resumed; the folder can't be written.
     """
@@ -37,7 +40,7 @@ class Book:
         self.run, self.writes, self.fresh, self.resume = RunDirectory(path), writes, fresh, resume
         self.log: RunLog | NoLog = RunLog(self.run.log) if writes else NoLog()
         self.events: EventLog | NoLog = EventLog(self.run.events) if writes else NoLog()
-        self.rows, self.step, self.ended = 0, 0, False
+        self.rows, self.step, self.begun, self.ended = 0, 0, 0, False
         self._synced, self._lengths = time.monotonic(), (0, 0)
         self._stack = ExitStack()
 
@@ -101,6 +104,10 @@ class Book:
             return
         length, _ = self.sync()
         self.ended = True
+        if status == "finished" and self.begun and self.writes:
+            _log.warning(
+                "%s: step %d is not in the log: watch.step() is missing after its backward", self.run.path, self.begun
+            )
         if length and status is not None:
             result = {"status": status, "step": self.step, "message": message}
             self.run.finish({name: value for name, value in result.items() if value != ""})

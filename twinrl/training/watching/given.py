@@ -128,13 +128,14 @@ def check_outputs(micro: Given, parameters: Sequence[Tensor]) -> None:
         if beside or not reached:
             raise InputError(
                 f"the loss {name!r} depends on the model beside the outputs",
-                fix="add what it is computed from to outputs=, or leave outputs= out",
+                fix="leave outputs= out, which lets every loss see its own depth; or give all that losses start from",
             )
     for number, output in enumerate(micro.outputs):
         inner = [node for node, _ in output.grad_fn.next_functions] if output.grad_fn else []
         if _walk(inner, ends, set())[0]:
             raise InputError(
-                f"outputs[{number}] is computed from another one of the outputs", fix="give the later one alone"
+                f"outputs[{number}] is computed from another one of the outputs",
+                fix="leave outputs= out; or give the later one alone, if no loss needs the earlier one",
             )
 
 

@@ -129,7 +129,7 @@ class Watch:
         with self._on_disk():
             if self._judged is None:
                 raise InputError("watch.step() without watch.backward() before it", fix="call them in turn")
-            judged, self._judged = self._judged, None
+            judged, self._judged, self._book.begun = self._judged, None, 0
             row = self._after_step(judged, lr, values or {})
             return self._conclude(judged, row)
 
@@ -203,6 +203,7 @@ class Watch:
     def _take_in(self, engine: Engine, micro: Given, last: bool) -> Decision:
         in_outputs = engine.config.space == "output"
         self._micros.append(micro if in_outputs else micro.numbers())
+        self._book.begun = self.done + 1
         if not last:
             if not in_outputs:
                 self._backwards.keep(micro)
