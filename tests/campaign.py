@@ -239,8 +239,9 @@ def table(everything: Sequence[Row]) -> str:
     """The page of the last results, and what has none."""
     lines = [
         "# The long tests' last results", "",
-        "Made by `make campaign`. A row is a command; `make test` proves the same in small. The losses are those of a",
-        "short training under the row's variables: other digits, other arithmetic.", "",
+        "After this page you know which long tests passed, when, and on which processor. `make campaign` makes it.", "",
+        "A row is a command; `make test` proves the same in small. The losses are those of a short training under the",
+        "row's variables: other digits, other arithmetic.", "",
         "| row | what it proves | result | tests | losses | minutes | date | revision | processor |",
         "|---|---|---|---|---|--:|---|---|---|",
     ]  # fmt: skip
