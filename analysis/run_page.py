@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from analysis.spikes import SpikeEpisode
 from twinrl.run import layout, names, runlog
 from twinrl.stability.detectors import TOTAL, terms_in
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 CLOSE_UPS = 3
 MOST_ROWS = 30
@@ -61,13 +58,13 @@ def sentence(run: Run, found: Sequence[SpikeEpisode]) -> str:
     leading = Counter(spike.leader for spike in found if spike.leader).most_common(1)
     if not found:
         return f"{text}; no gradient norm spiked."
-    spikes_found = f"{len(found)} spike{'s' * (len(found) != 1)}"
+    one = f"its one spike, at step {found[0].step:,}" if len(found) == 1 else ""
     if not leading:
-        return f"{text}; {spikes_found}, of which no term's norm stood out."
+        return f"{text}; {one or f'{len(found)} spikes'}, in which no term's norm stood out."
     for term, count in leading:
         leads = [spike.lead for spike in found if spike.leader == term and not math.isnan(spike.lead)]
         by = f", {telling.lead_text(statistics.median(leads))}" if leads else ""
-        text += f"; {term} led {count} of {spikes_found}{by}{' (median)' * (len(leads) > 1)}"
+        text += f"; {term} led {one or f'{count} of {len(found)} spikes'}{by}{' (median)' * (len(leads) > 1)}"
     return f"{text}."
 
 
@@ -152,7 +149,7 @@ def _failed(failure: Diverged) -> str:
 
 def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[PageBlock]:
     worst = _largest(found)
-    blocks: list[PageBlock] = [Heading("Spikes"), Table(_with_rows(run, _chosen(found)))]
+    blocks: list[PageBlock] = [Heading("Spikes"), Table(spikes.table(_chosen(found), run))]
     if len(found) > MOST_ROWS:
         half = MOST_ROWS // 2
         blocks.append(Text(f"The first {half} of {len(found)}, and the {half} largest of the others.", note=True))
@@ -160,7 +157,8 @@ def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[Pag
         "Leader: the term whose norm stood out first. Lead: steps from that to the total's, – where the total never "
         "stood out. Carried by: the largest share of the gradient at the spike's own step. Rise: largest value of an "
         f"indicator in the {spikes.LEAD} steps before, over its median in the {spikes.BEFORE} before those. "
-        "Data rows: of the event there, the largest loss first where rows have losses of their own; events.jsonl has all."
+        "Data rows: of the event there, the largest loss first where rows have losses of their own; "
+        "events.jsonl has them all."
     )
     blocks.append(Text(note, note=True))
     pictures = []
@@ -168,15 +166,6 @@ def _anatomy(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[Pag
         path = plots.save(plots.close_up(run, spike), figures / f"spike-{spike.step}.svg")
         pictures.append(Picture(path, _caption(spike)))
     return [*blocks, Heading("The largest, step by step", 3), *pictures]
-
-
-def _with_rows(run: Run, chosen: Sequence[SpikeEpisode]) -> "pd.DataFrame":
-    """The table of spikes with the data rows of their events, where events have any."""
-    table = spikes.table(chosen)
-    rows = [spikes.rows_of(run, spike) for spike in chosen]
-    if any(rows):
-        table["data rows"] = [telling.listed(list(map(str, own))) if own else None for own in rows]
-    return table
 
 
 def _chosen(found: Sequence[SpikeEpisode]) -> list[SpikeEpisode]:
@@ -209,7 +198,7 @@ def _lead(steps: float) -> str:
 
 
 def _clusters(run: Run, found: Sequence[SpikeEpisode], figures: Path) -> list[PageBlock]:
-    if not found and not run.events:
+    if len(found) < 2 and len(run.events) < 2:
         return []
     blocks: list[PageBlock] = [Heading("What comes back")]
     if found:
@@ -225,6 +214,8 @@ def _recurring(run: Run) -> list[PageBlock]:
                 for r in recurring[:MOST_ROWS]]  # fmt: skip
         return [Text("Data rows that events share more often than chance:"), Table(pd.DataFrame(rows))]
     batches = sum(bool(event.get("rows")) for event in run.events)
+    if batches < 2:
+        return []
     return [Text(f"No data row is in the batches of {batches} events more often than chance would have it.")]
 
 

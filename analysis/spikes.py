@@ -29,6 +29,8 @@ BEFORE = 50
 """Steps before that, which say what is usual."""
 NEAR = 10
 """Steps between a spike and its event, at most: episodes join what is no further apart."""
+FEW_ROWS = 4
+"""Data rows of an event that a table names."""
 FEWEST_QUIET = 5
 """Quiet places that a comparison takes."""
 SHORT = {
@@ -174,8 +176,8 @@ def _rise(window: Sequence[LogRow], usual: Sequence[LogRow], name: str) -> float
     return max(before) / middle if middle else math.nan
 
 
-def table(spikes: Sequence[SpikeEpisode]) -> "pd.DataFrame":
-    """One row a spike, for the report; indicators that were never measured are left out."""
+def table(spikes: Sequence[SpikeEpisode], run: Run) -> "pd.DataFrame":
+    """One row a spike of a run, for the report; what was never measured is left out."""
     import pandas as pd
 
     columns = ["step", "norm of", "value", "times usual", "leader", "lead (steps)", "leader's share", "carried by"]
@@ -187,7 +189,9 @@ def table(spikes: Sequence[SpikeEpisode]) -> "pd.DataFrame":
         value = s.value if math.isfinite(s.value) else "not finite"
         line = [s.step, s.series.split("/")[1], value, s.value / s.reference, s.leader or "none", s.lead, s.share]
         rises = {f"rise of {short}": s.indicators.get(name, math.nan) for name, short in shown.items()}
-        lines.append(dict(zip(columns, [*line, carried], strict=True)) | rises)
+        rows = list(map(str, rows_of(run, s)))
+        named = f"{', '.join(rows[:FEW_ROWS])}{f' and {len(rows) - FEW_ROWS} more' if len(rows) > FEW_ROWS else ''}"
+        lines.append(dict(zip(columns, [*line, carried], strict=True)) | rises | {"data rows": named or None})
     return pd.DataFrame(lines).dropna(axis="columns", how="all") if lines else pd.DataFrame(columns=columns)
 
 
@@ -250,7 +254,8 @@ def leaders(spikes: Sequence[SpikeEpisode], config: Mapping[str, Any]) -> "pd.Da
         branches = (terms.get(leader) or {}).get("branches") or []
         lead = statistics.median(leads) if leads else math.nan
         lines.append({"leader": leader, "spikes": count, "median lead (steps)": lead, "branches": ", ".join(branches)})
-    return pd.DataFrame(lines, columns=["leader", "spikes", "median lead (steps)", "branches"])
+    columns = ["leader", "spikes", "median lead (steps)", "branches"]
+    return pd.DataFrame(lines, columns=columns if any(line["branches"] for line in lines) else columns[:-1])
 
 
 def gaps(spikes: Sequence[SpikeEpisode]) -> float:

@@ -168,7 +168,7 @@ def publish(
 @app.command()
 def ui(
     runs: Annotated[
-        str, typer.Argument(metavar="[RUNS_OR_STUDY]", help="folder of run directories, or a study's name or file")
+        str, typer.Argument(metavar="[RUNS_OR_STUDY]", help="a run, a folder of runs, or a study's name or file")
     ] = "runs",
     port: Annotated[int, typer.Option(min=1, max=65535, help="a free one is taken if this is in use")] = 5000,
     uri: Annotated[

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from analysis import other_logs, spikes
-from analysis.frames import load_run
+from analysis.frames import Run, load_run
 from tests.analysis import simulated
 from tests.analysis.simulated import at_most
 from twinrl.config.errors import InputError
@@ -39,7 +39,7 @@ def test_nothing_is_found_where_nothing_is_planted(tmp_path: Path) -> None:
     run = load_run(simulated.make_run(tmp_path))
     assert spikes.find(run.rows) == []
     assert spikes.recurring_rows(run) == []
-    assert len(spikes.table([])) == 0
+    assert len(spikes.table([], run)) == 0
 
 
 def test_non_finite_norms_are_spikes_of_their_own_kind(run_folder: Path) -> None:
@@ -68,6 +68,18 @@ def test_steps_repeated_after_a_rollback_are_told_apart(run_folder: Path) -> Non
 def test_the_guilty_data_row_is_named_and_no_other(run_folder: Path) -> None:
     found = spikes.recurring_rows(load_run(run_folder))
     assert [(r.row, r.count, r.events) for r in found] == [(simulated.GUILTY_ROW, 4, 4)]
+
+
+def test_the_table_names_the_rows_of_each_spike_s_event(run_folder: Path) -> None:
+    run = load_run(run_folder)
+    found = spikes.find(run.rows)
+    told = dict(zip(spikes.table(found, run)["step"], spikes.table(found, run)["data rows"], strict=True))
+    for event in run.events:
+        named, _, rest = told[event["step"]].partition(" and ")
+        assert named == ", ".join(map(str, event["rows"][: spikes.FEW_ROWS]))
+        assert rest == f"{len(event['rows']) - spikes.FEW_ROWS} more"
+    quiet = Run.of(run.path, run.rows)
+    assert "data rows" not in spikes.table(found, quiet)
 
 
 def test_random_batches_name_no_row(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.tracking.synthetic import make_run
 from twinrl.config.errors import InputError
 from twinrl.tracking import store, studies, ui
+from twinrl.tracking.mlflow_state import ViewState
 
 PAGE = "/#/experiments/1/runs?viewStateShareKey=first-norms"
 
@@ -59,6 +61,17 @@ def test_an_argument_is_a_folder_of_runs_or_a_study(tmp_path: Path, monkeypatch:
     assert studies.located("mine", None) == (workspace, "mine")
     assert studies.located("named.yaml", None) == (workspace, "theirs")
     assert studies.located("mine", "http://there:1") == ("http://there:1", "mine")
+
+
+def test_a_run_is_shown_where_it_was_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = make_run(tmp_path / "runs", rows=3)
+    assert studies.located(str(run), None) == (store.default_uri(tmp_path / "runs"), None)
+    published = ViewState.load(run)
+    published.store = "http://elsewhere:1"
+    published.save()
+    assert studies.located(str(run), None) == ("http://elsewhere:1", None)
+    assert studies.located(str(run), "http://there:1") == ("http://there:1", None)
 
 
 def test_a_page_is_opened_where_there_is_a_screen_alone(monkeypatch: pytest.MonkeyPatch) -> None:

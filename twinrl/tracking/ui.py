@@ -53,7 +53,7 @@ class Server:
         if database and not database.exists():
             raise InputError(
                 f"there is no MLflow store {database}",
-                fix="train a run first, name its store, or publish a run directory",
+                fix="train a run first, name its store, or twinrl publish a run directory",
             )
         port = available_port(port, host)
         self.url = f"http://{host}:{port}"
