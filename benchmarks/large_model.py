@@ -35,6 +35,7 @@ from twinrl.backends.families import family_class
 from twinrl.backends.families.pipelines import quiet
 from twinrl.commands.memory_plan import at_the_peak, plan
 from twinrl.config.errors import InputError
+from twinrl.data.dataset import CACHE_FORMAT, MANIFEST, BucketRow, Manifest
 from twinrl.flow import draws
 from twinrl.flow.conditions import Condition
 from twinrl.training import assembly, schema
@@ -134,8 +135,12 @@ def describe(config: dict[str, Any], folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index))
     described = {"_class_name": "SD3Transformer2DModel"} | config
     (folder / "transformer" / "config.json").write_text(json.dumps(described))
-    buckets = [{"latent_shape": [config["in_channels"], config["sample_size"], config["sample_size"]]}]
-    (folder / "manifest.json").write_text(json.dumps({"buckets": buckets}))
+    channels, side = config["in_channels"], config["sample_size"]
+    bucket = BucketRow(name="square", width=8 * side, height=8 * side, latent_shape=(channels, side, side))
+    manifest = Manifest(
+        format=CACHE_FORMAT, encoder="random", content_hash="random", images=False, lengths={}, buckets=[bucket]
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def twinflow(settings: RunConfig, source: RandomLatents, device: torch.device) -> Callable[[], object]:

@@ -1,5 +1,6 @@
 """Every command that a page shows is one that the program takes; those of blocks are executed, with small settings."""
 
+import glob
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from typer.main import get_command
 
 from ablations import study as studies
 from tests import pages
+from tests.commands.test_import_simpletuner import DOCUMENTED
 from twinrl import cli, config
 from twinrl.training import schema
 
@@ -131,7 +133,6 @@ SMALL_STUDY = {
     "train.steps": 12,
     "train.batch": 16,
     "evaluation": {"every": 6, "n": 20, "nfe": [1], "teacher_steps": 2, "velocity_rows": 5, "grid_samples": 1},
-    "tracking.mlflow": False,
 }
 MARGIN = {"low": 1e-4, "high": 1e-3, "steps": 12, "tolerance": 5.0}
 
@@ -141,6 +142,7 @@ class Workshop:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.ran: set[str] = set()
         self.environment = os.environ | {"PYTHONPATH": str(pages.REPOSITORY), "PYTHONSAFEPATH": ""}
 
     def python(self, *words: str) -> None:
@@ -167,23 +169,36 @@ class Workshop:
             small = SMALL if "train." in command.text else ()
             self.python(str(pages.REPOSITORY / words[0]), *words[1:], *small, "--out", str(self.folder / "out"))
             return
-        words = [self._stands_for(word) for word in words]
-        words = [path for word in words for path in (sorted(map(str, self.folder.glob(word))) or [word])]
+        self._make_what_is_named(words)
+        words = [self._stands_for(word, words[0]) for word in words]
+        found = [sorted(glob.glob(word, root_dir=self.folder)) if "*" in word else [] for word in words]
+        words = [path for word, paths in zip(words, found, strict=True) for path in paths or [word]]
         if words[0] == "train":
             words += [*SMALL, "--fresh"]
+        words += {"run": ["--no-mlflow"], "spikes": ["--no-open"], "arms": ["--no-open"]}.get("".join(words[1:2]), [])
         if words[0] == "replay" and "--after" in words:
             words[words.index("--after") + 1], words[words.index("--judge") + 1] = "6", "3"
         self.twinrl(*words)
 
-    def _stands_for(self, word: str) -> str:
+    def _make_what_is_named(self, words: list[str]) -> None:
+        """Run the page's programs that make the run directories which a command names."""
+        for program in sorted(self.folder.glob("*.py")):
+            makes = any(re.search(rf'run ?= ?f?"{re.escape(word)}["/]', program.read_text()) for word in words)
+            if makes and program.name not in self.ran:
+                self.ran.add(program.name)
+                self.python(program.name)
+
+    def _stands_for(self, word: str, command: str) -> str:
         if word in ("RUN", "runs/<run>", "runs/mnist-0a1b2c3d-s0"):
             return self._any_run()
+        if word == "<folder>":
+            return os.environ.get("TWINRL_MNIST_ROOT", word)
         if word == "runs/ablations" and not (self.folder / word).exists():
             self.write("stand-in.yaml", (studies.STUDIES / "example.yaml").read_text())
-            self.twinrl("ablate", "run", "stand-in.yaml")
+            self.twinrl("ablate", "run", "stand-in.yaml", "--no-mlflow")
         if word == "my-study.yaml" and not (self.folder / word).exists():
             return "stand-in.yaml"
-        if word in studies.shipped():
+        if command == "ablate" and word in studies.shipped():
             self.write("shipped.yaml", (studies.STUDIES / f"{word}.yaml").read_text())
             return "shipped.yaml"
         return word
@@ -200,7 +215,9 @@ def workshop(tmp_path: Path) -> Workshop:
     made = Workshop(tmp_path)
     norms = [f"{step},{1 + 0.01 * step}" for step in range(200)]
     (tmp_path / "log.csv").write_text("\n".join(["global_step,train/grad_norm", *norms]))
-    (tmp_path / "config.json").write_text(json.dumps({"model_family": "sd3", "twinflow_enabled": True}))
+    (tmp_path / "config.json").write_text(json.dumps(DOCUMENTED))
+    for name, text in pages.files(pages.page("extending")).items():
+        made.write(name, text)
     return made
 
 
@@ -211,6 +228,6 @@ def test_commands_run(page: str, workshop: Workshop) -> None:
     for name, text in pages.files((pages.REPOSITORY / page).read_text()).items():
         workshop.write(name, text)
     for command in pages.shown(page):
-        ours = command.text.startswith(("twinrl ", "python ")) and command.text not in SERVES
+        ours = command.text.startswith(("twinrl ", "python ")) and not command.text.startswith(SERVES)
         if command.block and not command.needs and ours:
             workshop.run(command)
