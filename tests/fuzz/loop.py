@@ -21,7 +21,6 @@ from tests.fuzz import targets, trying
 from tests.fuzz.targets import TARGETS, Command, Target
 from tests.fuzz.trying import Done
 
-
 BUILDING_SECONDS = 1800
 """What a target may take to make: where no laboratory is in the cache, it is built."""
 
