@@ -1,6 +1,7 @@
 """``twinrl notebook``: a notebook on one's own run or study, beside it, executed.
 
-A copy is the user's: executed again it keeps what was changed in it.
+A copy is the user's: executed again it keeps what was changed in it. It carries Jupyter's signature of this user, for
+a run of somebody else's may come with a notebook of theirs, whose code would run.
 """
 
 import re
@@ -32,14 +33,16 @@ def copy(kind: str, subject: Path, fresh: bool = False) -> Path:
     """The notebook's copy beside ``subject``, about it; an earlier copy stays unless ``fresh``.
 
     Raises:
-        InputError: ``subject`` is not what this notebook is about.
+        InputError: ``subject`` is not what this notebook is about, or the copy is not this user's.
     """
+    import nbformat
+
     subject = subject.resolve()
     _check(kind, subject)
     target = (subject if subject.is_dir() else subject.parent) / FOLDER / f"{kind}.ipynb"
-    if fresh or not target.exists():
-        import nbformat
-
+    if target.exists() and not fresh:
+        _check_own(target)
+    else:
         notebook = nbformat.read(SOURCES / f"{kind}.ipynb", as_version=4)
         first = next(cell for cell in notebook.cells if cell.cell_type == "code")
         about = f"{SUBJECTS[kind]} = Path({str(subject)!r})"
@@ -100,9 +103,27 @@ def _check(kind: str, subject: Path) -> None:
         )  # fmt: skip
 
 
+def _check_own(path: Path) -> None:
+    """Raises InputError where a notebook lacks this user's signature, which Jupyter renews when it saves one."""
+    import nbformat
+    from nbformat.reader import NotJSONError
+    from nbformat.sign import NotebookNotary
+
+    again = "--fresh replaces it"
+    try:
+        own = NotebookNotary().check_signature(nbformat.read(path, as_version=4))
+    except (NotJSONError, nbformat.ValidationError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no notebook", got=f"{type(error).__name__}: {error!s:.80}", fix=again) from error
+    if not own:
+        fix = f"read its code, then `jupyter trust {path}` to run it; {again}"
+        raise InputError(f"{path} is not signed by you", fix=fix)
+
+
 def _write(notebook: "NotebookNode", target: Path) -> None:
     import nbformat
+    from nbformat.sign import NotebookNotary
 
     target.parent.mkdir(exist_ok=True)
     with publishing(target) as new:
         nbformat.write(notebook, new)
+    NotebookNotary().sign(notebook)

@@ -21,6 +21,9 @@ from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import layout
 
+PATIENCE_SECONDS = 60
+"""How long to wait for another report into the same folder."""
+
 
 @dataclass(frozen=True)
 class Reported:
@@ -66,7 +69,7 @@ def report(
     folder = Path(out) if out else _folder_of(path, bool(tracking_uri))
     files.check_writable(folder, str(folder), "name another --out")
     wanted = (metric, effect, interactions)
-    with _nothing_left_of_a_refusal(folder):
+    with _alone_in(folder):
         if tracking_uri:
             study = from_mlflow(tracking_uri, str(path), base)
             page, runs = study_page.build(study, _made(folder / "figures"), *wanted), list[Run]()
@@ -117,15 +120,17 @@ def separated(text: str, separator: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _nothing_left_of_a_refusal(folder: Path) -> Iterator[None]:
-    """Where the input turns out wrong inside, the folders that were made for the report go away again."""
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Inside, no other process writes there. Where the input turns out wrong, the folders made for it go away again."""
     new = next((path for path in (*reversed(folder.parents), folder) if not path.exists()), None)
-    try:
-        yield
-    except InputError:
-        if new is not None:
-            files.remove(new)
-        raise
+    busy = InputError(f"another process writes a report into {folder}", fix="wait for it to end, or name another --out")
+    with files.alone(folder / ".lock", busy, PATIENCE_SECONDS):
+        try:
+            yield
+        except InputError:
+            if new is not None:
+                files.remove(new)
+            raise
 
 
 def _made(folder: Path) -> Path:

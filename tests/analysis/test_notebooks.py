@@ -7,6 +7,7 @@ import pytest
 import typer
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.utils.capture import capture_output
+from nbformat.sign import NotebookNotary
 from typer.testing import CliRunner
 
 import analysis
@@ -72,6 +73,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of this process and of kernels."""
     monkeypatch.setenv("PYTHONPATH", str(Path(analysis.__file__).parents[1]))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
 
 
 @WAYS
@@ -131,6 +133,7 @@ def test_the_command_executes_a_copy_and_keeps_changes(app: typer.Typer, tmp_pat
     changed = read(copied)
     changed.cells = [nbformat.v4.new_code_cell("print(6 * 7)"), nbformat.v4.new_code_cell("1 / 0")]
     nbformat.write(changed, copied)
+    NotebookNotary().sign(changed)  # as Jupyter does when it saves
     failed = CliRunner().invoke(app, command, catch_exceptions=False)
     assert failed.exit_code == 1
     assert "cell 2 of" in failed.stderr
@@ -138,6 +141,29 @@ def test_the_command_executes_a_copy_and_keeps_changes(app: typer.Typer, tmp_pat
     assert read(copied).cells[0].outputs[0].text == "42\n"
     assert notebook.copy("spikes", folder, fresh=True) == copied
     assert len(read(copied).cells) > 2
+
+
+def test_a_notebook_that_came_with_a_run_is_not_executed(app: typer.Typer, tmp_path: Path) -> None:
+    folder, proof = simulated.make_run(tmp_path), tmp_path / "proof"
+    theirs = folder / notebook.FOLDER / "spikes.ipynb"
+    theirs.parent.mkdir()
+    attack = nbformat.v4.new_code_cell(f"open({str(proof)!r}, 'w')")
+    nbformat.write(nbformat.v4.new_notebook(cells=[attack]), theirs)
+    before = theirs.read_bytes()
+    with pytest.raises(InputError, match=r"spikes\.ipynb is not signed by you; fix: .*jupyter trust .*--fresh"):
+        CliRunner().invoke(app, ["notebook", "spikes", str(folder)], catch_exceptions=False)
+    assert not proof.exists()
+    assert theirs.read_bytes() == before
+
+
+def test_a_damaged_notebook_is_named(tmp_path: Path) -> None:
+    folder = simulated.make_run(tmp_path)
+    copied = notebook.copy("spikes", folder)
+    assert notebook.copy("spikes", folder) == copied
+    for content in ("what", "[]", "{}", '{"nbformat": 4, "cells": 1}'):
+        copied.write_text(content)
+        with pytest.raises(InputError, match=r"spikes\.ipynb is (no notebook|not signed by you)"):
+            notebook.copy("spikes", folder)
 
 
 @pytest.mark.parametrize("kind", ["spikes", "arms"])

@@ -22,6 +22,7 @@ from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking import stores
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, runlog
 from twinrl.tracking import store
 
@@ -455,3 +456,14 @@ def test_a_refused_report_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="opt/rms_max"):
         report(run, tmp_path / "new" / "out", mlflow=False)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_reports_into_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, out = simulated.make_run(tmp_path), tmp_path / "out"
+    monkeypatch.setattr("analysis.report.PATIENCE_SECONDS", 0)
+    with files.alone(out / ".lock", TimeoutError()):
+        with pytest.raises(InputError, match=r"another process writes a report into .*out; fix: wait"):
+            report(run, out, mlflow=False)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+    report(run, out, mlflow=False)
+    assert not (out / ".lock").exists()

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +20,9 @@ from typing import Any
 from tests.fuzz import targets, trying
 from tests.fuzz.targets import TARGETS, Command, Target
 from tests.fuzz.trying import Done
+
+BUILDING_SECONDS = 1800
+"""What a target may take to make: where no laboratory is in the cache, it is built."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Fuzzer:
         self._here.mkdir()
 
         def command(*words: str) -> None:
-            done = self._run(words, target)
+            done = self._run(words, target, limits={}, seconds=BUILDING_SECONDS)
             if done.rc != 0:
                 raise AssertionError(f"`{' '.join(words)}` ended with {done.rc}:\n{done.out}\n{done.err}")
 
@@ -125,10 +129,11 @@ class Fuzzer:
         base.parent.mkdir(exist_ok=True)
         self._here.rename(base)
 
-    def _run(self, words: Sequence[str], target: Target) -> Done:
+    def _run(self, words: Sequence[str], target: Target, **limits: Any) -> Done:
         environment = dict(target.environment or {})
         variables = {name: value.format(here=self._here) for name, value in environment.items()}
-        return trying.run(words, self._here, self.work / "streams", lambda: _prepared(words, target.fake, variables))
+        prepare = partial(_prepared, words, target.fake, variables)
+        return trying.run(words, self._here, self.work / "streams", prepare, **limits)
 
 
 SPECIAL: dict[tuple[str, ...], Callable[[], None]] = {

@@ -1,5 +1,6 @@
 """One command on one damaged folder: a fork of this process with limits, what it said, and what is wrong with that."""
 
+import ctypes
 import os
 import resource
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 CPU_SECONDS, WALL_SECONDS = 20, 150
 """What a command may compute, and how long it may take on a busy machine."""
 LIMITS = {resource.RLIMIT_CPU: CPU_SECONDS, resource.RLIMIT_AS: 16 << 30, resource.RLIMIT_FSIZE: 1 << 30}
+END_WITH_PARENT = 1
+"""Linux's number of what ``prctl`` is asked for."""
 LINES, CHARACTERS = 3, 1500
 """Of a refusal: a warning or two may stand before its line."""
 
@@ -27,29 +30,40 @@ class Done:
     seconds: float
 
 
-def run(words: Sequence[str], where: Path, streams: Path, prepare: Callable[[], object]) -> Done:
+def run(
+    words: Sequence[str],
+    where: Path,
+    streams: Path,
+    prepare: Callable[[], object],
+    limits: Mapping[int, int] = LIMITS,
+    seconds: float = WALL_SECONDS,
+) -> Done:
     """``twinrl`` with these words in the folder ``where``, in a fork that has all imports already.
 
     Arguments:
         streams: a folder for what it prints. prepare: called first, in the fork.
+        limits: of resources. seconds: it may take.
     """
     streams.mkdir(parents=True, exist_ok=True)
     out, err = streams / "out", streams / "err"
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        os._exit(_command(words, where, out, err, prepare))
-    code = _wait(child, began + WALL_SECONDS)
+        os._exit(_command(words, where, out, err, prepare, limits))
+    code = _wait(child, began + seconds)
     text = (file.read_text(errors="replace") for file in (out, err))
     return Done(code, *text, seconds=time.monotonic() - began)
 
 
-def _command(words: Sequence[str], where: Path, out: Path, err: Path, prepare: Callable[[], object]) -> int:
+def _command(
+    words: Sequence[str], where: Path, out: Path, err: Path, prepare: Callable[[], object], limits: Mapping[int, int]
+) -> int:
     os.setsid()
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
     for number, path in ((0, Path(os.devnull)), (1, out), (2, err)):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
-    for limit, most in LIMITS.items():
+    for limit, most in limits.items():
         resource.setrlimit(limit, (most, most))
     code: object = 0
     try:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
+from tests.disk import another_user, open_folder
 from tests.states import STATE
 from twinrl.config.errors import InputError
 from twinrl.fsdp import checkpoint as sharded
@@ -80,6 +82,65 @@ def _elsewhere(described: Any) -> None:
 
 def _of_bytes(described: Any) -> None:  # torch would unpickle their content
     described.state_dict_metadata["student/weight"] = BytesStorageMetadata()
+
+
+def _other(**values: Any) -> Callable[[Any], None]:
+    """A change of what is said of one tensor."""
+
+    def change(described: Any) -> None:
+        for name, value in values.items():
+            setattr(described.state_dict_metadata["student/weight"], name, value)
+
+    return change
+
+
+def _huge(described: Any) -> None:
+    weight = described.state_dict_metadata["student/weight"]
+    weight.size = weight.chunks[0].sizes = torch.Size([10**13, 3])
+
+
+INCOMPLETE = {
+    "no chunk": _other(chunks=[]),
+    "a chunk too little": _other(size=torch.Size([3, 3])),
+    "beyond the edge": _other(chunks=[ChunkStorageMetadata(torch.Size([1, 0]), torch.Size([2, 3]))]),
+    "twice the same": _other(
+        size=torch.Size([4, 3]), chunks=[ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3]))] * 2
+    ),
+    "negative": _other(size=torch.Size([-2, -3])),
+    "no size": _other(size="text"),
+    "no dtype": lambda described: setattr(described.state_dict_metadata["student/weight"].properties, "dtype", None),
+    "no name": lambda described: described.state_dict_metadata.update({5: None}),
+    "more than there is": _huge,
+}
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+@pytest.mark.parametrize("change", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_a_tensor_that_is_not_whole_is_refused(
+    saved: Path, reader: Callable[[Path], Checkpoint], change: Callable[[Any], None]
+) -> None:
+    """Or what memory held before would be its values."""
+    changed(saved, change)
+    with pytest.raises(InputError, match="shards is corrupted"):
+        reader(saved)
+
+
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_damaged_shard_is_named(saved: Path, reader: Callable[[Path], Checkpoint]) -> None:
+    (shard,) = (saved / SHARDS).glob("*.distcp")
+    content = shard.read_bytes()
+    shard.write_bytes(bytes(200) + content[200:])
+    with pytest.raises(InputError, match=r"shards is corrupted .*; got \w*Error: "):
+        reader(saved).part("student")["weight"]
+
+
+def test_a_shard_that_may_not_be_read_is_not_called_corrupted(saved: Path) -> None:
+    with open_folder() as folder:
+        moved = shutil.copytree(saved, folder / saved.name)
+        (shard,) = (moved / SHARDS).glob("*.distcp")
+        shard.chmod(0o000)
+        with another_user(), pytest.raises(PermissionError):
+            checkpoints.load(moved)
 
 
 @pytest.mark.parametrize("change", [_elsewhere, _of_bytes, lambda described: setattr(described, "storage_data", 7)])

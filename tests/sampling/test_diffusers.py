@@ -186,6 +186,8 @@ def test_there_and_back_the_own_settings_are_kept():
     ("foreign", "word"),
     [
         (EulerDiscreteScheduler(prediction_type="epsilon"), "prediction_type"),
+        (EulerDiscreteScheduler(), "got epsilon"),
+        (DDIMScheduler(prediction_type="v_prediction"), "got v_prediction"),
         (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas"),
     ],
 )
@@ -193,6 +195,18 @@ def test_a_scheduler_of_another_path_is_refused_in_one_line(foreign, word):
     with pytest.raises(InputError, match=word) as caught:
         TwinFlowScheduler.from_config(foreign.config)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_leaves_its_prediction_open_means_noise(tmp_path):
+    DDIMScheduler().save_pretrained(tmp_path)
+    file = tmp_path / "scheduler_config.json"
+    described = json.loads(file.read_text())
+    del described["prediction_type"]
+    file.write_text(json.dumps(described))
+    with pytest.raises(InputError, match="prediction_type of DDIMScheduler; got epsilon"):
+        TwinFlowScheduler.from_pretrained(tmp_path)
+    asked = TwinFlowScheduler.from_pretrained(tmp_path, prediction_type="flow_prediction")
+    assert asked.config["prediction_type"] == "flow_prediction"
 
 
 # --- steps ------------------------------------------------------------------------------------------------

@@ -197,6 +197,8 @@ def test_target_times_can_be_read_by_index_tensor_and_timestep(name):
     assert torch.equal(scheduler.target_for(scheduler.timesteps), scheduler.target_timesteps)
     rounded = scheduler.timesteps.to(torch.bfloat16)
     assert torch.equal(scheduler.target_for(rounded), scheduler.target_timesteps)
+    assert torch.equal(scheduler.target_for(scheduler.timesteps.tolist()), scheduler.target_timesteps)
+    assert torch.equal(scheduler.target_for(float(scheduler.timesteps[0])), scheduler.target_timesteps[:1])
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 2, 2), (3, 5, 4), (3, 2, 2, 2, 2)])

@@ -20,6 +20,7 @@ import yaml
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
+from tests import forked
 from tests.disk import another_user, open_folder
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
@@ -520,7 +521,7 @@ def test_what_is_no_picture_is_not_published(runs: Path, made: Callable[[Path], 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("published", "7"), ("published", 10**9), ("claimed", -1), ("tags", ["a"]), ("key", None), ("more", 1)],
+    [("published", "7"), ("published", 10**9), ("claimed", -1), ("tags", ["a"]), ("key", None)],
 )
 def test_damaged_bookkeeping_is_refused_and_stays(runs: Path, key: str, value: object) -> None:
     run = make_run(runs, rows=20)
@@ -533,6 +534,27 @@ def test_damaged_bookkeeping_is_refused_and_stays(runs: Path, key: str, value: o
     assert file.read_bytes() == before
 
 
+def test_bookkeeping_that_lacks_a_key_is_refused(runs: Path) -> None:
+    """Or a run whose id is lost would be shown twice."""
+    run = make_run(runs, rows=20)
+    publish(run)
+    file = run / "mlflow.json"
+    file.write_text(file.read_text().replace('"run_id"', '"run_idx"'))
+    with pytest.raises(InputError, match=r"mlflow\.json is damaged; got no run_id"):
+        publish(run)
+
+
+def test_keys_of_a_later_version_are_kept(runs: Path) -> None:
+    run = make_run(runs, rows=20)
+    first = publish(run)
+    file = run / "mlflow.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"of_later": {"a": [1, None]}}))
+    append(run, 20, 40)
+    assert publish(run) == first
+    assert json.loads(file.read_text())["of_later"] == {"a": [1, None]}
+    assert len(active_runs(run)) == 1
+
+
 def test_a_damaged_run_changes_nothing(runs: Path) -> None:
     run = make_run(runs, rows=20)
     publish(run)
@@ -542,6 +564,23 @@ def test_a_damaged_run_changes_nothing(runs: Path) -> None:
     with pytest.raises(InputError, match=r"events\.jsonl"):
         publish(run)
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_store(tmp_path: Path) -> None:
+    makers = [forked.start(store.prepare, store.default_uri(tmp_path), output=tmp_path / "said") for _ in range(2)]
+    assert [maker.wait(300) for maker in makers] == [0, 0], (tmp_path / "said").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [store.DATABASE_NAME, "said"]
+
+
+@pytest.mark.parametrize("name", ["../../out", "/abs", "..", "a/../../../b", "team/one"])
+def test_artifacts_lie_beside_the_store_whatever_an_experiment_is_called(runs: Path, name: str) -> None:
+    run = make_run(runs, rows=20)
+    publish(run, experiment=name)
+    (shown,) = active_runs(run)
+    place = Path(shown.info.artifact_uri.removeprefix("file://"))
+    assert place.resolve().is_relative_to(runs.resolve() / store.ARTIFACTS_NAME)
+    assert any(place.rglob("config.yaml"))
 
 
 # --- passwords and stores that are away --------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from twinrl.fsdp.agreement import on_first
 from twinrl.fsdp.initial import META, SafetensorsPart, Stored, described, read_into
 from twinrl.machine import files
 from twinrl.machine.background import in_background
-from twinrl.run import checkpoints, fit, layout
+from twinrl.run import checkpoints, fit, layout, shards
 from twinrl.run.checkpoints import SHARDS, Checkpoint
 from twinrl.run.shards import ShardReader
 
@@ -139,7 +139,8 @@ class ShardedPart(Stored):
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         wanted = {f"{self.part}/{name}": tensor.detach() for name, tensor in targets.items()}
-        dcp.load(wanted, storage_reader=self.reader, no_dist=not dist.is_initialized())
+        with shards.reading(self.reader.folder):
+            dcp.load(wanted, storage_reader=self.reader, no_dist=not dist.is_initialized())
 
 
 def load_optimizer(

@@ -133,6 +133,16 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
                 return
 
 
+@contextmanager
+def alone(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[None]:
+    """As :func:`locked`, for what takes a short while: no lock file is left."""
+    with locked(path, refusal, patience):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def lock(file: IO[Any], refusal: Exception, patience: float = 0.0) -> None:
     """Take the lock of an open file; closing it, or the end of the process however it comes, lets it go.
 

@@ -252,15 +252,12 @@ def _load_shards(folder: Path) -> dict[str, dict[str, Tensor]]:
     """The whole tensors of a folder of shards, in this process alone, by part and name."""
     from torch.distributed import checkpoint
 
-    from twinrl.run.shards import ShardReader
+    from twinrl.run import shards
 
     flat = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in shard_metadata(folder).items()}
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
-            checkpoint.load(flat, storage_reader=ShardReader(folder), no_dist=True)
-    except (*files.GONE, checkpoint.CheckpointException) as error:
-        raise corrupted(folder, str(error).splitlines()[0]) from error
+    with warnings.catch_warnings(), shards.reading(folder):
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # this process alone is meant
+        checkpoint.load(flat, storage_reader=shards.ShardReader(folder), no_dist=True)
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, value in flat.items():
         part, _, name = key.partition("/")

@@ -5,16 +5,21 @@ code here. This reader takes descriptions of tensors alone, by a list of classes
 """
 
 import io
+import math
 import pickle
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+import torch
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from twinrl.machine import files
+from twinrl.run.fit import corrupted
 
 DESCRIBING = {
     "torch.distributed.checkpoint.metadata": {
@@ -45,8 +50,24 @@ class ShardReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         files.check_plain(self.folder / ".metadata")
         metadata = _unpickled((self.folder / ".metadata").read_bytes())
+        there = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
+        if there < sum(map(_bytes, metadata.state_dict_metadata.values())):
+            raise pickle.UnpicklingError(f"its files have {there} bytes, fewer than the tensors that it describes")
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Around torch's reading of a folder. Raises InputError where a shard is not what the description says of it, and
+    the system's own error where it is about rights or the machine."""
+    try:
+        yield
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        if isinstance(reason, OSError) and not isinstance(reason, files.GONE):
+            raise reason from error
+        raise corrupted(folder, f"{type(reason).__name__}: {str(reason).partition(chr(10))[0]:.200}") from error
 
 
 def _unpickled(description: bytes) -> Any:
@@ -54,7 +75,7 @@ def _unpickled(description: bytes) -> Any:
         metadata = _Describing(io.BytesIO(description)).load()
         sound = (
             isinstance(metadata, Metadata)
-            and all(isinstance(found, TensorStorageMetadata) for found in metadata.state_dict_metadata.values())
+            and all(isinstance(key, str) and _is_whole(found) for key, found in metadata.state_dict_metadata.items())
             and all(SHARD_NAME.fullmatch(stored.relative_path) for stored in metadata.storage_data.values())
             and metadata.storage_meta is not None
         )
@@ -63,8 +84,28 @@ def _unpickled(description: bytes) -> Any:
     except Exception as error:  # whatever a damaged pickle makes of the allowed classes
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from error
     if not sound:
-        raise pickle.UnpicklingError("it describes something else than tensors in files of the folder")
+        raise pickle.UnpicklingError("it describes something else than whole tensors in files of the folder")
     return metadata
+
+
+def _is_whole(found: Any) -> bool:
+    """Whether this describes a tensor that its chunks make up: what none covers would keep what memory held before."""
+    return (
+        isinstance(found, TensorStorageMetadata)
+        and isinstance(found.properties.dtype, torch.dtype)
+        and all(_lies_inside(chunk, found.size) for chunk in found.chunks)
+        and len({tuple(chunk.offsets) for chunk in found.chunks}) == len(found.chunks)
+        and sum(math.prod(chunk.sizes) for chunk in found.chunks) == math.prod(found.size)
+    )
+
+
+def _lies_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
+    places = zip(chunk.offsets, chunk.sizes, size, strict=True)
+    return all(0 <= start <= start + length <= whole for start, length, whole in places)
+
+
+def _bytes(found: TensorStorageMetadata) -> int:
+    return math.prod(found.size) * found.properties.dtype.itemsize
 
 
 class _Describing(pickle.Unpickler):
@@ -76,6 +117,4 @@ class _Describing(pickle.Unpickler):
 
 @cache
 def _of_torch() -> frozenset[str]:
-    import torch
-
     return frozenset(["Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))])

@@ -243,14 +243,15 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
             index = self._step_index if self._step_index is not None else (self._begin_index or 0)
         return self._evaluation(index).target_time
 
-    def target_for(self, timestep: Tensor) -> Tensor:
-        """The target timesteps (B,) of timesteps (B,), both in units of ``num_train_timesteps``.
+    def target_for(self, timestep: float | Sequence[float] | Tensor) -> Tensor:
+        """The target timesteps (B,) of timesteps (B,) or of one, both in units of ``num_train_timesteps``.
 
         The nearest entry of ``timesteps`` counts, so that timesteps rounded to bfloat16 find theirs.
         """
         self._evaluation(0)
-        distance = (timestep.reshape(-1, 1).float() - self.timesteps.to(timestep.device)).abs()
-        return self.target_timesteps.to(timestep.device)[distance.argmin(dim=1)]
+        asked = torch.as_tensor(timestep)
+        distance = (asked.reshape(-1, 1).float() - self.timesteps.to(asked.device)).abs()
+        return self.target_timesteps.to(asked.device)[distance.argmin(dim=1)]
 
     def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
         """The entry of ``timesteps`` equal to ``timestep``: the first, or of two later ones that which predicts."""
@@ -352,6 +353,7 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         return self.config["num_train_timesteps"]
 
 
+FLOW = "flow_prediction"
 SHIFTS = {"shift": 1.0, "use_dynamic_shifting": False}
 """What moves a scheduler's grid, and the value that does not."""
 
@@ -363,6 +365,14 @@ def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[
     other = config.get("_class_name", told)  # a configuration that was never written down has no name
     if other == own.__name__:
         return dict(config)
+    usual = "epsilon" if "beta_schedule" in config else FLOW  # what a file need not say
+    if (predicted := {**config, **given}.get("prediction_type", usual)) != FLOW:
+        raise InputError(
+            f"prediction_type of {other}",
+            got=predicted,
+            expected=FLOW,
+            fix=f"pass prediction_type={FLOW} where the network does",
+        )
     if config.get("invert_sigmas"):
         raise InputError(f"invert_sigmas of {other} counts times from data to noise", expected="a scheduler without it")
     dropped = {name: config[name] for name, none in SHIFTS.items() if config.get(name, none) != none}
@@ -375,8 +385,8 @@ def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[
 def _check_basics(prediction_type: str, shift: float, style: str, num_train_timesteps: int) -> None:
     if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
         raise InputError("num_train_timesteps must be a whole number", got=num_train_timesteps, expected="at least 1")
-    if prediction_type != "flow_prediction":
-        raise InputError("unknown prediction_type", got=repr(prediction_type), expected="'flow_prediction'")
+    if prediction_type != FLOW:
+        raise InputError("unknown prediction_type", got=repr(prediction_type), expected=repr(FLOW))
     if not isinstance(shift, Real) or not 0 < shift < math.inf:
         raise InputError("shift must be a positive number", got=repr(shift))
     if style not in SAMPLER_STYLES:

@@ -4,11 +4,11 @@ import hashlib
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import ConfigDict, NonNegativeInt
+from pydantic import NonNegativeInt
 
 from twinrl.config import stored
 from twinrl.config.errors import InputError
@@ -36,9 +36,9 @@ class ViewState:
         claimed: bytes of the log that may be in MLflow.
         claim: fingerprint of the log's last rows before ``claimed``.
         home: where the run directory was when this was written; None in those of older versions.
+        later: keys of a later version, kept as they are.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     folder: Path
     experiment: str = "twinrl"
     tags: dict[str, str] = field(default_factory=dict)
@@ -52,6 +52,7 @@ class ViewState:
     claimed: NonNegativeInt = 0
     claim: str = ""
     home: str | None = None
+    later: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: Path) -> "ViewState":
@@ -66,7 +67,11 @@ class ViewState:
         except FileNotFoundError:
             return cls(folder)
         content.pop("status", None)  # of older versions
-        state: ViewState = stored.parse(json.dumps(content | {"folder": ""}).encode(), cls, str(path), fix)
+        known = {name: content.pop(name) for name in KEYS if name in content}
+        if lacking := [name for name in KEYS if name not in known and name != "home"]:
+            raise InputError(f"{path} is damaged", got=f"no {lacking[0]}", fix=fix)
+        plain = {**known, "folder": "", "later": content}
+        state: ViewState = stored.parse(json.dumps(plain).encode(), cls, str(path), fix)
         state.folder = folder
         if state.published > state.claimed:
             raise InputError(f"{path} is damaged", got=f"published {state.published}, claimed {state.claimed}", fix=fix)
@@ -80,8 +85,7 @@ class ViewState:
     def save(self) -> None:
         """Write the state in one move, if it is another than what is there."""
         self.home = self.here
-        content = asdict(self)
-        del content["folder"]
+        content = {name: getattr(self, name) for name in KEYS} | self.later
         path, text = self.folder / MLFLOW, json.dumps(content, indent=1) + "\n"
         if not path.is_file() or path.read_bytes() != text.encode():
             files.write_text(path, text)
@@ -127,6 +131,10 @@ class ViewState:
         if offset > self.published:
             self.published = offset
             self.save()
+
+
+KEYS = [each.name for each in fields(ViewState) if each.name not in ("folder", "later")]
+"""What the file has; no version has written it without one of these, but for ``home``."""
 
 
 def fingerprint(log: Path, offset: int) -> str:

@@ -17,10 +17,13 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
 STORE_PATIENCE_SECONDS = 5
+MAKING_SECONDS = 120
+"""How long to wait for another process that makes the same store."""
 SECRETS = "password|passwd|pwd|token|secret|api_?key"
 PASSWORD = re.compile(
     rf"(://[^/@\s:]*:)(?!\d+(?:[/?#\s]|$))\S+(?=@)|([?&;][\w-]*(?:{SECRETS})=)(?!\*\*\*)[^&;\s]+", re.IGNORECASE
@@ -104,9 +107,13 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     import mlflow
 
-    with impatient():
+    database = sqlite_path(uri)
+    if database is None:
+        with impatient():
+            return mlflow.MlflowClient(tracking_uri=uri)
+    busy = sqlite3.OperationalError("another process is making it")  # of two at once, MLflow fails in one
+    with impatient(), files.alone(database.with_name(f".{database.name}.lock"), busy, MAKING_SECONDS):
         client = mlflow.MlflowClient(tracking_uri=uri)
-    if database := sqlite_path(uri):
         _keep_beside(database)
     return client
 
@@ -190,9 +197,10 @@ def experiment_id(client: Any, name: str, uri: str) -> str:
 
 
 def _artifact_location(experiment: str, uri: str) -> str | None:
-    """A folder beside a sqlite store; every other store decides for itself."""
+    """A folder beside a sqlite store, whatever the experiment's name is; every other store decides for itself."""
     database = sqlite_path(uri)
-    return (database.resolve().parent / ARTIFACTS_NAME / experiment).as_uri() if database else None
+    inside = [part for part in experiment.split("/") if part not in ("", ".", "..")]
+    return database.resolve().parent.joinpath(ARTIFACTS_NAME, *inside).as_uri() if database else None
 
 
 def prepare(uri: str) -> None:
