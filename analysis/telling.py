@@ -302,7 +302,7 @@ def _simple(study: StudyFrame, metric: str, pair: Sequence[str]) -> str:
         change = mean_t((table[others[0]] - table[low]).dropna().to_numpy())
         better = f" ({verdict(change.estimate, higher_is_better(metric))})" if change.low * change.high > 0 else ""
         texts.append(f"{change}{better} at {second}={level}")
-    return f"{others[0]} instead of {low} changes it by {', by '.join(texts)}"
+    return f"{first} ({others[0]} instead of {low}) changes it by {', by '.join(texts)}"
 
 
 def _ends(ended: "pd.DataFrame", pair: Sequence[str]) -> str:

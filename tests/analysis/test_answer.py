@@ -44,7 +44,7 @@ def test_only_together(tmp_path: Path) -> None:
 
 def test_an_interaction_without_main_effects(tmp_path: Path) -> None:
     found = answer.Answer.of(study(tmp_path, planted.crossed))
-    assert "val/quality depends on teacher and reward together: ema instead of live changes it by 0.1" in found.sentence
+    assert "val/quality depends on teacher and reward together: teacher (ema instead of live) changes" in found.sentence
     assert "(worse) at reward=without, by −0.1" in found.sentence
     table = answer.factor_table(found).set_index("factor")["val/quality"]
     assert [name for name, cell in table.items() if cell.startswith("★")] == ["teacher × reward"]

@@ -64,7 +64,7 @@ def test_the_data_are_shown_while_models_are_trained(tmp_path, monkeypatch):
     assert 0 < shown["at"] < 1
     first = [int((lab.validation.labels == label).nonzero()[0]) for label in range(10)]
     assert torch.equal(shown["digit"], lab.validation.pixels[first])
-    assert torch.allclose(shown["through the codec"], lab.codec.decode(lab.latents("validation")[first]), atol=1e-5)
+    assert torch.allclose(shown["through the codec"], lab.decode(lab.latents("validation")[first]), atol=1e-5)
 
 
 def test_loading_again_finds_the_cache(tiny, cache):
