@@ -48,7 +48,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
 
 
 def sentence(run: Run, found: Sequence[SpikeEpisode]) -> str:
-    """Whether the run fell, which term led and by how many steps, in one sentence."""
+    """Whether the run fell, which term led and by how many steps, and the largest spike, in one sentence."""
     failure = run_divergence(run)
     text = f"It fell, seen at step {failure.step:,}" if failure else "It has not fallen"
     rise = traces.rise_of(run, failure) if failure else None
@@ -65,7 +65,13 @@ def sentence(run: Run, found: Sequence[SpikeEpisode]) -> str:
         leads = [spike.lead for spike in found if spike.leader == term and not math.isnan(spike.lead)]
         by = f", {telling.lead_text(statistics.median(leads))}" if leads else ""
         text += f"; {term} led {one or f'{count} of {len(found)} spikes'}{by}{' (median)' * (len(leads) > 1)}"
-    return f"{text}."
+    return f"{text}{'' if one else _largest_told(_largest(found)[0])}."
+
+
+def _largest_told(spike: SpikeEpisode) -> str:
+    times = spike.value / spike.reference
+    size = f"{number(times, 2)} times its usual norm" if math.isfinite(times) else "not finite"
+    return f"; the largest, {size}, at step {spike.step:,}{f', was led by {spike.leader}' if spike.leader else ''}"
 
 
 def _rules(run: Run) -> list[PageBlock]:

@@ -10,7 +10,7 @@ import pytest
 from analysis import plots
 from analysis.intervals import Interval
 from analysis.report import report
-from tests.analysis import simulated
+from tests.analysis import planted, simulated
 from tests.tracking.conftest import browser, empty_store  # noqa: F401 (fixtures)
 from tests.tracking.pages import keep_screenshot, wait_for
 from twinrl.tracking import mlflow_view, store
@@ -83,6 +83,25 @@ def test_a_small_study_is_drawn_without_network(offline: Any, drawn_page: Path) 
     facts = {dt.text for dt in offline.find_elements("tag name", "dt")}
     assert facts == {"Which factor?", "How sure?", "What does it cost?"}
     assert_first_screen(offline, 2)
+
+
+TOLD = {
+    planted.another_term_leads: ("teacher: live 16 of 16, ema 0 of 16", "adversarial rose first", "matter: reward"),
+    planted.nothing: ("No run fell", "no arm is found to differ"),
+    planted.only_together: ("runs fall only where teacher=live and reward=with meet: 8 of 8", "rectify rose first"),
+    planted.crossed: ("No run fell", "depends on teacher and reward together"),
+}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("truth", TOLD, ids=lambda truth: truth.__name__)
+def test_the_first_screen_tells_what_is_planted(offline: Any, tmp_path: Path, truth: planted.Truth) -> None:
+    page = report(planted.make(tmp_path, truth), mlflow=False).page
+    check_page(offline, page, 5)
+    assert_first_screen(offline, 4)
+    said = offline.find_element("css selector", "p.lead").text
+    assert [words for words in TOLD[truth] if words not in said] == []
+    keep_screenshot(offline, f"report-{truth.__name__}")
 
 
 @pytest.mark.campaign
