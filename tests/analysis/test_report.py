@@ -165,7 +165,7 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     simulated.make_run(tmp_path, seed=1)
     text = Addresses(report(run).page.read_text()).text
     assert "It diverged between steps 320 and 340" in text
-    assert re.search(r"rectify led 3 of 3 spikes, 3 steps before the total \(median\); the largest, [\d,]+ times ", text)
+    assert re.search(r"rectify led 3 of 3 spikes, 3 steps before the total \(median\); the largest, [\d,]+ times", text)
     assert "First to stand out: rectify, 3 steps before the total (median)." in text
     assert re.search(
         r"before \(median of all spikes\): RMS_t 2\.\d times its usual value \(quiet steps: 1\.?\d*\)", text
