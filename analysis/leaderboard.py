@@ -242,8 +242,8 @@ def collapses(study: StudyFrame, floor: float = COLLAPSED) -> "pd.DataFrame":
 
     Returns:
         columns ``arm``, ``runs`` that did not diverge and were judged, ``collapsed`` of these with a prompt below
-        ``floor`` or NaN, its ``share`` with an exact interval, ``prompts`` as ``name (runs)`` or ``name (runs, of them
-        n nan)``, the most frequent first.
+        ``floor`` or NaN, its ``share`` with an exact interval, ``prompts`` as ``name in 2`` of them or ``name in 2 (1
+        nan)``, the most frequent first.
     """
     import pandas as pd
 
@@ -254,7 +254,7 @@ def collapses(study: StudyFrame, floor: float = COLLAPSED) -> "pd.DataFrame":
         counts = below.sum().sort_values(ascending=False, kind="stable")
         lost = mine.isna().sum()
         prompts = ", ".join(
-            f"{prompt} ({count}{f', of them {lost[prompt]} nan' if lost[prompt] else ''})"
+            f"{prompt} in {count}{f' ({lost[prompt]} nan)' if lost[prompt] else ''}"
             for prompt, count in counts.items() if count
         )  # fmt: skip
         hit, n = int(below.any(axis=1).sum()), len(mine)

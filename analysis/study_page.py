@@ -304,7 +304,7 @@ def _prompts(study: StudyFrame, figures: Path) -> list[PageBlock]:
     figure = plots.save(plots.prompts(accuracy), figures / "prompts.svg")
     table = collapses(study).rename(
         columns={"runs": "runs judged", "collapsed": "with a collapsed prompt", "share": "share [95 %]",
-                 "prompts": "which (runs)"}
+                 "prompts": "which, in how many"}
     )  # fmt: skip
     caption = "Judge accuracy by prompt, mean over the runs that did not diverge."
     note = (

@@ -331,7 +331,7 @@ def lost_prompts(study: StudyFrame) -> str:
     """Prompts that are gone in runs that did not fall; empty if there are none."""
     table = collapses(study)
     hit = table[table["collapsed"] > 0]
-    arms = [f"{row.arm} ({row.collapsed} of {row.runs} runs: {row.prompts})" for row in hit.itertuples()]
+    arms = [f"{row.arm} in {row.collapsed} of {row.runs} runs ({row.prompts})" for row in hit.itertuples()]
     return f"prompts are lost in runs that did not fall: {listed(arms)}" if arms else ""
 
 

@@ -56,7 +56,7 @@ def test_prompts_that_are_lost_and_falls_that_nobody_could_see_are_told(tmp_path
             simulated.make_run(tmp_path, config_hash=f"0000000{k}", seed=seed, steps=40, lost=lost,
                                settings={"teacher": {"decay": k}}, evaluation={"every": 0})  # fmt: skip
     said = sentence(load_study(tmp_path))
-    assert "prompts are lost in runs that did not fall: teacher.decay=1 (2 of 2 runs: two (2))" in said
+    assert "prompts are lost in runs that did not fall: teacher.decay=1 in 2 of 2 runs (two in 2)" in said
     assert "a fall could be seen in no arm: runs were judged at their end alone (evaluation.every)" in said
 
 

@@ -140,7 +140,7 @@ def test_prompts_that_collapsed_are_listed() -> None:
     accuracy = per_prompt(found)
     assert accuracy.loc["one", "arm"] == pytest.approx(0.2)
     lines = leaderboard.collapses(found).set_index("arm")
-    assert lines.loc["arm", ["runs", "collapsed", "prompts"]].tolist() == [10, 10, "one (10)"]
+    assert lines.loc["arm", ["runs", "collapsed", "prompts"]].tolist() == [10, 10, "one in 10"]
 
 
 def test_a_prompt_that_is_nan_has_collapsed() -> None:
@@ -152,7 +152,7 @@ def test_a_prompt_that_is_nan_has_collapsed() -> None:
     assert accuracy.isna().to_numpy().tolist() == [[False, False], [False, True]]
     lines = leaderboard.collapses(found).set_index("arm")
     assert lines["collapsed"].to_dict() == {"base": 0, "arm": 2}
-    assert lines.loc["arm", "prompts"] == "one (2, of them 1 nan)"
+    assert lines.loc["arm", "prompts"] == "one in 2 (1 nan)"
     cells = {text.get_text() for text in plots.prompts(accuracy).axes[0].texts}
     assert cells == {"0.9", "nan"}
 

@@ -55,7 +55,7 @@ def test_the_page_says_what_is_planted(study_page: Path) -> None:
     text = Addresses(study_page.read_text()).text
     assert "3 arms, 6 seeds an arm, 400 steps; base: base" in text
     assert "0 of 6 diverged in clip, ema, which excludes only rates above 46 % (95 %)." in text
-    assert re.search(r"ema\s*6\s*2\s*0\.333 \[.*?\]\s*two \(2\)", text)  # healthy runs that lost a prompt
+    assert re.search(r"ema\s*6\s*2\s*0\.333 \[.*?\]\s*two in 2", text)  # healthy runs that lost a prompt
     assert "With 6 common seeds no difference can pass Wilcoxon's test in 2 comparisons; 7 seeds could, and 14" in text
     for heading in ("Ranking", "Time to divergence", "Factors", "Reward against recall", "Prompts", "Cost", "seed 0"):
         assert heading in text
