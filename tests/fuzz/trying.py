@@ -64,7 +64,7 @@ def _command(
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
     for limit, most in limits.items():
-        resource.setrlimit(limit, (most, most))
+        resource.setrlimit(limit, (most, most + 5))  # the soft one first: SIGXCPU says which
     code: object = 0
     try:
         os.chdir(where)

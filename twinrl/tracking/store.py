@@ -11,7 +11,7 @@ import re
 import socket
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -111,11 +111,20 @@ def connect(uri: str) -> Any:
     if database is None:
         with impatient():
             return mlflow.MlflowClient(tracking_uri=uri)
-    busy = sqlite3.OperationalError("another process is making it")  # of two at once, MLflow fails in one
-    with impatient(), files.alone(database.with_name(f".{database.name}.lock"), busy, MAKING_SECONDS):
+    with impatient(), _alone_with(database):
         client = mlflow.MlflowClient(tracking_uri=uri)
         _keep_beside(database)
     return client
+
+
+@contextmanager
+def _alone_with(database: Path) -> Iterator[None]:
+    """Inside, no other process makes or migrates the store: of two at once, MLflow fails in one."""
+    busy = sqlite3.OperationalError("another process is making it")
+    with ExitStack() as stack:
+        with suppress(OSError):  # in a folder that cannot be written none is made
+            stack.enter_context(files.alone(database.with_name(f".{database.name}.lock"), busy, MAKING_SECONDS))
+        yield
 
 
 def _keep_beside(database: Path) -> None:
