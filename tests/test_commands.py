@@ -19,6 +19,7 @@ from ablations import study as studies
 from tests import pages
 from tests.commands.test_import_simpletuner import DOCUMENTED
 from twinrl import cli, config
+from twinrl.machine import forks
 from twinrl.training import schema
 
 PAGES = pages.all_pages()
@@ -134,6 +135,8 @@ SMALL_STUDY = {
     "train.batch": 16,
     "evaluation": {"every": 6, "n": 20, "nfe": [1], "teacher_steps": 2, "velocity_rows": 5, "grid_samples": 1},
 }
+IMPORTED = ("ablations.cli", "analysis.cli", "twinrl.cli", "twinrl.commands.train", "twinrl.commands.inspect")
+"""Before a command is started."""
 MARGIN = {"low": 1e-4, "high": 1e-3, "steps": 12, "tolerance": 5.0}
 
 
@@ -142,8 +145,11 @@ class Workshop:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.printed = folder / "printed.txt"
         self.ran: set[str] = set()
         self.environment = os.environ | {"PYTHONPATH": str(pages.REPOSITORY), "PYTHONSAFEPATH": ""}
+        with self.printed.open("wb") as printed:
+            self.server = forks.Server(IMPORTED, str(folder), self.environment, printed)
 
     def python(self, *words: str) -> None:
         done = subprocess.run(
@@ -152,7 +158,9 @@ class Workshop:
         assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
     def twinrl(self, *words: str) -> None:
-        self.python("-m", "twinrl", *words)
+        self.printed.write_text("")
+        code = self.server.start(["twinrl", *words], self.printed).wait()
+        assert code == 0, f"{shlex.join(words)}\n{self.printed.read_text()[-4000:]}"
 
     def write(self, name: str, text: str) -> None:
         """A file that the page shows; of a study its small version."""
@@ -183,7 +191,7 @@ class Workshop:
     def _make_what_is_named(self, words: list[str]) -> None:
         """Run the page's programs that make the run directories which a command names."""
         for program in sorted(self.folder.glob("*.py")):
-            makes = any(re.search(rf'run ?= ?f?"{re.escape(word)}["/]', program.read_text()) for word in words)
+            makes = any(re.search(rf'"{re.escape(word)}["/]', program.read_text()) for word in words)
             if makes and program.name not in self.ran:
                 self.ran.add(program.name)
                 self.python(program.name)
@@ -193,11 +201,9 @@ class Workshop:
             return self._any_run()
         if word == "<folder>":
             return os.environ.get("TWINRL_MNIST_ROOT", word)
-        if word == "runs/ablations" and not (self.folder / word).exists():
-            self.write("stand-in.yaml", (studies.STUDIES / "example.yaml").read_text())
-            self.twinrl("ablate", "run", "stand-in.yaml", "--no-mlflow")
-        if word == "my-study.yaml" and not (self.folder / word).exists():
-            return "stand-in.yaml"
+        if word.startswith(("runs/ablations", "my-study")) and not (self.folder / word).exists():
+            self.write("my-study.yaml", (studies.STUDIES / "example.yaml").read_text())
+            self.twinrl("ablate", "run", "my-study.yaml", "--no-mlflow")
         if command == "ablate" and word in studies.shipped():
             self.write("shipped.yaml", (studies.STUDIES / f"{word}.yaml").read_text())
             return "shipped.yaml"
@@ -205,7 +211,7 @@ class Workshop:
 
     def _any_run(self) -> str:
         if not (self.folder / "stand-in").exists():
-            self.twinrl("train", "recommended", "run.dir=stand-in", *SMALL, *EVENTFUL)
+            self.twinrl("train", "published", "run.dir=stand-in", *SMALL, *EVENTFUL)
         (run,) = (self.folder / "stand-in").glob("*-s0")
         return str(run)
 
@@ -217,7 +223,8 @@ def workshop(tmp_path: Path) -> Workshop:
     (tmp_path / "log.csv").write_text("\n".join(["global_step,train/grad_norm", *norms]))
     (tmp_path / "config.json").write_text(json.dumps(DOCUMENTED))
     for name, text in pages.files(pages.page("extending")).items():
-        made.write(name, text)
+        if name.endswith(".py"):  # classes that other pages name
+            made.write(name, text)
     return made
 
 
