@@ -127,6 +127,7 @@ class Ledger:
         """Take in the lines of a file that are not known yet."""
         inode, end = self._ends.get(path, (0, 0))
         try:
+            files.check_plain(path)
             with path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
                 file.seek(end)
@@ -164,6 +165,7 @@ class Ledger:
         """Raises InputError where the first file can't be written, before any trial starts."""
         try:
             self.own.parent.mkdir(parents=True, exist_ok=True)
+            files.check_plain(self.own)
             with self.own.open("ab") as file:
                 _lock(file, self.own)
         except OSError as error:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from analysis import tfevents
 from twinrl.config.errors import InputError
-from twinrl.machine import text
+from twinrl.machine import files, text
 
 
 class Log(NamedTuple):
@@ -116,6 +116,7 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def _text(path: Path) -> str:
     try:
+        files.check_plain(path)
         return text.decode(path.read_bytes(), torn=True)
     except OSError as error:
         raise InputError(f"{path} cannot be read", got=error.strerror) from error

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -142,6 +143,14 @@ def test_foreign_and_missing_ledgers_are_refused(tmp_path: Path) -> None:
         Ledger(foreign).read()
     with pytest.raises(InputError, match="no ledger at"):
         Ledger(tmp_path / "own.jsonl", tmp_path / "absent.jsonl").read()
+
+
+def test_a_pipe_in_the_place_of_a_ledger_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    os.mkfifo(path)
+    for read in (Ledger(path).read, Ledger(path).check_writable, lambda: analysed.read(path, lambda *_: True)):
+        with pytest.raises(InputError, match=r"ledger\.jsonl.*[Ii]s no file"):
+            read()
 
 
 def test_a_held_lock_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,15 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(
     assert names(tmp_path / "made") == ["a"]
 
 
+def test_a_link_in_the_place_of_what_is_written_leads_nowhere(tmp_path: Path) -> None:
+    precious, path = tmp_path / "precious", tmp_path / "made"
+    make(precious, "a")
+    files.unfinished(path).symlink_to(precious)
+    make(path, "b")
+    assert names(path) == ["b"]
+    assert names(precious) == ["a"]
+
+
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     refusal = TimeoutError("it is held")
     with (tmp_path / "lock").open("w") as first, (tmp_path / "lock").open("w") as second:

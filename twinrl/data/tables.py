@@ -16,6 +16,7 @@ from twinrl.config.errors import InputError
 from twinrl.data import listing
 from twinrl.data.captions import Example, Found, ReadConfig, attempt, caption_in
 from twinrl.data.problems import BAD_ROW, NO_IMAGE, Problem, UnusableError
+from twinrl.machine import files
 
 
 def read_parquet(path: Path, config: ReadConfig) -> Iterator[Found]:
@@ -96,6 +97,7 @@ def image_bytes(cell: Any, folder: Path) -> bytes:
     if not isinstance(cell, str) or not cell:
         raise UnusableError(NO_IMAGE, f"the image cell is {type(cell).__name__}")
     try:
+        files.check_plain(folder / cell)
         return (folder / cell).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: no name of a file
         raise UnusableError(NO_IMAGE, f"{cell}: {getattr(error, 'strerror', error)}") from error

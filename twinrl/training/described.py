@@ -90,7 +90,8 @@ def meta_component(folder: Path, name: str) -> nn.Module | None:
     with building(folder / name), META:
         if library == "diffusers":
             return getattr(diffusers, cls).from_config(pipelines.described(file))
-        return getattr(transformers, cls)(transformers.AutoConfig.from_pretrained(folder / name))
+        config = transformers.AutoConfig.from_pretrained(folder / name, trust_remote_code=False)
+        return getattr(transformers, cls)(config)
 
 
 class Described:

@@ -16,6 +16,7 @@ from twinrl.backends.families import FAMILIES, family_class, load_family
 from twinrl.backends.families.family import FamilyConfig
 from twinrl.backends.families.pipelines import check_values
 from twinrl.config.errors import InputError
+from twinrl.training.described import meta_component
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
@@ -145,6 +146,29 @@ def test_components_of_odd_libraries(folder, entry):
     message = refused(folder)
     assert "of another library" in message or "is damaged" in message
     assert "antigravity" not in sys.modules
+
+
+def test_a_pipeline_is_no_component(folder):
+    """Its own index would name any module."""
+    index = json.loads((folder / "model_index.json").read_text()) | {"vae": ["diffusers", "DiffusionPipeline"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    inner = {"_class_name": "DiffusionPipeline", "unet": ["antigravity", "Model"]}
+    (folder / "vae" / "model_index.json").write_text(json.dumps(inner))
+    with pytest.raises(InputError, match="vae is a pipeline and no component"):
+        load_family("sd3", FamilyConfig(path=str(folder)))
+    assert "antigravity" not in sys.modules
+
+
+def test_code_beside_the_weights_is_not_run(folder, tmp_path, monkeypatch):
+    """transformers asks whether to, and here somebody answers yes."""
+    proof, part = tmp_path / "proof", folder / "text_encoder"
+    attack = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (part / "config.json").write_text(json.dumps(attack))
+    (part / "theirs.py").write_text(f"open({str(proof)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")
+    with pytest.raises(InputError, match=r"text_encoder cannot be loaded; got "):
+        meta_component(folder, "text_encoder")
+    assert not proof.exists()
 
 
 def test_a_tokenizer_without_vocabulary_is_not_made_up(folder):

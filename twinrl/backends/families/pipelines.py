@@ -198,6 +198,8 @@ def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
             raise InputError(
                 f"{folder} lacks a component", got=f"no folder {name}", expected=", ".join(components(index))
             )
+        if (folder / name / INDEX).exists():  # whose own index names classes of any module
+            raise InputError(f"{folder / name} is a pipeline and no component", fix=AGAIN)
         if "Tokenizer" in str(index[name][1]) and not any((folder / name / file).is_file() for file in VOCABULARIES):
             raise InputError(
                 f"{folder / name} has no vocabulary", got=", ".join(sorted(os.listdir(folder / name))) or "no files",
