@@ -1,7 +1,7 @@
 """Do the numbers of a report hold what they promise? ``python -m analysis.coverage`` says it by simulation.
 
 It writes ``benchmarks/results/coverage.md`` and its numbers beside it (minutes; ``--studies 100`` for a quick look,
-``--only falls`` for a part): the table of :mod:`analysis.validity`, and here the comparison behind the choice of the
+``--only odds`` for a part): the table of :mod:`analysis.validity`, and here the comparison behind the choice of the
 interval of the interquartile mean. Laws of a metric over seeds: normal, skewed, heavy-tailed, and normal with one run
 in ten collapsed. The target of the interquartile mean is that of the law. Monte-Carlo error of a coverage near 95 % in
 N simulations: ``√(0.95·0.05/N)``, 0.15 % at 20 000.

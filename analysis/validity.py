@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -252,35 +253,40 @@ def grids(studies: int) -> Iterator[ValidityRow]:
             yield ValidityRow("arms, factors, pairs", law, n, POWER, float(named[:, 3].mean()), studies)
 
 
-def fallen(studies: int) -> Iterator[ValidityRow]:
-    """A 2 × 2 grid in which runs fall: arms, factors and two levels that meet as one family, with shared seeds."""
+FALLS = {"nothing planted": (0.4, 0.4, 0.4), "one factor": (0.05, 0.95, 0.95), "only together": (0.02, 0.02, 0.98)}
+"""Law → chances to fall: with an EMA teacher, with a live one, with a live one and a reward."""
+
+
+def fallen(studies: int, what: str) -> Iterator[ValidityRow]:
+    """A 2 × 2 grid in which runs fall: arms, factors and two levels that meet as one family, with shared seeds.
+
+    Arguments:
+        what: which of :data:`FALLS`.
+    """
     import pandas as pd
 
-    for what, chances in (("nothing planted", (0.4, 0.4, 0.4)), ("one factor", (0.05, 0.95, 0.95)),
-                          ("only together", (0.02, 0.02, 0.98))):  # fmt: skip
-        rng, found = np.random.default_rng([13, len(what)]), []
-        trials = pd.DataFrame(itertools.product(("live", "ema"), ("with", "without"), range(10)),
-                              columns=["teacher", "reward", "seed"])  # fmt: skip
-        trials["arm"] = trials["teacher"] + trials["reward"]
-        neither, live, both = chances
-        p = np.where(trials["teacher"] == "live", np.where(trials["reward"] == "with", both, live), neither)
-        for _ in range(studies):
-            luck = np.repeat(rng.standard_normal((1, 10)), 4, 0).ravel()  # seeds that fall more easily, in every arm
-            odds = np.log(p / (1 - p)) + 0.5 * luck
-            trials["time"] = 1.0
-            trials["diverged"] = rng.random(len(trials)) < 1 / (1 + np.exp(-odds))
-            told = falls.fall_effects(trials, ("teacher", "reward"))
-            alone = {effect.factor for effect in told.alone}
-            found.append((bool(told.arms and told.arms.named), "teacher" in alone, "reward" in alone, bool(told.pairs)))
-        arms_differ, teacher, reward, together = np.array(found).T
-        law, name = f"2², {what}", "falls: arms, factors, pairs"
-        if what == "nothing planted":
-            yield ValidityRow(name, law, 10, LEVEL, float(np.any(found, axis=1).mean()), studies)
-            continue
-        wrong = reward | together if what == "one factor" else teacher | reward
-        right = teacher if what == "one factor" else together
-        yield ValidityRow(name, law, 10, LEVEL, float(wrong.mean()), studies)
-        yield ValidityRow(name, law, 10, POWER, float((right & arms_differ).mean()), studies)
+    rng, found = np.random.default_rng([13, len(what)]), []
+    trials = pd.DataFrame(itertools.product(("live", "ema"), ("with", "without"), range(10)),
+                          columns=["teacher", "reward", "seed"])  # fmt: skip
+    trials["arm"], trials["time"] = trials["teacher"] + trials["reward"], 1.0
+    neither, live, both = FALLS[what]
+    p = np.where(trials["teacher"] == "live", np.where(trials["reward"] == "with", both, live), neither)
+    for _ in range(studies):
+        luck = np.repeat(rng.standard_normal((1, 10)), 4, 0).ravel()  # seeds that fall more easily, in every arm
+        odds = np.log(p / (1 - p)) + 0.5 * luck
+        trials["diverged"] = rng.random(len(trials)) < 1 / (1 + np.exp(-odds))
+        told = falls.fall_effects(trials, ("teacher", "reward"))
+        alone = {effect.factor for effect in told.alone}
+        found.append((bool(told.arms and told.arms.named), "teacher" in alone, "reward" in alone, bool(told.pairs)))
+    arms_differ, teacher, reward, together = np.array(found).T
+    law, name = f"2², {what}", "falls: arms, factors, pairs"
+    if what == "nothing planted":
+        yield ValidityRow(name, law, 10, LEVEL, float(np.any(found, axis=1).mean()), studies)
+        return
+    wrong = reward | together if what == "one factor" else teacher | reward
+    right = teacher if what == "one factor" else together
+    yield ValidityRow(name, law, 10, LEVEL, float(wrong.mean()), studies)
+    yield ValidityRow(name, law, 10, POWER, float((right & arms_differ).mean()), studies)
 
 
 # --- spikes -----------------------------------------------------------------------------------------------
@@ -315,7 +321,7 @@ CHECKS: dict[str, Check] = {
     "main effects": main_effects,
     "odds": odds,
     "grids": grids,
-    "falls": fallen,
+    **{f"falls, {what}": partial(fallen, what=what) for what in FALLS},
     "recurrences": recurrences,
 }
 
