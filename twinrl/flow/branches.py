@@ -270,10 +270,9 @@ def divide(
     t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(x.device, precision)
     t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
     for name, count in counts.items():
-        at = torch.arange(start, start + count)
-        u = drawn.uniform(f"r {name}").to(t)
+        at, u = slice(start, start + count), drawn.uniform(f"r {name}").to(t)
         t[at], r[at] = BRANCHES[name](t_drawn[at], u[at], law.consistency_ratio)
-        branch[name], start = at, start + count
+        branch[name], start = torch.arange(start, at.stop), at.stop
     noise = drawn.normal("noise").to(x)
     rows = Rows(torch.arange(len(x)), x, noise, t, r, c, null, drawn, len(x), captions, renoise)
     return Batch(rows, branch)

@@ -137,13 +137,13 @@ class Teacher:
         """One EMA update towards the student: parameters only; then the ramp ``d ← d + (1−d)(decay−d)/2`` from 0."""
         if self.ema is None:
             return
-        pairs = [(_own(a), _own(v)) for a, v in zip(self._averages, self._values, strict=True)]
+        pairs = [(local(a), local(v)) for a, v in zip(self._averages, self._values, strict=True)]
         if alike := [(a, v) for a, v in pairs if a.dtype == v.dtype]:
             averages, values = zip(*alike, strict=True)
             torch._foreach_lerp_(averages, values, 1 - self.decay)
         wider = (pair for pair in pairs if pair[0].dtype != pair[1].dtype)
         for (average, value), rest in zip(wider, self.remainder or (), strict=True):  # one at a time, for memory
-            _step(average, value.to(average.dtype), 1 - self.decay, _own(rest))
+            _step(average, value.to(average.dtype), 1 - self.decay, local(rest))
         self.decay += (1 - self.decay) * (self.config.decay - self.decay) / 2
 
 
@@ -157,12 +157,6 @@ def _step(average: Tensor, value: Tensor, weight: float, rest: Tensor) -> None:
     before = average.clone()
     average.add_(step)
     rest.copy_(step.sub_(before.sub_(average).neg_()))
-
-
-def _own(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter; an average needs nothing else."""
-    value = parameter.detach()
-    return local(value)
 
 
 # --- random state ---------------------------------------------------------------------------------------

@@ -31,25 +31,27 @@ def rms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 def _rms_of(states: Mapping[Tensor, Mapping[str, Tensor]], beta: float, eps: float) -> dict[Tensor, Tensor]:
     """:func:`rms` of parameters with their optimizer's state; nothing is read from the device."""
-    device = local(next(iter(states))).device
-    none = torch.zeros((), device=device)
-    steps = torch.stack([state["step"].to(device) if state else none for state in states.values()])
-    corrections = 1 - beta ** (steps.double() + 1)  # taken out of the mean: v̂ = v/correction
-    bounds = (corrections * eps**2).unbind()
-    squares = [
-        share_of_sum(_ratios(local(p.grad), state, beta, bound).sum(), p)  # type: ignore[arg-type]
-        for (p, state), bound in zip(states.items(), bounds, strict=True)
+    first, made = local(next(iter(states))), [state["step"] for state in states.values() if state]
+    none = torch.zeros_like(made[0]) if made else torch.zeros(())
+    steps = torch.stack([state.get("step", none) for state in states.values()]).to(first.device, torch.double)
+    kept = [beta if state else 0.0 for state in states.values()]
+    numbers = [[p.numel() for p in states], [share or 1 - beta for share in kept]]
+    sizes, scales = torch.tensor(numbers, dtype=torch.double).to(first.device, non_blocking=True)
+    corrections = 1 - beta ** (steps + 1)  # taken out of the mean: v̂ = v/correction
+    bounds = (corrections * eps**2 / scales).to(first.dtype).unbind()
+    sums = [
+        share_of_sum(_ratios(local(p.grad), state, share, bound), p)  # type: ignore[arg-type]
+        for (p, state), share, bound in zip(states.items(), kept, bounds, strict=True)
     ]
-    sizes = torch.tensor([p.numel() for p in states], dtype=torch.double).to(device, non_blocking=True)
-    means = torch.stack(all_over_ranks(squares)).double() * corrections / sizes
+    means = torch.stack(all_over_ranks(sums)).double() * corrections / (scales * sizes)
     return dict(zip(states, means.sqrt().unbind(), strict=True))
 
 
-def _ratios(g: Tensor, state: Mapping[str, Tensor], beta: float, bound: Tensor) -> Tensor:
-    """g²/max(v, bound), with the second moment ``v`` that the optimizer's step will leave."""
-    square = g.square()
-    v = torch.lerp(local(state["exp_avg_sq"]), square, 1 - beta) if state else square * (1 - beta)
-    return square.div_(v.clamp_(min=bound))
+def _ratios(g: Tensor, state: Mapping[str, Tensor], kept: float, bound: Tensor) -> Tensor:
+    """0-dim Σ g²/max(v, bound), where ``v`` is the second moment that the optimizer's step will leave, over the share
+    ``kept`` of the former one: old + g²·(1 − kept)/kept; g² where nothing is kept. In few passes over the memory."""
+    v = torch.addcmul(local(state["exp_avg_sq"]), g, g, value=(1 - kept) / kept) if kept else g.square()
+    return torch.dot(g.flatten(), torch.div(g, v.clamp_(min=bound), out=v).flatten())
 
 
 def largest(values: Sequence[Tensor]) -> Tensor:
