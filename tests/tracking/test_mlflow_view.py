@@ -573,6 +573,20 @@ def test_two_processes_make_one_store(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [store.DATABASE_NAME, "said"]
 
 
+@pytest.mark.slow
+def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
+    uri = store.default_uri(tmp_path)
+    maker = forked.start(store.prepare, uri, output=tmp_path / "said")
+    forked.wait_until(lambda: any(path.stat().st_size > 8192 for path in tmp_path.glob("*.db")), 300)
+    maker.kill()
+    maker.wait(60)
+    assert (tmp_path / store.DATABASE_NAME).stat().st_size == 0
+    store.prepare(uri)
+    run = make_run(tmp_path, rows=20)
+    publish(run)
+    assert len(active_runs(run)) == 1
+
+
 @pytest.mark.parametrize("name", ["../../out", "/abs", "..", "a/../../../b", "team/one"])
 def test_artifacts_lie_beside_the_store_whatever_an_experiment_is_called(runs: Path, name: str) -> None:
     run = make_run(runs, rows=20)

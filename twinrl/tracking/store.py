@@ -112,9 +112,19 @@ def connect(uri: str) -> Any:
         with impatient():
             return mlflow.MlflowClient(tracking_uri=uri)
     with impatient(), _alone_with(database):
+        if database.stat().st_size == 0:
+            _make(database)
         client = mlflow.MlflowClient(tracking_uri=uri)
         _keep_beside(database)
     return client
+
+
+def _make(database: Path) -> None:
+    """A new store, whole or not there: one that a kill has left half-made MLflow can't go on with."""
+    import mlflow
+
+    with files.publishing(database) as new:
+        mlflow.MlflowClient(tracking_uri=f"sqlite:///{new}")
 
 
 @contextmanager
