@@ -7,7 +7,6 @@ request (a checkpoint is written), reports rungs to the scheduler, and records t
 here, so an actor is light and serves one trial after the other.
 """
 
-import json
 import math
 import os
 import signal
@@ -20,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+from pydantic import BaseModel, NonNegativeInt
 from ray.tune import Trainable
 
 from ablations import ledger
 from ablations.fingerprint import sources
 from ablations.ledger import TrialRecord
+from twinrl.config import stored
 from twinrl.machine import cluster, files, forks
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
@@ -238,14 +239,20 @@ def checkpointed(run: Path) -> int:
     return -1 if newest is None else layout.step_of(newest)
 
 
+class Durable(BaseModel):
+    """What a study reads of a checkpoint's state."""
+
+    log_offset: NonNegativeInt
+
+
 def durable_log(run: Path) -> int | None:
     """Bytes of the run's log that its newest checkpoint has put on disk for good; None before the first one.
 
-    What is behind them a resumed run cuts off and writes again.
+    What is behind them a resumed run cuts off and writes again. Raises InputError where the checkpoint is damaged.
     """
     newest = layout.newest(run / layout.CHECKPOINTS)
     try:
-        return None if newest is None else int(json.loads((newest / layout.STATE).read_text())["log_offset"])
+        return None if newest is None else stored.read(newest / layout.STATE, Durable, "delete it").log_offset
     except (FileNotFoundError, NotADirectoryError):  # replaced meanwhile
         return None
 

@@ -20,6 +20,7 @@ from analysis import frames
 from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
 from tests.training.trainers import make
+from twinrl.config.errors import InputError
 from twinrl.run import names, runlog
 from twinrl.stability import verdict
 
@@ -164,6 +165,10 @@ def test_only_what_a_checkpoint_has_made_durable_counts(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(json.dumps({"log_offset": offset}))
     assert trial.durable_log(tmp_path) == 100
+    for damage in ("{", "{}", '{"log_offset": "100"}', '{"log_offset": -1}'):
+        (tmp_path / "checkpoints" / "step-00000008" / "state.json").write_text(damage)
+        with pytest.raises(InputError, match=r"state\.json is damaged"):
+            trial.durable_log(tmp_path)
 
 
 def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> None:
