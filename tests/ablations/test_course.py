@@ -62,7 +62,7 @@ def test_a_build_shows_its_data_before_it_has_ended(tmp_path: Path) -> None:
         said = course.console.file.getvalue()  # type: ignore[attr-defined]
         assert said == f"the data: {folder / BUILT}\n"
         with Image.open(folder / BUILT) as picture:
-            assert {(127, 127, 127), (255, 255, 255)} < {colour for _, colour in picture.getcolors(1 << 16)}
+            assert {(128, 128, 128), (255, 255, 255)} < {colour for _, colour in picture.getcolors(1 << 16)}
 
 
 def test_a_build_goes_on_where_its_picture_cannot_be_written(tmp_path: Path) -> None:
