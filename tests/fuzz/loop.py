@@ -66,7 +66,8 @@ class Fuzzer:
         before = trying.photograph(here)
         done = self._run(command.words, target)
         after = trying.photograph(here)
-        changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        different = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+        changed = [path for path in different if path in before or path not in done.err]  # a new report, named, is told
         answers = {} if done.rc != 0 or _shows(command, file) else expected
         wrong = trying.wrong(done, changed, self._different(command, done, answers), command.may_end_badly)
         if done.rc is None and command.may_be_long and any(path.endswith("log.jsonl") for path in changed):

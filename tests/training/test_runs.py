@@ -1,5 +1,6 @@
 """Run directories: what exists is not overwritten by accident, and what is wrong is said in one line."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -158,16 +159,17 @@ def test_the_lock_outlives_what_is_deleted_under_it(begun: RunDirectory, setting
             pass
 
 
-def refuse(run: RunDirectory) -> None:
-    with pytest.raises(InputError, match="wrong"), run.locked():
-        raise InputError("it is wrong")
+def refuse(run: RunDirectory, error: Exception) -> None:
+    with pytest.raises(type(error), match="wrong"), run.locked():
+        raise error
 
 
-def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, begun: RunDirectory) -> None:
-    refuse(RunDirectory(tmp_path / "new" / "runs" / "x"))
+@pytest.mark.parametrize("error", [InputError("it is wrong"), OSError(errno.ELOOP, "wrong links")], ids=repr)
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path, begun: RunDirectory, error: Exception) -> None:
+    refuse(RunDirectory(tmp_path / "new" / "runs" / "x"), error)
     assert not (tmp_path / "new").exists()
     before = sorted(begun.path.rglob("*"))
-    refuse(begun)  # as one of an older version, which had no such file
+    refuse(begun, error)  # as one of an older version, which had no such file
     assert sorted(begun.path.rglob("*")) == before
 
 

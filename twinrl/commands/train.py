@@ -56,7 +56,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         console = _of_rank(console, ranks)
         try:
             trainer = _trainer(settings, run, source, device, stack, ranks)
-        except InputError:
+        except (InputError, OSError):
             if ranks.first and not goes_on:
                 run.discard()
             raise

@@ -50,10 +50,13 @@ def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path,
     return images
 
 
-def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, folder: Path) -> Path:
+def save_final(
+    protocol: FixedProtocol, network: nn.Module, run: RunDirectory, rows: Sequence[Mapping[str, Any]], folder: Path
+) -> Path:
     """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE.
 
-    Grids, one prompt under other noise (whether the student still varies), the same noise over training, curves.
+    Grids, one prompt under other noise (whether the student still varies), the same noise over training, and curves of
+    the log's ``rows``.
     """
     evaluations = protocol.config.nfe
     paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
@@ -62,7 +65,7 @@ def save_final(protocol: FixedProtocol, network: nn.Module, run: RunDirectory, f
     prompt, images = protocol.diversity(network, few_step(evaluations[0]), DIVERSE)
     grids.save(grids.diversity_grid(images, prompt, nfe=evaluations[0]), folder / "diversity.png")
     grids.save_over_training(run.samples, protocol.row_names, folder / "over-training.png")
-    figures.save_curves(layout.read_rows(run.path), protocol.floor, run.path.name, folder / "curves.png")
+    figures.save_curves(rows, protocol.floor, run.path.name, folder / "curves.png")
     return paths[0]
 
 

@@ -138,7 +138,7 @@ class RunDirectory:
                 stack.enter_context(files.locked(lock, refusal, patience))
             try:
                 yield
-            except InputError:
+            except (InputError, OSError):
                 self._leave(lock, new)
                 raise
 
