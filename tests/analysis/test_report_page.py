@@ -88,7 +88,7 @@ def test_a_small_study_is_drawn_without_network(offline: Any, drawn_page: Path) 
 TOLD = {
     planted.another_term_leads: ("teacher: live 16 of 16, ema 0 of 16", "adversarial rose first", "matter: reward"),
     planted.nothing: ("No run fell", "no arm is found to differ"),
-    planted.only_together: ("runs fall only where teacher=live and reward=with meet: 8 of 8", "rectify rose first"),
+    planted.only_together: ("fall only where teacher=live and reward=with meet: 8 of 8", "rectify rose first"),
     planted.crossed: ("No run fell", "depends on teacher and reward together"),
 }
 
