@@ -26,8 +26,8 @@ from twinrl import __version__
 from twinrl.config import validate
 from twinrl.config.errors import InputError
 from twinrl.flow.schedules import ANCHOR, SCHEDULES, position
-from twinrl.flow.source import cache_dir
 from twinrl.machine import files
+from twinrl.machine.files import cache_dir
 from twinrl.run import layout, names
 from twinrl.training.runs import RunDirectory, dump
 from twinrl.training.schema import RunConfig

@@ -280,9 +280,9 @@ def build_lab(folder: Path, command: Callable[..., None]) -> None:
 
 def copy_lab() -> None:
     """What ``build_lab`` runs in a fork: the laboratory of the usual cache, built if it is not there."""
-    from twinrl.flow.source import cache_dir
     from twinrl.lab import load_lab
     from twinrl.lab.load import DEFAULT
+    from twinrl.machine.files import cache_dir
 
     here = os.environ.pop("TWINRL_CACHE")
     load_lab(progress=False)

@@ -567,16 +567,46 @@ def test_a_damaged_run_changes_nothing(runs: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_store_begins_as_a_copy_of_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is made by MLflow and kept, the next copied; a damaged one is made anew. All have the same tables."""
+    monkeypatch.setenv("TWINRL_CACHE", str(tmp_path / "cache"))
+
+    def made(name: str) -> tuple[dict[str, str], str]:
+        store.prepare(store.default_uri(tmp_path / name))
+        with closing(sqlite3.connect(tmp_path / name / store.DATABASE_NAME)) as connection:
+            tables = dict(connection.execute("SELECT name, sql FROM sqlite_master").fetchall())
+            (folder,) = connection.execute("SELECT artifact_location FROM experiments").fetchall()
+            return tables, folder[0]
+
+    first, _ = made("first")
+    (kept,) = (tmp_path / "cache").glob("*.db")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    written = kept.stat().st_mtime_ns
+    copied, folder = made("second")
+    assert copied == first
+    assert "alembic_version" in first
+    assert folder.startswith(str(tmp_path / "elsewhere"))  # of MLflow's own experiment: not the first store's
+    assert kept.stat().st_mtime_ns == written
+    kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+    assert made("third")[0].keys() == first.keys()
+    assert made("fourth")[0].keys() == first.keys()
+    assert kept.stat().st_mtime_ns != written
+
+
+@pytest.mark.slow
 def test_two_processes_make_one_store(tmp_path: Path) -> None:
-    makers = [forked.start(store.prepare, store.default_uri(tmp_path), output=tmp_path / "said") for _ in range(2)]
-    assert [maker.wait(300) for maker in makers] == [0, 0], (tmp_path / "said").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [store.DATABASE_NAME, "said"]
+    folder, said, own = tmp_path / "runs", tmp_path / "said", str(tmp_path / "cache")
+    uri = store.default_uri(folder)
+    makers = [forked.start(store.prepare, uri, output=said, TWINRL_CACHE=own) for _ in range(2)]
+    assert [maker.wait(300) for maker in makers] == [0, 0], said.read_text()
+    assert [path.name for path in folder.iterdir()] == [store.DATABASE_NAME]
 
 
 @pytest.mark.slow
 def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
     uri = store.default_uri(tmp_path)
-    maker = forked.start(store.prepare, uri, output=tmp_path / "said")
+    maker = forked.start(store.prepare, uri, output=tmp_path / "said", TWINRL_CACHE=str(tmp_path / "cache"))
     forked.wait_until(lambda: any(path.stat().st_size > 8192 for path in tmp_path.glob("*.db")), 300)
     maker.kill()
     maker.wait(60)

@@ -18,8 +18,8 @@ from twinrl import config
 from twinrl.backends import NETWORKS
 from twinrl.data.settings import PrepareConfig
 from twinrl.flow.schedules import SCHEDULES
-from twinrl.flow.source import cache_dir
 from twinrl.gradients.transforms import TRANSFORMS
+from twinrl.machine.files import cache_dir
 from twinrl.renoise import RENOISE
 from twinrl.rewards import REWARDS
 from twinrl.rewards.latent import ESTIMATORS

@@ -10,9 +10,9 @@ from typing import Any
 
 from twinrl.config import canonical_hash
 from twinrl.config.errors import InputError
-from twinrl.flow.source import cache_dir
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.lab.storage import damaged, load_json, publish
+from twinrl.machine.files import cache_dir
 from twinrl.run import layout, names
 from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict

@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from twinrl.flow.source import Scorer, Source, cache_dir
+from twinrl.flow.source import Scorer, Source
 from twinrl.lab.storage import content_hash, publish
 from twinrl.machine import files
+from twinrl.machine.files import cache_dir
 
 CODE = ("backends", "evaluation", "flow", "lab", "rewards", "sampling")
 """Rooms whose sources decide what a judge says of a network's samples."""

@@ -7,7 +7,6 @@ sees. A prepared folder with a pretrained family is :class:`Data` and no more.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -151,12 +150,3 @@ class Source(Data, Protocol):
     def to(self, device: str) -> "Source":
         """Codec, judges and scorers on ``device``."""
         ...
-
-
-def cache_dir() -> Path:
-    """Where built artefacts live: ``$TWINRL_CACHE``, else ``$XDG_CACHE_HOME/twinrl``, else ``~/.cache/twinrl``."""
-    import os
-
-    if explicit := os.environ.get("TWINRL_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinrl"

@@ -7,13 +7,14 @@ its *content*, which is checked on every load.
 from functools import partial
 from pathlib import Path
 
-from twinrl.flow.source import Split, cache_dir
+from twinrl.flow.source import Split
 from twinrl.lab.build import MANIFEST, PARTS, build, hash_of
 from twinrl.lab.models import Models
 from twinrl.lab.recipe import LabRecipe
 from twinrl.lab.source import Lab
 from twinrl.lab.storage import damaged, load_json, load_tensors, publish
 from twinrl.lab.teachers import Teachers
+from twinrl.machine.files import cache_dir
 
 DEFAULT = LabRecipe()
 

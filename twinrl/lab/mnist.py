@@ -18,13 +18,14 @@ from torch.nn.functional import cross_entropy, pad
 from twinrl.config.errors import InputError
 from twinrl.flow import draws
 from twinrl.flow.conditions import Condition
-from twinrl.flow.source import Judge, Scorer, Split, cache_dir
+from twinrl.flow.source import Judge, Scorer, Split
 from twinrl.lab.digits import CLASSES, TEMPLATES, all_captions, captions
 from twinrl.lab.fitting import Recipe, fit
 from twinrl.lab.mnist_files import read_splits
 from twinrl.lab.pretrain import FlowData, Pretraining, fresh, pretrain
 from twinrl.lab.progress import stages
 from twinrl.lab.storage import content_hash, load_tensors, publish, save_tensors
+from twinrl.machine.files import cache_dir
 
 NULL_LABEL = len(CLASSES)
 """The label of the empty condition ∅."""

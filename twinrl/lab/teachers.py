@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from twinrl.backends import network_key
-from twinrl.flow.source import cache_dir
 from twinrl.lab.clip import ClipModel
 from twinrl.lab.digits import captions
 from twinrl.lab.pretrain import FlowData, fresh, pretrain
@@ -13,6 +12,7 @@ from twinrl.lab.progress import stages
 from twinrl.lab.recipe import LabRecipe
 from twinrl.lab.source import Lab, empty_text
 from twinrl.lab.storage import load_tensors, publish, save_tensors
+from twinrl.machine.files import cache_dir
 
 
 def flow_data(latents: Tensor, labels: Tensor, clip: ClipModel) -> FlowData:

@@ -23,6 +23,13 @@ MASK = os.umask(0o077)
 os.umask(MASK)
 
 
+def cache_dir() -> Path:
+    """Where built artefacts live: ``$TWINRL_CACHE``, else ``$XDG_CACHE_HOME/twinrl``, else ``~/.cache/twinrl``."""
+    if explicit := os.environ.get("TWINRL_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twinrl"
+
+
 def check_writable(folder: Path, what: str, fix: str) -> None:
     """Before time is spent: raises InputError where no file can be made in a folder, which need not exist yet.
 

@@ -25,9 +25,9 @@ from twinrl.config.errors import InputError
 from twinrl.data.images import SUFFIXES, decode
 from twinrl.data.listing import ending_in
 from twinrl.data.problems import UnusableError
-from twinrl.flow.source import cache_dir
 from twinrl.lab.storage import publish
 from twinrl.machine.compat import ensure_torchvision
+from twinrl.machine.files import cache_dir
 from twinrl.rewards.weights import PUBLISHED, read_weights
 from twinrl.run.fit import load_module
 

@@ -97,8 +97,8 @@ def impatient() -> Iterator[None]:
 def connect(uri: str) -> Any:
     """An ``MlflowClient`` for ``uri``, once a database store answers; a missing sqlite store is made.
 
-    MLflow's own start-up would retry for more than a minute on a database that is away. A fresh sqlite store
-    takes some 6 s to make.
+    MLflow's own start-up would retry for more than a minute on a database that is away. The first sqlite store
+    takes it some 6 s to make.
 
     Raises:
         one of :func:`failures`: the store is away, locked, not writable or of another MLflow version.
@@ -120,11 +120,33 @@ def connect(uri: str) -> Any:
 
 
 def _make(database: Path) -> None:
-    """A new store, whole or not there: one that a kill has left half-made MLflow can't go on with."""
+    """A new store, whole or not there: one that a kill has left half-made MLflow can't go on with.
+
+    A copy of an empty one of this MLflow, which the cache keeps.
+    """
     import mlflow
 
+    empty = files.cache_dir() / f"mlflow-{mlflow.__version__}.db"
     with files.publishing(database) as new:
-        mlflow.MlflowClient(tracking_uri=f"sqlite:///{new}")
+        try:
+            _copy(empty, new)
+        except (OSError, sqlite3.Error):  # none yet, or a damaged one
+            mlflow.MlflowClient(tracking_uri=f"sqlite:///{new}")
+            with suppress(OSError, sqlite3.Error):  # a cache that cannot be written: the next store is made, too
+                empty.parent.mkdir(parents=True, exist_ok=True)
+                with files.publishing(empty) as kept:
+                    _copy(new, kept)
+
+
+def _copy(store: Path, new: Path) -> None:
+    """A whole store without its experiments, of which MLflow makes the first where a store lies."""
+    files.check_plain(store)
+    with closing(sqlite3.connect(f"file:{quote(str(store))}?mode=ro", uri=True)) as old:
+        if old.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError(f"{store} is damaged")
+        with closing(sqlite3.connect(new)) as made, made:
+            old.backup(made)
+            made.execute("DELETE FROM experiments")
 
 
 @contextmanager
