@@ -315,7 +315,7 @@ TARGETS = {
     "run": Target(
         build_run,
         (
-            Command(("analyze", RUN, "--out", "report", "--no-mlflow"), text_of("report/*.md"), TOLD),
+            Command(("analyze", RUN, "--out", "report", "--no-mlflow"), text_of("report/*.md"), (*TOLD, f"{RUN}/samples/*")),
             Command(("sample", RUN, "-n", "1", "--out", "out.png"), picture, checkpoint(LAST)),
             Command(("evaluate", RUN), table, checkpoint(LAST)),
             Command(("replay", RUN), text_of(), ("*/events.jsonl",)),
