@@ -222,9 +222,11 @@ def _markdown_table(frame: "pd.DataFrame") -> str:
 
 
 def _relative(path: Path, folder: Path) -> str:
+    """An address that is a file's, whatever it is called."""
     import os
+    from urllib.parse import quote
 
-    return os.path.relpath(path, folder).replace(os.sep, "/").replace(" ", "%20")
+    return quote(os.path.relpath(path, folder).replace(os.sep, "/"), errors="surrogateescape")
 
 
 # --- HTML -------------------------------------------------------------------------------------------------

@@ -348,6 +348,15 @@ def test_text_cannot_break_a_page(tmp_path: Path) -> None:
     assert "](a%20b.png)" in markdown
 
 
+def test_a_link_to_a_file_runs_nothing_whatever_it_is_called(tmp_path: Path) -> None:
+    picture = tmp_path / "javascript:alert(1)" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"png")
+    page = Page("t", [Gallery([Picture(picture, "a")] * 9)])
+    for text in (page.html(tmp_path), page.markdown(tmp_path)):
+        assert "javascript:" not in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(None, "–"), (3.0, "3"), (0.12345, "0.123"), (12345, "12,345"), ("x", "x")]
 )

@@ -176,6 +176,9 @@ def checkpoint(step: int) -> tuple[str, ...]:
 
 TOLD = ("*/log.jsonl", "*/events.jsonl", "*/config.yaml", "*/result.json", "*/start.json", "*/env.json")
 
+REPORTED = (*TOLD, "*/samples/*")
+"""What a report of a run is made of."""
+
 OFTEN = (f"{RUN}/*", *TOLD * 4, "*/state.json", "*/event.json")
 """What of a run is damaged; what is read by most is damaged most."""
 
@@ -315,7 +318,7 @@ TARGETS = {
     "run": Target(
         build_run,
         (
-            Command(("analyze", RUN, "--out", "report", "--no-mlflow"), text_of("report/*.md"), TOLD),
+            Command(("analyze", RUN, "--out", "report", "--no-mlflow"), text_of("report/*.md"), REPORTED),
             Command(("sample", RUN, "-n", "1", "--out", "out.png"), picture, checkpoint(LAST)),
             Command(("evaluate", RUN), table, checkpoint(LAST)),
             Command(("replay", RUN), text_of(), ("*/events.jsonl",)),

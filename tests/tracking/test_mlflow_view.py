@@ -617,6 +617,17 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) 
     assert len(active_runs(run)) == 1
 
 
+def test_another_program_s_database_stays_as_it_is(tmp_path: Path) -> None:
+    """A run of somebody else's may name any file as its store."""
+    run, other = make_run(tmp_path, rows=20), tmp_path / "other.db"
+    with closing(sqlite3.connect(other)) as connection, connection:
+        connection.execute("CREATE TABLE notes (text)")
+    before = other.read_bytes()
+    with pytest.raises(InputError, match=r"cannot be reached; got .*other\.db is another program's database"):
+        publish(run, f"sqlite:///{other}")
+    assert other.read_bytes() == before
+
+
 @pytest.mark.parametrize("name", ["../../out", "/abs", "..", "a/../../../b", "team/one"])
 def test_artifacts_lie_beside_the_store_whatever_an_experiment_is_called(runs: Path, name: str) -> None:
     run = make_run(runs, rows=20)

@@ -114,9 +114,18 @@ def connect(uri: str) -> Any:
     with impatient(), _alone_with(database):
         if database.stat().st_size == 0:
             _make(database)
+        _check_own(database)
         client = mlflow.MlflowClient(tracking_uri=uri)
         _keep_beside(database)
     return client
+
+
+def _check_own(database: Path) -> None:
+    """Raises sqlite3.DatabaseError for another program's, into which MLflow would put its tables."""
+    with closing(sqlite3.connect(database, timeout=STORE_PATIENCE_SECONDS)) as connection:
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables and "experiments" not in tables:
+            raise sqlite3.DatabaseError(f"{database} is another program's database")
 
 
 def _make(database: Path) -> None:
