@@ -12,12 +12,11 @@ from twinrl.tracking.views import Chart, Section, View
 
 NORMS, QUALITY, DIVERGED = "norms", "quality", "diverged"
 TITLES = {NORMS: "Norms by term and arm", QUALITY: "Quality by arm", DIVERGED: "Who diverged"}
-ALIVE = "seeds/alive"
+ALIVE = "alive"
+"""Seeds that have neither failed nor ended; a short name leaves the legend room for the arms'."""
 BAND_NOTE = "solid: median over seeds; dashed, dotted: 10 % and 90 %"
 LOG_FROM = 20.0
 """Ratio of the largest median to the smallest from which an axis is logarithmic."""
-CURVE, NAME = 220, 20
-"""Height of a chart without its legend, and of a line of that, in pixels."""
 TOTAL = "total"
 OTHERS = "Other series"
 FOLDED = {"grad": "Clips and shares", "loss": "Losses", "": OTHERS}
@@ -47,14 +46,14 @@ def bands(name: str) -> tuple[str, str, str]:
     return name, f"{name}/low", f"{name}/high"
 
 
-def views(study: str, metric: str, series: Mapping[str, Extent], arms: int) -> dict[str, View]:
+def views(study: str, metric: str, series: Mapping[str, Extent]) -> dict[str, View]:
     """The study's pages by their keys.
 
     Arguments:
-        study: its name. metric: that it ranks by. series: what the summaries of its ``arms`` hold.
+        study: its name. metric: that it ranks by. series: what the arms' summaries hold.
     """
-    runs = f"tags.study = '{study}' AND tags.level = 'summary'"
-    fate = Section("Seeds alive", [Chart("seeds alive", (ALIVE,))], columns=1, height=CURVE + NAME * arms)
+    arms = f"tags.study = '{study}' AND tags.level = 'summary'"
+    fate = Section("Seeds alive", [Chart("seeds alive", (ALIVE,))], columns=1, height=260)
     ranked = _charts([metric], series, str)
     outcomes = [name for name in series if name.startswith("val/") and name != metric]
     before, after = (_norms(series, quantity) for quantity in ("norm_raw", "norm_clipped"))
@@ -69,8 +68,8 @@ def views(study: str, metric: str, series: Mapping[str, Extent], arms: int) -> d
         Section("Other validation", _charts(outcomes, series, lambda name: name.removeprefix("val/"))),
     )
     return {
-        NORMS: _of_arms(runs, [*norms, *_rest(norms, series)], series),
-        QUALITY: _of_arms(runs, [*quality, *_rest(quality, series)], series),
+        NORMS: _of_arms(arms, [*norms, *_rest(norms, series)], series),
+        QUALITY: _of_arms(arms, [*quality, *_rest(quality, series)], series),
         DIVERGED: _seeds(study, metric),
     }
 

@@ -238,7 +238,7 @@ class StudyView:
     def compare(self) -> str:
         """Lay out the study's pages and link its run to them; the address of the norms by term and arm."""
         name, metric = self.plan.study.name, self.plan.study.config.metric
-        for page, view in pages.views(name, metric, self._series, len(self._arms)).items():
+        for page, view in pages.views(name, metric, self._series).items():
             views.save(self.client, self.experiment, _page_key(name, page), view)
         at = {
             page: views.address(self.experiment, _page_key(name, page), page != pages.DIVERGED) for page in pages.TITLES
