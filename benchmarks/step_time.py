@@ -250,8 +250,8 @@ def table(lines: list[Measured], result: dict[str, Any]) -> str:
     head = (
         f"# Step time over its floor\n\ntutorial and twinflow: UNet of width {result['width']} on 28×28 pixels, batch "
         f"{result['batch']}, {result['data']}, no gradient apart; the others: the lab's perceptron, every gradient "
-        f"apart. {where['threads']} thread(s), {where['device']}, torch {where['torch']}, load average "
-        f"{where['load_average']}; "
+        f"apart, in lab-output at the predictions. {where['threads']} thread(s), {where['device']}, torch "
+        f"{where['torch']}, load average {where['load_average']}; "
         f"medians over {lines[0].pairs} rounds, 95 % bootstrap intervals; CPU time unless it says wall.\n\n"
     )
     passes = "\n".join(f"- {m.preset}: {m.passes}" for m in lines)

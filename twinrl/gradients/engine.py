@@ -274,7 +274,7 @@ def _last(adds: Sequence[bool]) -> int:
 
 def _ratio(part: Tensor, whole: Tensor, of_nothing: float) -> Tensor:
     """``part / whole``; where there is nothing to divide by, what it is called then. Nan stays nan."""
-    return torch.where(whole == 0, of_nothing, part / whole)
+    return (part / whole).masked_fill(whole == 0, of_nothing)
 
 
 def _of(found: Scalars, name: str) -> Sequence[Tensor]:
