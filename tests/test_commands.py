@@ -230,6 +230,7 @@ def workshop(tmp_path: Path) -> Workshop:
 
 @pytest.mark.campaign
 @pytest.mark.processes
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("page", EXECUTED)
 def test_commands_run(page: str, workshop: Workshop) -> None:
     for name, text in pages.files((pages.REPOSITORY / page).read_text()).items():
