@@ -128,7 +128,7 @@ def check_outputs(micro: Given, parameters: Sequence[Tensor]) -> None:
         if beside or not reached:
             raise InputError(
                 f"the loss {name!r} depends on the model beside the outputs",
-                fix="leave outputs= out, which lets every loss see its own depth; or give all that losses start from",
+                fix="leave outputs= out, then each loss has a backward pass; or give all that losses are made of",
             )
     for number, output in enumerate(micro.outputs):
         inner = [node for node, _ in output.grad_fn.next_functions] if output.grad_fn else []
