@@ -32,6 +32,7 @@ from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
 from twinrl.training.passes import passes_of
+from twinrl.training.provider import Provider
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -101,6 +102,7 @@ class Trainer:
         start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
         asked_to_stop: asked before each step; True ends training with a checkpoint, as ``interrupted`` does.
         ranks: the processes that train this run together; each has a trainer, of which the first one writes.
+        provided: what gives data and models; None: what suits the configuration.
     """
 
     settings: RunConfig
@@ -117,6 +119,7 @@ class Trainer:
     interrupted: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     ranks: Ranks = ALONE
+    provided: type[Provider[Any]] | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -124,7 +127,8 @@ class Trainer:
             keep_freed_memory()
         begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
-        self.provider = assembly.provider_of(settings, self.source, self.device, self.ranks)
+        kind = self.provided or assembly.kind_of(settings)
+        self.provider = kind(settings, self.source, self.device, self.ranks)
         student = self.provider.student(start_weights)
         self.guide = self.provider.guide()
         self.objective: Objective = assembly.objective_of(self.provider, student, self.guide)

@@ -162,6 +162,7 @@ class Family(ABC):
         LORA_TARGETS: linear layers that adapters go to by default (suffixes of module names).
         BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.
         TOKENS: most text tokens of a prompt; longer ones are cut.
+        MASKED: whether conditions say by a ``mask`` which tokens are none.
         PATCH: sides of latents are multiples of this.
         COMPRESSION: pixels to a side of a latent, in the published models.
         PART: the pipeline's component that is trained.
@@ -176,6 +177,7 @@ class Family(ABC):
     LORA_TARGETS: ClassVar[tuple[str, ...]]
     BLOCKS: ClassVar[tuple[str, ...]]
     TOKENS: ClassVar[int] = 512
+    MASKED: ClassVar[bool] = False
     PATCH: ClassVar[int] = 2
     COMPRESSION: ClassVar[int] = 8
     PART: ClassVar[str] = "transformer"

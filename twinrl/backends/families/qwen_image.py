@@ -67,6 +67,7 @@ class QwenImage(Family):
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
     BLOCKS = ("QwenImageTransformerBlock",)
+    MASKED = True
 
     def check_variant(self, described: Mapping[str, Any]) -> None:
         """Refuse the editing and layered variants, whose time modules take other inputs."""

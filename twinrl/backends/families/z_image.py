@@ -70,6 +70,7 @@ class ZImage(Family):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     BLOCKS = ("ZImageTransformerBlock",)
+    MASKED = True
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         texts, _ = self.pipeline.encode_prompt(
