@@ -15,6 +15,7 @@ from twinrl.machine.simulated.memory import Memory
 from twinrl.machine.simulated.messages import Messages
 from twinrl.machine.simulated.places import Places
 from twinrl.machine.simulated.pretended import CUDA
+from twinrl.machine.simulated.recipes import Recipes
 from twinrl.machine.simulated.values import Values
 from twinrl.machine.simulated.waits import Waits
 from twinrl.machine.simulated.work import Work
@@ -42,7 +43,7 @@ class Simulation(TorchDispatchMode):
         super().__init__()
         self.places = places
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.values = Values(self.fake)
+        self.recipes, self.values = Recipes(self.fake), Values(self.fake)
         self.memory, self.work, self.waits, self.messages = Memory(places), Work(), Waits(places), Messages()
         self.guesses: dict[str, int] = {}
 
@@ -118,7 +119,7 @@ class Simulation(TorchDispatchMode):
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         self.waits.operations += 1
-        out = self.fake.dispatch(func, types, args, kwargs)
+        out = self.recipes(func, types, args, kwargs, tensors)
         made = [out] if isinstance(out, Tensor) else list(_tensors(out)) if isinstance(out, list | tuple) else []
         self.values.follow(func, args, kwargs, tensors, made)
         self.memory.made(made)
