@@ -18,7 +18,7 @@ from twinrl.training.simulated import Report
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-WAITS, QUEUED = 200, 60
+WAITS, QUEUED = 8, 2
 """Most waits of a step, and most of them with work queued."""
 NETWORK = [SMALL[2], "data.source=tests.fake_source.ByPath", "train={steps: 40, batch: 16}"]
 REWARD = ["terms.reward={branches: [e2e]}", "reward={model: brightness}", "gradients.terms.reward.clip.max_norm=1"]

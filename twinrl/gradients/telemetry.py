@@ -7,6 +7,7 @@ from torch import Tensor
 
 from twinrl.flow.teacher import LOW
 from twinrl.gradients.gradient import Gradient, all_over_ranks, over_ranks, share_of_sum
+from twinrl.machine.moving import moved
 from twinrl.machine.sharding import local
 from twinrl.run import names
 
@@ -40,7 +41,7 @@ def _rms_of(states: Mapping[Tensor, Mapping[str, Tensor]], beta: float, eps: flo
         share_of_sum(_ratios(local(p.grad), state, beta, bound).sum(), p)  # type: ignore[arg-type]
         for (p, state), bound in zip(states.items(), bounds, strict=True)
     ]
-    sizes = torch.tensor([p.numel() for p in states], dtype=torch.double).to(device, non_blocking=True)
+    sizes = moved(torch.tensor([p.numel() for p in states], dtype=torch.double), device)
     means = torch.stack(all_over_ranks(squares)).double() * corrections / sizes
     return dict(zip(states, means.sqrt().unbind(), strict=True))
 

@@ -236,7 +236,7 @@ class Trainer:
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
         losses = self.ranks.merge([one.losses for one in passes])
         scalars = summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
-        return losses, self.ranks.agree(_to_floats(scalars))
+        return losses, self.ranks.numbers(scalars)
 
     def _follow_reward(self, losses: Losses, fed: Fed, values: dict[str, float]) -> float:
         """Note the reward's weight and let it learn from what it scored; the factor of the learning rate."""
@@ -261,7 +261,7 @@ class Trainer:
         measured = self.settings.gradients.telemetry.due("update", self.step)
         measures = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
         late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
-        values = {**late, **_to_floats(measures), **values}
+        values = {**late, **measures, **values}
         if not all(map(math.isfinite, values.values())) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
         self._move_lr(judged.spikes[1], judged.afterwards.cut)
@@ -489,13 +489,6 @@ def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
     if len(aux.get(names.REWARD_STD, ())) > 1:  # the spread over parts of the batch is not that over the whole
         means[names.REWARD_STD] = torch.cat(aux[names.REWARD_MEAN]).std(unbiased=False)
     return scalars | means
-
-
-def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """All scalars in one transfer from the device."""
-    if not scalars:
-        return {}
-    return dict(zip(scalars, torch.stack([s.double() for s in scalars.values()]).tolist(), strict=True))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

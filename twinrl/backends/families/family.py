@@ -30,6 +30,7 @@ from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 from twinrl.flow.returned import check_condition
 from twinrl.machine.dtypes import DTYPES
+from twinrl.machine.moving import on_host
 
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
 """Where transformers' configurations have the width of the text, the most particular name first."""
@@ -377,6 +378,7 @@ def trimmed(condition: Condition) -> tuple[Tensor, Tensor | None]:
     mask = condition.get("mask")
     if mask is None:
         return condition["text"], None
-    longest = max(1, int(mask.sum(dim=1).max()))
-    text, mask = condition["text"][:, :longest], mask[:, :longest]
-    return text, None if bool(mask.all()) else mask
+    shown = on_host(mask)
+    longest = max(1, int(shown.sum(dim=1).max()))
+    text, whole = condition["text"][:, :longest], bool(shown[:, :longest].all())
+    return text, None if whole else mask[:, :longest]

@@ -99,7 +99,7 @@ def _recipes(out: Any, tensors: Sequence[Tensor]) -> tuple[type | None, list[Rec
     recipes, fresh = [], set()
     for tensor in made:
         storage = tensor.untyped_storage()._cdata
-        if tensor.dtype.is_complex and tensor.is_conj() or storage in fresh:
+        if (tensor.dtype.is_complex and tensor.is_conj()) or storage in fresh:
             return None
         same, base = identities.get(id(tensor), -1), storages.get(storage, -1)
         fresh |= {storage} if base < 0 else set()
