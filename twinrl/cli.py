@@ -265,9 +265,9 @@ def doctor(
 ) -> None:
     """Check this machine: versions, devices, caches, presets; or see what a run takes before it is started."""
     if simulate is not None:
-        from twinrl.commands.simulate import simulate as command
+        from twinrl.commands.simulate import simulate as simulated
 
-        raise typer.Exit(command(simulate, overrides or [], processes, gpu, _console()))
+        raise typer.Exit(simulated(simulate, overrides or [], processes, gpu, _console()))
     if plan is not None:
         from twinrl.training.schema import load
 

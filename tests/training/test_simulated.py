@@ -55,7 +55,7 @@ def small(preset: str, models: Path) -> list[str]:
 
 def check_waits(report: Report) -> None:
     """Fails with the lines that are waited at."""
-    lines = "\n".join(f"{wait.count} {wait.kind} {wait.line}" for wait in report.waits)
+    lines = "\n".join(f"{wait.times} {wait.kind} {wait.line}" for wait in report.waits)
     assert report.waited <= WAITS, lines
     assert report.queued <= QUEUED, lines
 

@@ -117,7 +117,7 @@ def _memory(report: Report) -> Table:
 def _waits(report: Report) -> Table:
     table = Table("waits", "queued", "kind", "bytes", "line", box=None, pad_edge=False)
     for wait in report.waits:
-        table.add_row(str(wait.count), str(wait.queued or ""), wait.kind, f"{wait.bytes:,}", wait.line)
+        table.add_row(str(wait.times), str(wait.queued or ""), wait.kind, f"{wait.bytes:,}", wait.line)
     return table
 
 

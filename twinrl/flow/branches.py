@@ -136,8 +136,9 @@ class Rows:
 
     def select(self, keep: Tensor | slice) -> "Rows":
         """The rows at the positions ``keep``: indices into these rows, a mask over them, or a run of them."""
+        x, z, t, r = (rows_of(each, keep) for each in (self.x, self.z, self.t, self.r))
         return Rows(
-            self.index[keep], *(rows_of(each, keep) for each in (self.x, self.z, self.t, self.r)),
+            self.index[keep], x, z, t, r,
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
             self.captions, self.renoise, self.jump,
         )  # fmt: skip

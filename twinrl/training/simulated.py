@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import twinrl
 from twinrl.config.errors import InputError
 from twinrl.data.order import BucketSampler
 from twinrl.data.prepared import FolderSource
@@ -45,6 +45,8 @@ from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
 from twinrl.training.trainer import Trainer
 
+PROGRAM = Path(__file__).parents[1]
+"""This package."""
 ROWS = 100_000
 """Of the made-up data."""
 PHASES = (
@@ -118,7 +120,7 @@ class Report:
     @property
     def waited(self) -> int:
         """Waits."""
-        return sum(wait.count for wait in self.waits)
+        return sum(wait.times for wait in self.waits)
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> "Report":
@@ -241,7 +243,7 @@ def simulate(settings: RunConfig, processes: int = 1) -> Report:
     _check(settings)
     with tempfile.TemporaryDirectory() as folder, _ranks(settings, processes) as make, ExitStack() as stack:
         settings = _alone(settings, Path(folder))
-        simulation = Simulation(Places([Path(twinrl.__file__).parent, Path.cwd()], PHASES, OWNERS))
+        simulation = Simulation(Places([PROGRAM, Path.cwd()], PHASES, OWNERS))
         stack.enter_context(_in_one_line(simulation.places))
         stack.enter_context(simulation.running())
         trainer = _trainer(settings, make())
@@ -382,6 +384,7 @@ def answer(line: str) -> str:
 def main() -> None:
     """Answers, line by line, what is asked on standard input; nothing else is written to standard output."""
     out, sys.stdout = sys.stdout, sys.stderr
+    warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
     for line in sys.stdin:
         print(answer(line), file=out, flush=True)
 

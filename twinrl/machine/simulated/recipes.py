@@ -69,7 +69,7 @@ class Recipes:
                 made = torch.empty_strided(recipe.size, recipe.stride, dtype=recipe.dtype, device="meta")
             else:
                 made = torch.empty(0, dtype=recipe.dtype, device="meta")
-                made.set_(storage, recipe.offset, recipe.size, recipe.stride)  # type: ignore[call-overload]
+                made.set_(storage, recipe.offset, recipe.size, recipe.stride)
         return FakeTensor(self.fake, made, recipe.device)
 
 

@@ -69,8 +69,8 @@ class Values:
         if "c10d" in name and not any(kind in name for kind in ("gather", "scatter")):
             return  # other ranks have the same
         if torch.Tag.nondeterministic_seeded in func.tags or "c10d" in name:
-            for tensor in (*results, *_first(args)):
-                self.remember(tensor, None)
+            for written in (*results, *_first(args)):
+                self.remember(written, None)
             return
         told = {name: "cpu" if name == "device" else value for name, value in kwargs.items() if name != "pin_memory"}
         try:

@@ -23,12 +23,12 @@ class Wait(NamedTuple):
 
     Attributes:
         kind: see the module. line: of the program.
-        count: how often. queued: of these, with work queued. bytes: that are copied.
+        times: how often. queued: of these, with work queued. bytes: that are copied.
     """
 
     kind: str
     line: str
-    count: int
+    times: int
     queued: int
     bytes: int
 
