@@ -140,7 +140,7 @@ class Trainer:
         self.engine = Engine(
             settings.gradients, student.parameters(), self.owners,
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
-            steps=settings.train.steps, renoise_end=settings.renoise_end(),
+            steps=settings.train.steps, renoise_end=settings.renoise_end(), by_pass=self.ranks.world > 1,
         )  # fmt: skip
         self.dropout = self.ranks.own("dropout")
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
