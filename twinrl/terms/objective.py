@@ -337,8 +337,8 @@ class Pass:
                 conditions.concatenate([q.c for q in queries]),
             )  # fmt: skip
         self._move_on()
-        if self._cut:
-            F.requires_grad_()
+        # the gradient at a view ends there; asked for at the network's own output, sharded weights would be gathered
+        F = F.requires_grad_() if self._cut else F.view_as(F)
         self.outputs.append(F)
         self._groups.append(group)
         for (query, rows), part in zip(group, F.split([len(rows) for _, rows in group]), strict=True):
