@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
 
 from twinrl.machine.simulated.waits import Waits
 
@@ -139,9 +141,21 @@ def cuda(waits: Waits) -> Iterator[None]:
             if name.startswith("torch.distributed") and getattr(module, "_get_device_handle", None) is real:
                 stack.enter_context(mock.patch.object(module, "_get_device_handle", _handle(real)))
         stack.enter_context(mock.patch.object(nn.Module, "to", _moved(nn.Module.to)))
+        inferring = ShardingPropagator._propagate_tensor_meta_non_cached
+        stack.enter_context(mock.patch.object(ShardingPropagator, inferring.__name__, _elsewhere(inferring)))
         # one copy, as torch does; FakeTensor's own asks number by number
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: tensor.cpu().tolist()))
         yield
+
+
+def _elsewhere(action: Callable[..., Any]) -> Callable[..., Any]:
+    """DTensor infers shapes from whole tensors that it makes for that: they are on no device."""
+
+    def act(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return action(*args, **kwargs)
+
+    return act
 
 
 def _handle(real: Callable[..., Any]) -> Callable[..., Any]:
