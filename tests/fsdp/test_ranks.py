@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.fake_source import FakeSource
+from tests.fake_source import SMALL, FakeSource
 from tests.fsdp import cases, measures
 from tests.fsdp.cases import CASES, ELASTIC, HYBRID, QUICK, STEPS, Case, folder_of, ranks_of, rows, run, trainer_of
 from tests.fsdp.spawned import spawned
 from tests.rounding import bound
+from twinrl.commands.simulate import Simulator
 from twinrl.config.errors import InputError
 from twinrl.fsdp import agreement
 from twinrl.fsdp.ranks import Ranks
@@ -190,6 +191,16 @@ def test_all_go_on_with_the_first_processes_numbers(two: list[dict[str, Any]]) -
 
 def test_one_processes_bad_input_is_everybodys(two: list[dict[str, Any]]) -> None:
     assert all(rank["errors"] == ["no file on rank 0", "no file on rank 1"] for rank in two)
+
+
+def test_a_simulation_sends_the_same(two: list[dict[str, Any]]) -> None:
+    overrides = [*SMALL, *cases.COMMON, "data.source=tests.fake_source.ByPath", "train.batch=16"]
+    with Simulator() as simulator:
+        told = simulator.report("twinflow", overrides, processes=2).messages
+    sent = two[0]["messages"]["whole"]
+    assert (told["gather"], told["reduce-scatter"]) == (sent["allgather"], sent["reduce_scatter"])
+    assert told["broadcast"] == sent["broadcast"]
+    assert told["all-reduce"] == sent["all_reduce"] + 1  # whether any rank stops, between steps
 
 
 def test_gradients_are_summed_pass_by_pass_or_once_for_all_micro_batches(two: list[dict[str, Any]]) -> None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.backends.families import tiny
+from tests.commands.test_memory_plan import allocated
 from tests.fake_source import SMALL
+from tests.fake_source import small as small_run
 from tests.rewards import tiny as tiny_rewards
 from twinrl import config
 from twinrl.backends.families import FAMILIES
@@ -37,7 +39,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FAMILIES:
         tiny.build(name).save_pretrained(base / name)
     described = base / "z_image" / "transformer" / "config.json"
-    described.write_text(json.dumps(json.loads(described.read_text()) | {"axes_lens": [1024, 16, 16]}))  # whole prompts
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"axes_lens": [1024, 128, 128]}))
     tiny_rewards.hf_clip().save_pretrained(base / "clip")
     return base
 
@@ -86,6 +88,23 @@ def test_more_ranks_hold_less_of_the_states(simulator: Simulator, models: Path) 
     alone, four = (simulator.report("twinflow", overrides, processes=n) for n in (1, 4))
     for owner in ("student", "average", "optimizer"):
         assert four.held[owner] < alone.held[owner] / 2  # tensors are padded to 512 bytes each
+
+
+SIZES = {
+    "mlp": "{kind: mlp, width: 512, depth: 3, condition_width: 256}",
+    "dit": "{kind: dit, patch: 2, width: 256, depth: 3, heads: 4, condition_width: 64}",
+}
+
+
+@pytest.mark.parametrize("network", SIZES)
+def test_a_step_takes_the_bytes_that_the_allocator_gives_out(
+    simulator: Simulator, tmp_path: Path, network: str
+) -> None:
+    """On the CPU, in float32: there a device's attention has no kernel, and other operations are cast."""
+    overrides = [f"model.network={SIZES[network]}", NETWORK[1], "train={batch: 256, steps: 40, init: random}"]
+    report = simulator.report("twinflow", overrides)
+    states = sum(report.peak.owners[owner] for owner in ("student", "average", "optimizer"))
+    assert report.peak.bytes - states == pytest.approx(allocated(small_run(tmp_path, *overrides)), rel=0.05)
 
 
 def test_what_fails_on_a_device_is_said_with_its_line(simulator: Simulator) -> None:

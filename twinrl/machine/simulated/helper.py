@@ -63,11 +63,11 @@ def _compile(compiler: str, library: Path) -> None:
         os.replace(made, library)
 
 
-def started(module: str, cache: Path) -> "subprocess.Popen[str]":
+def started(module: str, cache: Path, *arguments: str) -> "subprocess.Popen[str]":
     """A process that runs ``module`` as ``__main__`` where fake devices can be; its standard streams are pipes.
 
     Raises:
         InputError: see :func:`compiled`.
     """
-    command = [sys.executable, "-c", START, str(compiled(cache)), module]
+    command = [sys.executable, "-c", START, str(compiled(cache)), module, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -41,6 +41,9 @@ class Recipes:
         self.fake = fake
         self._known: dict[Any, tuple[type | None, list[Recipe]] | None] = {}
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def __call__(self, func: Any, types: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
         """What ``func`` gives of tensors that are all on the device, or in part on the host."""
         if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
