@@ -97,7 +97,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("network", SIZES)
-def test_a_step_takes_the_bytes_that_the_allocator_gives_out(
+def test_bytes_are_those_that_the_allocator_gives_out(
     simulator: Simulator, tmp_path: Path, network: str
 ) -> None:
     """On the CPU, in float32: there a device's attention has no kernel, and other operations are cast."""

@@ -59,10 +59,10 @@ PHASES = (
     Rule("twinrl/flow/teacher.py", "update", "average"),
 )
 OWNERS = (
-    Rule("torch/distributed/fsdp/", "foreach_reduce", "reduction of gradients"),
-    Rule("torch/distributed/fsdp/", "reduce_scatter_copy_in", "reduction of gradients"),
-    Rule("torch/distributed/fsdp/_fully_shard/_fsdp_param.py", "to_accumulated_grad_if_needed", GRADIENTS),
-    Rule("torch/distributed/fsdp/", None, GATHERED),
+    Rule("torch/distributed/fsdp/", "foreach_reduce", GRADIENTS),
+    Rule("torch/distributed/fsdp/", "to_accumulated_grad_if_needed", GRADIENTS),
+    Rule("torch/distributed/fsdp/", "foreach_all_gather", GATHERED),
+    Rule("torch/distributed/fsdp/_fully_shard/_fsdp_param.py", None, GATHERED),
     Rule("torch/optim/", None, "optimizer's temporaries"),
     Rule("twinrl/rewards/", None, "reward's passes"),
     Rule("twinrl/data/", None, "batch"),
