@@ -194,13 +194,13 @@ def test_one_processes_bad_input_is_everybodys(two: list[dict[str, Any]]) -> Non
 
 
 def test_a_simulation_sends_the_same(two: list[dict[str, Any]]) -> None:
-    overrides = [*SMALL, *cases.COMMON, "data.source=tests.fake_source.ByPath", "train.batch=16"]
+    overrides = [*SMALL, *cases.COMMON, "data.source=tests.fake_source.ByPath", "train={batch: 16, steps: 40}"]
     with Simulator() as simulator:
         told = simulator.report("twinflow", overrides, processes=2).messages
     sent = two[0]["messages"]["whole"]
     assert (told["gather"], told["reduce-scatter"]) == (sent["allgather"], sent["reduce_scatter"])
     assert told["broadcast"] == sent["broadcast"]
-    assert told["all-reduce"] == sent["all_reduce"] + 1  # whether any rank stops, between steps
+    assert told["all-reduce"] == sent["all_reduce"] + 1  # whether any rank stops, which is asked between steps
 
 
 def test_gradients_are_summed_pass_by_pass_or_once_for_all_micro_batches(two: list[dict[str, Any]]) -> None:

@@ -97,9 +97,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("network", SIZES)
-def test_bytes_are_those_that_the_allocator_gives_out(
-    simulator: Simulator, tmp_path: Path, network: str
-) -> None:
+def test_bytes_are_those_that_the_allocator_gives_out(simulator: Simulator, tmp_path: Path, network: str) -> None:
     """On the CPU, in float32: there a device's attention has no kernel, and other operations are cast."""
     overrides = [f"model.network={SIZES[network]}", NETWORK[1], "train={batch: 256, steps: 40, init: random}"]
     report = simulator.report("twinflow", overrides)

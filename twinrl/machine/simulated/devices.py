@@ -89,9 +89,9 @@ class Simulation(TorchDispatchMode):
             return _pinned(args[0].clone())
         if func is aten.is_pinned.default:
             return getattr(args[0], "_pinned", False)
+        self.messages.note(func, args)
         if wanted != CUDA and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
-        self.messages.note(func, args)
         return self._faked(func, types, args, kwargs, tensors, wanted)
 
     def _faked(self, func: Any, types: Any, args: Any, kwargs: Any, tensors: list[Tensor], wanted: str | None) -> Any:

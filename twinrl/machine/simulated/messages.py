@@ -41,8 +41,10 @@ class Messages(TorchDispatchMode):
 
     def note(self, func: Any, args: Any) -> None:
         """An operation is run; if it sends something, that is counted."""
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace in ("c10d", "_c10d_functional") and (kind := KINDS.get(name)):
+        if func.namespace not in ("c10d", "_c10d_functional"):
+            return
+        name = func._schema.name.partition("::")[2]
+        if (kind := KINDS.get(name)) is not None:
             tensors = list(_tensors(args[1] if name == "_reduce_scatter_base_" else args[0]))
             self.count[kind] = self.count.get(kind, 0) + 1
             self.payload[kind] = self.payload.get(kind, 0) + sum(t.numel() * t.element_size() for t in tensors)

@@ -163,12 +163,14 @@ def _handle(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _moved(to: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """``Module.to``: torch swaps the tensors of a module with fake ones in a way that these do not take."""
+    """``Module.to``: torch swaps the tensors of a module with fake ones in a way that these do not take. What is on the
+    meta device gets memory."""
 
     def moved(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         tensors = [*module.parameters(), *module.buffers()]
-        if not any(isinstance(tensor, FakeTensor) for tensor in tensors) and (device is None or device.type != CUDA):
+        hollow = any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors)
+        if device is None or (device.type != CUDA and not hollow):
             return to(module, *args, **kwargs)
         there: dict[int, Tensor] = {}  # tied weights stay tied
         for part in module.modules():
@@ -187,7 +189,9 @@ def _one(tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None)
     wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if wanted == tensor.dtype and (device is None or device.type == tensor.device.type):
         return tensor
-    new = tensor.detach().to(device or tensor.device, wanted)
+    there = device or tensor.device
+    make = torch.empty_like if tensor.is_floating_point() else torch.zeros_like  # of integers, that may be positions
+    new = make(tensor, dtype=wanted, device=there) if tensor.is_meta else tensor.detach().to(there, wanted)
     return nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
 
