@@ -88,7 +88,7 @@ class Simulation(TorchDispatchMode):
         if func is aten._pin_memory.default:
             return _pinned(args[0].clone())
         if func is aten.is_pinned.default:
-            return getattr(args[0], "_pinned", False)
+            return _is_pinned(args[0])
         self.messages.note(func, args)
         if wanted != CUDA and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
@@ -149,7 +149,7 @@ class Simulation(TorchDispatchMode):
         """A tensor is copied to ``target``: the host may wait. True where it has to become a real one."""
         size, fake = source.numel() * source.element_size(), isinstance(source, FakeTensor)
         if not fake and target == CUDA:
-            if not (non_blocking and (pinned or getattr(source, "_pinned", False))):
+            if not (non_blocking and (pinned or _is_pinned(source))):
                 self.waits.note("to device", size)
             return False
         if fake and source.device.type == CUDA and target == "cpu":
@@ -190,5 +190,9 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    tensor._pinned = True  # type: ignore[attr-defined]
+    tensor.untyped_storage()._pinned = True  # type: ignore[attr-defined]
     return tensor
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor.untyped_storage(), "_pinned", False)
