@@ -206,8 +206,8 @@ class DescribedModels(PretrainedModels):
         found = described.unloaded(settings)
         data: Any = found.data
         source = DescribedSource(settings, data)
-        with_memory(source.family.pipeline.vae, torch.device("cpu") if settings.machine.offload else device)
-        source.family.pipeline.vae.requires_grad_(False).eval()
+        if (vae := source.family.pipeline.vae) is not None:
+            with_memory(vae, torch.device("cpu") if settings.machine.offload else device).requires_grad_(False).eval()
         source.device = device
         return source
 
