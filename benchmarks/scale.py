@@ -15,7 +15,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ import torch.distributed as dist
 from measuring import Pixels
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from twinrl.commands.memory_plan import of_training
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
+from twinrl.machine.simulated.messages import KINDS, Messages
 from twinrl.training import schema
 from twinrl.training.runs import RunDirectory
 from twinrl.training.trainer import Trainer
@@ -46,45 +46,7 @@ COMMON = (
     NETWORK, "train.batch=32", "train.init=random", "tracking.mlflow=false", "evaluation.every=0",
     "stability.capsules.every=0", "data.source=mnist", "machine.device=cpu",
 )  # fmt: skip
-KINDS = {
-    "_allgather_base_": "gather", "allgather_": "gather", "_reduce_scatter_base_": "reduce-scatter",
-    "allreduce_": "all-reduce", "all_reduce": "all-reduce", "broadcast_": "broadcast",
-}  # fmt: skip
-"""Operations of torch's process groups → what they are."""
 HELD = ("student", "gradients", "optimizer", "average (EMA)")
-
-
-@dataclass
-class Messages(TorchDispatchMode):
-    """Counts messages of this process while it is active.
-
-    Attributes:
-        count, payload: by kind.
-    """
-
-    count: dict[str, int] = field(default_factory=dict)
-    payload: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:  # it comes again with the parts, and with what they send
-            return NotImplemented
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace in ("c10d", "_c10d_functional") and (kind := KINDS.get(name)):
-            tensors = list(_tensors(args[1] if name == "_reduce_scatter_base_" else args[0]))
-            self.count[kind] = self.count.get(kind, 0) + 1
-            self.payload[kind] = self.payload.get(kind, 0) + sum(t.numel() * t.element_size() for t in tensors)
-        return func(*args, **(kwargs or {}))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 @dataclass(frozen=True)

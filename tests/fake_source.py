@@ -208,3 +208,10 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TERMS, "poison", Poison)
     monkeypatch.setitem(TERMS, "planted", Planted)
     monkeypatch.setitem(SOURCES, "digits", lambda root: FakeSource())
+
+
+class ByPath(FakeSource):
+    """For processes in which nothing registers it: named by its dotted path."""
+
+    def __init__(self, root: Path | None) -> None:
+        super().__init__()

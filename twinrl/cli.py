@@ -256,9 +256,18 @@ def doctor(
     plan: Annotated[
         str | None, typer.Option("--plan", metavar="CONFIG", help="estimate a run's memory before loading anything")
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="of --plan: processes that share the model")] = 1,
+    simulate: Annotated[
+        str | None,
+        typer.Option("--simulate", metavar="CONFIG", help="two steps at real size on GPUs that are not there"),
+    ] = None,
+    processes: Annotated[int, typer.Option(min=1, help="of --plan and --simulate: processes that share the model")] = 1,
+    gpu: Annotated[str, typer.Option(help="of --simulate: H100, H200, A100 or 4090")] = "H100",
 ) -> None:
-    """Check this machine: versions, devices, caches, presets; or plan a run's memory."""
+    """Check this machine: versions, devices, caches, presets; or see what a run takes before it is started."""
+    if simulate is not None:
+        from twinrl.commands.simulate import simulate as simulated
+
+        raise typer.Exit(simulated(simulate, overrides or [], processes, gpu, _console()))
     if plan is not None:
         from twinrl.training.schema import load
 

@@ -68,7 +68,7 @@ QUICK: dict[str, Case] = {
     ),
     "a parameter without dimensions, each micro-batch reduced": Case(
         "tutorial",
-        (*SCALED, "train.batch=16", "train.micro_batch=4", "fsdp.reduce_every_micro_batch=true", "train.steps=3"),
+        (*SCALED, "train.batch=16", "train.micro_batch=4", "train.steps=3"),
     ),
     "switches": Case("simpletuner", (*LIVE, SWITCHES, "train.steps=3")),
     "nan, rollback": Case("twinflow", ROLLBACK),
@@ -93,7 +93,7 @@ FULL: dict[str, Case] = {
     "frozen guidance, live recursion": Case("twinflow", LIVE),
     "image-free": Case("twinflow", ("data.images=false",)),
     "micro-batches": Case("twinflow", ("train.micro_batch=2",)),
-    "micro-batches, each reduced": Case("twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=true")),
+    "micro-batches, reduced at once": Case("twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=false")),
     "parameter space": Case("twinflow", CHAIN),
     "output space": Case("twinflow", (*CHAIN, "gradients.space=output")),
     "no space": Case("twinflow", ("gradients={space: none, each: {}, total: {clip: {max_norm: 0.1}}}",)),

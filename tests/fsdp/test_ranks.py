@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from tests.fake_source import FakeSource
+from tests.fake_source import SMALL, FakeSource
 from tests.fsdp import cases, measures
 from tests.fsdp.cases import CASES, ELASTIC, HYBRID, QUICK, STEPS, Case, folder_of, ranks_of, rows, run, trainer_of
 from tests.fsdp.spawned import spawned
 from tests.rounding import bound
+from twinrl.commands.simulate import Simulator
 from twinrl.config.errors import InputError
 from twinrl.fsdp import agreement
 from twinrl.fsdp.ranks import Ranks
@@ -37,8 +38,8 @@ RANDOM = Case("tutorial", ("model.network={kind: mlp, width: 64, depth: 4, condi
 COUNTED = {
     "whole": (),
     "last block freed": ("fsdp.reshard_last=true",),
-    "in parts": ("train.micro_batch=4",),
-    "in parts, each reduced": ("train.micro_batch=4", "fsdp.reduce_every_micro_batch=true"),
+    "in parts": ("train.micro_batch=4", "fsdp.reduce_every_micro_batch=false"),
+    "in parts, each reduced": ("train.micro_batch=4",),
 }
 
 
@@ -192,10 +193,20 @@ def test_one_processes_bad_input_is_everybodys(two: list[dict[str, Any]]) -> Non
     assert all(rank["errors"] == ["no file on rank 0", "no file on rank 1"] for rank in two)
 
 
-def test_gradients_are_summed_once_however_they_accumulate(two: list[dict[str, Any]]) -> None:
+def test_a_simulation_sends_the_same(two: list[dict[str, Any]]) -> None:
+    overrides = [*SMALL, *cases.COMMON, "data.source=tests.fake_source.ByPath", "train={batch: 16, steps: 40}"]
+    with Simulator() as simulator:
+        told = simulator.report("twinflow", overrides, processes=2).messages
+    sent = two[0]["messages"]["whole"]
+    assert (told["gather"], told["reduce-scatter"]) == (sent["allgather"], sent["reduce_scatter"])
+    assert told["broadcast"] == sent["broadcast"]
+    assert told["all-reduce"] == sent["all_reduce"] + 1  # whether any rank stops, which is asked between steps
+
+
+def test_gradients_are_summed_pass_by_pass_or_once_for_all_micro_batches(two: list[dict[str, Any]]) -> None:
     counted = {name: found["reduce_scatter"] for name, found in two[0]["messages"].items()}
-    assert counted["in parts"] == counted["whole"] > 0
-    assert counted["in parts, each reduced"] > counted["in parts"]
+    assert 0 < counted["in parts"] < counted["in parts, each reduced"]
+    assert counted["whole"] == counted["in parts, each reduced"]  # a term's two passes, as two micro-batches
 
 
 def test_the_last_block_stays_for_its_backward_pass(two: list[dict[str, Any]]) -> None:

@@ -230,8 +230,9 @@ def print_plan(settings: RunConfig, processes: int, console: Console) -> int:
         table.add_row("… with what visits", f"{(total + visitors) / 2**20:,.1f}", "")
     console.print(table)
     console.print(
-        "Tensors are exact. What a step adds is from a step without values: kernels' workspaces, a reward model's own "
-        "passes and the decoding of validation samples come on top; parts of it come one after the other."
+        "Tensors are exact. What a step adds is an estimate from one pass without values: several passes, gathered "
+        "parameters, a reward model's own passes and the decoding of validation samples come on top. "
+        "`twinrl doctor --simulate` takes the whole step, in minutes."
     )
     return 0
 

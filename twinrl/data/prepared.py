@@ -22,6 +22,7 @@ from twinrl.data.order import BucketSampler
 from twinrl.flow import conditions
 from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Scorer
+from twinrl.machine.moving import moved
 from twinrl.machine.visiting import visiting
 
 
@@ -148,14 +149,14 @@ class FolderRows:
 
     def latents(self, at: Tensor) -> Tensor:
         if self.images:
-            return self.dataset.latents(at).to(self.device, self.dtype)
+            return moved(self.dataset.latents(at), self.device, self.dtype)
         return torch.zeros(len(at), *self.shape(at), device=self.device, dtype=self.dtype)
 
     def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
         return self.dataset.captions(at), self._cast(self.dataset.conditions(at))
 
     def null(self, n: int) -> Condition:
-        return self._cast(self.dataset.null_condition(n))
+        return conditions.repeated(self._cast(self.dataset.null_condition(1)), n)
 
     def _cast(self, c: Condition) -> Condition:
         return conditions.to(c, self.device, self.dtype)

@@ -24,6 +24,7 @@ from twinrl.config import Settings
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws, transport
 from twinrl.flow.conditions import Condition
+from twinrl.machine.moving import moved, rows_of
 
 TimeMap = Callable[[Tensor], Tensor]
 """(B,) uniforms in [0, 1) → (B,) times in [0, 1], increasing."""
@@ -123,11 +124,11 @@ class Rows:
 
     def normal(self, purpose: str) -> Tensor:
         """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
-        return self.draws.normal(purpose)[selection(self.numbers)].to(self.x)
+        return moved(self.draws.normal(purpose)[selection(self.numbers)], self.x.device, self.x.dtype)
 
     def uniform(self, purpose: str) -> Tensor:
         """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
-        return self.draws.uniform(purpose)[selection(self.numbers)].to(self.t)
+        return moved(self.draws.uniform(purpose)[selection(self.numbers)], self.t.device, self.t.dtype)
 
     def time(self, placement: str, purpose: str) -> Tensor:
         """(B,) times in [0, 1] for ``purpose``: uniform, or as renoise shapes the times of ``placement``."""
@@ -135,8 +136,9 @@ class Rows:
 
     def select(self, keep: Tensor | slice) -> "Rows":
         """The rows at the positions ``keep``: indices into these rows, a mask over them, or a run of them."""
+        x, z, t, r = (rows_of(each, keep) for each in (self.x, self.z, self.t, self.r))
         return Rows(
-            self.index[keep], self.x[keep], self.z[keep], self.t[keep], self.r[keep],
+            self.index[keep], x, z, t, r,
             conditions.rows(self.c, keep), conditions.rows(self.null, keep), self.draws, self.global_batch,
             self.captions, self.renoise, self.jump,
         )  # fmt: skip
@@ -267,12 +269,12 @@ def divide(
     precision = torch.promote_types(x.dtype, torch.float32)  # times of half-precision data stay in float32
     shaped = renoise.get("training")
     u = drawn.uniform("t")
-    t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(x.device, precision)
+    t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(precision)  # on the host: few numbers
     t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
     for name, count in counts.items():
         at, u = slice(start, start + count), drawn.uniform(f"r {name}").to(t)
         t[at], r[at] = BRANCHES[name](t_drawn[at], u[at], law.consistency_ratio)
         branch[name], start = torch.arange(start, at.stop), at.stop
-    noise = drawn.normal("noise").to(x)
+    noise, t, r = moved(drawn.normal("noise"), x.device, x.dtype), moved(t, x.device), moved(r, x.device)
     rows = Rows(torch.arange(len(x)), x, noise, t, r, c, null, drawn, len(x), captions, renoise)
     return Batch(rows, branch)

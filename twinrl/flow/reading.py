@@ -15,6 +15,7 @@ from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
 from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Source, Split
+from twinrl.machine.moving import rows_of
 
 
 class Reader(Protocol):
@@ -88,7 +89,7 @@ class InMemory:
         return (self.data.shape[1], self.data.shape[2], self.data.shape[3])
 
     def latents(self, at: Tensor) -> Tensor:
-        return self.data[at.to(self.data.device)]
+        return rows_of(self.data, at)
 
     def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
         prompts = self.source.prompts(self.split.labels[at], seed, step)

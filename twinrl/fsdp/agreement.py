@@ -5,7 +5,7 @@ policies and schedules are plain Python over a few floats, so doing them N times
 messages, and every rank has the state that a checkpoint holds. "Equal" is taken literally: the floats are rank 0's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from twinrl.config.errors import InputError
+from twinrl.machine.moving import moved
 from twinrl.run.checkpoints import SaveError
 from twinrl.terms.objective import Losses, TermLoss
 
@@ -26,7 +27,8 @@ def merged(losses: Losses, device: torch.device) -> Losses:
     One message: every rank has the same terms and as many rows of each, so its own losses say how to read the others'.
     """
     template = list(_numbers(losses))
-    flat = torch.cat([t.detach().double().flatten().to(device) for t in template]) if template else torch.zeros(0)
+    parts = [moved(t.detach(), device, torch.double).flatten() for t in template]
+    flat = torch.cat(parts) if parts else torch.zeros(0)
     gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, flat)
     return [part for one in gathered for part in _rebuilt(losses, template, one)]
@@ -43,7 +45,7 @@ def _numbers(losses: Losses) -> Iterator[Tensor]:
 
 def _rebuilt(losses: Losses, template: Sequence[Tensor], flat: Tensor) -> Losses:
     pieces = flat.split([t.numel() for t in template])
-    values = iter([v.view(t.shape).to(t) for v, t in zip(pieces, template, strict=True)])
+    values = iter([v.view(t.shape).to(t.dtype) for v, t in zip(pieces, template, strict=True)])
     return [{name: _filled(found[name], values) for name in sorted(found)} for found in losses]
 
 
@@ -51,6 +53,15 @@ def _filled(part: TermLoss, values: Iterator[Tensor]) -> TermLoss:
     loss, unweighted, per_row, rows = (next(values) for _ in range(4))
     aux = {metric: next(values) for metric in sorted(part.aux)}
     return replace(part, loss=loss, unweighted=unweighted, per_row=per_row, rows=rows, aux=aux, parts={})
+
+
+def numbers_of_first(scalars: Mapping[str, Tensor]) -> dict[str, float]:
+    """Rank 0's 0-dim tensors as numbers for everybody, in one message and one transfer; all ranks have the same."""
+    if not scalars:
+        return {}
+    flat = torch.stack([scalar.double() for scalar in scalars.values()])
+    dist.broadcast(flat, 0)
+    return dict(zip(scalars, flat.tolist(), strict=True))
 
 
 def of_first(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -64,7 +75,8 @@ def of_first(values: dict[str, float], device: torch.device) -> dict[str, float]
 
 def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank."""
-    found = torch.tensor(int(flag), device=device)
+    there = device if "cpu:" not in dist.get_backend_config() else None  # hosts among themselves wait for no device
+    found = torch.tensor(int(flag), device=there)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return bool(found)
 

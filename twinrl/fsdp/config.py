@@ -56,9 +56,9 @@ class FSDPConfig(Settings):
         "with exit code 1; null = wait",
     )
     reduce_every_micro_batch: bool = Field(
-        False,
-        description="sum gradients over the processes after every micro-batch, not once for all of a term's: more "
-        "messages, but no process ever holds a whole gradient",
+        True,
+        description="sum gradients over the processes after every micro-batch, so that none ever holds a whole one; "
+        "false: once for all of a term's, in fewer messages",
     )
     full_precision: tuple[str, ...] = Field(
         ("TimeEmbedding",), description="classes that keep the parameters' precision under train.precision=bf16"

@@ -17,6 +17,7 @@ from twinrl.backends import tells_trajectories_apart
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
+from twinrl.machine.moving import numbers
 from twinrl.run import checkpoints, fit
 from twinrl.run.checkpoints import Checkpoint
 from twinrl.run.fit import Formats, Kept
@@ -62,6 +63,10 @@ class Ranks:
     def merge(self, losses: Losses) -> Losses:
         """The losses of all processes."""
         return losses
+
+    def numbers(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        """0-dim tensors that every process has in the same way as numbers, equal to the last bit; in one transfer."""
+        return numbers(scalars)
 
     def agree(self, values: dict[str, float]) -> dict[str, float]:
         """Numbers that every process has in the same way, equal to the last bit."""

@@ -81,6 +81,10 @@ class Sharded(Ranks):
         with self.progress.during("losses of all ranks"):
             return agreement.merged(losses, self.device)
 
+    def numbers(self, scalars: Mapping[str, Tensor]) -> dict[str, float]:
+        with self.progress.during("the step's numbers"):
+            return agreement.numbers_of_first(scalars)
+
     def agree(self, values: dict[str, float]) -> dict[str, float]:
         with self.progress.during("the step's numbers"):
             return agreement.of_first(values, self.device)

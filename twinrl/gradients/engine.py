@@ -45,6 +45,8 @@ class Engine:
             up is summed over the ranks after it: it is after the last one of a term.
         steps: length of the run. renoise_end: step at which renoise stands still; both for scheduled rules.
         back: back-propagates into ``.grad``.
+        by_pass: go back through one forward pass at a time. A loss that depends on several otherwise has autograd hold
+            every weight's gradient until all passes have given their part, whole where the weights are sharded.
     """
 
     def __init__(
@@ -57,8 +59,9 @@ class Engine:
         steps: int = 1,
         renoise_end: Fraction | None = None,
         back: Backward = losses.backward,
+        by_pass: bool = False,
     ):
-        self.config, self.total, self.reduce, self.back = config, total, reduce, back
+        self.config, self.total, self.reduce, self.back, self.by_pass = config, total, reduce, back, by_pass
         self.steps, self.renoise_end = steps, renoise_end
         self.parameters = [p for p in parameters if p.requires_grad]
         self.terms = sorted(terms, key=config.needs_others)  # stable: those that wait for the others come last
@@ -94,7 +97,7 @@ class Engine:
         for number, one in enumerate(batches):
             self._announce(batches, number == last)
             with one.evaluated() as found:
-                self._back(None, found.total)
+                self._back(None, found.total, found.outputs)
         return self._finish(step)
 
     # --- parameter space ----------------------------------------------------------------------------------------
@@ -115,7 +118,8 @@ class Engine:
             goes_through = {name: one.graphs(name) if _of(found, name) else set() for name in self.terms}
             for name in self.terms:
                 graphs = goes_through.pop(name)  # which are freed unless a later loss needs them
-                self._back(name, _of(found, name), any(graphs & later for later in goes_through.values()))
+                again = any(graphs & later for later in goes_through.values())
+                self._back(name, _of(found, name), found.outputs, again)
                 settle(name)
 
     def _in_turn(self, batches: Sequence[MicroBatch], settle: Callable[[str], None]) -> None:
@@ -125,7 +129,7 @@ class Engine:
             for number, one in enumerate(batches):
                 self._announce(batches, number == last)
                 with one.evaluated(name) as found:
-                    self._back(name, _of(found, name))
+                    self._back(name, _of(found, name), found.outputs)
             settle(name)
 
     # --- output space -------------------------------------------------------------------------------------------
@@ -148,14 +152,28 @@ class Engine:
                 self._announce(batches, end > max(account.sum.tensors, default=0) >= start)
                 with with_graphs() as outputs:
                     pulled = {i: F for i, F in enumerate(outputs, start) if i in account.sum.tensors}
-                    self.back(None, list(pulled.values()), [account.sum.tensors[i] for i in pulled], False)
+                    self._pull(None, pulled, account.sum.tensors, False)
         return account.measures | self._geometry(account, step) | self._finish(step)
 
     # --- what they share ----------------------------------------------------------------------------------------
 
-    def _back(self, name: str | None, scalars: Sequence[Tensor], retain_graph: bool = False) -> None:
-        if scalars:  # a micro-batch may hold rows that no loss sees
+    def _back(
+        self, name: str | None, scalars: Sequence[Tensor], outputs: Sequence[Tensor], retain_graph: bool = False
+    ) -> None:
+        if not scalars:  # a micro-batch may hold rows that no loss sees
+            return
+        if self.by_pass:
+            self._pull(name, dict(enumerate(outputs)), _cotangents(scalars, outputs, 0), retain_graph)
+        else:
             self.back(name, [torch.stack(list(scalars)).sum()], None, retain_graph)
+
+    def _pull(
+        self, name: str | None, outputs: Mapping[int, Tensor], cotangents: Mapping[int, Tensor], retain_graph: bool
+    ) -> None:
+        """Back from the outputs that have a cotangent, by position: the last pass first, as autograd goes."""
+        places = sorted(cotangents.keys() & outputs.keys())
+        for group in [[place] for place in reversed(places)] if self.by_pass else [places]:
+            self.back(name, [outputs[i] for i in group], [cotangents[i] for i in group], retain_graph)
 
     def _announce(self, batches: Sequence[MicroBatch], last: bool) -> None:
         if len(batches) > 1:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from twinrl.flow.teacher import LOW
 from twinrl.gradients.gradient import Gradient, all_over_ranks, over_ranks, share_of_sum
+from twinrl.machine.moving import moved
 from twinrl.machine.sharding import local
 from twinrl.run import names
 
@@ -33,10 +34,10 @@ def _rms_of(states: Mapping[Tensor, Mapping[str, Tensor]], beta: float, eps: flo
     """:func:`rms` of parameters with their optimizer's state; nothing is read from the device."""
     first, made = local(next(iter(states))), [state["step"] for state in states.values() if state]
     none = torch.zeros_like(made[0]) if made else torch.zeros(())
-    steps = torch.stack([state.get("step", none) for state in states.values()]).to(first.device, torch.double)
+    steps = moved(torch.stack([state.get("step", none) for state in states.values()]), first.device, torch.double)
     kept = [beta if state else 0.0 for state in states.values()]
     numbers = [[p.numel() for p in states], [share or 1 - beta for share in kept]]
-    sizes, scales = torch.tensor(numbers, dtype=torch.double).to(first.device, non_blocking=True)
+    sizes, scales = moved(torch.tensor(numbers, dtype=torch.double), first.device)
     corrections = 1 - beta ** (steps + 1)  # taken out of the mean: v̂ = v/correction
     bounds = (corrections * eps**2 / scales).to(first.dtype).unbind()
     sums = [

@@ -68,5 +68,7 @@ def _places(module: nn.Module, device: torch.device) -> Iterator[tuple[dict[str,
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor.data = tensor.data.pin_memory()  # once; a copy from other memory would be waited for
     moved = tensor.detach().to(device, non_blocking=True)
     return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

@@ -17,6 +17,7 @@ from twinrl.config.errors import InputError
 from twinrl.flow.branches import Rows
 from twinrl.flow.schedules import RewardSchedule
 from twinrl.flow.source import Data
+from twinrl.flow.transport import like
 from twinrl.machine.visiting import visiting
 from twinrl.rewards.keepers import metric_of
 from twinrl.rewards.latent import ESTIMATORS, KeyedRows, LatentReward, LatentRewardConfig
@@ -108,12 +109,11 @@ class Guide:
             found = self.latent.gradient(z, prompts, self.codec, self.reward, keyed)
             observed = self._observed(z, prompts)
             aux = self._aux(found, z, prompts, rows.draws.step)
-        bad = torch.zeros(len(z), device=z.device)
-        bad[found.nonfinite] = 1.0
+        finite = found.finite
         for scores in observed.values():
-            bad[~scores.isfinite()] = 1.0
-        g = found.g.clone()
-        g[bad > 0] = 0.0
+            finite = finite & scores.isfinite()
+        g = torch.where(like(finite, found.g), found.g, 0.0)
+        bad = (~finite).to(z.dtype)
         return Ascent((weight * g).to(samples), {**aux, **observed, names.REWARD_NONFINITE: bad})
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
+from twinrl.machine.moving import moved
 from twinrl.rewards.hpsv2 import clip_tokens
 from twinrl.rewards.model import ModelReward
 from twinrl.rewards.preprocess import centre_crop
@@ -67,6 +68,6 @@ class HFClipReward(ModelReward):
         return self.texts(prompts, self._text, self.device)
 
     def _text(self, prompt: str) -> Tensor:
-        tokens = clip_tokens([prompt], self.clip.config.text_config.max_position_embeddings).to(self.device)
+        tokens = moved(clip_tokens([prompt], self.clip.config.text_config.max_position_embeddings), self.device)
         pooled = self.clip.text_model(input_ids=tokens).pooler_output
         return normalize(self.clip.text_projection(pooled).to(self.precise), dim=-1)[0]

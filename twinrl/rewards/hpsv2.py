@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 
 from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
+from twinrl.machine.moving import moved
 from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import letterbox
 from twinrl.rewards.weights import PUBLISHED, HubFile, located, read_weights
@@ -59,7 +60,7 @@ class HPSv2(ModelReward):
 
     def _text(self, prompt: str) -> Tensor:
         """Unit embedding (D,) of a prompt; tokens beyond the context's length are cut."""
-        tokens = clip_tokens([prompt], self.model.context_length).to(self.device)  # type: ignore[arg-type]
+        tokens = moved(clip_tokens([prompt], self.model.context_length), self.device)  # type: ignore[arg-type]
         return normalize(self.model.encode_text(tokens).to(self.precise), dim=-1)[0]  # type: ignore[operator]
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from twinrl.config import Settings
 from twinrl.machine.compat import ensure_torchvision
+from twinrl.machine.moving import moved
 from twinrl.rewards.aesthetic import ScoreHead
 from twinrl.rewards.model import ModelReward, RewardModelConfig
 from twinrl.rewards.preprocess import centre_crop
@@ -118,8 +119,9 @@ class ImageReward(ModelReward):
         pixels = centre_crop(images, self.config.sizes.image).to(self.dtype)
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(self.device)
-        return (self.model(pixels, text["input_ids"], text["attention_mask"]).to(self.precise) - MEAN) / STD
+        )
+        tokens, mask = (moved(text[name], self.device) for name in ("input_ids", "attention_mask"))
+        return (self.model(pixels, tokens, mask).to(self.precise) - MEAN) / STD
 
 
 _RENAMES = (

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from twinrl.machine.moving import moved
 from twinrl.rewards.reward import Reward
 from twinrl.run import names
 
@@ -29,8 +30,10 @@ def observe(reward: Reward, scored: Iterable[tuple[Tensor, Mapping[str, Tensor]]
     scored = list(scored)
     for part, keeper in reward.keepers().items():
         metric = metric_of(part)
-        here = [zip(rows.tolist(), aux[metric].tolist(), strict=True) for rows, aux in scored if metric in aux]
-        finite = sorted((row, score) for found in here for row, score in found if math.isfinite(score))
+        here = [(moved(rows, aux[metric].device), aux[metric]) for rows, aux in scored if metric in aux]
+        pairs = [torch.stack([rows.double(), scores.double()], 1) for rows, scores in here]
+        found = torch.cat(pairs).tolist() if pairs else []
+        finite = sorted((int(row), score) for row, score in found if math.isfinite(score))
         if finite:
             scores = torch.tensor([score for _, score in finite], dtype=torch.double)
             keeper.observe(scores, [captions[row] for row, _ in finite])

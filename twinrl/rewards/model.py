@@ -94,8 +94,7 @@ class TextCache:
     """Embeddings of prompts by a frozen text tower, each computed once and by itself.
 
     By itself, because rows of a batched product depend in their last bits on the batch: a resumed run meets prompts
-    in another grouping and must see the same rewards. Kept on the CPU, so that the model may move; the oldest is
-    dropped when there are ``size``.
+    in another grouping and must see the same rewards. The oldest is dropped when there are ``size``.
     """
 
     def __init__(self, size: int = 4096):
@@ -110,6 +109,6 @@ class TextCache:
             if prompt not in self._known:
                 if len(self._known) >= self.size:
                     del self._known[next(iter(self._known))]
-                self._known[prompt] = embed(prompt).cpu()
-            rows.append(self._known[prompt])
-        return torch.stack(rows).to(device)
+                self._known[prompt] = embed(prompt)
+            rows.append(self._known[prompt].to(device))
+        return torch.stack(rows)

@@ -21,11 +21,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from twinrl.config import Settings, stored
 from twinrl.config.errors import InputError
+from twinrl.machine.moving import moved
 from twinrl.rewards.ensemble import Composite
 from twinrl.rewards.reward import WITHOUT_SOURCE, Keeper, RewardContext, RewardSettings, build_part
 
@@ -86,7 +88,8 @@ class PerPrompt(Composite):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         scores = self.observed(images, prompts)
-        mean, scale = scores.new_tensor([self._constants(prompt) for prompt in prompts]).T
+        constants = torch.tensor([self._constants(prompt) for prompt in prompts], dtype=scores.dtype)
+        mean, scale = moved(constants, scores.device).T
         return (scores - mean) / scale
 
     def _constants(self, prompt: str) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twinrl.machine.compat import ensure_torchvision
+from twinrl.machine.moving import moved
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -58,5 +59,6 @@ def resize(images: Tensor, rows: int, columns: int) -> Tensor:
 
 def normalise(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] → zero mean and unit variance over CLIP's training images."""
-    mean, std = (images.new_tensor(value)[:, None, None] for value in (CLIP_MEAN, CLIP_STD))
+    constants = (moved(torch.tensor(value, dtype=images.dtype), images.device) for value in (CLIP_MEAN, CLIP_STD))
+    mean, std = (value[:, None, None] for value in constants)
     return (images - mean) / std

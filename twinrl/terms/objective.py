@@ -18,6 +18,7 @@ from twinrl.flow.branches import Batch, Rows, selection
 from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.flow.teacher import RandomState, Teacher
+from twinrl.machine.moving import rows_of
 from twinrl.terms import Ascent, Query, Target, Term
 
 Request = tuple[Query, Rows]
@@ -132,7 +133,7 @@ class _Forward:
         """The predictions of some of the rows, given in ascending order."""
         if len(rows) == len(self.rows):
             return self.F
-        return self.F[selection([bisect_left(self.rows, row) for row in rows])]
+        return rows_of(self.F, selection([bisect_left(self.rows, row) for row in rows]))
 
 
 @dataclass
@@ -263,7 +264,7 @@ class Pass:
                 places += here
                 missing -= found
         joined = torch.cat(parts)
-        return joined if places == sorted(places) else joined[torch.tensor(places).argsort()]
+        return joined if places == sorted(places) else rows_of(joined, torch.tensor(places).argsort())
 
     def student(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.student, x, t, r, c)
@@ -336,8 +337,8 @@ class Pass:
                 conditions.concatenate([q.c for q in queries]),
             )  # fmt: skip
         self._move_on()
-        if self._cut:
-            F.requires_grad_()
+        # the gradient at a view ends there; asked for at the network's own output, sharded weights would be gathered
+        F = F.requires_grad_() if self._cut else F.view_as(F)
         self.outputs.append(F)
         self._groups.append(group)
         for (query, rows), part in zip(group, F.split([len(rows) for _, rows in group]), strict=True):

@@ -19,6 +19,7 @@ from twinrl.config.components import checked
 from twinrl.flow import conditions
 from twinrl.flow.branches import BRANCHES, Rows
 from twinrl.flow.conditions import Condition
+from twinrl.machine.moving import rows_of
 from twinrl.terms.losses import LOSSES, time_weight
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ class Query:
 
     def select(self, keep: Tensor | slice) -> "Query":
         """The rows at the positions ``keep``."""
-        clean = None if self.clean is None else self.clean[keep]
-        return Query(self.point, self.x[keep], self.t[keep], self.r[keep], conditions.rows(self.c, keep), clean)
+        clean = None if self.clean is None else rows_of(self.clean, keep)
+        x, t, r = (rows_of(each, keep) for each in (self.x, self.t, self.r))
+        return Query(self.point, x, t, r, conditions.rows(self.c, keep), clean)
 
 
 def own(rows: Rows) -> Query:

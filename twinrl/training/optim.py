@@ -13,6 +13,7 @@ from torch import Tensor
 from twinrl.config import Settings, stored
 from twinrl.config.components import Registry, Returned, checked, plain_state
 from twinrl.gradients.telemetry import Moved
+from twinrl.machine.moving import numbers
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -105,8 +106,8 @@ OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "ra
 @torch.no_grad()
 def update(
     optimizer: torch.optim.Optimizer, lr: float, parameters: Sequence[Tensor], measure: bool
-) -> dict[str, Tensor]:
-    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → 0-dim value, at the price of a copy of
+) -> dict[str, float]:
+    """The optimizer's step at learning rate ``lr``; with ``measure``, metric → number, at the price of a copy of
     the parameters: what :class:`twinrl.gradients.telemetry.Moved` finds."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -115,7 +116,7 @@ def update(
         return {}
     moved = Moved(optimizer, parameters)
     optimizer.step()
-    return moved.measures()
+    return numbers(moved.measures())
 
 
 # --- learning-rate policies -------------------------------------------------------------------------------

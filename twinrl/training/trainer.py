@@ -32,6 +32,7 @@ from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
 from twinrl.training.passes import passes_of
+from twinrl.training.provider import Provider
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
 from twinrl.training.saving import Informed, Saver
 from twinrl.training.schema import RunConfig
@@ -101,6 +102,7 @@ class Trainer:
         start_weights: load the start weights, unless there is a checkpoint; False where a state is restored at once.
         asked_to_stop: asked before each step; True ends training with a checkpoint, as ``interrupted`` does.
         ranks: the processes that train this run together; each has a trainer, of which the first one writes.
+        provided: what gives data and models; None: what suits the configuration.
     """
 
     settings: RunConfig
@@ -117,6 +119,7 @@ class Trainer:
     interrupted: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     ranks: Ranks = ALONE
+    provided: type[Provider[Any]] | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -124,7 +127,8 @@ class Trainer:
             keep_freed_memory()
         begun = layout.newest(self.run.checkpoints) is not None  # start weights may be gone by now
         start_weights = self.start_weights and not begun
-        self.provider = assembly.provider_of(settings, self.source, self.device, self.ranks)
+        kind = self.provided or assembly.kind_of(settings)
+        self.provider = kind(settings, self.source, self.device, self.ranks)
         student = self.provider.student(start_weights)
         self.guide = self.provider.guide()
         self.objective: Objective = assembly.objective_of(self.provider, student, self.guide)
@@ -136,7 +140,7 @@ class Trainer:
         self.engine = Engine(
             settings.gradients, student.parameters(), self.owners,
             total=self.ranks.total, reduce=partial(self.ranks.reduce_after, student),
-            steps=settings.train.steps, renoise_end=settings.renoise_end(),
+            steps=settings.train.steps, renoise_end=settings.renoise_end(), by_pass=self.ranks.world > 1,
         )  # fmt: skip
         self.dropout = self.ranks.own("dropout")
         self.lr_policy = LR_POLICIES.build(settings.lr_policy, settings.train.steps)
@@ -232,7 +236,7 @@ class Trainer:
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
         losses = self.ranks.merge([one.losses for one in passes])
         scalars = summarise(losses, {n: term.weight for n, term in self.settings.terms.items()}) | measures
-        return losses, self.ranks.agree(_to_floats(scalars))
+        return losses, self.ranks.numbers(scalars)
 
     def _follow_reward(self, losses: Losses, fed: Fed, values: dict[str, float]) -> float:
         """Note the reward's weight and let it learn from what it scored; the factor of the learning rate."""
@@ -257,7 +261,7 @@ class Trainer:
         measured = self.settings.gradients.telemetry.due("update", self.step)
         measures = update(self.optimizer, values[names.LR], self.engine.parameters, measured)
         late = dict.fromkeys(late, 0.0) if judged.now.zero else late  # of a gradient of zeros
-        values = {**late, **_to_floats(measures), **values}
+        values = {**late, **measures, **values}
         if not all(map(math.isfinite, values.values())) and not telemetry.all_finite(self.engine.parameters):
             values[NONFINITE_PARAMETERS] = 1.0
         self._move_lr(judged.spikes[1], judged.afterwards.cut)
@@ -485,13 +489,6 @@ def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
     if len(aux.get(names.REWARD_STD, ())) > 1:  # the spread over parts of the batch is not that over the whole
         means[names.REWARD_STD] = torch.cat(aux[names.REWARD_MEAN]).std(unbiased=False)
     return scalars | means
-
-
-def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """All scalars in one transfer from the device."""
-    if not scalars:
-        return {}
-    return dict(zip(scalars, torch.stack([s.double() for s in scalars.values()]).tolist(), strict=True))
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:

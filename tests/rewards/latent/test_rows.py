@@ -23,7 +23,7 @@ def test_one_nan_stays_where_it_is(kind: str, baseline: str | None, broken: str)
     """Named by position, not masked, and the other images' gradients do not change by a bit."""
     z, chosen = latents(), latent_reward(kind, baseline=baseline)
     whole = chosen.gradient(z, PROMPTS, Toy(), Brightness(), ROWS)
-    assert whole.nonfinite.tolist() == []
+    assert whole.finite.all()
 
     prompts, bad = list(PROMPTS), z.clone()
     if broken == "score":
@@ -31,7 +31,7 @@ def test_one_nan_stays_where_it_is(kind: str, baseline: str | None, broken: str)
     else:
         bad[2] = float("nan")
     found = chosen.gradient(bad, prompts, Toy(), Brightness(), ROWS)
-    assert found.nonfinite.tolist() == [2]
+    assert (~found.finite).nonzero().flatten().tolist() == [2]
     assert found.scores[2].isnan()
     assert found.g[2].isnan().all()
     others = [0, 1, 3, 4, 5]

@@ -30,6 +30,7 @@ from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 from twinrl.flow.returned import check_condition
 from twinrl.machine.dtypes import DTYPES
+from twinrl.machine.moving import on_host
 
 TEXT_WIDTHS = ("cap_feat_dim", "caption_channels", "joint_attention_dim", "cross_attention_dim")
 """Where transformers' configurations have the width of the text, the most particular name first."""
@@ -162,6 +163,7 @@ class Family(ABC):
         LORA_TARGETS: linear layers that adapters go to by default (suffixes of module names).
         BLOCKS: class names of the repeated blocks, the units to checkpoint and to shard.
         TOKENS: most text tokens of a prompt; longer ones are cut.
+        MASKED: whether conditions say by a ``mask`` which tokens are none.
         PATCH: sides of latents are multiples of this.
         COMPRESSION: pixels to a side of a latent, in the published models.
         PART: the pipeline's component that is trained.
@@ -176,6 +178,7 @@ class Family(ABC):
     LORA_TARGETS: ClassVar[tuple[str, ...]]
     BLOCKS: ClassVar[tuple[str, ...]]
     TOKENS: ClassVar[int] = 512
+    MASKED: ClassVar[bool] = False
     PATCH: ClassVar[int] = 2
     COMPRESSION: ClassVar[int] = 8
     PART: ClassVar[str] = "transformer"
@@ -375,6 +378,7 @@ def trimmed(condition: Condition) -> tuple[Tensor, Tensor | None]:
     mask = condition.get("mask")
     if mask is None:
         return condition["text"], None
-    longest = max(1, int(mask.sum(dim=1).max()))
-    text, mask = condition["text"][:, :longest], mask[:, :longest]
-    return text, None if bool(mask.all()) else mask
+    shown = on_host(mask)
+    longest = max(1, int(shown.sum(dim=1).max()))
+    text, whole = condition["text"][:, :longest], bool(shown[:, :longest].all())
+    return text, None if whole else mask[:, :longest]

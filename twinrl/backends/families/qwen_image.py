@@ -13,6 +13,7 @@ from twinrl.backends.families.family import Family, FamilyNetwork, pad_tokens, t
 from twinrl.backends.families.twin_times import TwinTimes
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
+from twinrl.machine.moving import moved
 
 UNSUPPORTED = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "guidance_embeds")
 
@@ -67,6 +68,7 @@ class QwenImage(Family):
         *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     )
     BLOCKS = ("QwenImageTransformerBlock",)
+    MASKED = True
 
     def check_variant(self, described: Mapping[str, Any]) -> None:
         """Refuse the editing and layered variants, whose time modules take other inputs."""
@@ -107,5 +109,5 @@ class QwenImage(Family):
         """Mean and standard deviation of the latents, (1, C, 1, 1) each."""
         config = self.pipeline.vae.config
         values = (config.latents_mean, config.latents_std)
-        centre, spread = (torch.tensor(v).to(like).view(1, -1, 1, 1) for v in values)
+        centre, spread = (moved(torch.tensor(v), like.device, like.dtype).view(1, -1, 1, 1) for v in values)
         return centre, spread

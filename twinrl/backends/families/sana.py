@@ -64,6 +64,7 @@ class Sana(Family):
     NETWORK = SanaNetwork
     LORA_TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_q", "attn2.to_k", "attn2.to_v", "to_out.0")
     BLOCKS = ("SanaTransformerBlock",)
+    MASKED = True
     TOKENS = 300
     PATCH = 1
     COMPRESSION = 32

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from twinrl.backends.families.family import Family, FamilyNetwork, pad_tokens
 from twinrl.backends.families.twin_times import TwinTimes
+from twinrl.flow.branches import selection
 from twinrl.flow.conditions import Condition
+from twinrl.machine.moving import on_host, rows_of
 
 
 class ZImageTwinFlowTransformer(TwinTimes, ZImageTransformer2DModel):
@@ -49,7 +51,8 @@ class ZImageNetwork(FamilyNetwork):
         """See ``FamilyNetwork``."""
         texts = list(condition["text"])
         if "mask" in condition:
-            texts = [text[mask] for text, mask in zip(texts, condition["mask"], strict=True)]
+            places = [selection(mask.nonzero().flatten().tolist()) for mask in on_host(condition["mask"])]
+            texts = [rows_of(text, told) for text, told in zip(texts, places, strict=True)]
         images = list(x[:, :, None].unbind())  # (C, 1, H, W) each
         answer = self.transformer(images, 1 - level, texts, return_dict=False)[0]
         return -torch.stack(answer)[:, :, 0]
@@ -70,6 +73,7 @@ class ZImage(Family):
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
     )
     BLOCKS = ("ZImageTransformerBlock",)
+    MASKED = True
 
     def _encode_prompts(self, prompts: list[str]) -> Condition:
         texts, _ = self.pipeline.encode_prompt(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from twinrl.config.errors import InputError
+from twinrl.machine.moving import moved
 from twinrl.rewards.latent.contract import RowDraws
 
 
@@ -29,7 +30,7 @@ def gaussian(rows: RowDraws, x: Tensor, count: int) -> Iterator[Tensor]:
         ValueError: the draws are for another number of images, which would be broadcast silently.
     """
     for k in range(count):
-        d = rows.normal(f"reward direction {k}", tuple(x.shape[1:])).to(x)
+        d = moved(rows.normal(f"reward direction {k}", tuple(x.shape[1:])), x.device, x.dtype)
         if d.shape != x.shape:
             raise ValueError(f"draws for {len(d)} rows and {len(x)} images")
         yield d

@@ -76,10 +76,9 @@ class LatentGradient:
     aux: dict[str, Tensor]
 
     @property
-    def nonfinite(self) -> Tensor:
-        """(n,) positions of the images whose score or gradient is not finite; their values stand as they are."""
-        finite = self.scores.isfinite() & self.g.flatten(1).isfinite().all(1)
-        return (~finite).nonzero().flatten()
+    def finite(self) -> Tensor:
+        """(B,) of which images score and gradient are finite; the others' values stand as they are."""
+        return self.scores.isfinite() & self.g.flatten(1).isfinite().all(1)
 
 
 class LatentReward:

@@ -1,0 +1,116 @@
+"""What a simulation says, of every preset at small sizes: it runs, and the host waits no more often than it may."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.backends.families import tiny
+from tests.commands.test_memory_plan import allocated
+from tests.fake_source import SMALL
+from tests.fake_source import small as small_run
+from tests.rewards import tiny as tiny_rewards
+from twinrl import config
+from twinrl.backends.families import FAMILIES
+from twinrl.commands.simulate import Simulator
+from twinrl.config.errors import InputError
+from twinrl.training import schema
+from twinrl.training.simulated import Report
+
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
+WAITS, QUEUED = 8, 2
+"""Most waits of a step, and most of them with work queued."""
+NETWORK = [SMALL[2], "data.source=tests.fake_source.ByPath", "train={steps: 40, batch: 16}"]
+REWARD = ["terms.reward={branches: [e2e]}", "reward={model: brightness}", "gradients.terms.reward.clip.max_norm=1"]
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[Simulator]:
+    with Simulator() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Descriptions of a tiny pipeline of every family, and of a tiny CLIP."""
+    base = tmp_path_factory.mktemp("models")
+    for name in FAMILIES:
+        tiny.build(name).save_pretrained(base / name)
+    described = base / "z_image" / "transformer" / "config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"axes_lens": [1024, 128, 128]}))
+    tiny_rewards.hf_clip().save_pretrained(base / "clip")
+    return base
+
+
+def small(preset: str, models: Path) -> list[str]:
+    """What makes a preset's run a small one."""
+    settings = schema.load(preset)
+    if not settings.model.is_pretrained:
+        return [*NETWORK, *(["reward.model=brightness"] if settings.reward else [])]
+    family = str(settings.model.family)
+    given = [f"model.path={models / family}", "train={batch: 8, micro_batch: null}"]
+    clip = f"reward.model={{kind: clipscore, checkpoint: {models / 'clip'}}}"
+    return [*given, *([clip] if settings.reward else [])]
+
+
+def check_waits(report: Report) -> None:
+    """Fails with the lines that are waited at."""
+    lines = "\n".join(f"{wait.times} {wait.kind} {wait.line}" for wait in report.waits)
+    assert report.waited <= WAITS, lines
+    assert report.queued <= QUEUED, lines
+
+
+@pytest.mark.parametrize("preset", config.presets())
+def test_every_preset(simulator: Simulator, models: Path, preset: str) -> None:
+    report = simulator.report(preset, small(preset, models))
+    assert report.flops > 0
+    assert report.peak.bytes >= sum(report.held.values()) > 0
+    check_waits(report)
+
+
+@pytest.mark.parametrize("family", ["sd3", "qwen_image", "z_image"])
+def test_ranks(simulator: Simulator, models: Path, family: str) -> None:
+    overrides = [f"model={{family: {family}, path: {models / family}, gradient_checkpointing: true}}", *REWARD,
+                 "data={source: folder}", "train={batch: 32, micro_batch: 4, steps: 40, precision: bf16}"]  # fmt: skip
+    report = simulator.report("twinflow", overrides, processes=8)
+    check_waits(report)
+    assert set(report.messages) == {"gather", "reduce-scatter", "all-reduce", "broadcast"}
+
+
+def test_more_ranks_hold_less_of_the_states(simulator: Simulator, models: Path) -> None:
+    overrides = [
+        f"model={{family: sd3, path: {models / 'sd3'}}}",
+        "data={source: folder}",
+        "train={batch: 16, steps: 9}",
+    ]
+    alone, four = (simulator.report("twinflow", overrides, processes=n) for n in (1, 4))
+    for owner in ("student", "average", "optimizer"):
+        assert four.held[owner] < alone.held[owner] / 2  # tensors are padded to 512 bytes each
+
+
+SIZES = {
+    "mlp": "{kind: mlp, width: 512, depth: 3, condition_width: 256}",
+    "dit": "{kind: dit, patch: 2, width: 256, depth: 3, heads: 4, condition_width: 64}",
+}
+
+
+@pytest.mark.parametrize("network", SIZES)
+def test_bytes_are_those_that_the_allocator_gives_out(simulator: Simulator, tmp_path: Path, network: str) -> None:
+    """On the CPU, in float32: there a device's attention has no kernel, and other operations are cast."""
+    overrides = [f"model.network={SIZES[network]}", NETWORK[1], "train={batch: 256, steps: 40, init: random}"]
+    report = simulator.report("twinflow", overrides)
+    states = sum(report.peak.owners[owner] for owner in ("student", "average", "optimizer"))
+    assert report.peak.bytes - states == pytest.approx(allocated(small_run(tmp_path, *overrides)), rel=0.05)
+
+
+def test_what_fails_on_a_device_is_said_with_its_line(simulator: Simulator) -> None:
+    overrides = [*NETWORK, "terms={mixed: {kind: tests.training.mixed.Mixed, branches: [any]}}", "branches={any: 1}"]
+    with pytest.raises(InputError, match=r"tests/training/mixed\.py:\d+.*device"):
+        simulator.report("twinflow", overrides)
+
+
+def test_what_cannot_be_simulated_is_said(simulator: Simulator) -> None:
+    with pytest.raises(InputError, match=r"fsdp\.cpu_offload"):
+        simulator.report("twinflow", [*NETWORK, "fsdp.cpu_offload=true"], processes=2)

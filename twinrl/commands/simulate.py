@@ -1,0 +1,129 @@
+"""``twinrl doctor --simulate``: what a step of a run takes on GPUs, without one (:mod:`twinrl.training.simulated`)."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twinrl.config.errors import InputError
+from twinrl.flow.source import cache_dir
+from twinrl.machine.simulated import helper
+from twinrl.machine.simulated.work import GPUS
+from twinrl.training.simulated import Report
+
+MODULE = "twinrl.training.simulated"
+FEW = 0.01
+"""Owners of less of a peak are shown together."""
+
+
+class Simulator:
+    """A process that simulates runs, one after the other.
+
+    Raises:
+        InputError: it cannot be started, see :func:`twinrl.machine.simulated.helper.compiled`.
+    """
+
+    def __init__(self) -> None:
+        self._process = helper.started(MODULE, cache_dir())
+
+    def __enter__(self) -> "Simulator":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        with self._process as process:
+            process.kill()
+
+    def report(self, config: str, overrides: Sequence[str] = (), processes: int = 1) -> Report:
+        """Of the run that a preset or a file with overrides describes, on the first of its processes.
+
+        Raises:
+            InputError: it cannot be simulated, or would fail on a device.
+        """
+        asked, answers = self._process.stdin, self._process.stdout
+        assert asked is not None
+        assert answers is not None
+        question = {"config": config, "overrides": list(overrides), "processes": processes}
+        print(json.dumps(question), file=asked, flush=True)
+        if not (line := answers.readline()):
+            raise InputError("the process of the simulation has ended", got=f"exit code {self._process.wait()}")
+        answer = json.loads(line)
+        if "refused" in answer:
+            raise InputError(answer["refused"]) from RuntimeError(answer["traceback"])
+        return Report.of(answer["report"])
+
+
+def simulate(config: str, overrides: Sequence[str], processes: int, gpu: str, console: Console) -> int:
+    """Print what a step takes; 0. ``gpu``: by whose data sheet time is told.
+
+    Raises:
+        InputError: see :meth:`Simulator.report`; an unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise InputError("--gpu is unknown", got=gpu, expected=", ".join(GPUS))
+    with console.status("taking two steps without a device"), Simulator() as simulator:
+        report = simulator.report(config, overrides, processes)
+    show(report, gpu, console)
+    return 0
+
+
+def show(report: Report, gpu: str, console: Console) -> None:
+    """Print a report."""
+    share, rows = report.rows
+    console.print(
+        f"{report.name} on {_number(report.processes, 'GPU')}: {report.parameters / 1e9:.3g} B parameters, "
+        f"{_number(share, 'row')} a GPU, {rows} a pass"
+    )
+    console.print(f"\npeak of memory: {_gb(report.peak.bytes)} GB a GPU, at {report.peak.line}")
+    console.print(_memory(report))
+    seconds, used = report.estimates[gpu]
+    console.print(
+        f"\nwork: {report.operations:,} operations, {report.flops / 1e12:,.1f} TFLOP, {_gb(report.moved)} GB through "
+        f"memory; on an {gpu} {seconds:.3g} s at least, {used:.0%} of its peak in 16 bits"
+    )
+    if report.messages:
+        said = [f"{n} {kind} ({_gb(report.payload[kind])} GB)" for kind, n in report.messages.items()]
+        console.print(f"messages: {', '.join(said)}")
+    console.print(f"waits of the host: {report.waited}, {report.queued} with work queued")
+    console.print(_waits(report))
+    if report.guesses:
+        console.print(f"values that are not known were asked for at {', '.join(report.guesses)}; they were guessed")
+    console.print(
+        "Not in it: workspaces inside kernels, fragmentation, what a kernel takes beyond arithmetic and memory, "
+        f"validation, checkpoints. Simulated in {report.seconds:.0f} s and {_gb(report.resident)} GB."
+    )
+
+
+def _memory(report: Report) -> Table:
+    """Owner × phase, in GB."""
+    table = Table("GB", *report.peaks, box=None, pad_edge=False)
+    owners: dict[str, int] = {}
+    for peak in report.peaks.values():
+        for owner, size in peak.owners.items():
+            owners[owner] = max(size, owners.get(owner, 0))
+    shown = sorted(
+        (owner for owner, size in owners.items() if size > FEW * report.peak.bytes), key=lambda o: -owners[o]
+    )
+    for owner in shown:
+        table.add_row(owner, *(_gb(peak.owners.get(owner, 0)) for peak in report.peaks.values()))
+    rest = (sum(peak.owners.values()) - sum(peak.owners.get(o, 0) for o in shown) for peak in report.peaks.values())
+    table.add_row("all else", *map(_gb, rest))
+    table.add_section()
+    table.add_row("in all", *(_gb(peak.bytes) for peak in report.peaks.values()))
+    return table
+
+
+def _waits(report: Report) -> Table:
+    table = Table("waits", "queued", "kind", "bytes", "line", box=None, pad_edge=False)
+    for wait in report.waits:
+        table.add_row(str(wait.times), str(wait.queued or ""), wait.kind, f"{wait.bytes:,}", wait.line)
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f}" if size >= 5e7 or not size else f"{size / 1e9:.2g}"
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
