@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from tests.disk import another_user, open_folder
 from twinrl.config.errors import InputError
 from twinrl.run import columns, runlog
 from twinrl.run.runlog import RunLog
@@ -101,6 +103,21 @@ def test_a_damaged_table_is_made_again_and_one_line_says_so(
     assert [line.startswith(f"{table} is damaged") for line in said] == [True]
     assert same(columns.read(log, table, everything), right)
     assert capsys.readouterr().err == ""
+
+
+def test_a_table_that_may_not_be_read_is_not_called_damaged(
+    made: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, table = made(FINITE)
+    columns.write(log, table)
+    with open_folder() as folder:
+        theirs = [Path(shutil.copy(path, folder)) for path in (log, table)]
+        theirs[1].chmod(0)
+        with another_user():
+            assert columns.read(*theirs, everything).values["count"].tolist() == [1, 2, 3]
+    said = capsys.readouterr().err
+    assert "may not be read" in said
+    assert "damaged" not in said
 
 
 def test_a_table_of_another_program_is_replaced(made: Callable[..., tuple[Path, Path]]) -> None:

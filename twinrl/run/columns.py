@@ -135,7 +135,8 @@ def _kept(table: Path, made_of: Mapping[str, Any], wanted: Callable[[str], bool]
             return file.read([name for name in schema.names if name == STEP or wanted(name)], use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         said = (str(error).splitlines() or ["it cannot be read"])[0]
-        print(f"{table} is damaged and is made again from the log: {said:.100}", file=sys.stderr)
+        found = "may not be read" if isinstance(error, PermissionError) else "is damaged"
+        print(f"{table} {found} and is made again from the log: {said:.100}", file=sys.stderr)
         return None
 
 

@@ -184,6 +184,38 @@ def test_missing_weights_are_not_made_up(folder):
     assert "lacks weights; got no proj_out.bias (1 in all)" in refused(folder)
 
 
+LOST = {"vae": "diffusion_pytorch_model", "text_encoder": "model", "text_encoder_3": "model"}
+
+
+@pytest.mark.parametrize("part", LOST)
+def test_missing_weights_of_a_frozen_component_are_not_made_up(folder, part):
+    """The libraries would fill them with random numbers."""
+    file = folder / part / f"{LOST[part]}.safetensors"
+    weights = load_file(file)
+    lost = sorted(weights)[len(weights) // 2]
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"{part} lacks weights; got no {re.escape(lost)} \(1 in all\)"):
+        load_family("sd3", FamilyConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("part", "values"), [("vae", {"use_post_quant_conv": True}), ("text_encoder", {"num_hidden_layers": 3})]
+)
+def test_a_description_of_more_than_the_weights_is_refused(folder, part, values):
+    file = folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(InputError, match=f"{part} lacks weights"):
+        load_family("sd3", FamilyConfig(path=str(folder)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_s_components_are_whole(cases, name):
+    """Also those whose weights have other names in their files."""
+    load_family(name, FamilyConfig(path=str(cases(name).folder), **SWITCHES.get(name, {})))
+
+
 def test_variants_that_cannot_be_trained(cases, tmp_path):
     changes = {"qwen_image": "use_additional_t_cond", "sana": "guidance_embeds"}
     for name, option in changes.items():

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field
+from torch import nn
 
 from twinrl.config import stored
 from twinrl.config.components import failures_named
@@ -260,7 +261,33 @@ def load_pipeline(
     absent = [part, "scheduler", *left_out(index), *(name for name in unused if name in index)]
     parts = dict.fromkeys(absent) | dict(settings or {})
     with building(folder):
-        return getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
+        loaded = getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
+    for name, component in loaded.components.items():
+        if isinstance(component, nn.Module):
+            _check_weights(folder / name, component)
+    return loaded
+
+
+def _check_weights(folder: Path, module: nn.Module) -> None:
+    """Raises InputError where a component has parameters that its safetensors files lack: they would be random numbers.
+
+    Libraries rename some on the way, so those of other names count as there if the files have as many numbers left.
+    """
+    from safetensors import safe_open
+
+    stored: dict[str, int] = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            stored |= {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):  # of tied ones the files have one
+        names.setdefault(parameter, []).append(name)
+    absent = {known[0]: value for value, known in names.items() if stored and stored.keys().isdisjoint(known)}
+    own = {name for known in names.values() for name in known}
+    left = sum(size for name, size in stored.items() if name not in own)
+    if any(value.is_meta for value in names) or sum(value.numel() for value in absent.values()) > left:
+        first = next(iter(absent), next(iter(names.values()))[0])
+        raise InputError(f"{folder} lacks weights", got=f"no {first} ({len(absent)} in all)", fix=AGAIN)
 
 
 def load_transformer(folder: Path, transformer: Any, dtype: torch.dtype, part: str = "transformer") -> Any:
