@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from twinrl.config.errors import InputError
-from twinrl.flow.source import cache_dir
+from twinrl.machine.files import cache_dir
 from twinrl.machine.simulated import helper
 
 TESTS = Path(__file__).with_name("with_devices.py")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twinrl.config.errors import InputError
-from twinrl.flow.source import cache_dir
+from twinrl.machine.files import cache_dir
 from twinrl.machine.simulated import helper
 from twinrl.machine.simulated.work import GPUS
 from twinrl.training.simulated import Report
