@@ -12,19 +12,28 @@ from twinrl.machine.simulated.memory import GRADIENTS
 
 pytestmark = [pytest.mark.campaign, pytest.mark.processes]
 
-TRANSFORMERS = {
-    "sd35": ("StableDiffusion3Pipeline", {"_class_name": "SD3Transformer2DModel", **script("large_model").MEDIUM}),
-    "qwen-image": ("QwenImagePipeline", script("paper").QWEN_IMAGE),
+KL = {  # vae/config.json of stabilityai/stable-diffusion-3.5-medium
+    "_class_name": "AutoencoderKL", "latent_channels": 16, "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2,
+    "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}  # fmt: skip
+QWEN = {"_class_name": "AutoencoderKLQwenImage"}  # the published one has the class's defaults
+PIPELINES = {
+    "sd35": ("StableDiffusion3Pipeline", {"_class_name": "SD3Transformer2DModel", **script("large_model").MEDIUM}, KL),
+    "qwen-image": ("QwenImagePipeline", script("paper").QWEN_IMAGE, QWEN),
 }
 GB = 10**9
 
 
 def described(preset: str, folder: Path) -> str:
-    """A pipeline of a published transformer, without a VAE."""
-    pipeline, transformer = TRANSFORMERS[preset]
-    (folder / "transformer").mkdir()
-    (folder / "transformer" / "config.json").write_text(json.dumps(transformer))
-    index = {"_class_name": pipeline, "transformer": ["diffusers", transformer["_class_name"]]}
+    """A published pipeline's folder."""
+    pipeline, *parts = PIPELINES[preset]
+    index: dict[str, object] = {"_class_name": pipeline}
+    for name, config in zip(("transformer", "vae"), parts, strict=True):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        index[name] = ["diffusers", config["_class_name"]]
     (folder / "model_index.json").write_text(json.dumps(index))
     return f"model.path={folder}"
 

@@ -349,7 +349,7 @@ def _in_one_line(places: Places) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"the simulation ends at {places.here(frame).line}", got=said) from error
