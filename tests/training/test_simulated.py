@@ -18,7 +18,7 @@ from twinrl.config.errors import InputError
 from twinrl.training import schema
 from twinrl.training.simulated import Report
 
-pytestmark = [pytest.mark.slow, pytest.mark.processes]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulated")]
 
 WAITS, QUEUED = 8, 2
 """Most waits of a step, and most of them with work queued."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 HERE = str(Path(__file__).parent)
+INSTALLED = "/site-packages/"
 LIBRARIES = ("diffusers", "transformers", "open_clip", "peft", "torch/optim", "torch/distributed", "torchvision")
 """Parts of paths: their innermost line is named beside the program's."""
 
@@ -97,7 +98,7 @@ class Places:
         path, said = code.co_filename, None
         if not path.startswith(HERE):
             phase, owner = (_first(rules, path, code.co_name) for rules in (self.phases, self.owners))
-            root = next((root for root in self.programs if path.startswith(f"{root}/")), None)
+            root = next((root for root in self.programs if _inside(path, root)), None)
             file = "" if root is None else f"{root.name}{path[len(str(root)) :]}"
             mark = next((name for name in LIBRARIES if f"/{name}/" in path), "")
             library = f"{mark}/…/{path.rpartition('/')[2]}" if mark and not file else ""
@@ -123,6 +124,11 @@ class Places:
 
     def _left(self) -> None:
         self.running.pop()
+
+
+def _inside(path: str, root: Path) -> bool:
+    """Whether a file is a folder's own, and not of packages that are installed below it."""
+    return path.startswith(f"{root}/") and INSTALLED not in path[len(str(root)) :]
 
 
 def _first(rules: Sequence[Rule], path: str, function: str) -> str:
