@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.backends.families import tiny
 from tests.commands.test_memory_plan import allocated
@@ -13,7 +15,7 @@ from tests.fake_source import small as small_run
 from tests.rewards import tiny as tiny_rewards
 from twinrl import config
 from twinrl.backends.families import FAMILIES
-from twinrl.commands.simulate import Simulator
+from twinrl.commands.simulate import Simulator, simulate
 from twinrl.config.errors import InputError
 from twinrl.training import schema
 from twinrl.training.simulated import Report
@@ -109,6 +111,24 @@ def test_what_fails_on_a_device_is_said_with_its_line(simulator: Simulator) -> N
     overrides = [*NETWORK, "terms={mixed: {kind: tests.training.mixed.Mixed, branches: [any]}}", "branches={any: 1}"]
     with pytest.raises(InputError, match=r"tests/training/mixed\.py:\d+.*device"):
         simulator.report("twinflow", overrides)
+
+
+def test_the_command_says_all_of_it() -> None:
+    shown = Console(width=200, file=StringIO())
+    assert simulate("twinflow", NETWORK, 2, "H200", shown) == 0
+    said = shown.file.getvalue()  # type: ignore[attr-defined]
+    for part in (
+        "on 2 GPUs",
+        "peak of memory",
+        "optimizer",
+        "FLOP",
+        "on an H200",
+        "reduce-scatter",
+        "waits of the host",
+    ):
+        assert part in said, part
+    with pytest.raises(InputError, match="--gpu"):
+        simulate("twinflow", NETWORK, 1, "P100", shown)
 
 
 def test_what_cannot_be_simulated_is_said(simulator: Simulator) -> None:

@@ -1,6 +1,7 @@
 """``twinrl doctor --simulate``: what a step of a run takes on GPUs, without one (:mod:`twinrl.training.simulated`)."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,18 +73,18 @@ def show(report: Report, gpu: str, console: Console) -> None:
     """Print a report."""
     share, rows = report.rows
     console.print(
-        f"{report.name} on {_number(report.processes, 'GPU')}: {report.parameters / 1e9:.3g} B parameters, "
+        f"{report.name} on {_number(report.processes, 'GPU')}: {_si(report.parameters, '')} parameters, "
         f"{_number(share, 'row')} a GPU, {rows} a pass"
     )
-    console.print(f"\npeak of memory: {_gb(report.peak.bytes)} GB a GPU, at {report.peak.line}")
+    console.print(f"\npeak of memory: {_si(report.peak.bytes, 'B')} a GPU, at {report.peak.line}")
     console.print(_memory(report))
     seconds, used = report.estimates[gpu]
     console.print(
-        f"\nwork: {report.operations:,} operations, {report.flops / 1e12:,.1f} TFLOP, {_gb(report.moved)} GB through "
-        f"memory; on an {gpu} {seconds:.3g} s at least, {used:.0%} of its peak in 16 bits"
+        f"\nwork: {report.operations:,} operations, {_si(report.flops, 'FLOP')}, {_si(report.moved, 'B')} through "
+        f"memory; on an {gpu} {_si(seconds, 's')} at least, {used:.0%} of its peak in 16 bits"
     )
     if report.messages:
-        said = [f"{n} {kind} ({_gb(report.payload[kind])} GB)" for kind, n in report.messages.items()]
+        said = [f"{n} {kind} ({_si(report.payload[kind], 'B')})" for kind, n in report.messages.items()]
         console.print(f"messages: {', '.join(said)}")
     console.print(f"waits of the host: {report.waited}, {report.queued} with work queued")
     console.print(_waits(report))
@@ -91,13 +92,13 @@ def show(report: Report, gpu: str, console: Console) -> None:
         console.print(f"values that are not known were asked for at {', '.join(report.guesses)}; they were guessed")
     console.print(
         "Not in it: workspaces inside kernels, fragmentation, what a kernel takes beyond arithmetic and memory, "
-        f"validation, checkpoints. Simulated in {report.seconds:.0f} s and {_gb(report.resident)} GB."
+        f"validation, checkpoints. Simulated in {report.seconds:.0f} s and {_si(report.resident, 'B')}."
     )
 
 
 def _memory(report: Report) -> Table:
-    """Owner × phase, in GB."""
-    table = Table("GB", *report.peaks, box=None, pad_edge=False)
+    """Owner × phase."""
+    table = Table("whose", *report.peaks, box=None, pad_edge=False)
     owners: dict[str, int] = {}
     for peak in report.peaks.values():
         for owner, size in peak.owners.items():
@@ -106,11 +107,11 @@ def _memory(report: Report) -> Table:
         (owner for owner, size in owners.items() if size > FEW * report.peak.bytes), key=lambda o: -owners[o]
     )
     for owner in shown:
-        table.add_row(owner, *(_gb(peak.owners.get(owner, 0)) for peak in report.peaks.values()))
+        table.add_row(owner, *(_si(peak.owners.get(owner, 0), "B") for peak in report.peaks.values()))
     rest = (sum(peak.owners.values()) - sum(peak.owners.get(o, 0) for o in shown) for peak in report.peaks.values())
-    table.add_row("all else", *map(_gb, rest))
+    table.add_row("all else", *(_si(size, "B") for size in rest))
     table.add_section()
-    table.add_row("in all", *(_gb(peak.bytes) for peak in report.peaks.values()))
+    table.add_row("in all", *(_si(peak.bytes, "B") for peak in report.peaks.values()))
     return table
 
 
@@ -121,8 +122,12 @@ def _waits(report: Report) -> Table:
     return table
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f}" if size >= 5e7 or not size else f"{size / 1e9:.2g}"
+def _si(value: float, unit: str) -> str:
+    """In three digits: 43.7 GB, 2.7 PFLOP, 780 ns."""
+    if value <= 0:
+        return "–"
+    power = max(-3, min(6, int(math.log10(value) // 3)))
+    return f"{value / 1000**power:.3g} {'nµm kMGTPE'[power + 3].strip()}{unit}"
 
 
 def _number(n: int, what: str) -> str:

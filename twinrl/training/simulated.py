@@ -49,6 +49,8 @@ PROGRAM = Path(__file__).parents[1]
 """This package."""
 ROWS = 100_000
 """Of the made-up data."""
+HELPERS = ("twinrl/machine/moving.py",)
+"""Named in no message: their callers are."""
 PHASES = (
     Rule("twinrl/training/feed.py", None, "batch"),
     Rule("twinrl/rewards/guide.py", None, "reward"),
@@ -243,7 +245,7 @@ def simulate(settings: RunConfig, processes: int = 1) -> Report:
     _check(settings)
     with tempfile.TemporaryDirectory() as folder, _ranks(settings, processes) as make, ExitStack() as stack:
         settings = _alone(settings, Path(folder))
-        simulation = Simulation(Places([PROGRAM, Path.cwd()], PHASES, OWNERS))
+        simulation = Simulation(Places([PROGRAM, Path.cwd()], HELPERS, PHASES, OWNERS))
         stack.enter_context(_in_one_line(simulation.places))
         stack.enter_context(simulation.running())
         trainer = _trainer(settings, make())

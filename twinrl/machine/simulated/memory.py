@@ -73,7 +73,7 @@ class Memory:
         owner = place.owner
         if tensor.shape in self.weights and (backward or tensor.dtype in (torch.bfloat16, torch.float16)):
             owner = GRADIENTS if backward else CASTS
-        self._sizes[key], self._owners[key] = 0, owner or place.phase
+        self._sizes[key], self._owners[key] = 0, owner or f"{place.phase}, else"
         self._kept[key] = weakref.ref(storage, self._ended(key))
         self._grow(key, storage.nbytes())
 

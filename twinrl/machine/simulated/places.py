@@ -63,11 +63,13 @@ class Places:
 
     Arguments:
         programs: folders whose lines are the program's.
+        helpers: parts of paths of files in them whose callers are named instead.
         phases: the outermost function that matches one decides; none: ``otherwise``.
         owners: the innermost function that matches one decides; none: the module that runs (:meth:`watched`).
     """
 
     programs: Sequence[Path]
+    helpers: Sequence[str] = ()
     phases: Sequence[Rule] = ()
     owners: Sequence[Rule] = ()
     otherwise: str = "forward"
@@ -99,7 +101,8 @@ class Places:
         if not path.startswith(HERE):
             phase, owner = (_first(rules, path, code.co_name) for rules in (self.phases, self.owners))
             root = next((root for root in self.programs if _inside(path, root)), None)
-            file = "" if root is None else f"{root.name}{path[len(str(root)) :]}"
+            own = root is not None and not any(helper in path for helper in self.helpers)
+            file = f"{root.name}{path[len(str(root)) :]}" if own else ""  # type: ignore[union-attr]
             mark = next((name for name in LIBRARIES if f"/{name}/" in path), "")
             library = f"{mark}/…/{path.rpartition('/')[2]}" if mark and not file else ""
             if file or library or phase or owner:
