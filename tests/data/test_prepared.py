@@ -94,6 +94,8 @@ DAMAGES = {
     "latents of another shape": (of_one, "latents", "latents", lambda v: v[:, :2], "float32 .* instead of"),
     "latents of another format": (of_one, "latents", "latents", lambda v: v.double(), "float64 .* instead of"),
     "latents of integers": (of_one, "latents", "latents", lambda v: v.to(torch.int8), "int8 .* instead of"),
+    "latents that are not finite": (of_one, "latents", "latents", lambda v: v / 0, "not finite"),
+    "embeddings that are not finite": (of_one, "prompts", "pooled", lambda v: v / 0, "pooled that is not finite"),
     "narrower embeddings": (of_one, "prompts", "text", lambda v: v[:, :3], "text float32"),
     "embeddings of another format": (of_one, "prompts", "pooled", lambda v: v.bfloat16(), "pooled bfloat16"),
     "longer embeddings": (of_one, "prompts", "text", lambda v: v.repeat(99, 1), "text float32"),

@@ -141,9 +141,13 @@ def test_a_torn_line_is_no_row_and_a_corrupted_one_is_named(made: Callable[..., 
     with log.open("a") as file:
         file.write('{"iteration": 3')
     assert len(columns.read(log, table, everything).values["step"]) == 3
-    log.write_text(log.read_text().replace('"step": 2,', '"step" 2,'))
-    with pytest.raises(InputError, match=r"log\.jsonl, line 2, is corrupted"):
-        columns.read(log, table, everything)
+    whole = log.read_text()
+    for corrupted in ('"step" 2,', '"step": 2,\r\n'):
+        log.write_text(whole.replace('"step": 2,', corrupted))
+        table.unlink(missing_ok=True)
+        with pytest.raises(InputError, match=r"log\.jsonl, line 2, is corrupted"):
+            columns.read(log, table, everything)
+        assert not table.exists()
 
 
 def test_a_column_of_numbers_and_text_is_refused(tmp_path: Path) -> None:

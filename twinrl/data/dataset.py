@@ -84,12 +84,14 @@ class CachedDataset:
         return pad([self._embeddings(EMPTY_PROMPT)] * n, self._lengths)
 
     def _latent(self, entry: Entry) -> Tensor:
-        """(C, h, w) of an entry. Raises InputError: it has not its bucket's shape, or another format than the rest."""
+        """(C, h, w) of an entry. Raises InputError: not of its bucket's shape, of another format than the rest, not finite."""
         key = str(entry.latent)
         found, shape = self._latents[key].get("latents"), self.latent_shapes[entry.bucket]
         if found is None or found.shape != shape or found.dtype != self._latent_format:
             got = "no latents" if found is None else _kind(found)
             raise self._latents.damaged(key, f"{got} instead of {_named(self._latent_format)} {shape}")
+        if not found.isfinite().all():
+            raise self._latents.damaged(key, "latents that are not finite")
         return found
 
     @cached_property
@@ -109,6 +111,8 @@ class CachedDataset:
             alike = one.ndim == other.ndim and one.shape[free:] == other.shape[free:] and one.dtype == other.dtype
             if not alike or (longest is not None and len(one) > longest):
                 raise self._prompts.damaged(key, f"{name} {_kind(one)}, of the empty prompt {_kind(other)}")
+            if not one.isfinite().all():
+                raise self._prompts.damaged(key, f"{name} that is not finite")
         return found
 
     def bucket_of(self, index: int) -> str:

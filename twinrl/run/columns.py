@@ -161,7 +161,10 @@ def parsed(log: Path, size: int) -> "pa.Table":
     whole = arrow_json.ReadOptions(use_threads=False, block_size=max(1, len(content)))
     with suppress(pa.ArrowException):  # what is not finite is text, which it takes for a column of another kind
         found = arrow_json.read_json(io.BytesIO(content), whole) if content else pa.table({})
-        if all(_is_number(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind) for kind in found.schema.types):
+        whole_lines = found.num_rows == content.count(b"\n")  # it also takes rows that go over several
+        if whole_lines and all(
+            _is_number(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind) for kind in found.schema.types
+        ):
             return found
     return of_rows(list(runlog.rows(log, stop=size)), log)
 
