@@ -84,7 +84,7 @@ class CachedDataset:
         return pad([self._embeddings(EMPTY_PROMPT)] * n, self._lengths)
 
     def _latent(self, entry: Entry) -> Tensor:
-        """(C, h, w) of an entry. Raises InputError: not of its bucket's shape, of another format than the rest, not finite."""
+        """(C, h, w) of an entry. Raises InputError: of another shape than its bucket, another format, or not finite."""
         key = str(entry.latent)
         found, shape = self._latents[key].get("latents"), self.latent_shapes[entry.bucket]
         if found is None or found.shape != shape or found.dtype != self._latent_format:
