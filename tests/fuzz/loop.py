@@ -69,9 +69,7 @@ class Fuzzer:
         after = trying.photograph(here)
         different = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         changed = [path for path in different if path in before or path not in done.err]  # a new report, named, is told
-        tables = {
-            path for path in changed if path.endswith(METRICS)
-        }  # a copy of a log, made anew when that has changed
+        tables = {path for path in changed if path.endswith(METRICS)}  # copies of logs
         changed = [path for path in changed if path not in tables | {table.rpartition("/")[0] for table in tables}]
         answers = {} if done.rc != 0 or _shows(command, file) else expected
         wrong = trying.wrong(done, changed, self._different(command, done, answers), command.may_end_badly)
