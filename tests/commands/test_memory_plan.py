@@ -86,8 +86,9 @@ def of_family(
     return schema.load("twinflow", given)
 
 
-OFF = {(family, "reward, recomputed") for family in ("sd3", "z_image", "sana")}
-"""The plan of the VAE's pass is off by 28 to 48 % here."""
+OFF = {(family, "reward, recomputed") for family in ("sd3", "z_image", "sana", "qwen_image")}
+OFF |= {("qwen_image", "recomputed"), ("sana", "full")}
+"""The plan is off by 18 to 48 % here; what a simulation says is compared in ``test_simulated.py``."""
 
 
 def cases(quick: set[tuple[str, str]], settings: dict[str, list[str]]) -> Any:

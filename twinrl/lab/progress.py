@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from rich.console import Console
@@ -78,38 +78,51 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
         shown: False for silence.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    left: dict[str, int | None] = {}  # steps, by name of the stage
-    ended, watcher = False, _WATCHER.get() if shown else None
-    drawn = shown and watcher is None
-    with Progress(*columns, console=Console(stderr=True), disable=not drawn, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-
-        def describe() -> None:
-            running = ", ".join(name for name, steps in list(left.items()) if steps != 0)
-            bar.update(task, description=f"{title}: {running}")
-            tell()
-
-        def tell() -> None:
-            if watcher is not None:
-                watcher.told(bar.tasks[0].description, bar.tasks[0].completed / total)
-
-        def stage(name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
-            left[name] = steps
-            describe()
-            return lambda: tick(name, cost)
-
-        def tick(name: str, cost: float) -> None:
-            if ended:
-                raise InterruptedBuildError
-            steps = left[name]
-            left[name] = None if steps is None else steps - 1
-            bar.advance(task, cost)
-            if left[name] == 0:
-                describe()
-            else:
-                tell()
-
+    watcher = _WATCHER.get() if shown else None
+    hidden = not shown or watcher is not None
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
+        bar.add_task(title, total=total)
+        build = _Build(title, total, bar, watcher)
         try:
-            yield stage
+            yield build.stage
         finally:
-            ended = True
+            build.ended = True
+
+
+@dataclass
+class _Build:
+    """A bar with one task; ``left`` has the steps that a stage still has to make, by its name."""
+
+    title: str
+    total: float
+    bar: Progress
+    watcher: Watcher | None
+    left: dict[str, int | None] = field(default_factory=dict)
+    ended: bool = False
+
+    def stage(self, name: str, cost: float, steps: int | None = None) -> Callable[[], None]:
+        """As :class:`Stage`."""
+        self.left[name] = steps
+        self._describe()
+        return lambda: self._tick(name, cost)
+
+    def _tick(self, name: str, cost: float) -> None:
+        if self.ended:
+            raise InterruptedBuildError
+        steps = self.left[name]
+        self.left[name] = None if steps is None else steps - 1
+        self.bar.advance(self.bar.task_ids[0], cost)
+        if self.left[name] == 0:
+            self._describe()
+        else:
+            self._tell()
+
+    def _describe(self) -> None:
+        running = ", ".join(name for name, steps in list(self.left.items()) if steps != 0)
+        self.bar.update(self.bar.task_ids[0], description=f"{self.title}: {running}")
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.watcher is not None:
+            (task,) = self.bar.tasks
+            self.watcher.told(task.description, task.completed / self.total)
