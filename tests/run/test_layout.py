@@ -65,7 +65,10 @@ def test_a_line_that_is_no_event_is_named(line: str, said: str, tmp_path: Path) 
         layout.read_events(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"val/quality": "text"}', '{"val/quality": [1]}', "{", ""])
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"val/quality": "text"}', '{"val/quality": [1]}', "{", "", '{"a": 1}', f'{{"val/quality": {10**400}}}'],
+)
 def test_damaged_metrics_of_the_start_are_no_metrics(content: str, tmp_path: Path) -> None:
     (tmp_path / layout.START).write_text(content)
     with pytest.raises(InputError, match=layout.START):
@@ -73,8 +76,8 @@ def test_damaged_metrics_of_the_start_are_no_metrics(content: str, tmp_path: Pat
 
 
 def test_metrics_of_the_start_may_be_no_numbers(tmp_path: Path) -> None:
-    (tmp_path / layout.START).write_text('{"a": 1, "b": 0.5, "c": "-inf"}')
-    assert layout.read_start(tmp_path) == {"a": 1, "b": 0.5, "c": -math.inf}
+    (tmp_path / layout.START).write_text('{"val/quality": 1, "b": 0.5, "c": "-inf"}')
+    assert layout.read_start(tmp_path) == {"val/quality": 1, "b": 0.5, "c": -math.inf}
 
 
 @pytest.mark.parametrize("name", [layout.RESULT, layout.START, layout.EVENTS, layout.LOG, layout.CONFIG])

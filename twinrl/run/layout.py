@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from twinrl.config import one_line, parsed_yaml, read_text, stored
 from twinrl.config.errors import InputError
 from twinrl.machine import files
-from twinrl.run import columns, runlog
+from twinrl.run import columns, names, runlog
 
 CONFIG, ENVIRONMENT, RESULT = "config.yaml", "env.json", "result.json"
 LOG, EVENTS, METRICS = "log.jsonl", "events.jsonl", "metrics.parquet"
@@ -184,7 +184,8 @@ def read_event(capsule: Path) -> dict[str, Any]:
         raise InputError(f"{capsule / EVENT} is missing", fix=fix) from error
 
 
-Number = int | float | Literal["nan", "inf", "-inf"]
+NotFinite = Literal["nan", "inf", "-inf"]
+Number = int | float | NotFinite
 """As strict JSON has it; ``float`` takes all of them."""
 
 
@@ -248,10 +249,13 @@ def read_start(run: Path) -> dict[str, Any] | None:
     Raises:
         InputError: the file is damaged.
     """
+    fix = "restore it, or delete it and judge the run without it"
     try:
-        start = stored.read(run / START, dict[str, Number], "restore it, or delete it and judge the run without it")
+        start = stored.read(run / START, dict[str, FiniteFloat | NotFinite], fix)
     except FileNotFoundError:
         return None
+    if names.VAL_QUALITY not in start:
+        raise InputError(f"{run / START} is damaged", got=f"no {names.VAL_QUALITY}", fix=fix)
     return {name: runlog.decode(value) for name, value in start.items()}
 
 
