@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from twinrl.config.errors import of_system, of_threads
+from twinrl.config.errors import InputError, of_system, of_threads
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,9 @@ def test_no_more_processes_or_threads() -> None:
     assert said.startswith("no more threads or processes can be started; got Resource temporarily unavailable; fix: ")
     assert "`ulimit -u`" in str(of_threads(RuntimeError("can't start new thread")))
     assert of_threads(RuntimeError("size mismatch")) is None
+
+
+def test_what_was_found_is_told_in_a_line_that_people_read() -> None:
+    told = str(InputError("it cannot be loaded", got="x" * 5000, fix="mend it"))
+    assert len(told) < 1200
+    assert told.endswith("x… (of 5000 characters); fix: mend it")

@@ -13,6 +13,8 @@ REMEDIES = {
 }  # fmt: skip
 
 
+LONGEST = 1000
+"""Characters of what was found."""
 NO_THREAD = "can't start new thread"
 """What Python says, as a RuntimeError, where the system lets it start no more threads."""
 NO_MORE = "no more threads or processes can be started"
@@ -51,9 +53,14 @@ class InputError(Exception):
     def __init__(self, what: str, *, got: object = None, expected: object = None, fix: str | None = None):
         parts = [what]
         if got is not None:
-            parts.append(f"got {got}")
+            parts.append(f"got {_brief(str(got))}")
         if expected is not None:
             parts.append(f"expected {expected}")
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__(" ".join("; ".join(parts).split()))
+
+
+def _brief(text: str) -> str:
+    """A text that a terminal can show; what other libraries print may repeat a whole file."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}… (of {len(text)} characters)"
