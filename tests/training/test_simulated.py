@@ -22,6 +22,7 @@ from twinrl.training.simulated import Report
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulated")]
 
+QUICK = ("recommended", "tutorial", "sd35")
 WAITS, QUEUED = 8, 2
 """Most waits of a step, and most of them with work queued."""
 NETWORK = [SMALL[2], "data.source=tests.fake_source.ByPath", "train={steps: 40, batch: 16}"]
@@ -64,7 +65,13 @@ def check_waits(report: Report) -> None:
     assert report.queued <= QUEUED, lines
 
 
-@pytest.mark.parametrize("preset", config.presets())
+def _presets() -> Iterator[object]:
+    """Those that differ most are quickly proved, the others in a campaign."""
+    for preset in config.presets():
+        yield pytest.param(preset, marks=[] if preset in QUICK else pytest.mark.campaign)
+
+
+@pytest.mark.parametrize("preset", _presets())
 def test_every_preset(simulator: Simulator, models: Path, preset: str) -> None:
     report = simulator.report(preset, small(preset, models))
     assert report.flops > 0
@@ -72,7 +79,9 @@ def test_every_preset(simulator: Simulator, models: Path, preset: str) -> None:
     check_waits(report)
 
 
-@pytest.mark.parametrize("family", ["sd3", "qwen_image", "z_image"])
+@pytest.mark.parametrize(
+    "family", ["qwen_image", *(pytest.param(name, marks=pytest.mark.campaign) for name in ("sd3", "z_image"))]
+)
 def test_ranks(simulator: Simulator, models: Path, family: str) -> None:
     overrides = [f"model={{family: {family}, path: {models / family}, gradient_checkpointing: true}}", *REWARD,
                  "data={source: folder}", "train={batch: 32, micro_batch: 4, steps: 40, precision: bf16}"]  # fmt: skip
@@ -81,6 +90,7 @@ def test_ranks(simulator: Simulator, models: Path, family: str) -> None:
     assert set(report.messages) == {"gather", "reduce-scatter", "all-reduce", "broadcast"}
 
 
+@pytest.mark.campaign
 def test_more_ranks_hold_less_of_the_states(simulator: Simulator, models: Path) -> None:
     overrides = [
         f"model={{family: sd3, path: {models / 'sd3'}}}",
