@@ -10,10 +10,10 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check campaign release docs install lint types imports fast prose clean
 
-demo: install  ## a study of the published recipe and its cure, answered in a report: five minutes on two cores
+demo: install  ## a study of the published recipe and its cure, answered in a report: five to eight minutes on two cores
 	$(BIN)/twinrl ablate run demo
 
-test: install  ## everything that protects users: six minutes on two cores
+test: install  ## everything that protects users: six to ten minutes on two cores
 	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: install lint imports prose  ## the developer's quick loop: under two minutes on two cores
