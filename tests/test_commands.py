@@ -199,8 +199,10 @@ class Workshop:
     def _stands_for(self, word: str, command: str) -> str:
         if word in ("RUN", "runs/<run>", "runs/mnist-0a1b2c3d-s0"):
             return self._any_run()
-        if word == "<folder>":
-            return os.environ.get("TWINRL_MNIST_ROOT", word)
+        if "<folder>" in word:
+            if "TWINRL_MNIST_ROOT" not in os.environ:
+                pytest.skip("TWINRL_MNIST_ROOT names no folder with MNIST's files")
+            return word.replace("<folder>", os.environ["TWINRL_MNIST_ROOT"])
         if word.startswith(("runs/ablations", "my-study")) and not (self.folder / word).exists():
             self.write("my-study.yaml", (studies.STUDIES / "example.yaml").read_text())
             self.twinrl("ablate", "run", "my-study.yaml", "--no-mlflow")
