@@ -17,10 +17,12 @@ def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 
 def numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """0-dim tensors as numbers, in one transfer."""
+    """0-dim tensors as numbers, in one transfer from the device of the first."""
     if not scalars:
         return {}
-    return dict(zip(scalars, torch.stack([scalar.double() for scalar in scalars.values()]).tolist(), strict=True))
+    device = next(iter(scalars.values())).device
+    values = torch.stack([scalar.detach().double().to(device) for scalar in scalars.values()]).tolist()
+    return dict(zip(scalars, values, strict=True))
 
 
 def rows_of(tensor: Tensor, keep: Tensor | slice) -> Tensor:

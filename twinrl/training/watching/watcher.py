@@ -23,6 +23,7 @@ from twinrl.config.errors import InputError
 from twinrl.fsdp.ranks import Ranks
 from twinrl.gradients import Engine, telemetry
 from twinrl.gradients.engine import Measures
+from twinrl.machine.moving import numbers
 from twinrl.run import names
 from twinrl.stability.divergence import NONFINITE_PARAMETERS
 from twinrl.stability.events import NONFINITE, Event, Suspects, nonfinite
@@ -222,7 +223,7 @@ class Watch:
         scalars |= {names.LOSS_TOTAL: torch.stack(whole).sum(), **measures}
         if engine.config.telemetry.due("rms", self.done) and (rms := telemetry.rms(self._optimizer)):
             scalars[names.RMS_MAX] = telemetry.largest(list(rms.values()))
-        return self._ranks.agree(_to_floats(scalars))
+        return self._ranks.agree(numbers(scalars))
 
     def _judge(self, engine: Engine, values: dict[str, float]) -> Decision:
         """Detectors and policies, before the optimizer sees the gradient."""
@@ -277,7 +278,7 @@ class Watch:
         assert self._monitor is not None
         row: dict[str, Any] = {"iteration": self._iteration, "step": self.done + 1, **self._row}
         made, moved = self._steps.made, self._steps.measures()
-        row |= self._ranks.agree(_to_floats(moved))
+        row |= self._ranks.agree(numbers(moved))
         row[names.LR] = float(self._steps.lr if lr is None else lr * self._steps.scale)
         if judged.now.skip or not made:
             row[names.SKIPPED] = 1.0
@@ -376,12 +377,3 @@ class Watch:
     ) -> None:
         self._steps.close()
         self._book.close("finished" if kind is None else None)
-
-
-def _to_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """All scalars in one transfer from the device."""
-    if not scalars:
-        return {}
-    device = next(iter(scalars.values())).device
-    values = torch.stack([value.detach().double().to(device) for value in scalars.values()]).tolist()
-    return dict(zip(scalars, values, strict=True))
