@@ -1,4 +1,4 @@
-"""The walk through a training step: the trainer enters every file once."""
+"""The walks of docs/architecture.md: a training step enters every file once, an evaluation goes downwards."""
 
 import sys
 from collections.abc import Iterator
@@ -8,10 +8,12 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from rich.console import Console
 
 import twinrl
-from tests.fake_source import small
+from tests.fake_source import register, small
 from tests.training.trainers import make
+from twinrl.commands import inspect
 from twinrl.training import trainer as module
 
 ROOT = Path(twinrl.__file__).parent
@@ -60,3 +62,48 @@ def test_the_trainer_enters_every_file_once(step: int, tmp_path: Path) -> None:
     with entered() as calls:
         trainer.train_step()
     assert visits(calls) == list(WALK)
+
+
+ROOMS = ("commands", "training", "evaluation")
+"""From above to below: the rooms of an evaluation's walk."""
+LOOKED_UP = {
+    "commands/progress", "training/schema", "training/provider", "training/sources", "evaluation/distances",
+    "evaluation/prdc", "evaluation/isolation",
+}  # fmt: skip
+"""Settings, contracts and numbers of these rooms: not doors."""
+EVALUATED = [
+    "commands/inspect", "training/opened", "training/runs", "training/assembly", "training/laboratory",
+    "evaluation/protocol", "evaluation/table", "evaluation/shelf", "training/pictures", "evaluation/grids",
+]  # fmt: skip
+"""The files that docs/architecture.md lists; cli and run/layout are beside them."""
+
+
+def test_an_evaluation_enters_what_the_architecture_lists_and_never_climbs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch)
+    settings = small(tmp_path, "train.steps=1")
+    make(settings).train()
+    found: set[tuple[str, str]] = set()
+
+    def note(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_back is not None:
+            caller, called = (_door(each.f_code.co_filename) for each in (frame.f_back, frame))
+            if called and caller != called:
+                found.add((caller, called))
+
+    sys.setprofile(note)
+    try:
+        inspect.evaluate(settings.directory, None, Console(quiet=True))
+    finally:
+        sys.setprofile(None)
+    assert {called for _, called in found} == set(EVALUATED)
+    rooms = [[ROOMS.index(name.partition("/")[0]) for name in arrow] for arrow in found if all(arrow)]
+    assert all(above <= below for above, below in rooms)
+
+
+def _door(file: str) -> str:
+    """The file's name in the package, if it is of these rooms and not looked up; else nothing."""
+    path = Path(file)
+    name = str(path.relative_to(ROOT).with_suffix("")) if path.is_relative_to(ROOT) else ""
+    return name if name.partition("/")[0] in ROOMS and name not in LOOKED_UP else ""

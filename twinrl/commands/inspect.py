@@ -4,8 +4,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from twinrl.commands.interactive import Run
-from twinrl.training.opened import open_run
+from twinrl.commands.progress import judging
+from twinrl.machine import files
+from twinrl.run import layout
+from twinrl.training.opened import Judged, OpenedRun, open_run
 from twinrl.training.pictures import check_picture, save_samples
 
 
@@ -22,5 +24,18 @@ def sample(
 
 def evaluate(path: Path, step: int | None, console: Console) -> int:
     """Print the final table of a run and write it with its pictures to ``evaluation/`` (``/step-N/`` if asked)."""
-    console.print(*Run(path, step).evaluate(console).rich())
+    console.print(*judge(open_run(path, step), console).rich())
     return 0
+
+
+def judge(opened: OpenedRun, console: Console) -> Judged:
+    """Judge the run's samples and write table and pictures to its folder.
+
+    Raises:
+        InputError: the run has no checkpoint or no such data, or cannot be written.
+    """
+    files.check_writable(opened.folder, str(opened.folder), "mend its rights, or evaluate a copy of the run")
+    with judging(console):
+        judged = opened.judge()
+    judged.table.write(opened.folder / layout.TABLE)
+    return judged

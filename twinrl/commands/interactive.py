@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from twinrl.commands import processes
-from twinrl.commands.progress import judging
+from twinrl.commands import inspect, processes
 from twinrl.config.errors import InputError
 from twinrl.evaluation import grids
-from twinrl.machine import files
 from twinrl.run import layout
 from twinrl.stability.events import Event
 from twinrl.training import schema
@@ -88,12 +86,7 @@ class Run:
         Raises:
             InputError: the run has no checkpoint or no such data, or cannot be written.
         """
-        opened = self.opened
-        files.check_writable(opened.folder, str(opened.folder), "mend its rights, or evaluate a copy of the run")
-        with judging(console or Console()):
-            judged = opened.judge()
-        judged.table.write(opened.folder / layout.TABLE)
-        return judged
+        return inspect.judge(self.opened, console or Console())
 
 
 def load(run: "str | PathLike[str]", step: int | None = None) -> Run:

@@ -55,13 +55,13 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         ranks.on_first(lambda: begin(launchers))
         console = _of_rank(console, ranks)
         try:
-            trainer = _trainer(settings, run, source, device, stack, ranks)
+            trainer, validator = _trainer(settings, run, source, device, stack, ranks)
         except (InputError, OSError):
             if ranks.first and not goes_on:
                 run.discard()
             raise
         console.print("run directory", Text(str(run.path), "bold"))
-        return _continue(trainer, console, stop)
+        return _continue(trainer, validator, console, stop)
 
 
 @in_one_line
@@ -77,8 +77,8 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
         if ranks.together(lambda: _over(run, _of_rank(console, ranks))):
             return 0
         source = ranks.together(lambda: assembly.load_source(settings, device))
-        trainer = _trainer(settings, run, source, device, stack, ranks)
-        return _continue(trainer, _of_rank(console, ranks), stop)
+        trainer, validator = _trainer(settings, run, source, device, stack, ranks)
+        return _continue(trainer, validator, _of_rank(console, ranks), stop)
 
 
 def _over(run: RunDirectory, console: Console) -> bool:
@@ -122,8 +122,8 @@ def _of_rank(console: Console, ranks: Ranks) -> Console:
 
 def _trainer(
     settings: RunConfig, run: RunDirectory, source: Data, device: torch.device, stack: ExitStack, ranks: Ranks
-) -> Trainer:
-    """The trainer in the state of the newest checkpoint, or at the start, of which the first pictures are drawn.
+) -> tuple[Trainer, pictures.Validator]:
+    """The trainer in the state of the newest checkpoint, or at the start, of which it draws; and who draws its run.
 
     Every process takes part in making samples; what other than the first one draws of them is thrown away.
     """
@@ -138,7 +138,7 @@ def _trainer(
         if (renoise := trainer.settings.renoise) is not None:
             times = trainer.feed.renoise_times(trainer.settings.seed)
             figures.save_renoise(times, renoise.placement, shown.samples / "renoise.png")
-    return trainer
+    return trainer, validator
 
 
 def _take_start(trainer: Trainer, validator: pictures.Validator) -> None:
@@ -159,13 +159,13 @@ def _scratch(stack: ExitStack) -> RunDirectory:
     return scratch
 
 
-def _continue(trainer: Trainer, console: Console, stop: Path | None) -> int:
+def _continue(trainer: Trainer, validator: pictures.Validator, console: Console, stop: Path | None) -> int:
     view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
     if stop is not None:
         trainer.asked_to_stop = stop.exists
     try:
         outcome = _train(trainer, view, console)
-        return _conclude(trainer, outcome, view, console)
+        return _conclude(trainer, validator, outcome, view, console)
     except KeyboardInterrupt:
         return _broken_off(trainer, console)
 
@@ -200,7 +200,9 @@ def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outco
         return trainer.train()
 
 
-def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, console: Console) -> int:
+def _conclude(
+    trainer: Trainer, validator: pictures.Validator, outcome: Outcome, view: MLflowView | None, console: Console
+) -> int:
     """Evaluate, draw, write the result and close the view; the exit code."""
     run = trainer.run
     if outcome.status == "interrupted":
@@ -220,8 +222,7 @@ def _conclude(trainer: Trainer, outcome: Outcome, view: MLflowView | None, conso
         console.print(*judged.rich())
         result["table"] = judged.table.as_dict()
     if trainer.ranks.first:
-        rows, events = layout.read_rows(run.path), layout.read_events(run.path)
-        figures.save_norms(rows, events, run.path.name, run.samples / "norms.png")
+        validator.save_course(layout.read_rows(run.path), layout.read_events(run.path))
         layout.write_metrics(run.path)
         run.finish(result)
     if view is not None and view.close("FAILED" if outcome.status == "diverged" else "FINISHED"):

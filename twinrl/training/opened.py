@@ -118,11 +118,10 @@ class OpenedRun:
 
     def judge(self) -> Judged:
         """The final table; pictures go to :attr:`folder`."""
-        rows = layout.read_rows(self.directory.path)  # first: a row that is damaged is refused before anything is made
         network = self.provider.judged(self.network)
         self.folder.mkdir(parents=True, exist_ok=True)
         protocol, table = self.provider.final(network)
-        return Judged(table, pictures.save_final(protocol, network, self.directory, rows, self.folder))
+        return Judged(table, pictures.save_final(protocol, network, self.directory.path.name, self.folder))
 
     def timings(self, rounds: int) -> list[TimingLine]:
         """What a sample costs, at every NFE of ``evaluation.nfe`` and by a many-step teacher."""

@@ -1,4 +1,4 @@
-"""The pictures of a run: sample grids at every validation, and what is drawn of a judged network."""
+"""The pictures of a run: sample grids at every validation, its course, and what is drawn of a judged network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +42,13 @@ class Validator:
         with files.publishing(path.with_suffix(".safetensors")) as new:
             tensors.write(new, {"pixels": _as_bytes(images[:, 0])})
 
+    def save_course(self, rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> None:
+        """How training went, however it ended: the same noise over training, curves of the log, gradient norms."""
+        folder, title = self.run.samples, self.run.path.name
+        grids.save_over_training(folder, self.protocol.row_names, folder / "over-training.png")
+        figures.save_curves(rows, self.protocol.floor, title, folder / "curves.png")
+        figures.save_norms(rows, events, title, folder / "norms.png")
+
 
 def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path, title: str) -> Tensor:
     """Write a grid of samples (a row for each class, the same noise in a column); returns its pixels."""
@@ -50,22 +57,17 @@ def save_grid(protocol: FixedProtocol, network: nn.Module, nfe: int, path: Path,
     return images
 
 
-def save_final(
-    protocol: FixedProtocol, network: nn.Module, run: RunDirectory, rows: Sequence[Mapping[str, Any]], folder: Path
-) -> Path:
-    """The pictures of a judged network and its run, into ``folder``; returns the path of the grid at the first NFE.
+def save_final(protocol: FixedProtocol, network: nn.Module, title: str, folder: Path) -> Path:
+    """The pictures of a judged network, into ``folder``; returns the path of the grid at the first NFE.
 
-    Grids, one prompt under other noise (whether the student still varies), the same noise over training, and curves of
-    the log's ``rows``.
+    Grids, and one prompt under other noise (whether the student still varies).
     """
     evaluations = protocol.config.nfe
     paths = [folder / f"final-{nfe}nfe.png" for nfe in evaluations]
     for nfe, path in zip(evaluations, paths, strict=True):
-        save_grid(protocol, network, nfe, path, run.path.name)
+        save_grid(protocol, network, nfe, path, title)
     prompt, images = protocol.diversity(network, few_step(evaluations[0]), DIVERSE)
     grids.save(grids.diversity_grid(images, prompt, nfe=evaluations[0]), folder / "diversity.png")
-    grids.save_over_training(run.samples, protocol.row_names, folder / "over-training.png")
-    figures.save_curves(rows, protocol.floor, run.path.name, folder / "curves.png")
     return paths[0]
 
 
