@@ -5,6 +5,7 @@ from typing import Any
 
 from twinrl.config.components import Registry
 from twinrl.terms.adversarial import Adversarial
+from twinrl.terms.mean_flow import MeanFlow
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity
 from twinrl.terms.rectify import Rectify
@@ -23,6 +24,7 @@ TERMS = Registry(
         "one_step_consistency": OneStepConsistency,
         "simpletuner_base": SimpleTunerBase,
         "reward": RewardAscent,
+        "mean_flow": MeanFlow,
     },
 )
 

@@ -11,8 +11,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from twinrl.config.components import checked
+from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws, returned
 from twinrl.flow.branches import Batch, Rows, selection
 from twinrl.flow.conditions import Condition
@@ -278,6 +280,19 @@ class Pass:
 
     def teacher(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.recursion, x, t, r, c)
+
+    def derivative(self, query: Query, v: Tensor) -> Tensor:
+        student = self.objective.teacher.student
+        try:
+            with torch.no_grad(), self.random_state.replayed(), forward_ad.dual_level():
+                moving = forward_ad.make_dual(query.x, v), forward_ad.make_dual(query.t, torch.ones_like(query.t))
+                F = forward_ad.unpack_dual(self.objective.call(student, *moving, query.r, query.c))
+        except NotImplementedError as error:
+            raise InputError(
+                "the network cannot be differentiated forwards", got=str(error).splitlines()[0],
+                fix="use derivative: difference",
+            ) from error  # fmt: skip
+        return torch.zeros_like(F.primal) if F.tangent is None else F.tangent
 
     def target_velocity(self, rows: Rows) -> Tensor:
         if rows.numbers not in self._velocity:

@@ -93,6 +93,14 @@ class Context(Protocol):
         """The recursion's teacher F̄."""
         ...
 
+    def derivative(self, query: Query, v: Tensor) -> Tensor:
+        """The student's dF/dt (B, C, H, W) at ``query``, where ``x`` moves with velocity ``v`` and r stands still.
+
+        Raises:
+            InputError: a part of the network has no forward-mode derivative.
+        """
+        ...
+
     def target_velocity(self, rows: Rows) -> Tensor:
         """The guidance-enhanced target velocity v* of the rows, computed once for all terms."""
         ...
