@@ -22,6 +22,7 @@ from ablations.runner import Runner
 from ablations.study import Study
 from twinrl.commands import program
 from twinrl.config.errors import InputError
+from twinrl.machine.background import in_background
 from twinrl.machine.cluster import LostError
 from twinrl.tracking import store
 from twinrl.tracking.studies import WORKSPACE
@@ -100,6 +101,8 @@ def run(
         reporting.write_index(made)
         view = StudyView(made, uri) if mlflow else None
         machine, notes = Machine(address, cpus), list[str]()
+        if report and made.missing:
+            in_background(reporting.prepare)
         made, failures, broken = _train(made, Runner(machine, console, course.trials), view)
         if view is not None and (problem := _published(view, course)):
             notes.append(f"MLflow is away ({escape(problem)}); the same command publishes what is missing")

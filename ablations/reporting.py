@@ -1,5 +1,6 @@
 """A study's report: what the analysis is told of the study, and what is said of the pages that it writes."""
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from analysis.frames import StudyFrame
 
 PICTURE = "figures/norms.svg"
+IMPORTED = ("analysis.report", "pandas", "matplotlib.figure", "matplotlib.backends.backend_svg", "scipy.stats",
+            "statsmodels.regression.linear_model")  # fmt: skip
+"""What a report imports, most of it where it is first used."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Report:
         """Gradient norms by arm; None where no run has logged any."""
         path = self.page.parent / PICTURE
         return path if path.is_file() else None
+
+
+def prepare() -> None:
+    """Import what :func:`write` needs, which takes seconds; for a thread while trials run."""
+    for name in IMPORTED:
+        importlib.import_module(name)
 
 
 def write(

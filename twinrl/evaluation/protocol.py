@@ -28,6 +28,8 @@ HeldOut: TypeAlias = Literal["validation", "test"]
 VELOCITY_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 KEPT_BY = ("n", "seed", "batch", "captions", "neighbours")
 """Settings that decide every judgement that is kept."""
+DECODED = 50
+"""Latents decoded at once: what the codec makes of more leaves a processor's cache."""
 
 
 class GuidedConfig(Settings):
@@ -221,7 +223,7 @@ class LabelProtocol:
 
     def round_trip(self) -> tuple[JudgedImages, JudgedImages]:
         """:meth:`judge_real` after encoding and decoding: the best that a generator of latents can do."""
-        return self.judge_real(lambda pixels: self.source.decode(self.source.encode(pixels)))
+        return self.judge_real(lambda pixels: self._decode(self.source.encode(pixels)))
 
     def _chunked(self, function: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         with undisturbed(seed=self.config.seed, device=self.device):
@@ -255,8 +257,11 @@ class LabelProtocol:
                 null = self.source.null_condition(conditions.size(rows)) if guidance else None
                 seed = self.config.seed + key + chunk.start
                 z = sample(network, noise[chunk], rows, sampler, seed=seed, guidance=guidance, null=null)
-                parts.append(self.source.decode(z))
+                parts.append(self._decode(z))
         return torch.cat(parts)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return torch.cat([self.source.decode(part) for part in z.split(DECODED)])
 
     def _chunks(self, n: int) -> list[slice]:
         size = self.config.batch
@@ -286,7 +291,7 @@ class LabelProtocol:
         with undisturbed(network, seed=self.config.seed, device=self.device):
             condition = self.source.condition([prompt] * n)
             z = sample(network, self.noise(n, "evaluation diversity"), condition, sampler)
-            return prompt, self.source.decode(z)
+            return prompt, self._decode(z)
 
     # --- judgements -------------------------------------------------------------------------------------
 
