@@ -139,7 +139,7 @@ def run(row: Row, revision: str, sources: str) -> Outcome:
     environment = os.environ | row.environment
     began = time.monotonic()
     with (PRINTED / f"{row.key}.txt").open("w") as output, _busy(row.busy):
-        command = [sys.executable, "-m", "pytest", "--durations=20", *row.arguments]
+        command = [sys.executable, "-m", "pytest", "--durations=60", *row.arguments]
         try:
             done = subprocess.run(
                 command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output, timeout=LIMIT, check=False
