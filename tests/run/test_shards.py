@@ -106,6 +106,10 @@ INCOMPLETE = {
     "twice the same": _other(
         size=torch.Size([4, 3]), chunks=[ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([2, 3]))] * 2
     ),
+    "one over the other": _other(
+        size=torch.Size([4, 3]),
+        chunks=[ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([2, 3])) for first in (0, 1)],
+    ),
     "negative": _other(size=torch.Size([-2, -3])),
     "no size": _other(size="text"),
     "no dtype": lambda described: setattr(described.state_dict_metadata["student/weight"].properties, "dtype", None),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _is_whole(found: Any) -> bool:
         isinstance(found, TensorStorageMetadata)
         and isinstance(found.properties.dtype, torch.dtype)
         and all(_lies_inside(chunk, found.size) for chunk in found.chunks)
-        and len({tuple(chunk.offsets) for chunk in found.chunks}) == len(found.chunks)
+        and not any(_overlap(*pair) for pair in combinations(found.chunks, 2))
         and sum(math.prod(chunk.sizes) for chunk in found.chunks) == math.prod(found.size)
     )
 
@@ -102,6 +103,11 @@ def _is_whole(found: Any) -> bool:
 def _lies_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
     places = zip(chunk.offsets, chunk.sizes, size, strict=True)
     return all(0 <= start <= start + length <= whole for start, length, whole in places)
+
+
+def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
+    places = zip(a.offsets, a.sizes, b.offsets, b.sizes, strict=True)
+    return all(max(first, second) < min(first + m, second + n) for first, m, second, n in places)
 
 
 def _bytes(found: TensorStorageMetadata) -> int:
