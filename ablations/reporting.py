@@ -104,7 +104,10 @@ def write_index(plan: Plan, index: Mapping[str, object] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files.write_text(folder / STUDY_FILE, json.dumps({**index, "runs": "../.."}, indent=1))
     except OSError as error:
-        raise InputError(f"the workspace {plan.workspace.root} can't be written", got=error.strerror) from error
+        raise InputError(
+            f"the workspace {plan.workspace.root} can't be written", got=error.strerror,
+            fix="mend its rights; `ablate report --out FOLDER` writes elsewhere",
+        ) from error  # fmt: skip
 
 
 def index_of(plan: Plan, version: versions.Version, base: str | None) -> dict[str, object]:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,18 @@ def test_a_picture_that_cannot_be_written_is_not_drawn(
     Path("folder.png").mkdir()
     result = twinrl("sample", str(interrupted.path), "-n", "1", "--out", out)
     refused(result, f"{out} cannot be written", "fix: ")
+
+
+@pytest.mark.parametrize(("command", "work"), [("evaluate", "judge"), ("bench", "timings")])
+def test_a_run_that_cannot_be_written_is_refused_before_time_is_spent(
+    twinrl: Any, interrupted: RunDirectory, command: str, work: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
+    monkeypatch.setattr(OpenedRun, work, None)
+    refused(twinrl(command, str(interrupted.path)), "cannot be written; got Read-only file system", "a copy of the run")
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ def cells(lines: Sequence[TimingLine]) -> list[tuple[str, ...]]:
 def bench(path: Path, rounds: int, step: int | None, console: Console) -> int:
     """Time a run's judged network, print the table and write ``bench.json`` beside it."""
     opened = open_run(path, step)
+    files.check_writable(path, str(path), "mend its rights, or time a copy of the run")
     if opened.settings.machine.threads:
         torch.set_num_threads(opened.settings.machine.threads)
     lines = opened.timings(rounds)
