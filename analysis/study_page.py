@@ -1,6 +1,7 @@
 """The page about a study: ranking, divergence, factors, what the reward cost, samples side by side."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from twinrl.stability.divergence import FALL, NEVER_WHOLE
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL import Image
 
 REWARD_METRICS = ("val/score/", "val/held_out_score/", names.REWARD_MEAN)
 MOST_REWARDS = 4
@@ -369,15 +371,23 @@ def _samples(study: StudyFrame, figures: Path) -> list[PageBlock]:
 
 
 def _top(grid: Path, target: Path) -> Path:
-    """The upper left part of a grid, half as high as wide, in few colours: what a first look takes."""
+    """The grid's first images, half as high as wide, in few colours: what a first look takes."""
     from PIL import Image
 
     with Image.open(grid) as picture:
-        width = min(picture.width, THUMBNAIL)
-        part = picture.convert("RGB").crop((0, 0, width, min(picture.height, width // 2)))
+        left, top = origin(picture)
+        width = min(picture.width - left, THUMBNAIL)
+        part = picture.convert("RGB").crop((left, top, left + width, min(picture.height, top + width // 2)))
     with files.publishing(target) as new:
         part.quantize(64).save(new, "PNG", optimize=True)
     return target
+
+
+def origin(picture: "Image.Image") -> tuple[int, int]:
+    """Where the images of a grid begin, in pixels; (0, 0) where it does not say so."""
+    found = re.fullmatch(r"(\d{1,5}) (\d{1,5})", str(picture.info.get(layout.GRID_ORIGIN, "")))
+    left, top = (int(found[1]), int(found[2])) if found else (0, 0)
+    return (left, top) if left < picture.width and top < picture.height else (0, 0)
 
 
 def _end(study: StudyFrame, arm: str, seed: int) -> str:

@@ -1,11 +1,16 @@
 """Grids and figures: sizes, colours and what is said; how they look was judged by eye."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from analysis.study_page import origin
 from twinrl.evaluation.figures import gradient_norms, save, time_scatter, training_curves
 from twinrl.evaluation.grids import BROKEN, GAP, as_uint8, diversity_grid, sample_grid, training_grid
+from twinrl.evaluation.grids import save as save_grid
 from twinrl.run import runlog
 from twinrl.run.runlog import RunLog
 
@@ -43,6 +48,17 @@ class TestGrids:
             if np.array_equal(page[y : y + 32, x : x + 32], expected)
         ]
         assert len(found) == 1
+
+    @pytest.mark.parametrize("labels", [["first", "second"], ["", ""]])
+    def test_a_report_shows_a_grid_from_its_first_image_on(self, labels: list[str], tmp_path: Path):
+        images = torch.rand(2, 3, 3, 8, 8) * 2 - 1
+        save_grid(sample_grid(images, labels, title="t", scale=4), tmp_path / "grid.png")
+        save_grid(sample_grid(images, labels, title="t", scale=4), tmp_path / "grid.jpg")  # has no such text
+        for name, shown in (("grid.png", True), ("grid.jpg", False)):
+            with Image.open(tmp_path / name) as picture:
+                left, top = origin(picture)
+                found = np.asarray(picture)[top : top + 32, left : left + 32]
+            assert shown == np.array_equal(found, as_uint8(images)[0, 0].repeat(4, 0).repeat(4, 1))
 
     def test_small_images_are_made_large_enough_to_see(self):
         narrow, wide = (sample_grid(torch.zeros(1, k, 3, 32, 32), [""]) for k in (1, 2))

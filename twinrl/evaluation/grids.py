@@ -36,9 +36,14 @@ def as_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def save(picture: "Image", path: Path) -> None:
-    """Write a picture, whole or not at all; the format is the suffix's."""
+    """Write a picture, whole or not at all; the format is the suffix's. A PNG says where its images begin."""
+    from PIL.PngImagePlugin import PngInfo
+
+    notes = PngInfo()
+    if layout.GRID_ORIGIN in picture.info:
+        notes.add_text(layout.GRID_ORIGIN, picture.info[layout.GRID_ORIGIN])
     with files.publishing(path) as new:
-        picture.save(new)
+        picture.save(new, pnginfo=notes)
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,10 @@ def sample_grid(
     scale = scale or max(1, -(-TARGET // width))
     left = MARGIN + (max(map(_text_width, row_labels)) + MARGIN // 2 if any(row_labels) else 0)
     top = MARGIN + (TITLE + MARGIN if title else 0) + (TEXT + GAP + 2 if column_labels else 0)
-    layout = _Layout(rows, columns, (width * scale, height * scale), left, top, TEXT + MARGIN // 2 if note else 0)
-    page = _paste(as_uint8(images), layout, min_width=MARGIN * 2 + _text_width(title or "", TITLE))
-    _annotate(page, layout, row_labels, column_labels or (), title, note)
+    places = _Layout(rows, columns, (width * scale, height * scale), left, top, TEXT + MARGIN // 2 if note else 0)
+    page = _paste(as_uint8(images), places, min_width=MARGIN * 2 + _text_width(title or "", TITLE))
+    _annotate(page, places, row_labels, column_labels or (), title, note)
+    page.info[layout.GRID_ORIGIN] = f"{left} {top}"
     return page
 
 

@@ -41,6 +41,8 @@ LOCK = ".lock"
 SEED = re.compile(r"^seed: (\d+)\n", re.MULTILINE)
 STEP = "step-"
 """What the name of a step's checkpoint and pictures begins with."""
+GRID_ORIGIN = "images from"
+"""Key of a sample grid's PNG text: "left top" of its first image, in pixels; titles and prompts are before it."""
 
 
 def is_run(run: Path) -> bool:
