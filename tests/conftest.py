@@ -12,6 +12,9 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Also for the processes that tests start. More threads make small tensors no faster, on a busy machine much slower."""
 
+os.environ.setdefault("RAY_worker_niceness", "0")
+"""Ray gives its workers the lowest priority but four; beside other work the trials of a test would stand still."""
+
 if "ATEN_CPU_CAPABILITY" in os.environ:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 """On a processor with AMX, torch 2.13 asks oneDNN whether to pack bf16 matrices, and its own portable code cannot."""
