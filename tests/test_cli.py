@@ -322,7 +322,27 @@ def test_a_picture_that_cannot_be_written_is_not_drawn(
     refused(result, f"{out} cannot be written", "fix: ")
 
 
-@pytest.mark.parametrize(("command", "work"), [("evaluate", "judge"), ("bench", "timings")])
+@pytest.mark.slow
+def test_samples_by_the_sampler_that_was_found(
+    twinrl: Any, interrupted: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = str(interrupted.path)
+    refused(twinrl("sample", run, "--best", "--nfe", "2"), "no sampler was searched", "fix: twinrl sampler")
+    refused(twinrl("sampler", run), "leaves nothing to choose", "--nfe 2")
+    found = twinrl("sampler", run, "--nfe", "2")
+    assert found.code == 0
+    assert re.search(r"2 +[\d.]+ +[\d.]+ +-?[\d.e-]+ \[", found.out)
+    kept = json.loads((interrupted.path / layout.EVALUATION / layout.SAMPLERS).read_text())
+    assert [each["nfe"] for each in kept["found"]] == [2]
+    assert twinrl("sample", run, "--best", "--nfe", "2", "-n", "2", "--out", "a.png").code == 0
+    assert twinrl("sample", run, "--nfe", "2", "-n", "2", "--out", "b.png").code == 0
+    better = kept["found"][0]["difference"]["high"] < 0
+    assert (Path("a.png").read_bytes() != Path("b.png").read_bytes()) == better
+    assert twinrl("sample", run, "--best", "--nfe", "1", "-n", "2").code == 0  # one jump is one jump
+    refused(twinrl("sample", run, "--best", "--nfe", "3"), "for 3 evaluations at step 7")
+
+
+@pytest.mark.parametrize(("command", "work"), [("evaluate", "judge"), ("bench", "timings"), ("sampler", "best")])
 def test_a_run_that_cannot_be_written_is_refused_before_time_is_spent(
     twinrl: Any, interrupted: RunDirectory, command: str, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,7 +351,9 @@ def test_a_run_that_cannot_be_written_is_refused_before_time_is_spent(
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuses)
     monkeypatch.setattr(OpenedRun, work, None)
-    refused(twinrl(command, str(interrupted.path)), "cannot be written; got Read-only file system", "a copy of the run")
+    options = ["--nfe", "2"] if command == "sampler" else []
+    result = twinrl(command, str(interrupted.path), *options)
+    refused(result, "cannot be written; got Read-only file system", "a copy of the run")
 
 
 @pytest.mark.slow

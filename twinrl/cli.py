@@ -101,12 +101,32 @@ def sample(
     n: Annotated[int, typer.Option("-n", min=1, help="samples per prompt, each from its own noise")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="of the noise")] = 0,
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("samples.png"),
+    best: Annotated[bool, typer.Option("--best", help="by the sampler that `twinrl sampler` has found")] = False,
     step: StepOption = None,
 ) -> None:
     """Draw samples of a run into a picture."""
     from twinrl.commands.inspect import sample as command
 
-    raise typer.Exit(command(run, prompt or [], nfe, n, seed, out, step, _console()))
+    raise typer.Exit(command(run, prompt or [], nfe, n, seed, out, step, best, _console()))
+
+
+@app.command()
+def sampler(
+    run: RunArgument,
+    nfe: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="network evaluations per sample; may be repeated; default: the run's own above 1"),
+    ] = None,
+    step: StepOption = None,
+) -> None:
+    """Search the sampler settings that suit a finished run: better samples without any training.
+
+    Times, fresh noise and extrapolation are searched on validation images. What is found is compared with the usual
+    settings on test images and fresh noise, and kept in the run. Then: `twinrl sample RUN --best --nfe 4`.
+    """
+    from twinrl.commands.inspect import sampler as command
+
+    raise typer.Exit(command(run, nfe or [], step, _console()))
 
 
 @app.command()

@@ -12,6 +12,7 @@ from tests.ablations.tiny import without_figures
 from tests.fake_source import FakeSource, register, small
 from twinrl.config.errors import InputError
 from twinrl.run import names
+from twinrl.sampling import few_step
 from twinrl.training.opened import OpenedRun, open_run
 from twinrl.training.runs import RunDirectory
 from twinrl.training.trainer import Trainer
@@ -34,11 +35,11 @@ def test_opened_from_disk_or_from_memory(trainer: Trainer, tmp_path: Path) -> No
     best = trainer.objective.teacher.best
     opened = open_run(trainer.run.path)
     trained = OpenedRun.trained(trainer.run, trainer.provider, best, tmp_path / "judged")
-    asked = ["a dark picture"], 3, 1, 5
+    asked = ["a dark picture"], 3, few_step(1), 5
     ((prompt, ours),), ((_, theirs),) = opened.sample(*asked), trained.sample(*asked)
     assert (prompt, ours.shape) == ("a dark picture", (3, 3, 4, 4))
     assert torch.equal(ours, theirs)
-    assert len(opened.sample([], 2, 1, 0)) == len(FakeSource().classes)
+    assert len(opened.sample([], 2, few_step(1), 0)) == len(FakeSource().classes)
     assert opened.folder == trainer.run.path / "evaluation"
     table, grid = trained.judge()
     assert grid.parent == tmp_path / "judged"

@@ -14,6 +14,7 @@ from twinrl.commands import inspect, processes
 from twinrl.config.errors import InputError
 from twinrl.evaluation import grids
 from twinrl.run import layout
+from twinrl.sampling import few_step
 from twinrl.stability.events import Event
 from twinrl.training import schema
 from twinrl.training.opened import Judged, OpenedRun, open_run
@@ -62,23 +63,25 @@ class Run:
         """Checkpoint, data and models, read when they are first needed. Raises InputError."""
         return open_run(self.path, self.step)
 
-    def samples(self, prompt: str, n: int = 10, nfe: int = 1, seed: int = 0) -> "list[Image]":
+    def samples(self, prompt: str, n: int = 10, nfe: int = 1, seed: int = 0, best: bool = False) -> "list[Image]":
         """``n`` pictures of a prompt, each from its own noise.
 
         Arguments:
             prompt: what to draw. nfe: network evaluations a picture. seed: of the noise.
+            best: by the sampler that ``twinrl sampler`` has found.
 
         Raises:
-            InputError: the run has no checkpoint or no such data.
+            InputError: the run has no checkpoint or no such data, or no sampler was searched.
         """
         from PIL import Image
 
-        ((_, pixels),) = self.opened.sample([prompt], n, nfe, seed)
+        sampler = self.opened.sampler(nfe) if best else few_step(nfe)
+        ((_, pixels),) = self.opened.sample([prompt], n, sampler, seed)
         return [Image.fromarray(picture) for picture in grids.as_uint8(pixels)]
 
-    def sample(self, prompt: str, nfe: int = 1, seed: int = 0) -> "Image":
+    def sample(self, prompt: str, nfe: int = 1, seed: int = 0, best: bool = False) -> "Image":
         """One picture of a prompt; arguments and errors as for :meth:`samples`."""
-        return self.samples(prompt, 1, nfe, seed)[0]
+        return self.samples(prompt, 1, nfe, seed, best)[0]
 
     def evaluate(self, console: Console | None = None) -> Judged:
         """Judge the run's samples, as ``twinrl evaluate`` does: the table, written beside its pictures.

@@ -147,10 +147,11 @@ class PromptProtocol:
         for _, inside in self._buckets(rows):
             yield from inside.split(self.config.batch)
 
-    def _chunks(self) -> Iterator[Chunk]:
+    def _chunks(self, draw: int) -> Iterator[Chunk]:
+        purpose = f"evaluation noise {draw}" if draw else "evaluation noise"
         for at in self._parts(self.rows):
             prompts, condition = self.data.captioned(at, 0, 0)
-            yield Chunk(at, prompts, condition, self._noise(at, "evaluation noise"), int(at[0]))
+            yield Chunk(at, prompts, condition, self._noise(at, purpose), int(at[0]) + draw * len(self.data.dataset))
 
     def _noise(self, at: Tensor, purpose: str) -> Tensor:
         """Noise that belongs to the rows, however they are chunked."""
@@ -206,12 +207,15 @@ class PromptProtocol:
     # --- metrics ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def quality(self, network: Network, sampler: SamplerConfig, guidance: float = 0.0) -> dict[str, float]:
-        """Distances to held-out and other images, mean scores and the share of non-finite samples, by plain names."""
+    def quality(
+        self, network: Network, sampler: SamplerConfig, guidance: float = 0.0, draw: int = 0
+    ) -> dict[str, float]:
+        """Distances to held-out and other images, mean scores and the share of non-finite samples, by plain names; of
+        the fixed noise number ``draw``."""
         features, finite, scores = [], [], {name: [] for name in self.scorers}  # type: ignore[var-annotated]
         seen: list[Tensor] = []
         with self._undisturbed(network):
-            for chunk in self._chunks():
+            for chunk in self._chunks(draw):
                 z = self._sampled(network, sampler, chunk, guidance)
                 features.append(_features(z.float()).cpu())
                 finite.append(z.isfinite().flatten(1).all(1).cpu())
@@ -228,6 +232,15 @@ class PromptProtocol:
         means = {f"score/{name}": torch.cat(values).mean().item() for name, values in scores.items()}
         return {**found, **means, "nonfinite_frac": (~torch.cat(finite)).double().mean().item()}
 
+    def draw_quality(self, network: Network, sampler: SamplerConfig, draw: int) -> float:
+        """What ranks samples, of the fixed noise number ``draw``; smaller is better."""
+        return self._ranking(self.quality(network, sampler, draw=draw))
+
+    def _ranking(self, found: Mapping[str, float]) -> float:
+        """The distance to held-out images; without any, a held-out score before a followed one, negated."""
+        ranked = [*sorted(self.held_out), *(name for name in self.scorers if name not in self.held_out)]
+        return found["latent_kid"] if self.has_images else -found[f"score/{ranked[0]}"]
+
     def evaluate(self, network: Network) -> dict[str, float]:
         """One evaluation in training: metrics at every NFE, ``val/quality``, ``val/velocity_mse`` where there are
         images."""
@@ -236,9 +249,7 @@ class PromptProtocol:
         if (guided := self.config.guided) is not None:
             values = self.quality(network, few_step(guided.nfe), guided.strength)
             metrics |= {names.guided(quantity, guided.nfe): value for quantity, value in values.items()}
-        first = found[self.config.nfe[0]]
-        ranked = [*sorted(self.held_out), *(name for name in self.scorers if name not in self.held_out)]
-        quality = first["latent_kid"] if self.has_images else -first[f"score/{ranked[0]}"]
+        quality = self._ranking(found[self.config.nfe[0]])
         mse = {names.VAL_VELOCITY_MSE: self.velocity_mse(network)} if self.has_images else {}
         return {names.VAL_QUALITY: quality, **mse, **metrics}
 

@@ -362,6 +362,10 @@ class LabelProtocol:
             metrics[names.score(name, evaluations, name in self.held_out)] = score
         return metrics
 
+    def draw_quality(self, network: Network, sampler: SamplerConfig, draw: int) -> float:
+        """The kernel distance of samples from the fixed noise number ``draw``."""
+        return self.distances(self.judge(self.samples(network, sampler, draw)))["kid"]
+
     def guided(self, network: Network, config: "GuidedConfig") -> dict[str, float]:
         """The summary of samples made with guidance, as the published run made its final ones."""
         sampler = few_step(config.nfe)

@@ -34,7 +34,7 @@ LOG, EVENTS, METRICS = "log.jsonl", "events.jsonl", "metrics.parquet"
 CHECKPOINTS, STATE, SHARDS = "checkpoints", "state.json", "shards"
 RING, CAPSULES, EVENT = "ring", "capsules", "event.json"
 SAMPLES, RANKS = "samples", "ranks"
-EVALUATION, TABLE, BENCH = "evaluation", "table.json", "bench.json"
+EVALUATION, TABLE, SAMPLERS, BENCH = "evaluation", "table.json", "samplers.json", "bench.json"
 MLFLOW, START = "mlflow.json", "start.json"
 LOCK = ".lock"
 

@@ -1,8 +1,8 @@
 """A run that is opened to look at it: one object for samples, the final table, export and timings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.config.errors import InputError
+from twinrl.evaluation import best
+from twinrl.evaluation.best import Best
 from twinrl.flow import conditions, draws
 from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.run import checkpoints, fit, layout
-from twinrl.sampling import few_step, sample
+from twinrl.sampling import SamplerConfig, few_step, sample
 from twinrl.sampling.timing import TimingLine, measure
 from twinrl.training import assembly, pictures
-from twinrl.training.provider import Provider, ResultTable
+from twinrl.training.provider import FixedProtocol, Provider, ResultTable
 from twinrl.training.runs import RunDirectory, check_content
 from twinrl.training.schema import RunConfig
 
@@ -105,14 +107,14 @@ class OpenedRun:
         checkpoints.check_finite(network.parameters(), checkpoint.state, self.checkpoint)
         return network.to(self.provider.device).eval()
 
-    def sample(self, prompts: Sequence[str], n: int, nfe: int, seed: int) -> list[tuple[str, Tensor]]:
+    def sample(self, prompts: Sequence[str], n: int, sampler: SamplerConfig, seed: int) -> list[tuple[str, Tensor]]:
         """Each prompt (by default some examples) with (n, C, H, W) pixels of its samples, all from the same noise."""
         source, device = self.provider.source, self.provider.device
         noise, rows = draws.normal((n, *source.latent_shape), seed, "sample").to(device), []
         for prompt in prompts or self.provider.example_prompts(seed):
             c = conditions.rows(source.condition([prompt]), torch.zeros(n, dtype=torch.long))
             with torch.no_grad():
-                z = sample(self.network, noise, c, few_step(nfe), seed=seed)
+                z = sample(self.network, noise, c, sampler, seed=seed)
                 rows.append((prompt, torch.cat([source.decode(each[None]) for each in z])))
         return rows
 
@@ -122,6 +124,49 @@ class OpenedRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         protocol, table = self.provider.final(network)
         return Judged(table, pictures.save_final(protocol, network, self.directory.path.name, self.folder))
+
+    def best(self, evaluations: Sequence[int], tick: Callable[[], None] = lambda: None) -> list[Best]:
+        """The sampler that suits the judged network at each number of evaluations; kept for :meth:`sampler`.
+
+        It is searched on validation images and compared on test images, where there are two such splits.
+
+        Arguments:
+            evaluations: of a sample; 2 or more, as one jump leaves nothing to choose.
+            tick: called after each draw of noise that was judged, :func:`twinrl.evaluation.best.judged_in` times.
+
+        Raises:
+            InputError: samples under the usual settings are not finite.
+        """
+        network, found = self.provider.judged(self.network), []
+
+        def score(protocol: FixedProtocol, sampler: SamplerConfig, draw: int) -> float:
+            quality = protocol.draw_quality(network, sampler, draw)
+            tick()
+            return quality
+
+        searched, compared = (partial(score, self.provider.protocol(split)) for split in ("validation", "test"))
+        for nfe in evaluations:
+            found.append(best.compared(compared, nfe, best.search(searched, nfe)))
+        best.write(self.folder / layout.SAMPLERS, best.Searched(self.at, found))
+        return found
+
+    def sampler(self, nfe: int) -> SamplerConfig:
+        """The sampler that was found for ``nfe`` evaluations, or the usual one where that is no worse.
+
+        Raises:
+            InputError: none was searched at this checkpoint, or the file is damaged.
+        """
+        search = f"twinrl sampler {self.directory.path} --nfe {nfe}"
+        kept = best.read(self.folder / layout.SAMPLERS, search) if nfe > 1 else None
+        mine = [each for each in kept.found if each.nfe == nfe] if kept is not None and kept.step == self.at else []
+        if nfe > 1 and not mine:
+            raise InputError(f"no sampler was searched for {nfe} evaluations at step {self.at}", fix=search)
+        return mine[0].sampler if mine and mine[0].better else few_step(nfe)
+
+    @property
+    def at(self) -> int:
+        """The step of the checkpoint."""
+        return layout.step_of(self.checkpoint)
 
     def timings(self, rounds: int) -> list[TimingLine]:
         """What a sample costs, at every NFE of ``evaluation.nfe`` and by a many-step teacher."""

@@ -67,6 +67,10 @@ class FixedProtocol(Protocol):
         """Metrics of one evaluation in training."""
         ...
 
+    def draw_quality(self, network: Network, sampler: SamplerConfig, draw: int) -> float:
+        """What ranks samples, of the fixed noise number ``draw``; smaller is better."""
+        ...
+
     def grid_prompts(self) -> list[str]:
         """What the rows of a grid are asked for."""
         ...
