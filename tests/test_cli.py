@@ -403,6 +403,7 @@ def test_resume_with_a_log_that_lost_rows(twinrl: Any, interrupted: RunDirectory
 # --- how runs end ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_divergence_under_a_stop_policy_is_exit_code_1(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "terms.poison={at: 6, branches: [any]}")
     assert result.code == 1
@@ -426,6 +427,7 @@ def test_a_run_that_goes_on_without_finite_numbers_ends_in_a_table(twinrl: Any) 
     assert kinds == ["nonfinite", "diverged"]
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_against_its_start_which_is_evaluated_once(twinrl: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         assert twinrl(*TWINFLOW, f"seed={seed}").code == 0

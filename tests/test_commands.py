@@ -39,6 +39,7 @@ def app() -> Any:
     return get_command(cli.app)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_what_the_program_takes(page: str, app: Any) -> None:
     for command in pages.shown(page):

@@ -67,6 +67,7 @@ def ledger(folder: Path) -> bytes:
 # --- nothing is computed twice ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_trial_has_one_record_and_running_again_starts_nothing(
     run: Run, make: Make, planted: Planted, tmp_path: Path
 ) -> None:

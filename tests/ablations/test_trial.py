@@ -87,6 +87,7 @@ def test_the_processes_of_a_trial_die_with_their_starter_and_with_their_launcher
     process.wait()
 
 
+@pytest.mark.slow
 def test_edited_sources_are_refused_before_anything_starts(tmp_path: Path) -> None:
     """Their numbers would be filed under those that the study was planned with."""
     values: dict[str, object] = dict.fromkeys(trial.Task.__dataclass_fields__, "")

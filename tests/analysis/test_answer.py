@@ -14,6 +14,7 @@ def study(folder: Path, truth: planted.Truth, seeds: int = 6) -> StudyFrame:
     return load_study(planted.make(folder, truth, seeds))
 
 
+@pytest.mark.slow
 def test_which_arm_fell_when_and_which_term_led(tmp_path: Path) -> None:
     said = sentence(study(tmp_path, planted.another_term_leads))
     assert said.startswith(
@@ -23,6 +24,7 @@ def test_which_arm_fell_when_and_which_term_led(tmp_path: Path) -> None:
     assert said.endswith("not found to matter: reward.")
 
 
+@pytest.mark.slow
 def test_nothing(tmp_path: Path) -> None:
     said = sentence(study(tmp_path, planted.nothing))
     assert "No run fell (0 of 24" in said
@@ -30,6 +32,7 @@ def test_nothing(tmp_path: Path) -> None:
     assert "matter" not in said
 
 
+@pytest.mark.slow
 def test_only_together(tmp_path: Path) -> None:
     found = answer.Answer.of(study(tmp_path, planted.only_together))
     assert found.sentence.startswith(
@@ -42,6 +45,7 @@ def test_only_together(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_interaction_without_main_effects(tmp_path: Path) -> None:
     found = answer.Answer.of(study(tmp_path, planted.crossed))
     assert "val/quality depends on teacher and reward together: teacher (ema instead of live) changes" in found.sentence

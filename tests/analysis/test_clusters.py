@@ -34,6 +34,7 @@ def test_chance_expects_what_the_rows_beside_the_worst_show() -> None:
     assert (found.count, found.worst, found.expected) == (12, 12, pytest.approx(6 * 2 * 4 / 16))
 
 
+@pytest.mark.slow
 def test_nothing_is_named_where_the_order_says_nothing_about_t() -> None:
     """Also where times crowd in one place: an unequal law of t is no cluster."""
     rng, named, n = np.random.default_rng(0), 0, 100

@@ -70,6 +70,7 @@ def test_an_arm_that_diverges_is_ranked_last_without_an_interval() -> None:
     assert lines[-1].difference is None
 
 
+@pytest.mark.slow
 def test_pairing_by_seed_finds_what_all_pairs_miss() -> None:
     seeds = np.random.default_rng(3).standard_normal(10)
     base, arm = pd.Series(seeds), pd.Series(seeds - 0.1)

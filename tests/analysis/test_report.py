@@ -129,6 +129,7 @@ def test_a_report_can_be_repeated(study_page: Path, study_folder: Path, tmp_path
     assert re.sub(r"\]\(.*?\)", "](a file)", second) == re.sub(r"\]\(.*?\)", "](a file)", first)
 
 
+@pytest.mark.slow
 def test_a_figure_that_is_drawn_again_is_the_same(tmp_path: Path) -> None:
     for name in ("first.svg", "second.svg"):
         plots.save(plots.forest({"a": Interval(1.0, 0.5, 2.0, 5, "")}, "hazard ratio"), tmp_path / name)
@@ -137,6 +138,7 @@ def test_a_figure_that_is_drawn_again_is_the_same(tmp_path: Path) -> None:
         assert first == second
 
 
+@pytest.mark.slow
 def test_a_pdf_is_drawn_again_where_its_figure_has_changed(tmp_path: Path) -> None:
     path = tmp_path / "a.svg"
     seen = []
@@ -151,6 +153,7 @@ def test_a_pdf_is_drawn_again_where_its_figure_has_changed(tmp_path: Path) -> No
     assert path.with_suffix(".pdf").read_bytes() == seen[2][1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_one_seed_gives_a_report_without_a_ranking(tmp_path: Path) -> None:
     page = report(simulated.make_study(tmp_path, seeds=1, steps=60)).page.read_text()
@@ -179,6 +182,7 @@ def test_a_run_and_its_arm(tmp_path: Path) -> None:
     assert (run / layout.METRICS).is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_learning_rates_as_a_factor_give_critical_ones(tmp_path: Path) -> None:
     rates = ("0.001", "0.002", "0.004", "0.008", "0.016")
@@ -364,6 +368,7 @@ def test_cells(value: object, text: str) -> None:
     assert cell(value) == text
 
 
+@pytest.mark.slow
 def test_open_intervals_are_drawn_as_arrows(tmp_path: Path) -> None:
     from math import inf, nan
 
@@ -468,6 +473,7 @@ def test_a_refused_report_leaves_no_folder(tmp_path: Path) -> None:
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_reports_into_one_folder_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, out = simulated.make_run(tmp_path), tmp_path / "out"
     monkeypatch.setattr("analysis.report.PATIENCE_SECONDS", 0)

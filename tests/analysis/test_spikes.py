@@ -82,6 +82,7 @@ def test_the_table_names_the_rows_of_each_spike_s_event(run_folder: Path) -> Non
     assert "data rows" not in spikes.table(found, quiet)
 
 
+@pytest.mark.slow
 def test_random_batches_name_no_row(tmp_path: Path) -> None:
     run = load_run(simulated.make_run(tmp_path, steps=3))
     rng, named, n = np.random.default_rng(0), 0, 60

@@ -18,6 +18,7 @@ def described(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_products(described: Path) -> None:
     """Every linear layer costs 2·tokens·weights; what is left is attention and the patches' convolution, a part."""
     flops = large_model.flops_of_a_row(large_model.TINY)

@@ -24,6 +24,7 @@ def test_floors_are_the_counts_of_the_method():
     assert step_time.joined(step_time.settings_of("lab", 8, 16)) == step_time.Passes((128,), (32, 96, 96, 64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "space"), [("tutorial", "none"), ("twinflow", "none"), ("twinflow", "output"), ("twinflow", "parameter")]
 )

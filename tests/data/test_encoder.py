@@ -49,6 +49,7 @@ def command(path: Path, model: Path | None, to: Path, *settings: str) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_network_sees_the_same_from_the_cache_as_from_the_encoders(
     model: Path, pictures: Path, tmp_path: Path
@@ -88,6 +89,7 @@ def test_the_command_says_what_it_did(model: Path, pictures: Path, tmp_path: Pat
     assert json.loads((tmp_path / MANIFEST).read_text())["encoder"].startswith("qwen_image-float32-")
 
 
+@pytest.mark.slow
 def test_captions_that_a_text_encoder_cuts_are_counted(tmp_path: Path) -> None:
     """Three tokenizers, two that read 16 letters; the libraries' own remarks stay out of sight."""
     families.build("sd3").save_pretrained(tmp_path / "sd3")
@@ -144,6 +146,7 @@ def test_names_are_printed_as_they_are(
     assert (tmp_path / "prepared" / "b]" / REPORT).is_file()
 
 
+@pytest.mark.slow
 def test_two_folders_never_share_a_target(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for year, name in enumerate(["photos.2023", "photos.2024", "old/photos.2024"]):

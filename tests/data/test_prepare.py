@@ -167,6 +167,7 @@ def test_every_bucket_of_some_images_has_one_for_validation() -> None:
     assert all(pair.split == "train" for pair in divided(pairs, 0))
 
 
+@pytest.mark.slow
 def test_names_and_the_order_of_ratios_decide_nothing(copy: Path, tmp_path: Path, encoder: TinyEncoder) -> None:
     run(copy, tmp_path / "a", encoder)
     for number, path in enumerate(sorted(copy.glob("*.png"))):

@@ -96,6 +96,7 @@ def test_a_mutation_is_decided_by_its_seed(tmp_path: Path) -> None:
         assert left[0] == left[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".yaml"])
 def test_changed_values_stay_readable(suffix: str, tmp_path: Path) -> None:
     """Or the readers' checks of values would never be tried."""

@@ -50,6 +50,7 @@ def apart(space: str, *overrides: str) -> list[str]:
 # --- the plain gradient -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("micro", "dropout"), [(BATCH, 0.0), (5, 0.4)])
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("preset", PRESETS)

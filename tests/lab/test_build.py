@@ -55,6 +55,7 @@ def test_rebuilding_gives_the_same_content_whatever_the_threads(tiny, tmp_path, 
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+@pytest.mark.slow
 def test_the_data_are_shown_while_models_are_trained(tmp_path, monkeypatch):
     monkeypatch.setenv("TWINRL_CACHE", str(tmp_path))
     shares, shown = [0.0], {}

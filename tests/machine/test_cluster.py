@@ -75,6 +75,7 @@ def test_a_question_that_ray_does_not_answer_is_no_loss() -> None:
     look(Watch(fails), 0.5)
 
 
+@pytest.mark.slow
 def test_what_a_session_leaves_is_ended_with_its_starter(tmp_path: Path) -> None:
     """And nothing else is, nor before."""
     sleeping = [sys.executable, "-c", "import time; time.sleep(600)"]

@@ -17,6 +17,7 @@ def run(code: str, redirection: str, folder: Path, **environment: str) -> subpro
     return subprocess.run(command, cwd=folder, env=path | environment, capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_file_takes_no_closed_stream_s_number(tmp_path: Path) -> None:
     code = "file = open('log', 'w')\nfile.write(str(file.fileno()))\nprint('said')\nprint('said', file=sys.stderr)"
     done = run(f"import sys\n{code}", "<&- >&- 2>&-", tmp_path)
@@ -47,12 +48,14 @@ print("lost")
     assert done.stderr == b"twinrl: standard output cannot be written; got No space left on device; fix: make room\n"
 
 
+@pytest.mark.slow
 def test_a_line_for_people_is_said_where_it_can_be(tmp_path: Path) -> None:
     done = run("streams.say('a\\nline')", "", tmp_path)
     assert done.stderr == b"twinrl: a line\n"
     assert run("streams.say('a line')", "2> /dev/full", tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_is_no_failure(tmp_path: Path) -> None:
     done = run("for i in range(100000): print(i)\nopen('end', 'w')", "| head -1", tmp_path)
     assert done.stdout == b"0\n"

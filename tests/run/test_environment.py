@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy
+import pytest
 import torch
 
 from twinrl.run import environment
@@ -20,6 +21,7 @@ def test_description_is_json_and_names_what_decides_the_numbers() -> None:
     assert found["threads"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported() -> None:
     code = (
         "import sys; from twinrl.run import environment, runlog; from twinrl.tracking import mlflow_view, ui; "

@@ -30,6 +30,7 @@ def spelled(path: Path) -> set[str]:
     return {Path(str(node.value)).name for node in texts if id(node) not in said and node.value}
 
 
+@pytest.mark.slow
 def test_no_other_module_spells_a_file_of_a_run_directory() -> None:
     modules = (path for package in PACKAGES for path in package.rglob("*.py") if path != Path(layout.__file__))
     assert [(path, found) for path in modules if (found := spelled(path) & NAMES)] == []

@@ -113,6 +113,7 @@ def test_missing_and_nonfinite_values_leave_no_trace() -> None:
     assert spike().observe(0, {"another": 1.0}) == []
 
 
+@pytest.mark.slow
 def test_spikes_in_ordinary_noise_are_rare() -> None:
     """Σ 0.1–0.5, correlation up to 0.95: less than one false alarm in 20 000 steps."""
     laws = [(sigma, correlation) for sigma in (0.1, 0.3, 0.5) for correlation in (0, 0.8, 0.95)]

@@ -55,6 +55,7 @@ def test_what_a_run_has_not_is_one_line(trainer: Trainer, tmp_path: Path) -> Non
         open_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_only_the_schema_asks_for_the_family() -> None:
     """Whoever needs what a family has asks the provider."""
     asking = []

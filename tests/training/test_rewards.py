@@ -186,6 +186,7 @@ def test_weight_schedule_and_learning_rate_follow_the_configuration(tmp_path: Pa
     assert [names.REWARD_MEAN in row for row in logged] == [False] * 6 + [True] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["training", "rectify", "fake"])
 def test_renoise_changes_its_own_times_only(tmp_path: Path, placement: str) -> None:
     law = f"renoise={{kind: beta, alpha: {{kind: linear, initial: 8, final: 1, end: 50%}}, placement: [{placement}]}}"
@@ -286,6 +287,7 @@ def test_per_prompt_counts_every_image_of_a_step_once(tmp_path: Path, route: str
     assert all(abs(n - r) > 1e-3 for n, r in zip(normalised[1:], raw[1:], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_per_prompt_does_not_depend_on_micro_batches(tmp_path: Path, route: str) -> None:
     more = (FEW, PER_PROMPT % "brightness", "optim.eps=1", "train.precision=float64")
@@ -313,6 +315,7 @@ def test_per_prompt_takes_what_processes_and_micro_batches_have_in_any_order(tmp
     assert states[0]["x"]["pooled"]["mean"] == pytest.approx(float(scores.mean()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 def test_resume_with_statistics_is_exact(tmp_path: Path, route: str) -> None:
     undisturbed = finish(rewarded(tmp_path / "a", route, "train.steps=9", PER_PROMPT % "brightness"))

@@ -36,6 +36,7 @@ def differ(a: Trainer, b: Trainer) -> bool:
 # --- repeatable and resumable --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(tmp_path: Path) -> None:
     torch.manual_seed(1)
     a = finish(small(tmp_path / "a", DROPPING))
@@ -67,6 +68,7 @@ CAMPAIGN = [f"{o}, {k}" for o in ("adam", "radam") for k in TEACHERS if k != "em
 """An optimizer does not know which teacher there is: each of both is resumed once without these."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=pytest.mark.campaign if v in CAMPAIGN else ()) for v in VARIANTS]
 )
@@ -93,6 +95,7 @@ def test_plateau_has_cut_the_rate(tmp_path: Path) -> None:
     assert logged[-1] < logged[0] / 4
 
 
+@pytest.mark.slow
 def test_interruption_saves_and_goes_on(tmp_path: Path) -> None:
     undisturbed = finish(small(tmp_path / "a"))
     settings = small(tmp_path / "b")
@@ -110,6 +113,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.run.checkpoints.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_iteration_and_step_count_without_gap(tmp_path: Path) -> None:
     settings = small(tmp_path)
     kill(settings, 9)
@@ -135,6 +139,7 @@ def test_observers_hear_of_durable_bytes_only(tmp_path: Path) -> None:
 # --- the same numbers by other ways ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_average_is_judged(tmp_path: Path) -> None:
     trainer = finish(small(tmp_path))
     teacher, judged = trainer.objective.teacher, rows(trainer)[-1][names.VAL_QUALITY]
@@ -143,6 +148,7 @@ def test_the_average_is_judged(tmp_path: Path) -> None:
     assert judged != weight_size(teacher.student, 12)[names.VAL_QUALITY]
 
 
+@pytest.mark.slow
 def test_validation_leaves_training_unchanged(tmp_path: Path) -> None:
     """The real protocol, with a network whose dropout and a scorer that draws from the global stream."""
     trained = []
@@ -365,6 +371,7 @@ def test_start_weights(tmp_path: Path) -> None:
         assert torch.equal(student.state_dict()[name], value)
 
 
+@pytest.mark.slow
 def test_start_from_another_run_and_resume_without_it(tmp_path: Path) -> None:
     first = finish(small(tmp_path / "first"))
     settings = small(tmp_path / "second", f"train.init={first.run.path}", "seed=5")

@@ -78,6 +78,7 @@ EVALUATED = [
 """The files that docs/architecture.md lists; cli and run/layout are beside them."""
 
 
+@pytest.mark.slow
 def test_an_evaluation_enters_what_the_architecture_lists_and_never_climbs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_plain_pipeline_samples_the_student(case, lora, tmp_path):
         assert_alike(case.name, theirs, few(case.family, network, z, case.condition, steps))
 
 
+@pytest.mark.slow
 def test_images_are_equal_but_for_the_last_bit_of_few_pixels(case, tmp_path):
     """A value of 0 … 255 that falls between two of them may be rounded to either."""
     network = disturbed(case.network())
@@ -69,6 +70,7 @@ def test_an_exported_folder_is_a_start_again(case, tmp_path):
     assert torch.equal(at(again, case, -T, 0 * T), at(network, case, -T, 0 * T))
 
 
+@pytest.mark.slow
 def test_index_card_and_scheduler(sd3, tmp_path):
     scheduler = TwinFlowScheduler(style="any", seed=5)
     export(sd3.network(), sd3.family, tmp_path / "s", scheduler, base="owner/base", dtype=torch.bfloat16)
@@ -114,6 +116,7 @@ def update(network, size=4e-3):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, torch.float32], ids=["bf16", "float32"])
 def test_adapters_are_added_in_float32_and_rounded_once(case, tmp_path, dtype):
     """In float32 nothing is lost but the last bits; in bf16 what the nearest bf16 weight loses, and that is said."""

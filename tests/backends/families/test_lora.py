@@ -66,6 +66,7 @@ def test_a_stock_pipeline_reads_the_adapters(flow, tmp_path):
     assert_alike(flow.name, from_pipeline(flow.family, theirs, flow.shape), z - at(network, flow, ones))
 
 
+@pytest.mark.slow
 def test_a_frozen_teacher_pass_leaves_the_students_gradients_alone(case):
     """It switches the adapters off and on again between the student's forward and backward pass."""
 
@@ -112,6 +113,7 @@ def test_any_loader_scales_the_adapters_rightly(sd3, tmp_path, file, metadata):
         assert_rounded(float(alpha) / len(a) * (b @ a), layer.get_delta_weight("default"), 8)
 
 
+@pytest.mark.slow
 def test_a_card_says_how_the_base_was_loaded(cases, tmp_path):
     """Followed to the letter on a base that is float32 on disk it gives the student that was trained."""
     for name in ("sd3", "stable_diffusion"):

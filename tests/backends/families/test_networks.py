@@ -145,6 +145,7 @@ def test_names_are_the_stock_transformers_and_twinflows(case):
     assert {name for name in ours - stock if not name.startswith(second)} == {"twin_sign"}
 
 
+@pytest.mark.slow
 def test_blocks_to_shard(case):
     network = case.network()
     classes = case.family.block_classes(network)

@@ -253,6 +253,7 @@ def test_published_second_times_load_and_the_missing_sign_is_said(case, tmp_path
     assert torch.equal(at(network, case, -T, -T), at(network, case, T, T))
 
 
+@pytest.mark.slow
 def test_what_published_second_times_mean(sd3, tmp_path):
     """temb + temb₂(1000·r)·(t − r), as the public SD3 transformer has it."""
     folder = shutil.copytree(sd3.folder, tmp_path / "published")

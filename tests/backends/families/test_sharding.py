@@ -38,6 +38,7 @@ def gradients(case, network):
     return velocity.detach(), whole
 
 
+@pytest.mark.slow
 def test_sharded_equals_whole(case, mesh):
     velocity, whole = gradients(case, disturbed(case.network()))
     ours, parts = gradients(case, sharded(case, mesh, MixedPrecisionPolicy()))

@@ -68,6 +68,7 @@ def benchmark(monkeypatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
 def test_the_benchmark_measures(lab, benchmark: ModuleType) -> None:
     small = benchmark.load(4)
