@@ -29,7 +29,9 @@ def test_damaged_snapshots_are_named_and_left_out(
     drawn: list[tuple[list[torch.Tensor], list[int]]] = []
 
     class Picture:
-        def save(self, path: Path) -> None:
+        info: dict[str, str] = {}  # noqa: RUF012
+
+        def save(self, path: Path, **_: object) -> None:
             path.touch()
 
     def training_grid(snapshots: list[torch.Tensor], steps: list[int], rows: list[str]) -> Picture:

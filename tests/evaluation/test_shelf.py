@@ -124,12 +124,14 @@ def test_code_libraries_and_threads_decide(monkeypatch: pytest.MonkeyPatch, lab)
 
 def test_judged_images_return_from_tensors():
     judged = JudgedImages(
-        torch.arange(2), torch.rand(2, 3), torch.ones(2), {"a/b": torch.rand(2)}, torch.ones(2).bool()
-    )
+        torch.arange(2), torch.rand(2, 3), torch.ones(2), {"a/b": torch.rand(2)}, torch.ones(2).bool(),
+        {"edges": torch.rand(2)},
+    )  # fmt: skip
     again = JudgedImages.of(judged.tensors("reference") | judged.tensors("other"), "reference")
     assert torch.equal(again.features, judged.features)
     assert torch.equal(again.scores["a/b"], judged.scores["a/b"])
     assert again.scores.keys() == judged.scores.keys()
+    assert torch.equal(again.content["edges"], judged.content["edges"])
 
 
 @pytest.mark.slow

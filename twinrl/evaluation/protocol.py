@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from twinrl.config import Settings
+from twinrl.evaluation import content
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.prdc import prdc
@@ -80,6 +81,7 @@ class JudgedImages:
         correct: (n,) 1 where the judge sees the intended class, else 0.
         scores: scorer → (n,).
         finite: (n,) whether the image was finite.
+        content: statistic of :func:`twinrl.evaluation.content.statistics` → (n,).
     """
 
     labels: Tensor
@@ -87,6 +89,7 @@ class JudgedImages:
     correct: Tensor
     scores: Mapping[str, Tensor]
     finite: Tensor
+    content: Mapping[str, Tensor]
 
     @staticmethod
     def joined(parts: Sequence["JudgedImages"]) -> "JudgedImages":
@@ -97,20 +100,25 @@ class JudgedImages:
             torch.cat([p.correct for p in parts]),
             {name: torch.cat([p.scores[name] for p in parts]) for name in parts[0].scores},
             torch.cat([p.finite for p in parts]),
+            {name: torch.cat([p.content[name] for p in parts]) for name in parts[0].content},
         )
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Everything by name, as :meth:`of` takes it."""
         own = {"labels": self.labels, "features": self.features, "correct": self.correct, "finite": self.finite}
         own |= {f"scores/{name}": score for name, score in self.scores.items()}
+        own |= {f"content/{name}": values for name, values in self.content.items()}
         return {f"{prefix}/{name}": value for name, value in own.items()}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], prefix: str) -> "JudgedImages":
         """From :meth:`tensors`."""
         own = {name.removeprefix(f"{prefix}/"): t for name, t in tensors.items() if name.startswith(f"{prefix}/")}
-        scores = {name.removeprefix("scores/"): own[name] for name in own if name.startswith("scores/")}
-        return JudgedImages(own["labels"], own["features"], own["correct"], scores, own["finite"])
+        scores, made = (
+            {name.removeprefix(start): own[name] for name in own if name.startswith(start)}
+            for start in ("scores/", "content/")
+        )
+        return JudgedImages(own["labels"], own["features"], own["correct"], scores, own["finite"], made)
 
 
 def balanced_rows(labels: Tensor, n: int, seed: int, purpose: str) -> Tensor:
@@ -186,7 +194,7 @@ class LabelProtocol:
             self._velocity_batch = self._velocity_inputs()
         real = self.kept("real-images", self._judge_originals)
         self.reference, self.other = JudgedImages.of(real.tensors, "reference"), JudgedImages.of(real.tensors, "other")
-        self.floor = self.distances(self.other)
+        self.floor = self.distances(self.other) | self.content(self.other)
 
     def _choose_images(self) -> tuple[Tensor, Split, Split]:
         """Rows of the n reference images in their split, these images, and n others that are held out."""
@@ -318,7 +326,8 @@ class LabelProtocol:
         features, logits = seen(judge, shown)
         correct = logits.argmax(1).cpu() == labels.cpu()
         scores = {name: valid(scored(scorer, shown, prompts)) for name, scorer in scorers.items()}
-        return JudgedImages(labels.cpu(), valid(features), valid(correct), scores, finite)
+        made = {name: valid(values) for name, values in content.statistics(shown).items()}
+        return JudgedImages(labels.cpu(), valid(features), valid(correct), scores, finite, made)
 
     def distances(self, judged: JudgedImages) -> dict[str, float]:
         """fd, kid, precision, recall, density and coverage against the reference images."""
@@ -330,14 +339,25 @@ class LabelProtocol:
             **prdc(real, fake, self.config.neighbours),
         }
 
+    def content(self, judged: JudgedImages) -> dict[str, float]:
+        """What pictures are made of, and what held-out scorers say, in deviations of the reference images."""
+        real, made = (self._content(images) for images in (self.reference, judged))
+        return {f"content/{name}": value for name, value in content.offsets(made, real).items()}
+
+    def _content(self, images: JudgedImages) -> dict[str, Tensor]:
+        held_out = {f"held_out/{name}": images.scores[name] for name in sorted(self.held_out & images.scores.keys())}
+        unit = float(self.reference.features.norm(dim=1).mean())
+        return {**images.content, **content.variety(images.features, images.labels, unit), **held_out}
+
     def scores(self, judged: JudgedImages) -> dict[str, float]:
         """Scorer → mean score."""
         return {name: score.mean().item() for name, score in judged.scores.items()}
 
     def summary(self, judged: JudgedImages) -> dict[str, float]:
-        """:meth:`distances`, accuracy and the share of non-finite images, by plain names."""
+        """:meth:`distances`, :meth:`content`, accuracy and the share of non-finite images, by plain names."""
         return {
             **self.distances(judged),
+            **self.content(judged),
             "accuracy": judged.correct.mean().item(),
             "nonfinite_frac": (~judged.finite).double().mean().item(),
         }

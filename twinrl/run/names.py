@@ -97,6 +97,11 @@ def event(kind: str) -> str:
     return f"event/{kind}"
 
 
+def content(statistic: str, nfe: int) -> str:
+    """Mean of a statistic of the samples' pictures, in deviations of real ones; 0 is as these are."""
+    return val(f"content/{statistic}", nfe)
+
+
 def accuracy(label: str, nfe: int) -> str:
     """Share of the samples of class ``label`` that the judge recognises as that class."""
     return f"val/accuracy/{label}_{nfe}nfe"

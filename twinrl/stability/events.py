@@ -17,6 +17,7 @@ SPIKE = "spike"
 DRIFT = "drift"
 UNSCORED = "unscored"
 UNMOVED = "unmoved"
+HACKING = "hacking"
 DIVERGED = "diverged"
 MAX_ROWS = 64
 
@@ -41,7 +42,7 @@ class Event:
 
     Attributes:
         step, iteration: when.
-        kind: ``nonfinite``, ``spike``, ``drift``, ``unscored``, ``unmoved`` or ``diverged``.
+        kind: ``nonfinite``, ``spike``, ``drift``, ``unscored``, ``unmoved``, ``hacking`` or ``diverged``.
         terms: the loss terms concerned, the most conspicuous first; empty where only the total is.
         rows: data rows concerned (indices into the training split); at most 64 are kept.
         message: one line for people.

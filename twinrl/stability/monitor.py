@@ -7,6 +7,7 @@ from typing import Any
 from twinrl.stability.detectors import SuspectsOf, Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import NONFINITE, SPIKE, Event
+from twinrl.stability.hacking import Hacking
 from twinrl.stability.policy import Decision, StabilityConfig
 from twinrl.stability.precision import Precision
 
@@ -43,7 +44,7 @@ class Monitor:
     Attributes:
         watch: told of every step; goes on after a rollback.
         divergence: told of every log row; absorbing, so a rollback takes it back to the checkpoint.
-        precision: told of every step's row; no policy acts on what it finds.
+        precision, hacking: told of every log row; no policy acts on what they find.
     """
 
     def __init__(self, config: StabilityConfig, terms: Sequence[str], nfe: int = 1):
@@ -51,6 +52,12 @@ class Monitor:
         self.watch = Watch(config.watch, terms)
         self.divergence = Divergence(config.divergence, nfe)
         self.precision = Precision(config.unmoved_limit)
+        self.hacking = Hacking(config.hacking, nfe)
+
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Take the metrics of the start weights as what a fall, and a change of pictures, are measured against."""
+        self.divergence.begin(start)
+        self.hacking.begin(start)
 
     def step(
         self, step: int, iteration: int, values: Mapping[str, Any], late: Mapping[str, float], rows_of: SuspectsOf
@@ -92,6 +99,7 @@ class Monitor:
             "watch": self.watch.state(),
             "divergence": self.divergence.state(),
             "precision": self.precision.state(),
+            "hacking": self.hacking.state(),
         }
 
     def load(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -106,6 +114,7 @@ class Monitor:
         """
         self.divergence.load(state["divergence"])
         self.precision.load(state.get("precision", {}))
+        self.hacking.load(state.get("hacking", {}))
         watch = dict(state["watch"])
         if not strict:
             fresh, saved = self.watch.state()["detectors"], watch["detectors"]

@@ -11,6 +11,7 @@ from twinrl.config.errors import InputError
 from twinrl.stability.detectors import Watch
 from twinrl.stability.divergence import Divergence
 from twinrl.stability.events import DIVERGED, DRIFT, NONFINITE, SPIKE, UNSCORED, Event
+from twinrl.stability.hacking import Hacking
 
 Action = Literal["record", "zero", "skip", "cut_lr", "cut_lr+skip", "rollback", "stop"]
 
@@ -45,6 +46,9 @@ class StabilityConfig(Settings):
     rollback_margin: int = Field(20, ge=0, description="a checkpoint this many steps before the event is healthy")
     unmoved_limit: float | None = Field(
         0.5, gt=0, le=1, description="share of weights in bf16 that a step leaves as they are: an event; null = never"
+    )
+    hacking: Hacking.Config | None = Field(
+        Hacking.Config(), description="a reward that rises at the cost of pictures is an event; null = not watched"
     )
     watch: Watch.Config = Watch.Config()
     divergence: Divergence.Config = Divergence.Config()

@@ -160,7 +160,7 @@ class Trainer:
 
     def begin(self, start: Mapping[str, Any]) -> None:
         """Take the metrics of the start weights as what a fall is measured against."""
-        self.monitor.divergence.begin(start)
+        self.monitor.begin(start)
 
     def train(self) -> Outcome:
         """Train to the end, a stop policy, an early stop or an interruption; the state is on disk afterwards."""
@@ -310,6 +310,8 @@ class Trainer:
             watched = float(objective.nan_to_num(0.0, 0.0, 0.0).mean()) if by_objective else quality
             self.lr_policy.observe(watched)
             self.early_stop.observe(quality)
+        if (hacked := self.monitor.hacking.observe(self.step, self.iteration - 1, row)) is not None:
+            self._record(hacked, row)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
         if found is None:
             return None
