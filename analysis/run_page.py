@@ -18,6 +18,7 @@ from analysis.spikes import SpikeEpisode
 from twinrl.run import layout, names, runlog
 from twinrl.stability.detectors import TOTAL, terms_in
 from twinrl.stability.divergence import NEVER_WHOLE, Diverged
+from twinrl.stability.events import HACKING
 
 CLOSE_UPS = 3
 MOST_ROWS = 30
@@ -38,7 +39,7 @@ def build(run: Run, others: Sequence[Run], figures: Path) -> Page:
     page = Page(f"Run {run.name}")
     page.add(Answered(sentence(run, found)))
     page.add(Picture(plots.save(plots.norms(run, found), figures / "norms.svg")))
-    page.add(Facts(answers(run, found)), *_rules(run))
+    page.add(*hacked(run), Facts(answers(run, found)), *_rules(run))
     if found:
         page.add(*_anatomy(run, found, figures))
     page.add(*_clusters(run, found, figures), *_arm(run, others, figures), *_samples(run))
@@ -55,6 +56,8 @@ def sentence(run: Run, found: Sequence[SpikeEpisode]) -> str:
     if rise is not None:
         total = "" if math.isnan(rise.lead) else f", {telling.lead_text(rise.lead)}"
         text += f"; the gradient of {rise.term} rose first, at step {rise.step:,}{total}"
+    if cost := [event["step"] for event in run.events if event.get("kind") == HACKING]:
+        text += f"; the reward rose at the pictures' cost, seen at step {cost[0]:,}"
     leading = Counter(spike.leader for spike in found if spike.leader).most_common(1)
     if not found:
         return f"{text}; no gradient norm spiked."
@@ -267,6 +270,19 @@ def _arm(run: Run, others: Sequence[Run], figures: Path) -> list[PageBlock]:
 def _finite(run: Run) -> list[float]:
     values = [float(row[names.GRAD_TOTAL_RAW]) for row in run.rows if names.GRAD_TOTAL_RAW in row]
     return [value for value in values if math.isfinite(value)]
+
+
+def hacked(run: Run) -> list[PageBlock]:
+    """Samples before the reward and where it first rose at their cost; nothing where it never did."""
+    found = [event for event in run.events if event.get("kind") == HACKING]
+    if not found:
+        return []
+    first, grids = found[0], {layout.step_of(path): path for path in layout.grids(run.path)}
+    same = [row["step"] for row in run.rows if row.get(first.get("series", "")) == first.get("reference")]
+    before = max((step for step in same if step < first["step"]), default=0)
+    shown = [Picture(grids[step], f"step {step:,}") for step in (before, first["step"]) if step in grids]
+    text = f"Step {first['step']:,}: {first['message']}. Such events in this run: {len(found)}."
+    return [Heading("The reward rose at the pictures' cost"), Text(text), *([Gallery(shown)] if shown else [])]
 
 
 def _samples(run: Run) -> list[PageBlock]:

@@ -10,7 +10,7 @@ from analysis.frames import load_run, load_study
 from analysis.page import Text
 from tests.analysis import simulated
 from twinrl.config.errors import InputError
-from twinrl.run import runlog
+from twinrl.run import names, runlog
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +193,19 @@ def test_a_renamed_directory_keeps_its_arm(tmp_path: Path) -> None:
     one, other = (load_run(simulated.make_run(tmp_path, seed=s, steps=3).rename(tmp_path / f"r{s}")) for s in (0, 1))
     assert one.config_hash == other.config_hash
     assert isinstance(one.frame(), pd.DataFrame)
+
+
+def test_a_reward_at_the_pictures_cost_is_told_with_samples_before_and_after(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    for step in (0, 20, 40, 60):
+        (tmp_path / "samples" / f"step-{step:08d}.png").touch()
+    series = names.content("edges", 1)
+    rows = [{"iteration": step, "step": step, series: value} for step, value in ((20, 0.25), (40, 0.9), (60, 2.0))]
+    event = {"step": 60, "kind": "hacking", "series": series, "value": 2.0, "reference": 0.25, "message": "it <rose>"}
+    run = frames.Run.of(tmp_path, rows, [event])
+    heading, text, gallery = run_page.hacked(run)
+    assert "cost" in heading.text
+    assert "it <rose>" in text.text
+    assert [picture.caption for picture in gallery.pictures] == ["step 20", "step 60"]
+    assert "the reward rose at the pictures' cost, seen at step 60" in run_page.sentence(run, [])
+    assert run_page.hacked(frames.Run.of(tmp_path, rows)) == []
