@@ -21,7 +21,7 @@ from twinrl.run import names
 from twinrl.stability.events import HACKING, Event
 from twinrl.stability.rolling import Episode
 
-FIRST = 10
+FIRST = 3
 """Steps of the reward whose scores later ones are measured against."""
 BAND = 0.25
 """Offsets within this of real pictures are as good as none: five standard errors of a mean of 400 samples."""
