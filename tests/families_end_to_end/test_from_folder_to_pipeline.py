@@ -227,12 +227,15 @@ def test_prompts_alone(sd3: Made, tmp_path: Path, quiet: Console) -> None:
         assembly.load_source(settings_of(sd3, tmp_path, f"data.root={to}"), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_sampling_a_run_and_wrong_input(sd3: Made, tmp_path: Path, quiet: Console) -> None:
     settings = settings_of(sd3, tmp_path / "runs", "train.steps=1", "evaluation.nfe=[1]")
     assert train(settings, False, quiet) == 0
     picture = tmp_path / "s.png"
-    assert inspect.sample(settings.directory, ["a cat"], 2, 3, 0, picture, None, quiet) == 0
-    assert inspect.sample(settings.directory, [], 1, 2, 0, picture, None, quiet) == 0
+    assert inspect.sample(settings.directory, ["a cat"], 2, 3, 0, picture, None, False, quiet) == 0
+    assert inspect.sample(settings.directory, [], 1, 2, 0, picture, None, False, quiet) == 0
+    assert inspect.sampler(settings.directory, [2], None, quiet) == 0
+    assert inspect.sample(settings.directory, [], 2, 2, 0, picture, None, True, quiet) == 0
     assert picture.stat().st_size > 500
     with pytest.raises(InputError, match="no adapters"):
         export(settings.directory, tmp_path / "out", True, None, None, None, quiet)

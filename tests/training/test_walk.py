@@ -68,7 +68,7 @@ ROOMS = ("commands", "training", "evaluation")
 """From above to below: the rooms of an evaluation's walk."""
 LOOKED_UP = {
     "commands/progress", "training/schema", "training/provider", "training/sources", "evaluation/distances",
-    "evaluation/prdc", "evaluation/isolation",
+    "evaluation/prdc", "evaluation/isolation", "evaluation/content",
 }  # fmt: skip
 """Settings, contracts and numbers of these rooms: not doors."""
 EVALUATED = [
