@@ -154,7 +154,7 @@ _HASHES: dict[tuple[str, ...], str] = {}
 
 def content_hash(settings: RunConfig) -> str:
     """Hash of the content of a configuration's data; loading it takes seconds, so once for each data set."""
-    key = (settings.data.source, str(settings.data.root), str(settings.model.path))
+    key = (settings.data.source, str(settings.data.place), str(settings.model.path))
     if key not in _HASHES:
         _HASHES[key] = load_source(settings, torch.device("cpu")).content_hash
     return _HASHES[key]

@@ -422,7 +422,8 @@ def check_comparable(runs: Iterable[Run]) -> None:
     seen: dict[str, tuple[str, Run]] = {}
     for run in runs:
         evaluation = {k: v for k, v in (run.config.get("evaluation") or {}).items() if k != "every"}
-        protocol = {"evaluation": evaluation, "data.source": (run.config.get("data") or {}).get("source")}
+        data = run.config.get("data") or {}
+        protocol = {"evaluation": evaluation, "data.source": data.get("source"), "data.lab": data.get("lab")}
         for key, value in flatten(protocol).items():
             text = json.dumps(value, sort_keys=True, default=str)
             first, other = seen.setdefault(key, (text, run))

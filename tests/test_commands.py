@@ -25,8 +25,8 @@ from twinrl.training import schema
 PAGES = pages.all_pages()
 PATTERN = re.compile(r"^(…|\[.*|…\])$")
 """Words that stand for others."""
-OWN = re.compile(r"\bmy_\w+\.")
-"""Classes of a page's own files; their commands are executed, which tells more."""
+OWN = re.compile(r"\bmy_\w+\.|\blab: my_")
+"""Classes of a page's own files, whose commands are executed, which tells more; and laboratories of its own."""
 
 
 # --- what every command must be --------------------------------------------------------------------------------------

@@ -269,6 +269,36 @@ def data_prepare(
     raise typer.Exit(prepare_data(path, model, to, overrides or [], EncodingOptions(device, dtype), _console(), family))
 
 
+lab = typer.Typer(no_args_is_help=True, help="Build laboratories of pictures of your own.")
+app.add_typer(lab, name="lab")
+
+
+@lab.command("build")
+def lab_build(
+    path: Annotated[Path, typer.Argument(help="200 to 50,000 captioned pictures, as for `twinrl data prepare`")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY.PATH=VALUE]...", help="how they are read, e.g. read.caption_column=title"),
+    ] = None,
+    to: Annotated[str | None, typer.Option(help="name or folder of the laboratory; default: the name of PATH")] = None,
+    size: Annotated[Literal["32", "64"], typer.Option(help="pixels of a picture's side")] = "32",
+    label: Annotated[
+        str | None, typer.Option(help="column of a class's name, for the judge; default: clusters are found")
+    ] = None,
+    minutes: Annotated[
+        int | None,
+        typer.Option(min=1, max=1440, help="on two cores; codec and teacher train longer. Default: 30, at size 64 120"),
+    ] = None,
+) -> None:
+    """Build a laboratory of a folder of captioned pictures: everything that the digits' laboratory has.
+
+    May be stopped at any time and started again. Then: twinrl train lab 'data={source: lab, lab: NAME}'
+    """
+    from twinrl.commands.laboratory import build as command
+
+    raise typer.Exit(command(path, to, int(size), label, minutes, overrides or [], _console()))
+
+
 @app.command()
 def doctor(
     overrides: Overrides = None,

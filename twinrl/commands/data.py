@@ -80,6 +80,8 @@ def prepare_data(
         InputError: see ``twinrl.data.prepare.prepare``; an unknown or malformed setting; no such model.
     """
     config = validate(PrepareConfig, override({}, overrides))
+    if config.read.label_column is not None:
+        raise InputError("read.label_column has no effect here", fix="leave it out; twinrl lab build has --label")
     readers.read(path, config.read)  # a wrong path shows before a large model is loaded
     if to is None:
         to = Path("prepared") / path.resolve().name

@@ -54,11 +54,13 @@ class Example:
         name: where it comes from, for reports; what cannot be printed is escaped.
         caption: not empty.
         read: gives the image file's bytes; None in a prompt list. Raises OSError or UnusableError.
+        label: what ``read.label_column`` says; empty where that is not set, or says nothing.
     """
 
     name: str
     caption: str
     read: Read | None
+    label: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", text.printable(self.name))
@@ -78,6 +80,9 @@ class ReadConfig(Settings):
         None, description="column or JSON key of captions; null = `text`, or `caption` where there is no `text`"
     )
     split: str = Field("train", description="huggingface: the split to take")
+    label_column: str | None = Field(
+        None, description="column or JSON key of a class's name; of use to `twinrl lab build --label` alone"
+    )
 
 
 CaptionReader: TypeAlias = Callable[[Path, ReadConfig], Iterator[Found]]
@@ -97,6 +102,14 @@ def caption_in(row: Mapping[str, Any], column: str | None) -> str:
     if value is not None and not isinstance(value, str):
         raise UnusableError(BAD_CAPTION, f"{key} is of type {type(value).__name__}")
     return clean(value or "")
+
+
+def label_in(row: Mapping[str, Any], column: str | None) -> str:
+    """The name of a row's class; empty where there is none."""
+    value = row.get(column) if column else None
+    if isinstance(value, bytes):
+        value = decode_text(value)
+    return "" if value is None else str(value).strip()
 
 
 def clean(caption: str) -> str:
@@ -212,7 +225,7 @@ def _listed(file: Path, line: bytes, name: str, config: ReadConfig) -> Example:
     caption = caption_in(row, config.caption_column)
     if not os.path.isfile(image):  # also where the name is too long, or none
         raise UnusableError(NO_IMAGE, row["file_name"])
-    return Example(f"{name} {row['file_name']}", caption, image.read_bytes)
+    return Example(f"{name} {row['file_name']}", caption, image.read_bytes, label_in(row, config.label_column))
 
 
 def read_prompts(path: Path, config: ReadConfig) -> Iterator[Found]:

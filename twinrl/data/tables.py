@@ -14,7 +14,7 @@ from pyarrow import parquet
 
 from twinrl.config.errors import InputError
 from twinrl.data import listing
-from twinrl.data.captions import Example, Found, ReadConfig, attempt, caption_in
+from twinrl.data.captions import Example, Found, ReadConfig, attempt, caption_in, label_in
 from twinrl.data.problems import BAD_ROW, NO_IMAGE, Problem, UnusableError
 from twinrl.machine import files
 
@@ -40,8 +40,10 @@ class _Table:
             raise InputError(f"{file} is not a parquet file", got=error, fix="remove or replace it") from error
         columns = self.file.schema_arrow.names
         self.caption_column = config.caption_column or ("text" if "text" in columns else "caption")
-        for key, column in (("image_column", self.image_column), ("caption_column", self.caption_column)):
-            if column not in columns:
+        self.label_column = config.label_column
+        named = (self.image_column, self.caption_column, self.label_column)
+        for key, column in zip(("image_column", "caption_column", "label_column"), named, strict=True):
+            if column is not None and column not in columns:
                 raise InputError(
                     f"{file} has no column {column}", got=f"columns {', '.join(columns)}", fix=f"set read.{key}"
                 )
@@ -49,7 +51,14 @@ class _Table:
         self._images = lru_cache(maxsize=1)(self._read_images)
 
     def captions(self, group: int) -> list[Any]:
-        column = self.file.read_row_group(group, columns=[self.caption_column])[self.caption_column]
+        return self._texts(group, self.caption_column)
+
+    def labels(self, group: int) -> list[Any] | None:
+        """The names of classes; None where no column has them."""
+        return self._texts(group, self.label_column) if self.label_column else None
+
+    def _texts(self, group: int, name: str) -> list[Any]:
+        column = self.file.read_row_group(group, columns=[name])[name]
         if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
             column = column.cast(pyarrow.large_binary())  # one that is not UTF-8 spoils itself alone
         return column.to_pylist()
@@ -72,16 +81,18 @@ def _rows(table: _Table, name: str) -> Iterator[Found]:
     for group in range(table.file.num_row_groups):
         try:
             captions = table.captions(group)
+            labels = table.labels(group) or [None] * len(captions)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             yield Problem(f"{name}[{number}…]", BAD_ROW, str(error))
-            captions = []
-        for row, caption in enumerate(captions):
-            yield _example(f"{name}[{number}]", {"text": caption}, "text", partial(table.image, group, row))
+            captions, labels = [], []
+        for row, found in enumerate(zip(captions, labels, strict=True)):
+            values = dict(zip(("text", "label"), found, strict=True))
+            yield _example(f"{name}[{number}]", values, "text", "label", partial(table.image, group, row))
             number += 1
 
 
-def _example(name: str, row: Mapping[str, Any], column: str | None, read: Any) -> Found:
-    return attempt(name, lambda: Example(name, caption_in(row, column), read))
+def _example(name: str, row: Mapping[str, Any], column: str | None, label: str | None, read: Any) -> Found:
+    return attempt(name, lambda: Example(name, caption_in(row, column), read, label_in(row, label)))
 
 
 def image_bytes(cell: Any, folder: Path) -> bytes:
@@ -110,7 +121,7 @@ def read_huggingface(path: Path, config: ReadConfig) -> Iterator[Found]:
         InputError: the ``datasets`` package is missing, or it finds no such data set, split or column.
     """
     table = _load(path, config)
-    wanted = [config.image_column, *([config.caption_column] if config.caption_column else [])]
+    wanted = [config.image_column, *filter(None, (config.caption_column, config.label_column))]
     missing = [column for column in wanted if column not in table.column_names]
     if missing:
         raise InputError(f"{path} has no column {missing[0]}", got=f"columns {', '.join(table.column_names)}")
@@ -119,7 +130,7 @@ def read_huggingface(path: Path, config: ReadConfig) -> Iterator[Found]:
     images = table.select_columns([config.image_column]).cast_column(config.image_column, datasets.Image(decode=False))
     for number, row in enumerate(table.remove_columns([config.image_column])):
         read = partial(_hf_image, images, number, config.image_column, path)
-        yield _example(f"{config.split}[{number}]", row, config.caption_column, read)
+        yield _example(f"{config.split}[{number}]", row, config.caption_column, config.label_column, read)
 
 
 def _hf_image(images: Any, number: int, column: str, path: Path) -> bytes:

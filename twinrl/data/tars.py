@@ -18,6 +18,7 @@ from twinrl.data.captions import (
     clean,
     decode_json,
     decode_text,
+    label_in,
 )
 from twinrl.data.images import SUFFIXES
 from twinrl.data.problems import BAD_CAPTION, BAD_ROW, NO_CAPTION, NO_IMAGE, Problem, UnusableError
@@ -73,10 +74,18 @@ def _sample(name: str, members: Mapping[str, ArchiveMember], config: ReadConfig)
     suffix, image = next(((suffix, member) for suffix, member in members.items() if suffix in SUFFIXES), ("", None))
     if image is None:
         raise UnusableError(NO_IMAGE, f"members {', '.join(sorted(members))}")
+    label = _label(members, config)
     texts = [members[end] for ends in CAPTION_SUFFIXES for end in (suffix + ends, ends) if end in members]
     if texts and config.caption_column is None:
-        return Example(name, clean(decode_text(texts[0].read())), image.read)
+        return Example(name, clean(decode_text(texts[0].read())), image.read, label)
     if ".json" not in members:
         raise UnusableError(NO_CAPTION, f"members {', '.join(sorted(members))}")
     row = decode_json(members[".json"].read(), BAD_CAPTION)
-    return Example(name, caption_in(row, config.caption_column), image.read)
+    return Example(name, caption_in(row, config.caption_column), image.read, label)
+
+
+def _label(members: Mapping[str, ArchiveMember], config: ReadConfig) -> str:
+    """The name of the sample's class, in its JSON."""
+    if config.label_column is None or ".json" not in members:
+        return ""
+    return label_in(decode_json(members[".json"].read(), BAD_CAPTION), config.label_column)

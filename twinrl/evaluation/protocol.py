@@ -21,7 +21,7 @@ from twinrl.evaluation.prdc import prdc
 from twinrl.evaluation.shelf import Entry, Shelf
 from twinrl.flow import conditions, draws, transport
 from twinrl.flow.conditions import Condition, Network
-from twinrl.flow.source import Scorer, Source, Split, scored, seen
+from twinrl.flow.source import Scorer, Source, Split, captions_of, scored, seen
 from twinrl.run import names
 from twinrl.sampling import SamplerConfig, few_step, nfe, sample
 
@@ -55,7 +55,9 @@ class EvaluationConfig(Settings):
     teacher_steps: int = Field(50, ge=1, description="Euler steps of the teacher in the final table")
     seed: int = Field(20_240_607, description="of noise, prompts and rows; independent of the run's seed")
     captions: Literal["training", "held_out"] = Field(
-        "training", description="templates of the judged samples' prompts: those of training, or held-out ones"
+        "training",
+        description="templates of the judged samples' prompts: those of training, or held-out ones; "
+        "held-out images with captions of their own are asked for by these",
     )
     neighbours: int = Field(5, ge=1, description="k of precision, recall, density and coverage")
     velocity_rows: int = Field(200, ge=1, description="images in val/velocity_mse, each at five times")
@@ -141,11 +143,6 @@ def _strata(labels: Tensor) -> Tensor | None:
     return labels if int(labels.bincount()[labels].min()) > 1 else None
 
 
-def _take(split: Split, rows: Tensor) -> Split:
-    """The chosen rows of a split, on the CPU."""
-    return Split(split.pixels.cpu()[rows], split.labels.cpu()[rows])
-
-
 class LabelProtocol:
     """Everything that stays fixed between evaluations, computed once.
 
@@ -166,7 +163,8 @@ class LabelProtocol:
         n: images in every set: ``config.n``, less where the split or half of all held-out images is.
             All distances, the floor included, are at this n, since they depend on it.
         labels: (n,) of reference images and samples alike.
-        prompts: n prompts in words, from the configured templates. condition: theirs.
+        images: the reference images.
+        prompts: n prompts in words, the images' own or from the configured templates. condition: theirs.
         reference: what the judge says about the reference images. other: about the other real images.
         floor: distances and PRDC of ``other`` against ``reference``: what a perfect generator would get.
     """
@@ -186,9 +184,9 @@ class LabelProtocol:
         self.shelf = shelf
         held_out = len(source.validation) + len(source.test)
         self.n = min(config.n, len(getattr(source, split)), held_out // 2)
-        self.rows, self._reference_images, self._other_images = self._choose_images()
-        self.labels = self._reference_images.labels
-        self.prompts = source.prompts(self.labels, config.seed, 0, config.captions == "held_out")
+        self.rows, self.images, self._other_images = self._choose_images()
+        self.labels = self.images.labels
+        self.prompts = self._captions(self.images, 0, config.captions == "held_out")
         with undisturbed(seed=config.seed, device=self.device):
             self.condition = source.condition(self.prompts)
             self._velocity_batch = self._velocity_inputs()
@@ -205,9 +203,13 @@ class LabelProtocol:
         pool = torch.cat([own.labels[rest], second.labels]).cpu()
         chosen = balanced_rows(pool, self.n, self.config.seed, f"evaluation floor {self.split}")
         from_own, from_second = rest[chosen[chosen < len(rest)]], chosen[chosen >= len(rest)] - len(rest)
-        parts = _take(own, from_own), _take(second, from_second)
-        other = Split(torch.cat([p.pixels for p in parts]), torch.cat([p.labels for p in parts]))
-        return rows, _take(own, rows), other
+        a, b = own.take(from_own), second.take(from_second)
+        captions = None if a.captions is None or b.captions is None else [*a.captions, *b.captions]
+        other = Split(torch.cat([a.pixels, b.pixels]), torch.cat([a.labels, b.labels]), captions)
+        return rows, own.take(rows), other
+
+    def _captions(self, images: Split, step: int, held_out: bool = False) -> list[str]:
+        return captions_of(self.source, images, torch.arange(len(images)), self.config.seed, step, held_out)
 
     def kept(self, name: str, make: Callable[[], Entry], **decides: Any) -> Entry:
         """What ``make`` gives, of this protocol's images, from the shelf where there is one."""
@@ -222,8 +224,8 @@ class LabelProtocol:
 
     def judge_real(self, through: Callable[[Tensor], Tensor]) -> tuple[JudgedImages, JudgedImages]:
         """The reference images and the other real images, judged after ``through`` (pixels → pixels)."""
-        reference, other = self._reference_images, self._other_images
-        other_prompts = self.source.prompts(other.labels, self.config.seed, 1)
+        reference, other = self.images, self._other_images
+        other_prompts = self._captions(other, 1)
         return (
             self.judge(self._chunked(through, reference.pixels)),
             self.judge(self._chunked(through, other.pixels), other.labels, other_prompts),

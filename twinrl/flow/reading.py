@@ -14,7 +14,7 @@ from torch import Tensor
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws
 from twinrl.flow.conditions import Condition
-from twinrl.flow.source import Source, Split
+from twinrl.flow.source import Source, Split, captions_of
 from twinrl.machine.moving import rows_of
 
 
@@ -48,7 +48,7 @@ class Reader(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A split whose latents are all on the device; captions are drawn for every step.
+    """A split whose latents are all on the device; captions that images lack are drawn for every step.
 
     Attributes:
         source: the data.
@@ -92,7 +92,7 @@ class InMemory:
         return rows_of(self.data, at)
 
     def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
-        prompts = self.source.prompts(self.split.labels[at], seed, step)
+        prompts = captions_of(self.source, self.split, at, seed, step)
         return prompts, self._cast(self.source.condition(prompts))
 
     def null(self, n: int) -> Condition:

@@ -1,7 +1,7 @@
 """What a run needs from its data, whatever they are: the contract between data and everything above.
 
 A *source* brings data splits, a codec between pixels and the space in which the flow lives, and the
-conditioning. The digits lab and MNIST are a :class:`Source`: in memory, labelled, with judges that training never
+conditioning. Laboratories and MNIST are a :class:`Source`: in memory, labelled, with judges that training never
 sees. A prepared folder with a pretrained family is :class:`Data` and no more.
 """
 
@@ -22,13 +22,20 @@ class Split:
     Attributes:
         pixels: (N, C, H, W) float32 in [−1, 1].
         labels: (N,) int64 class labels.
+        captions: of each image, where images have their own; None: the source draws them by the label.
     """
 
     pixels: Tensor
     labels: Tensor
+    captions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, rows: Tensor) -> "Split":
+        """The chosen rows (n,), on the CPU."""
+        captions = None if self.captions is None else [self.captions[row] for row in rows.tolist()]
+        return Split(self.pixels.cpu()[rows], self.labels.cpu()[rows], captions)
 
 
 class Judge(Protocol):
@@ -116,7 +123,7 @@ class Data(Protocol):
 
 
 class Source(Data, Protocol):
-    """A labelled data set in memory, with judges: the digits lab, MNIST.
+    """A labelled data set in memory, with judges: a laboratory, MNIST.
 
     Attributes:
         classes: names of the classes, in label order.
@@ -150,3 +157,10 @@ class Source(Data, Protocol):
     def to(self, device: str) -> "Source":
         """Codec, judges and scorers on ``device``."""
         ...
+
+
+def captions_of(source: Source, split: Split, at: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
+    """A caption for each row ``at`` (n,) of a split: the image's own, or by its label as :meth:`Source.prompts`."""
+    if split.captions is None:
+        return source.prompts(split.labels[at], seed, step, held_out)
+    return [split.captions[row] for row in at.tolist()]

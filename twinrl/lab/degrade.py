@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, pad
 from twinrl.lab.vae import Autoencoder
 
 Degradation = Callable[[Tensor, Tensor, torch.Generator], Tensor]
-"""(pixels (B, 3, 32, 32), labels (B,), generator) → worse pixels (B, 3, 32, 32)."""
+"""(pixels (B, 3, H, W), captions' numbers (B,), generator) → worse pixels (B, 3, H, W)."""
 
 
 class Degrade:
@@ -26,13 +26,13 @@ class Degrade:
             "noise": noise,
             "contrast": contrast,
             "artefacts": self.artefacts,
-            "wrong digit": wrong_digit,
+            "wrong picture": wrong_picture,
             "ghost": ghost,
             "hole": hole,
         }
 
     def __call__(self, pixels: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
-        """Worse versions of ``pixels`` (B, 3, 32, 32) in [−1, 1] with labels (B,); the same range."""
+        """Worse versions of ``pixels`` (B, 3, H, W) in [−1, 1]; rows of one label (B,) share their caption."""
         kinds = list(self.kinds.values())
         drawn = torch.randint(len(kinds), (len(pixels),), generator=draw)
         worse = torch.empty_like(pixels)
@@ -50,10 +50,10 @@ class Degrade:
 
 
 def blur(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
-    """Mixed with a 9×9 mean filter, twice applied."""
-    smooth = x
+    """Mixed with a mean filter of 9 pixels of 32, twice applied."""
+    smooth, reach = x, x.shape[-1] // 8
     for _ in range(2):
-        smooth = avg_pool2d(pad(smooth, (4, 4, 4, 4), mode="replicate"), 9, stride=1)
+        smooth = avg_pool2d(pad(smooth, (reach,) * 4, mode="replicate"), 2 * reach + 1, stride=1)
     return torch.lerp(x, smooth, _strength(x, 0.6, 1.0, draw))
 
 
@@ -68,8 +68,8 @@ def contrast(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
     return torch.lerp(grey.expand_as(x), x, _strength(x, 0.2, 0.6, draw))
 
 
-def wrong_digit(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
-    """Another image of the batch, of another class where there is one; else the image upside down."""
+def wrong_picture(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
+    """Another image of the batch, of another caption where there is one; else the image upside down."""
     partner = _partner(labels, draw)
     other = (labels[partner] != labels).view(-1, 1, 1, 1)
     return torch.where(other, x[partner], x.flip(2))
@@ -77,14 +77,15 @@ def wrong_digit(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
 
 def ghost(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
     """Two images over each other, the other at 35–65 %: what a blurry average of modes looks like."""
-    return torch.lerp(x, wrong_digit(x, labels, draw), _strength(x, 0.35, 0.65, draw))
+    return torch.lerp(x, wrong_picture(x, labels, draw), _strength(x, 0.35, 0.65, draw))
 
 
 def hole(x: Tensor, labels: Tensor, draw: torch.Generator) -> Tensor:
-    """A grey or black square of 12×12 pixels over the middle part."""
-    corner = torch.randint(6, 15, (len(x), 2), generator=draw)
+    """A grey or black square of 12 pixels of 32 over the middle part."""
+    scale = x.shape[-1] // 32
+    corner = torch.randint(6, 15, (len(x), 2), generator=draw) * scale
     place = torch.arange(x.shape[-1])
-    inside = (place >= corner[..., None]) & (place < corner[..., None] + 12)  # (B, 2, 32)
+    inside = (place >= corner[..., None]) & (place < corner[..., None] + 12 * scale)  # (B, 2, side)
     mask = inside[:, 0, :, None] & inside[:, 1, None, :]
     return torch.where(mask[:, None], _strength(x, -1.0, 0.2, draw), x)
 
@@ -95,7 +96,7 @@ def _strength(x: Tensor, low: float, high: float, draw: torch.Generator) -> Tens
 
 
 def _partner(labels: Tensor, draw: torch.Generator) -> Tensor:
-    """For each row another row, of another class where a random rotation of the batch finds one."""
+    """For each row another row, by a random rotation of the batch."""
     n = len(labels)
     shift = int(torch.randint(1, max(n, 2), (1,), generator=draw))
     return torch.arange(n).roll(shift)

@@ -7,6 +7,7 @@ only.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 
 from twinrl.flow.draws import generator
 from twinrl.flow.source import Split
+from twinrl.lab.material import Material
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -79,6 +81,38 @@ def load_digit_splits(warp: Warp = Warp()) -> dict[str, Split]:
         labels=originals.labels.repeat(1 + warp.variants),
     )
     return splits
+
+
+class DigitCaptions:
+    """Templates around the digit's name; satisfies ``twinrl.lab.material.Captions``."""
+
+    vocabulary: tuple[str, ...] = tuple(
+        sorted(
+            {word for template in TEMPLATES + HELD_OUT_TEMPLATES for word in template.split()} - {"{}"} | set(CLASSES)
+        )
+    )
+    kept: tuple[str, ...] = CLASSES
+
+    def of(self, split: Split, rows: Tensor, seed: int, step: int) -> list[str]:
+        """One keyed caption for each of the rows (n,)."""
+        return captions(split.labels[rows], seed, step)
+
+    def batch(self, split: Split, rows: Tensor, seed: int, step: int) -> tuple[list[str], Tensor]:
+        """One keyed caption of each class, and the rows' labels (n,)."""
+        return captions(torch.arange(len(CLASSES)), seed, step), split.labels[rows]
+
+    def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
+        """As :func:`captions`."""
+        return captions(labels, seed, step, held_out)
+
+    def plain(self) -> list[list[str]]:
+        """Both lists of templates."""
+        return [list(TEMPLATES), list(HELD_OUT_TEMPLATES)]
+
+
+def digits(splits: Mapping[str, Split]) -> Material:
+    """What the digits' laboratory is built from, given :func:`load_digit_splits`."""
+    return Material("digits", "digit", splits, CLASSES, DigitCaptions(), grey=True)
 
 
 def captions(labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:

@@ -1,13 +1,13 @@
 """The lab's models side by side: built untrained from the recipe, filled from the cache."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
 from twinrl.lab.clip import ClipModel
 from twinrl.lab.fitting import seeded
-from twinrl.lab.judge import DigitJudge
+from twinrl.lab.judge import LabJudge
 from twinrl.lab.recipe import LabRecipe
 from twinrl.lab.vae import Autoencoder
 
@@ -27,28 +27,35 @@ class Models:
     """
 
     codec: Autoencoder
-    judge: DigitJudge
+    judge: LabJudge
     clip: ClipModel
     hps: ClipModel
     preference_judge: ClipModel
 
     @classmethod
-    def untrained(cls, recipe: LabRecipe) -> "Models":
-        """Initial weights from the recipe's seeds; the global random state is left untouched."""
+    def untrained(cls, recipe: LabRecipe, vocabulary: Sequence[str], classes: int) -> "Models":
+        """Initial weights from the recipe's seeds; the global random state is left untouched.
+
+        Arguments:
+            recipe: sizes and seeds. vocabulary: words of the captions. classes: that the judge tells apart.
+        """
+        form = recipe.form
         with seeded(recipe.codec.seed):
-            codec = Autoencoder()
+            codec = Autoencoder(form)
         with seeded(recipe.judge.seed):
-            judge = DigitJudge()
+            judge = LabJudge(classes, form)
         with seeded(recipe.clip.seed):
-            clip, hps = ClipModel(*recipe.clip_size), ClipModel(*recipe.clip_size)
+            clip, hps = (ClipModel(vocabulary, form, *recipe.clip_size) for _ in range(2))
         with seeded(recipe.preference_judge.seed):
-            preference_judge = ClipModel(*recipe.preference_judge_size)
+            preference_judge = ClipModel(vocabulary, form, *recipe.preference_judge_size)
         return cls(codec, judge, clip, hps, preference_judge)
 
     @classmethod
-    def filled(cls, recipe: LabRecipe, weights: Mapping[str, Weights]) -> "Models":
+    def filled(
+        cls, recipe: LabRecipe, vocabulary: Sequence[str], classes: int, weights: Mapping[str, Weights]
+    ) -> "Models":
         """Models with ``weights`` (state dicts by attribute), frozen and in evaluation mode."""
-        models = cls.untrained(recipe)
+        models = cls.untrained(recipe, vocabulary, classes)
         for name, model in models.named().items():
             model.load_state_dict(weights[name])
             model.eval().requires_grad_(False)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from twinrl.flow.conditions import Condition
 from twinrl.flow.draws import normal, shuffled_rows, uniform
 from twinrl.flow.transport import interpolate, like, velocity
-from twinrl.lab.fitting import seeded
+from twinrl.lab.fitting import Keeper, offer, resumed, seeded
 
 ConditionOf = Callable[[Tensor, int], Condition]
-"""(labels (B,), step) → condition of B rows, captions drawn anew at every step."""
+"""(what the rows are told by (B,), step) → condition of B rows, captions drawn anew at every step."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,24 @@ class FlowData:
 
     Attributes:
         latents: (N, C, H, W) normalised.
-        labels: (N,).
-        condition: captions and their condition for a batch of labels.
+        told: (N,) integers from which the condition is made: labels, or numbers of rows.
+        condition: captions and their condition for a batch of these.
         empty: one row of the empty condition ∅.
     """
 
     latents: Tensor
-    labels: Tensor
+    told: Tensor
     condition: ConditionOf
     empty: Condition
 
 
-def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Callable[[], None]) -> Mapping[str, Tensor]:
+def pretrain(
+    network: nn.Module,
+    data: FlowData,
+    recipe: Pretraining,
+    tick: Callable[[], None],
+    keeper: Keeper | None = None,
+) -> Mapping[str, Tensor]:
     """Train ``network`` (in place) to predict ``z − x`` at (x_t, t, t) and return its averaged state dict.
 
     Arguments:
@@ -63,6 +69,7 @@ def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Call
         data: latents and conditions.
         recipe: steps and rates.
         tick: called after every step.
+        keeper: where an earlier training was left, and this one is kept.
 
     Raises:
         FloatingPointError: the last loss is not finite.
@@ -72,7 +79,7 @@ def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Call
     average = torch.optim.swa_utils.AveragedModel(
         network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema)
     )
-    for step in range(recipe.steps):
+    for step in range(resumed(keeper, optimizer, schedule, tick, average), recipe.steps):
         optimizer.zero_grad(set_to_none=True)
         loss = flow_matching_loss(network, data, recipe, step)
         loss.backward()
@@ -80,6 +87,7 @@ def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Call
         schedule.step()
         average.update_parameters(network)
         tick()
+        offer(keeper, optimizer, step + 1, recipe.steps, average)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the flow-matching loss is {float(loss)} after {recipe.steps} steps")
     return {name: value.detach().clone() for name, value in average.module.state_dict().items()}
@@ -87,12 +95,12 @@ def pretrain(network: nn.Module, data: FlowData, recipe: Pretraining, tick: Call
 
 def flow_matching_loss(network: nn.Module, data: FlowData, recipe: Pretraining, step: int) -> Tensor:
     """Mean of ``‖F(x_t, t, t, c) − (z − x)‖²`` over a keyed batch, t ~ U(0, 1), c = ∅ for some rows."""
-    rows = shuffled_rows(len(data.labels), recipe.batch, recipe.seed, step)
+    rows = shuffled_rows(len(data.told), recipe.batch, recipe.seed, step)
     x = data.latents[rows]
     t = uniform((recipe.batch,), recipe.seed, "pretraining time", step).to(x)
     z = normal(tuple(x.shape), recipe.seed, "pretraining noise", step).to(x)
     dropped = uniform((recipe.batch,), recipe.seed, "pretraining dropout", step).to(x) < recipe.dropout
-    condition = _drop(data.condition(data.labels[rows], step), data.empty, dropped)
+    condition = _drop(data.condition(data.told[rows], step), data.empty, dropped)
     return (network(interpolate(x, z, t), t, t, condition) - velocity(x, z)).square().mean()
 
 

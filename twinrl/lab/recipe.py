@@ -1,10 +1,13 @@
-"""Every constant that decides the lab's content."""
+"""Every constant that decides a laboratory's content."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from twinrl.backends import MLP
+from twinrl.backends import MLP, NETWORKS
+from twinrl.backends.unet import UNet
+from twinrl.config import stored
 from twinrl.lab.digits import HELD_OUT_TEMPLATES, TEMPLATES, Warp
 from twinrl.lab.fitting import Recipe
 from twinrl.lab.pretrain import Pretraining
@@ -22,19 +25,50 @@ NETWORK = MLP.Config()
 
 
 @dataclass(frozen=True)
-class LabRecipe:
-    """How the lab is made.
+class Form:
+    """Sizes of pictures and models; the defaults are the digits'.
 
     Attributes:
-        warp: of the training variants.
+        side: of a picture in pixels, a multiple of 32.
+        codec_channels: of the autoencoder at full, half and quarter resolution, multiples of 8.
+        latent_channels: C of the latents (C, side/4, side/4).
+        judge_channels: of the judge's three convolutions, multiples of 8.
+        context: tokens of a caption, start and end among them.
+        patch: side of an image tower's patch in pixels.
+        shift: training pictures of judges and scorers are moved by up to so many pixels.
+        clusters: classes where no column names them.
+    """
+
+    side: int = 32
+    codec_channels: tuple[int, int, int] = (8, 16, 32)
+    latent_channels: int = 4
+    judge_channels: tuple[int, int, int] = (24, 48, 64)
+    context: int = 16
+    patch: int = 8
+    shift: int = 0
+    clusters: int = 10
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the space of the flow."""
+        return self.latent_channels, self.side // 4, self.side // 4
+
+
+@dataclass(frozen=True)
+class LabRecipe:
+    """How a laboratory is made.
+
+    Attributes:
+        warp: of the digits' training variants; None: pictures of one's own have none.
         codec, judge, clip, hps, preference_judge: how these models are trained.
         teacher: how teachers are pretrained, the default network's and those of other architectures.
         clip_size: width and image layers of ``lab_clip`` and ``lab_hps``.
         preference_judge_size: width and image layers of ``lab_judge``.
-        network: the default network, whose teacher belongs to the lab.
+        network: settings of the default network, whose teacher belongs to the laboratory.
+        form: sizes.
     """
 
-    warp: Warp = WARP
+    warp: Warp | None = WARP
     codec: Recipe = CODEC
     judge: Recipe = JUDGE
     clip: Recipe = CLIP
@@ -43,10 +77,63 @@ class LabRecipe:
     teacher: Pretraining = TEACHER
     clip_size: tuple[int, int] = (64, 3)
     preference_judge_size: tuple[int, int] = (96, 2)
-    network: MLP.Config = NETWORK
+    network: Any = NETWORK
+    form: Form = Form()
+
+    @property
+    def grouping(self) -> Recipe:
+        """Of the text–image model whose features are clustered; it is thrown away afterwards."""
+        return replace(self.clip, steps=max(1, self.clip.steps // 2), seed=7)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"network": self.network.model_dump(mode="json")}
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> "LabRecipe":
+        """From :meth:`plain`. Raises ValueError or InputError where it is something else."""
+        found = stored.made(cls, plain)
+        return replace(found, network=NETWORKS.find(found.network["kind"]).Config.model_validate(found.network))
 
     def hash(self) -> str:
-        """Hex digest of all constants, captions and the version of the code; names the cache's folder."""
+        """Hex digest of all constants and the version of the code; of digits also of the captions.
+
+        It names the cache's folder. The digits' form, which came later, is left out.
+        """
         constants = asdict(self) | {"network": self.network.model_dump(), "version": _VERSION}
-        constants["captions"] = [TEMPLATES, HELD_OUT_TEMPLATES]
+        if self.form == Form():
+            del constants["form"]
+        if self.warp is not None:
+            constants["captions"] = [TEMPLATES, HELD_OUT_TEMPLATES]
         return hashlib.sha256(json.dumps(constants, sort_keys=True).encode()).hexdigest()
+
+
+MINUTES = {32: 30, 64: 120}
+"""Side of a picture → minutes of a build on two cores for which :func:`for_pictures` has its steps."""
+
+
+def for_pictures(side: int, minutes: int | None = None) -> LabRecipe:
+    """The recipe of a laboratory of one's own pictures.
+
+    Arguments:
+        side: of a picture in pixels, 32 or 64.
+        minutes: what the build may take on two cores; codec and teacher have steps in proportion. The numbers do not
+            depend on the machine.
+    """
+    share = (minutes or MINUTES[side]) / MINUTES[side]
+    return LabRecipe(
+        warp=None,
+        codec=Recipe(steps=max(1, round(2000 * share)), batch=32, lr=2e-3, seed=1),
+        judge=Recipe(steps=1200, batch=128, lr=2e-3, seed=2, weight_decay=0.05),
+        clip=Recipe(steps=1200, batch=128, lr=1e-3, seed=3, weight_decay=0.1),
+        hps=Recipe(steps=400, batch=64, lr=5e-4, seed=4, weight_decay=0.1),
+        preference_judge=Recipe(steps=1000, batch=64, lr=1e-3, seed=6, weight_decay=0.1),
+        teacher=Pretraining(steps=max(1, round(4000 * share)), batch=128, lr=1e-3, ema=0.998),
+        clip_size=(96, 3),
+        preference_judge_size=(128, 2),
+        network=UNet.Config(width=48),
+        form=Form(
+            side=side, codec_channels=(32, 64, 64), latent_channels=8, judge_channels=(48, 96, 128), context=32,
+            patch=side // 8, shift=side // 16,
+        ),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""``Lab``: handwritten digits with everything that training and evaluation need."""
+"""``Lab``: pictures, handwritten digits or one's own, with everything that training and evaluation need."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -6,44 +6,45 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from twinrl.backends import NetworkConfig
 from twinrl.flow.conditions import Condition
-from twinrl.flow.source import Judge, Scorer, Split
+from twinrl.flow.source import Judge, Scorer
 from twinrl.lab.clip import EMBEDDING, ClipModel
-from twinrl.lab.digits import CLASSES, captions
+from twinrl.lab.material import SPLITS, Material
 from twinrl.lab.models import Models
-from twinrl.lab.vae import LATENT_SHAPE
 
 TeacherWeights = Callable[["Lab", nn.Module, str], Mapping[str, Tensor]]
 """(lab, network, architecture key) → state dict of the pretrained network."""
 
 
 class Lab:
-    """The digits source; satisfies ``twinrl.flow.source.Source``. Made by ``load_lab``.
+    """A laboratory; satisfies ``twinrl.flow.source.Source``. Made by ``load_lab`` and ``open_lab``.
 
     Arguments:
         content_hash: of everything below.
-        splits: ``train``, ``validation``, ``test``.
-        latents: of each split, normalised, (N, 4, 8, 8).
+        material: the pictures with their captions.
+        latents: of each split, normalised, (N, C, h, w).
         models: makes codec, judge and scorers, when one is first asked for: their libraries take seconds to import.
         teachers: where teachers come from.
+        network: settings of the network whose teacher belongs to the laboratory.
     """
 
-    name: str = "digits"
-    latent_shape: tuple[int, int, int] = LATENT_SHAPE
-    classes: tuple[str, ...] = CLASSES
     held_out: frozenset[str] = frozenset({"lab_judge"})
 
     def __init__(
         self,
         content_hash: str,
-        splits: Mapping[str, Split],
+        material: Material,
         latents: Mapping[str, Tensor],
         models: Callable[[], Models],
         teachers: TeacherWeights,
+        network: NetworkConfig,
     ):
         self.content_hash = content_hash
-        self.train, self.validation, self.test = (splits[n] for n in ("train", "validation", "test"))
-        self.device = "cpu"
+        self.material, self.name, self.classes = material, material.name, material.classes
+        self.train, self.validation, self.test = (material.splits[name] for name in SPLITS)
+        self.latent_shape: tuple[int, int, int] = tuple(latents["train"].shape[1:])  # type: ignore[assignment]
+        self.device, self.network = "cpu", network
         self._make_models = models
         self._latents = dict(latents)
         self._teachers = teachers
@@ -70,20 +71,20 @@ class Lab:
         return {"lab_clip": models.clip, "lab_hps": models.hps, "lab_judge": models.preference_judge}
 
     def latents(self, split: str) -> Tensor:
-        """(N, 4, 8, 8) normalised latents of ``train``, ``validation`` or ``test``, on the lab's device."""
+        """(N, C, h, w) normalised latents of ``train``, ``validation`` or ``test``, on the lab's device."""
         return self._latents[split]
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, 32, 32) in [−1, 1] → normalised latents (B, 4, 8, 8); differentiable."""
+        """Pixels (B, 3, H, W) in [−1, 1] → normalised latents (B, C, h, w); differentiable."""
         return self.models.codec.encode(pixels)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, 4, 8, 8) → pixels (B, 3, 32, 32), not clamped; differentiable."""
+        """Normalised latents (B, C, h, w) → pixels (B, 3, H, W), not clamped; differentiable."""
         return self.models.codec.decode(latents)
 
     def prompts(self, labels: Tensor, seed: int, step: int, held_out: bool = False) -> list[str]:
-        """One caption for each label, template drawn by (seed, step); from held-out templates if asked."""
-        return captions(labels, seed, step, held_out)
+        """One caption for each label, drawn by (seed, step); from held-out ones if asked."""
+        return self.material.captions.prompts(labels, seed, step, held_out)
 
     def condition(self, prompts: Sequence[str]) -> Condition:
         """``{"text": (B, 64)}``: the lab CLIP's unit text embeddings, the same for a prompt in every batch."""

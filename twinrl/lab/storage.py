@@ -56,7 +56,7 @@ def _locking(path: Path) -> IO[str]:
     except OSError as error:
         raise InputError(
             f"the folder {path.parent} cannot be written", got=error.strerror,
-            fix="set TWINRL_CACHE, or data.root where that lies in it, to a writable folder",
+            fix="set TWINRL_CACHE, or data.root or --to where that lies in it, to a writable folder",
         ) from error  # fmt: skip
 
 
@@ -93,5 +93,6 @@ def load_json(path: Path, delete: Path) -> dict[str, object]:
 def damaged(path: Path, delete: Path, why: str) -> InputError:
     """The error for a cached file that cannot be used."""
     return InputError(
-        f"the cached file {path} is damaged: {why}", fix=f"delete {delete}; it is built again on next use"
+        f"the cached file {path} is damaged: {why}",
+        fix=f"delete {delete}; what twinrl builds by itself comes back on next use",
     )

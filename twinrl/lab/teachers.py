@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from twinrl.backends import network_key
 from twinrl.lab.clip import ClipModel
-from twinrl.lab.digits import captions
+from twinrl.lab.material import Lesson
 from twinrl.lab.pretrain import FlowData, fresh, pretrain
 from twinrl.lab.progress import stages
 from twinrl.lab.recipe import LabRecipe
@@ -15,13 +16,13 @@ from twinrl.lab.storage import load_tensors, publish, save_tensors
 from twinrl.machine.files import cache_dir
 
 
-def flow_data(latents: Tensor, labels: Tensor, clip: ClipModel) -> FlowData:
-    """What a teacher learns from: latents (N, 4, 8, 8) and labels (N,), captioned anew at each step."""
+def flow_data(latents: Tensor, data: Lesson, clip: ClipModel) -> FlowData:
+    """What a teacher learns from: latents (N, C, h, w) of the pictures, captioned anew at each step."""
 
     def condition(rows: Tensor, step: int) -> dict[str, Tensor]:
-        return {"text": clip.cached_text_embedding(captions(rows, 0, step))}
+        return {"text": clip.cached_text_embedding(data.captions.of(data.split, rows, 0, step))}
 
-    return FlowData(latents, labels, condition, empty_text(1, latents.device))
+    return FlowData(latents, torch.arange(len(data)), condition, empty_text(1, latents.device))
 
 
 class Teachers:
@@ -48,6 +49,6 @@ class Teachers:
 
     def _pretrain(self, lab: Lab, network: nn.Module, key: str) -> Mapping[str, Tensor]:
         recipe = self.recipe.teacher
-        data = flow_data(lab.latents("train"), lab.train.labels, lab.clip)
+        data = flow_data(lab.latents("train"), Lesson(lab.train, lab.material.captions), lab.clip)
         with stages(f"pretraining {key}", recipe.steps, self.progress) as stage:
             return pretrain(fresh(network, recipe.seed).to(lab.device), data, recipe, stage("teacher", 1))

@@ -1,6 +1,6 @@
-"""The lab's autoencoder: a small, true latent space with a true round-trip error.
+"""A laboratory's autoencoder: a small, true latent space with a true round-trip error.
 
-A diffusers ``AutoencoderKL`` that halves 32×32 images twice: 4×8×8 latents. The flow lives in *normalised*
+A diffusers ``AutoencoderKL`` that halves images twice: 32×32 digits have 4×8×8 latents. The flow lives in *normalised*
 latents: posterior means, shifted and scaled per channel to zero mean and unit variance over the training split.
 """
 
@@ -11,33 +11,36 @@ import torch
 from torch import Tensor, nn
 
 from twinrl.flow.draws import normal
-from twinrl.lab.fitting import Recipe, fit
+from twinrl.lab.fitting import Keeper, Recipe, fit
+from twinrl.lab.recipe import Form
 
-LATENT_SHAPE = (4, 8, 8)
-_CHANNELS = (8, 16, 32)
 _KL_WEIGHT = 1e-6
 _CHUNK = 256  # rows encoded at once
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder between pixels and normalised latents; deterministic, differentiable."""
+    """Encoder and decoder between pixels and normalised latents; deterministic, differentiable.
+
+    Arguments:
+        form: sizes of pictures, latents and layers.
+    """
 
     vae: Any
     mean: Tensor
     std: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, form: Form):
         super().__init__()
-        self.vae = _autoencoder()
-        self.register_buffer("mean", torch.zeros(1, LATENT_SHAPE[0], 1, 1))
-        self.register_buffer("std", torch.ones(1, LATENT_SHAPE[0], 1, 1))
+        self.vae = _autoencoder(form)
+        self.register_buffer("mean", torch.zeros(1, form.latent_channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, form.latent_channels, 1, 1))
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, 3, 32, 32) in [−1, 1] → normalised posterior means (B, 4, 8, 8)."""
+        """Pixels (B, 3, H, W) in [−1, 1] → normalised posterior means (B, C, H/4, W/4)."""
         return (self.vae.encode(pixels).latent_dist.mean - self.mean) / self.std
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents (B, 4, 8, 8) → pixels (B, 3, 32, 32), not clamped."""
+        """Normalised latents (B, C, h, w) → pixels (B, 3, 4h, 4w), not clamped."""
         return self.vae.decode(latents * self.std + self.mean).sample
 
     @torch.no_grad()
@@ -46,13 +49,15 @@ class Autoencoder(nn.Module):
         return torch.cat([self.encode(chunk) for chunk in pixels.split(_CHUNK)])
 
 
-def train_codec(codec: Autoencoder, pixels: Tensor, recipe: Recipe, tick: Callable[[], None]) -> None:
-    """Train ``codec`` in place on ``pixels`` (N, 3, 32, 32) in [−1, 1]; its normalisation is measured there."""
+def train_codec(
+    codec: Autoencoder, pixels: Tensor, recipe: Recipe, tick: Callable[[], None], keeper: Keeper | None = None
+) -> None:
+    """Train ``codec`` in place on ``pixels`` (N, 3, H, W) in [−1, 1]; its normalisation is measured there."""
 
     def loss(step: int) -> Tensor:
         return _evidence_loss(codec.vae, pixels[recipe.rows(len(pixels), step)], recipe.seed, step)
 
-    fit(codec.parameters(), loss, recipe, tick)
+    fit(codec.parameters(), loss, recipe, tick, keeper)
     _normalise(codec, pixels)
     codec.eval().requires_grad_(False)
 
@@ -72,17 +77,17 @@ def _normalise(codec: Autoencoder, pixels: Tensor) -> None:
     codec.std.copy_(raw.std(dim=(0, 2, 3), keepdim=True))
 
 
-def _autoencoder() -> Any:
+def _autoencoder(form: Form) -> Any:
     from twinrl.lab.libraries import AutoencoderKL
 
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=_CHANNELS,
+        block_out_channels=form.codec_channels,
         layers_per_block=1,
-        latent_channels=LATENT_SHAPE[0],
+        latent_channels=form.latent_channels,
         norm_num_groups=8,
-        sample_size=32,
+        sample_size=form.side,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,

@@ -1,9 +1,9 @@
-"""Rewards that come with a data source: the digits lab's text–image models, MNIST's judge.
+"""Rewards that come with a data source: a laboratory's text–image models, MNIST's judge.
 
-    R(y, c) = cos(image(y), text(c))   for the lab's three (see :mod:`twinrl.lab.clip`)
+    R(y, c) = cos(image(y), text(c))   for a laboratory's three (see :mod:`twinrl.lab.clip`)
 
 The models belong to the source, which loads, moves and identifies them; here they only become rewards. They take the
-source's own pixels, the lab's (B, 3, 32, 32). One grey channel is repeated three times; another size is refused.
+source's own pixels, (B, 3, 32, 32) of digits. One grey channel is repeated three times; another size is refused.
 """
 
 from collections.abc import Sequence
@@ -44,25 +44,26 @@ class SourceScorer(Reward):
 
 
 class LabScorer(SourceScorer):
-    """One of the lab's text–image models, which see 32×32 pixels in three channels."""
+    """One of a laboratory's text–image models, which see pixels of its size in three channels."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         check_batch(images, prompts, self.needs_prompts)
-        if images.shape[-2:] != (SIDE, SIDE):
+        side = getattr(self.scorer, "side", SIDE)
+        if images.shape[-2:] != (side, side):
             size = "×".join(map(str, images.shape[-2:]))
-            raise InputError(f"{self.context.key}: {self.config.kind} takes {SIDE}×{SIDE} pixels", got=size)
+            raise InputError(f"{self.context.key}: {self.config.kind} takes {side}×{side} pixels", got=size)
         return self.scorer(images.expand(-1, 3, -1, -1), prompts)
 
 
 class LabClip(LabScorer):
-    """Plain CLIP of the digits: do image and caption agree? Says little about quality."""
+    """Plain CLIP: do image and caption agree? Says little about quality."""
 
     class Config(Settings):
         kind: Literal["lab_clip"] = "lab_clip"
 
 
 class LabHPS(LabScorer):
-    """CLIP fine-tuned on preferences (clean over degraded digits), as HPSv2 was. *The* reward of the lab."""
+    """CLIP fine-tuned on preferences (clean over degraded pictures), as HPSv2 was. *The* reward of the lab."""
 
     class Config(Settings):
         kind: Literal["lab_hps"] = "lab_hps"

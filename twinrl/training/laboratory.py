@@ -24,11 +24,11 @@ from twinrl.training.schema import RunConfig
 
 
 class Laboratory(Provider[Source]):
-    """Digits, MNIST, and whatever else is a labelled ``twinrl.flow.source.Source``."""
+    """Digits, pictures of one's own, MNIST, and whatever else is a labelled ``twinrl.flow.source.Source``."""
 
     @classmethod
     def load(cls, settings: RunConfig, device: torch.device) -> Source:
-        return sources.load(settings.data.source, settings.data.root).to(str(device))
+        return sources.load(settings.data.source, settings.data.place).to(str(device))
 
     @classmethod
     def unloaded(cls, settings: RunConfig) -> Unloaded:

@@ -31,7 +31,7 @@ class PretrainedModels(Provider["FolderSource"]):
     @classmethod
     def load(cls, settings: RunConfig, device: torch.device) -> "FolderSource":
         family = settings.model.family_class.load(settings.model.pretrained)
-        source = sources.load(settings.data.source, settings.data.root, family)
+        source = sources.load(settings.data.source, settings.data.place, family)
         return source.to(str(device), settings.machine.offload)
 
     @classmethod

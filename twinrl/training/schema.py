@@ -152,9 +152,14 @@ FAMILY_KEYS = tuple(FamilyConfig.model_fields)
 class DataConfig(Settings):
     """Where samples come from."""
 
-    source: str = Field("digits", description="digits (embedded lab), mnist; for a family: folder, prompts")
+    source: str = Field(
+        "digits", description="digits (embedded lab), lab (one of your own), mnist; for a family: folder, prompts"
+    )
     root: Path | None = Field(None, description="folder of the data, where the source needs one")
-    rows: int | None = Field(None, ge=1, description="digits, mnist: train on the first so many images; null = all")
+    lab: str | None = Field(None, description="lab: name or folder of what `twinrl lab build` has made")
+    rows: int | None = Field(
+        None, ge=1, description="digits, lab, mnist: train on the first so many images; null = all"
+    )
     row_multiple: int = Field(
         1, ge=1,
         description="family: rows of each branch are multiples of this in every bucket's batch, where train.batch "
@@ -163,6 +168,11 @@ class DataConfig(Settings):
     images: bool = Field(
         True, description="false: image-free training on the student's own one-step samples of the prompts"
     )
+
+    @property
+    def place(self) -> Path | None:
+        """Where the source lies."""
+        return self.root if self.lab is None else Path(self.lab)
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +185,15 @@ class DataConfig(Settings):
     def _images_where_there_are_some(self) -> "DataConfig":
         if self.source == "prompts" and self.images:
             raise ValueError("images is true, but data.source=prompts has none; fix: data.images=false")
+        return self
+
+    @model_validator(mode="after")
+    def _a_lab_has_its_name(self) -> "DataConfig":
+        if (self.source == "lab") != bool(self.lab):
+            raise ValueError(
+                f"source is {self.source} and lab is {self.lab or 'null'}; fix: data={{source: lab, lab: NAME}}, "
+                "with what twinrl lab build FOLDER --to NAME has made"
+            )
         return self
 
 
@@ -320,13 +339,16 @@ class RunConfig(Settings):
             raise ValueError(
                 f"data.source is {source}, which does not go with model.family={family or 'null'}; "
                 f"expected {' or '.join(wanted)}"
+                + ("; for pictures of your own: twinrl lab build FOLDER" if family is None else "")
             )
         try:
             sources.find(source, family is not None)
         except InputError as error:
             raise ValueError(f"data.source: {error}") from error
         if family is not None and self.data.rows is not None:
-            raise ValueError("data.rows is for digits and mnist; for a family prepare a smaller folder (twinrl data)")
+            raise ValueError(
+                "data.rows is for laboratories and mnist; for a family prepare a smaller folder (twinrl data)"
+            )
         if family is not None and self.train.init == "random":
             raise ValueError("train.init is random, but a family starts from its pretrained weights; fix: teacher")
         if self.machine.offload and self.fsdp.frozen == "sharded":
@@ -422,4 +444,26 @@ def made(mapping: dict[str, Any], name: str, overrides: list[str]) -> RunConfig:
     """:func:`load` given what the preset or file says, for many configurations of one; ``name`` where it has none."""
     mapping = {"name": name} | configuration.override(mapping, overrides)
     foreign.refuse(mapping)
-    return configuration.validate(RunConfig, mapping)
+    settings = configuration.validate(RunConfig, with_network(mapping))
+    if settings.data.root is not None and settings.data.source in sources.WITHOUT_ROOT:
+        raise InputError(
+            f"data.root has no effect with data.source={settings.data.source}", got=settings.data.root,
+            fix="to train on pictures of your own: twinrl lab build FOLDER --to NAME, then "
+            "data={source: lab, lab: NAME}; to train on digits, leave data.root out",
+        )  # fmt: skip
+    return settings
+
+
+def with_network(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A laboratory of one's own has a network with a teacher: the one to train where none is named.
+
+    Raises:
+        InputError: there is no such laboratory.
+    """
+    data, model = mapping.get("data"), mapping.get("model", {})
+    named = isinstance(data, dict) and data.get("source") == "lab" and isinstance(data.get("lab"), str)
+    if not named or not isinstance(model, dict) or {"network", "family"} & set(model):
+        return mapping
+    from twinrl.lab.load import network_of
+
+    return mapping | {"model": {**model, "network": network_of(mapping["data"]["lab"])}}

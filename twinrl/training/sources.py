@@ -20,6 +20,12 @@ def _digits(root: Path | None) -> Source:
     return load_lab()
 
 
+def _lab(name: Path | None) -> Source:
+    from twinrl.lab import open_lab
+
+    return open_lab(str(name))
+
+
 def _mnist(root: Path | None) -> Source:
     from twinrl.lab.mnist import MNISTSource
 
@@ -38,15 +44,17 @@ def _prompts(root: Path | None, family: "Family") -> "FolderSource":
     return FolderSource(root, family, images=False)
 
 
-SOURCES: dict[str, Callable[[Path | None], Source]] = {"digits": _digits, "mnist": _mnist}
-"""``data.source`` → function of ``data.root`` that loads it (building what is not cached, with a progress bar)."""
+SOURCES: dict[str, Callable[[Path | None], Source]] = {"digits": _digits, "lab": _lab, "mnist": _mnist}
+"""``data.source`` → function of ``data.place`` that loads it (building what is not cached, with a progress bar)."""
+WITHOUT_ROOT = ("digits", "lab")
+"""Sources for which ``data.root`` means nothing."""
 
 FAMILY_SOURCES: dict[str, Callable[[Path | None, "Family"], "FolderSource"]] = {"folder": _folder, "prompts": _prompts}
-"""``data.source`` of a run with ``model.family`` → function of ``data.root`` and the family."""
+"""``data.source`` of a run with ``model.family`` → function of ``data.place`` and the family."""
 
 
 def find(name: str, trains_family: bool) -> Callable[..., Any]:
-    """What loads the source called ``name``: a function of ``data.root``, and of the family where one is trained.
+    """What loads the source called ``name``: a function of ``data.place``, and of the family where one is trained.
 
     A class of one's own is named by its dotted path.
 
@@ -65,13 +73,13 @@ def find(name: str, trains_family: bool) -> Callable[..., Any]:
     return found
 
 
-def load(name: str, root: Path | None, *family: "Family") -> Any:
-    """The source called ``name``; with the family that is trained, if one is.
+def load(name: str, place: Path | None, *family: "Family") -> Any:
+    """The source called ``name`` that lies at ``place``; with the family that is trained, if one is.
 
     Raises:
         InputError: see :func:`find`; one's own lacks something that a source has.
     """
-    source = find(name, bool(family))(root, *family)
+    source = find(name, bool(family))(place, *family)
     if name in SOURCES | FAMILY_SOURCES:
         return source
     if lacking := [each for each in _attributes(Data if family else Source) if not hasattr(source, each)]:
