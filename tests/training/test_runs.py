@@ -46,7 +46,9 @@ def test_name_and_bookkeeping_do_not_enter_the_hash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preset", LAB_PRESETS)
 def test_config_yaml_loads_to_the_same_configuration(tmp_path: Path, preset: str) -> None:
-    settings = small(tmp_path, "lr_policy={kind: plateau, minimum: 1e-3}", "data.root=/data", preset=preset)
+    settings = small(
+        tmp_path, "lr_policy={kind: plateau, minimum: 1e-3}", "data={source: mnist, root: /data}", preset=preset
+    )
     run = RunDirectory(settings.directory)
     run.start(settings, fresh=False)
     assert run.settings() == settings

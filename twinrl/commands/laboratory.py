@@ -20,7 +20,7 @@ from twinrl.evaluation.appraisal import Appraisal
 from twinrl.lab import Lab, open_lab
 from twinrl.lab.load import build_lab, described, folder_of
 from twinrl.lab.progress import watched_by
-from twinrl.lab.recipe import MINUTES, for_pictures
+from twinrl.lab.recipe import MINUTES, LabRecipe, for_pictures
 from twinrl.machine import files
 
 PAGE, PICTURE, VALUES = "report.html", "pictures.png", "report.json"
@@ -62,25 +62,30 @@ def build(
     files.check_writable(folder, f"the laboratory {folder}", "name another with --to, or set TWINRL_CACHE")
     if folder.exists():
         described(folder)  # what is no laboratory is not replaced
-    recipe = for_pictures(side, minutes)
-    with Bar(console) as bar, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        found = collection.collect(path, read, side, lambda done: bar.say(f"reading pictures: {done:,}"))
-        collection.check(path, found, recipe.form.context)
-        material, about = collection.material_of(path, found, folder.name, read.label_column)
-        about |= {"pictures": len(found.pictures), "minutes": minutes or MINUTES[side]}
-        bar.print(described_in_words(about))
-        try:
-            with watched_by(lambda what, share: bar.say(what, READ + (BUILT - READ) * share)):
-                made = build_lab(folder, material, recipe, about)
-        except KeyboardInterrupt:
-            bar.print("interrupted; the same command goes on where it was")
-            return 130
-        report(folder, name, bar)
+    try:
+        with Bar(console) as bar:
+            made = _built(path, folder, read, for_pictures(side, minutes), minutes or MINUTES[side], bar)
+            report(folder, name, bar)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it was")
+        return 130
     console.print(f"{'built' if made else 'was built before'}: {folder}")
     print_report(folder, console)
     console.print(f"next: twinrl train lab 'data={{source: lab, lab: {name}}}'")
     return 0
+
+
+def _built(path: Path, folder: Path, read: ReadConfig, recipe: LabRecipe, minutes: int, bar: "Bar") -> bool:
+    """Read, check and build; whether there was anything to build."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        found = collection.collect(path, read, recipe.form.side, lambda done: bar.say(f"reading pictures: {done:,}"))
+    collection.check(path, found, recipe.form.context)
+    material, about = collection.material_of(path, found, folder.name, read.label_column)
+    about |= {"pictures": len(found.pictures), "minutes": minutes}
+    bar.print(described_in_words(about))
+    with watched_by(lambda what, share: bar.say(what, READ + (BUILT - READ) * share)):
+        return build_lab(folder, material, recipe, about)
 
 
 def described_in_words(about: Mapping[str, Any]) -> str:

@@ -120,8 +120,8 @@ def resumed(
                 optimizer.state[parameter] = own
     if average is not None:
         average.load_state_dict({name: state[f"average.{name}"] for name in average.state_dict()})
-    schedule.load_state_dict({"last_epoch": step - 1, "_step_count": step + 1})  # rates are functions of the step
-    schedule.step()
+    vars(schedule).update(last_epoch=step - 1, _step_count=step + 1)
+    schedule.step()  # rates are functions of the step
     for _ in range(step):
         tick()
     return step
