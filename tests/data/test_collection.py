@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from tests.lab import made
 from twinrl.config.errors import InputError
+from twinrl.data import images
 from twinrl.data.captions import ReadConfig
 from twinrl.data.collection import LEAST, check, collect, material_of
 
@@ -81,6 +82,18 @@ def test_the_square_in_the_middle_is_taken_at_the_size(tmp_path):
     found, _ = taken(write(tmp_path / "p", wide, [f"picture {i % 9}" for i in range(N)]), side=64)
     whole, _ = taken(write(tmp_path / "q", map(noise, range(N)), [f"picture {i % 9}" for i in range(N)]), side=64)
     assert [p.levels.tolist() for p in found.pictures] == [p.levels.tolist() for p in whole.pictures]
+
+
+def test_a_large_jpeg_is_read_at_a_smaller_size(tmp_path):
+    """The scene at a sixteenth of its size, whichever way it comes there."""
+    scene = noise(0, side=8).resize((2048, 1536), Image.Resampling.BICUBIC)
+    scene.save(tmp_path / "large.jpg", quality=95)
+    data = (tmp_path / "large.jpg").read_bytes()
+    small = images.decode(data, least=64)
+    assert small.size == (256, 192) or small.size == (512, 384)
+    wanted = np.asarray(scene.resize(small.size, Image.Resampling.BOX), float)
+    assert np.abs(np.asarray(small, float) - wanted).mean() < 3  # of 255; JPEG at this quality: about 1
+    assert images.decode(data).size == (2048, 1536)
 
 
 @pytest.mark.parametrize(

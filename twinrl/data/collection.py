@@ -127,10 +127,11 @@ def _decoded(example: Example, data: bytes, side: int) -> Picture:
     width, height = images.upright_size(data)
     if min(width, height) < side / 2:
         raise UnusableError(TOO_SMALL, f"{width}×{height}")
-    square = min(width, height)
-    left, top = (width - square) / 2, (height - square) / 2
+    image = images.decode(data, least=2 * side)
+    square = min(image.size)
+    left, top = (image.width - square) / 2, (image.height - square) / 2
     fit = BucketFit(Bucket(side, side), (left, top, left + square, top + square))
-    levels = ((images.pixels(images.decode(data), fit) + 1) * 127.5).round().to(torch.uint8)
+    levels = ((images.pixels(image, fit) + 1) * 127.5).round().to(torch.uint8)
     identity = digest(of_bytes(levels.numpy().tobytes()), example.caption, example.label)
     return Picture(example.name, levels, example.caption, example.label, identity)
 

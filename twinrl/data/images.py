@@ -94,8 +94,8 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if image.format in TURNED else ImageOps.exif_transpose(image)
 
 
-def decode(data: bytes) -> Image.Image:
-    """The whole image, upright and in RGB.
+def decode(data: bytes, least: int | None = None) -> Image.Image:
+    """The whole image, upright and in RGB; of a large JPEG a smaller copy, where ``least`` pixels a side are enough.
 
     EXIF rotation is applied, transparency is laid on white, 16 bits a channel become 8, of an animation the first
     frame is taken; colour profiles are ignored.
@@ -104,6 +104,8 @@ def decode(data: bytes) -> Image.Image:
         UnusableError: the file is damaged or cut off, its header says another size, or its pixels have no known range.
     """
     with _opened(data) as image:
+        if least is not None and image.format == "JPEG":
+            image.draft(None, (least, least))
         expected = _upright_size(image)
         image.load()
         upright = _to_rgb(_upright(image))
