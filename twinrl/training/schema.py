@@ -191,8 +191,8 @@ class DataConfig(Settings):
     def _a_lab_has_its_name(self) -> "DataConfig":
         if (self.source == "lab") != bool(self.lab):
             raise ValueError(
-                f"source is {self.source} and lab is {self.lab or 'null'}; fix: data={{source: lab, lab: NAME}}, "
-                "with what twinrl lab build FOLDER --to NAME has made"
+                f"source is {self.source} and lab is {self.lab or 'null'}; fix: data={{source: lab, lab: NAME}} of "
+                "twinrl lab build FOLDER --to NAME"
             )
         return self
 
@@ -444,26 +444,6 @@ def made(mapping: dict[str, Any], name: str, overrides: list[str]) -> RunConfig:
     """:func:`load` given what the preset or file says, for many configurations of one; ``name`` where it has none."""
     mapping = {"name": name} | configuration.override(mapping, overrides)
     foreign.refuse(mapping)
-    settings = configuration.validate(RunConfig, with_network(mapping))
-    if settings.data.root is not None and settings.data.source in sources.WITHOUT_ROOT:
-        raise InputError(
-            f"data.root has no effect with data.source={settings.data.source}", got=settings.data.root,
-            fix="to train on pictures of your own: twinrl lab build FOLDER --to NAME, then "
-            "data={source: lab, lab: NAME}; to train on digits, leave data.root out",
-        )  # fmt: skip
+    settings = configuration.validate(RunConfig, sources.with_network(mapping))
+    sources.check_root(settings.data.source, settings.data.root)
     return settings
-
-
-def with_network(mapping: dict[str, Any]) -> dict[str, Any]:
-    """A laboratory of one's own has a network with a teacher: the one to train where none is named.
-
-    Raises:
-        InputError: there is no such laboratory.
-    """
-    data, model = mapping.get("data"), mapping.get("model", {})
-    named = isinstance(data, dict) and data.get("source") == "lab" and isinstance(data.get("lab"), str)
-    if not named or not isinstance(model, dict) or {"network", "family"} & set(model):
-        return mapping
-    from twinrl.lab.load import network_of
-
-    return mapping | {"model": {**model, "network": network_of(mapping["data"]["lab"])}}

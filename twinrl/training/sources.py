@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinrl.config.components import ComponentError, check_methods, check_returns, own
+from twinrl.config.errors import InputError
 from twinrl.flow import returned
 from twinrl.flow.source import Data, Source
 
@@ -95,3 +96,31 @@ def _attributes(contract: type) -> list[str]:
     members = [member for kind in contract.__mro__ for member in vars(kind).items()]
     properties = [name for name, value in members if isinstance(value, property)]
     return [*properties, *(name for kind in contract.__mro__ for name in vars(kind).get("__annotations__", ()))]
+
+
+# --- configurations ---------------------------------------------------------------------------------------------
+
+
+def check_root(source: str, root: Path | None) -> None:
+    """Raises InputError where ``data.root`` means nothing to the source: a run would not be on what lies there."""
+    if root is not None and source in WITHOUT_ROOT:
+        raise InputError(
+            f"data.root has no effect with data.source={source}", got=root,
+            fix="leave it out; to train on pictures of your own: twinrl lab build FOLDER --to NAME, then "
+            "data={source: lab, lab: NAME}",
+        )  # fmt: skip
+
+
+def with_network(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A configuration on a laboratory of one's own, which names no network, with the one that has its teacher.
+
+    Raises:
+        InputError: there is no such laboratory.
+    """
+    data, model = mapping.get("data"), mapping.get("model", {})
+    named = isinstance(data, dict) and data.get("source") == "lab" and isinstance(data.get("lab"), str)
+    if not named or not isinstance(model, dict) or {"network", "family"} & set(model):
+        return mapping
+    from twinrl.lab.load import network_of
+
+    return mapping | {"model": {**model, "network": network_of(mapping["data"]["lab"])}}
