@@ -18,7 +18,7 @@ from twinrl.data.captions import ReadConfig
 from twinrl.data.collection import LEAST, check, collect, material_of
 
 N = LEAST + 4
-CONTEXT = 32
+CONTEXT = 24
 
 
 def write(folder, pictures, captions, **more):
@@ -119,7 +119,7 @@ def test_pictures_that_teach_nothing_are_refused_in_one_line(tmp_path, make, mes
     ("caption", "message"),
     [
         (lambda i: "always the same", "hardly differ"),
-        (lambda i: "word " * 2000 + str(i), "hardly differ in their first 30 words"),
+        (lambda i: "word " * 2000 + str(i), "hardly differ in their first 22 words"),
         (lambda i: "   ", "empty caption"),
         (lambda i: None, "no caption"),
     ],

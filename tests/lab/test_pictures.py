@@ -47,7 +47,7 @@ def own(home):
 def test_it_has_what_the_digits_have(own):
     assert own.name == "made"
     assert own.classes == ("circle", "letter", "square")
-    assert own.latent_shape == (8, 8, 8) == tuple(own.latents("test").shape[1:])
+    assert own.latent_shape == (4, 8, 8) == tuple(own.latents("test").shape[1:])
     assert set(own.scorers) == {"lab_clip", "lab_hps", "lab_judge"}
     assert own.held_out == {"lab_judge"}
     assert [len(split) for split in (own.train, own.validation, own.test)] == [180, 30, 30]

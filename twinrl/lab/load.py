@@ -15,7 +15,7 @@ from torch import Tensor
 from twinrl.config.errors import InputError
 from twinrl.lab import pictures
 from twinrl.lab.build import MANIFEST, PARTS, build, unpacked
-from twinrl.lab.digits import digits, load_digit_splits
+from twinrl.lab.digits import Warp, digits, load_digit_splits
 from twinrl.lab.material import SPLITS, Material
 from twinrl.lab.models import Models
 from twinrl.lab.recipe import LabRecipe
@@ -25,7 +25,7 @@ from twinrl.lab.teachers import Teachers
 from twinrl.lab.workshop import SECONDS, Workshop
 from twinrl.machine.files import cache_dir
 
-DEFAULT = LabRecipe()
+DEFAULT, NO_WARP = LabRecipe(), Warp(variants=0)
 FORMAT = 1
 """Of the folder of a laboratory of one's own."""
 BUILD = "twinrl lab build FOLDER"
@@ -43,7 +43,7 @@ def load_lab(device: str = "cpu", progress: bool = True, recipe: LabRecipe = DEF
         InputError: a cached file is damaged; the message says which folder to delete.
     """
     folder = cache_dir() / f"digits-{recipe.hash()[:12]}"
-    _make(folder, recipe.hash(), recipe, lambda: digits(load_digit_splits(recipe.warp)), progress)
+    _make(folder, recipe.hash(), recipe, lambda: digits(load_digit_splits(recipe.warp or NO_WARP)), progress)
     manifest, parts = _read(folder)
     made = digits({name: unpacked(parts["data"], name) for name in SPLITS})
     return _lab(made, manifest, parts, recipe, progress).to(device)
