@@ -28,7 +28,8 @@ def test_formulations_lists_the_presets() -> None:
 def test_architecture_lists_the_commands() -> None:
     (told,) = re.findall(r"- \*\*Command line\.\*\*(.*?)Exit code", page("architecture"), re.DOTALL)
     app = get_command(cli.app)
-    commands = {name.replace("data", "data prepare") for name in app.commands} | {"ablate", "analyze"}  # type: ignore[attr-defined]
+    groups = {"data": "data prepare", "lab": "lab build"}
+    commands = {groups.get(name, name) for name in app.commands} | {"ablate", "analyze"}  # type: ignore[attr-defined]
     assert {words for words in commands if f"`{words}`" not in told and f"`twinrl {words} " not in told} == set()
 
 

@@ -79,8 +79,8 @@ def test_the_square_in_the_middle_is_taken_at_the_size(tmp_path):
     wide = [Image.new("RGB", (120, 40), "white") for _ in range(N)]
     for number, page in enumerate(wide):
         page.paste(noise(number), (40, 0))
-    found, _ = taken(write(tmp_path / "p", wide, [f"picture {i % 9}" for i in range(N)]), side=64)
-    whole, _ = taken(write(tmp_path / "q", map(noise, range(N)), [f"picture {i % 9}" for i in range(N)]), side=64)
+    found, _ = taken(write(tmp_path / "p", wide, [f"picture {i % 9}" for i in range(N)]), side=40)
+    whole, _ = taken(write(tmp_path / "q", map(noise, range(N)), [f"picture {i % 9}" for i in range(N)]), side=40)
     assert [p.levels.tolist() for p in found.pictures] == [p.levels.tolist() for p in whole.pictures]
 
 
