@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -117,18 +118,22 @@ def for_pictures(side: int, minutes: int | None = None) -> LabRecipe:
 
     Arguments:
         side: of a picture in pixels, 32 or 64.
-        minutes: what the build may take on two cores; codec and teacher have steps in proportion. The numbers do not
-            depend on the machine.
+        minutes: what the build may take on two cores; codec and teacher have steps in proportion, the others where
+            they are fewer than by default. The numbers do not depend on the machine.
     """
     share = (minutes or MINUTES[side]) / MINUTES[side]
+
+    def steps(default: int, most: float = 1.0) -> int:
+        return max(1, round(default * min(share, most)))
+
     return LabRecipe(
         warp=None,
-        codec=Recipe(steps=max(1, round(2000 * share)), batch=32, lr=2e-3, seed=1),
-        judge=Recipe(steps=1200, batch=128, lr=2e-3, seed=2, weight_decay=0.05),
-        clip=Recipe(steps=800, batch=128, lr=1e-3, seed=3, weight_decay=0.1),
-        hps=Recipe(steps=300, batch=64, lr=5e-4, seed=4, weight_decay=0.1),
-        preference_judge=Recipe(steps=800, batch=64, lr=1e-3, seed=6, weight_decay=0.1),
-        teacher=Pretraining(steps=max(1, round(3000 * share)), batch=128, lr=1e-3, ema=0.998),
+        codec=Recipe(steps=steps(2000, math.inf), batch=32, lr=2e-3, seed=1),
+        judge=Recipe(steps=steps(1200), batch=128, lr=2e-3, seed=2, weight_decay=0.05),
+        clip=Recipe(steps=steps(800), batch=128, lr=1e-3, seed=3, weight_decay=0.1),
+        hps=Recipe(steps=steps(300), batch=64, lr=5e-4, seed=4, weight_decay=0.1),
+        preference_judge=Recipe(steps=steps(800), batch=64, lr=1e-3, seed=6, weight_decay=0.1),
+        teacher=Pretraining(steps=steps(3000, math.inf), batch=128, lr=1e-3, ema=0.998),
         clip_size=(96, 3),
         preference_judge_size=(96, 2),
         network=UNet.Config(width=48),
