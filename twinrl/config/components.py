@@ -140,17 +140,22 @@ def own(path: str, what: str, known: Mapping[str, Any]) -> Any:
         form = "a class of your own by its dotted path, as in kind=my_file.MyClass"
         raise InputError(f"unknown {what} {path!r}", expected=f"one of {', '.join(known)}; or {form}")
     sys.path.extend(place for place in _places if place not in sys.path)
+    brought = found = None
     try:
-        for parent in _parents(module):
-            _check_origin(parent, f"{what} {path!r}")
-        found = getattr(import_module(module), name)
-    except InputError:
-        raise
+        files = map(_brought, _parents(module))  # from the outermost on: to find a module runs its parent
+        brought = next(filter(None, files), None)
+        if brought is None:
+            found = getattr(import_module(module), name)
     except (Exception, SystemExit) as error:
         fix = "--debug shows the traceback"
         if module in sys.modules or (isinstance(error, ModuleNotFoundError) and error.name in _parents(module)):
             fix = "check the dotted path; it starts in the working directory, or at an installed package"
         raise InputError(f"{what} {path!r} cannot be imported", got=_why(error, _in_module(module)), fix=fix) from error
+    if brought is not None:
+        raise InputError(
+            f"{what} {path!r} would run code that comes with the run", got=brought,
+            fix="read it, and copy it out of the run directory to use it",
+        )  # fmt: skip
     _own.update(name for name in (module, getattr(found, "__module__", module)) if not name.startswith("twinrl."))
     return found
 
@@ -172,18 +177,14 @@ def not_from(folder: Path) -> Iterator[None]:
         _foreign.reset(token)
 
 
-def _check_origin(module: str, named: str) -> None:
-    """Raises InputError where the module's file lies where :func:`not_from` says."""
+def _brought(module: str) -> str | None:
+    """The module's file where it lies in the folder that :func:`not_from` says, else None."""
     folder = _foreign.get()
     try:
-        origin = getattr(find_spec(module), "origin", None)
+        origin: str | None = getattr(find_spec(module), "origin", None)
     except ValueError:  # of what has begun as a script
-        origin = None
-    if folder is not None and origin is not None and Path(origin).resolve().is_relative_to(folder):
-        raise InputError(
-            f"{named} would run code that comes with the run", got=origin,
-            fix="read it, and copy it out of the run directory to use it",
-        )  # fmt: skip
+        return None
+    return origin if folder is not None and origin and Path(origin).resolve().is_relative_to(folder) else None
 
 
 def _parents(module: str) -> list[str]:

@@ -35,6 +35,7 @@ SETTINGS = {
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "PYTHONSAFEPATH": "1",  # no modules of the working directory, which may be a run of somebody else's
+    "UVICORN_APP_DIR": os.devnull,  # nor by the option of uvicorn whose default is that directory
 }
 
 
