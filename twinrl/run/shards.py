@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
@@ -120,14 +120,14 @@ def _lies_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
 def _near(chunks: Sequence[ChunkStorageMetadata]) -> Iterator[tuple[ChunkStorageMetadata, ChunkStorageMetadata]]:
     """The pairs that can overlap: those that do on the axis along which most of them lie. There may be a chunk for
     each of thousands of ranks."""
-    chunks = [chunk for chunk in chunks if math.prod(chunk.sizes)]
-    axes = range(min((len(chunk.offsets) for chunk in chunks), default=0))
-    axis = max(axes, key=lambda axis: len({chunk.offsets[axis] for chunk in chunks}), default=None)
-    if axis is None:
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    axes = range(min((len(chunk.offsets) for chunk in filled), default=0))
+    if not axes:
         return
-    chunks.sort(key=lambda chunk: chunk.offsets[axis])
-    for number, a in enumerate(chunks):
-        for b in (chunks[k] for k in range(number + 1, len(chunks))):
+    axis = max(axes, key=lambda axis: len({chunk.offsets[axis] for chunk in filled}))
+    filled.sort(key=lambda chunk: chunk.offsets[axis])
+    for number, a in enumerate(filled):
+        for b in (filled[k] for k in range(number + 1, len(filled))):
             if b.offsets[axis] >= a.offsets[axis] + a.sizes[axis]:
                 break
             yield a, b
@@ -160,8 +160,9 @@ class _Describing(pickle._Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no description of a tensor")
 
     def load_build(self) -> None:
-        if not isinstance(self.stack[-2], DESCRIPTIONS):
-            raise pickle.UnpicklingError(f"it changes {told(self.stack[-2])}, which is no description of a tensor")
+        changed = cast(Any, self).stack[-2]  # the last is what is to be set
+        if not isinstance(changed, DESCRIPTIONS):
+            raise pickle.UnpicklingError(f"it changes {told(changed)}, which is no description of a tensor")
         super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
