@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from twinrl.machine.text import printable
 from twinrl.tracking.store import without_password
 
 
@@ -49,8 +50,8 @@ def analyze(
         path, out, metric=metric, base=base, effect=effect, interactions=pairs, mapping=mapping,
         tracking_uri=tracking_uri, mlflow=mlflow,
     )  # fmt: skip
-    typer.echo(written.answer)
-    typer.echo(f"report: {written.page}")
+    typer.echo(printable(written.answer))
+    typer.echo(printable(f"report: {written.page}"))
 
 
 class Kind(StrEnum):

@@ -12,7 +12,7 @@ from analysis.frames import BOOKKEEPING, Run, StudyFrame, assemble
 from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names
-from twinrl.tracking import pictures, store, ui
+from twinrl.tracking import moved, pictures, store, ui
 
 FACTOR = "factor."
 FOLDER = "report"
@@ -113,8 +113,13 @@ def _is_gone(uri: str) -> bool:
 
 
 def _state(run: Run) -> dict[str, Any] | None:
+    """What a run directory says of its publication; None where it says nothing, or is not to be followed."""
     file = run.path / layout.MLFLOW
-    return stored.read(file, dict[str, Any], "delete it and publish again") if file.is_file() else None
+    if not file.is_file():
+        return None
+    state: dict[str, Any] = stored.read(file, dict[str, Any], "delete it and publish again")
+    strange = moved.is_strange(str(state.get("store")), state.get("home"), str(run.path.resolve()))
+    return None if strange else state
 
 
 # --- reading ----------------------------------------------------------------------------------------------

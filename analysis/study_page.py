@@ -32,6 +32,7 @@ from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import layout, names
 from twinrl.stability.divergence import FALL, NEVER_WHOLE
+from twinrl.tracking.pictures import opened
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -372,12 +373,10 @@ def _samples(study: StudyFrame, figures: Path) -> list[PageBlock]:
 
 def _top(grid: Path, target: Path) -> Path:
     """The grid's first images, half as high as wide, in few colours: what a first look takes."""
-    from PIL import Image
-
-    with Image.open(grid) as picture:
-        left, top = origin(picture)
-        width = min(picture.width - left, THUMBNAIL)
-        part = picture.convert("RGB").crop((left, top, left + width, min(picture.height, top + width // 2)))
+    picture = opened(grid)
+    left, top = origin(picture)
+    width = min(picture.width - left, THUMBNAIL)
+    part = picture.convert("RGB").crop((left, top, left + width, min(picture.height, top + width // 2)))
     with files.publishing(target) as new:
         part.quantize(64).save(new, "PNG", optimize=True)
     return target

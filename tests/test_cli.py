@@ -585,10 +585,12 @@ def the_example() -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_the_console_script_finds_what_lies_beside_it() -> None:
-    """As ``python -m twinrl`` does; and files there do not stand for the packages of the command line itself."""
+    """As ``python -m twinrl`` does; and files there stand neither for the packages of the command line itself nor for
+    the libraries that it imports late: the folder may be somebody else's."""
     code, assignment = the_example()
     Path("my_terms.py").write_text(code)
-    Path("analysis.py").touch()
+    for name in ("analysis", "torch", "pandas"):
+        Path(f"{name}.py").write_text("raise SystemExit('a file of the folder was run')")
     command = [Path(sys.executable).with_name("twinrl"), "train", "lab", assignment, "terms.near.wieght=1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "twinrl: unknown key terms.near.wieght; did you mean weight?\n")

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from twinrl import __version__
-from twinrl.config.components import ComponentError, failures_named
+from twinrl.config.components import ComponentError, failures_named, look_in
 from twinrl.config.errors import DISK, InputError, of_system, of_threads
 from twinrl.machine import streams
 from twinrl.machine.memory import end_without_search, importing
@@ -344,16 +344,13 @@ def _register_subcommands() -> None:
 
 
 def _find_own_classes() -> None:
-    """Put the working directory first on the path, as ``python -m twinrl`` has it and workers do.
-
-    Dotted paths then name classes beside the command, whichever way it was started.
-    """
+    """Let dotted paths name classes beside the command, whichever way it was started."""
     try:
         here = os.getcwd()
     except OSError as error:
         raise InputError("the working directory is gone", got=error.strerror, fix="cd to another") from error
-    if not sys.flags.safe_path and sys.path[0] not in ("", here):
-        sys.path.insert(0, here)
+    if not sys.flags.safe_path:
+        look_in(here)
 
 
 def _show_traceback(error: BaseException) -> None:
@@ -372,7 +369,7 @@ def main() -> None:
     debug, sys.argv = DEBUG in sys.argv, [argument for argument in sys.argv if argument != DEBUG]
     try:
         _register_subcommands()
-        _find_own_classes()  # after that: a file analysis.py there must not stand for the package
+        _find_own_classes()
         with failures_named():
             app()
     except InputError as error:

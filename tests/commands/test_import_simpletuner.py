@@ -1,6 +1,7 @@
 """SimpleTuner's documented example, and what has no equivalent is refused by name."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,9 @@ def test_the_command_writes_says_what_differs_and_leaves_files_alone(tmp_path: P
     source.write_text('{"output_dir": "café"}', encoding="latin-1")
     with pytest.raises(InputError, match="cannot be read as JSON; got not UTF-8: byte 19 is 0xe9"):
         read(source)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"pipe\.json cannot be read as JSON; got .*Is no file"):
+        read(tmp_path / "pipe.json")
 
 
 def test_no_key_is_both_renamed_and_read() -> None:

@@ -53,6 +53,9 @@ def test_a_line_for_people_is_said_where_it_can_be(tmp_path: Path) -> None:
     done = run("streams.say('a\\nline')", "", tmp_path)
     assert done.stderr == b"twinrl: a line\n"
     assert run("streams.say('a line')", "2> /dev/full", tmp_path).returncode == 0
+    assert (
+        run(r"streams.say('\x1b]0;title\x07\u202e')", "", tmp_path).stderr == rb"twinrl: \x1b]0;title\x07\u202e" + b"\n"
+    )
 
 
 @pytest.mark.slow

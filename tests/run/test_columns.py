@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tests.disk import another_user, open_folder
 from twinrl.config.errors import InputError
@@ -124,6 +126,19 @@ def test_a_table_of_another_program_is_replaced(made: Callable[..., tuple[Path, 
     log, table = made(FINITE)
     pd.DataFrame(runlog.read(log)).assign(count=0).to_parquet(table)
     assert columns.read(log, table, everything).values["count"].tolist() == [1, 2, 3]
+
+
+def test_a_table_of_more_rows_than_its_log_can_have_is_made_again(
+    made: Callable[..., tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few kilobytes of Parquet hold any number of equal rows."""
+    log, table = made(FINITE)
+    columns.write(log, table)
+    kept = parquet.read_schema(table).metadata
+    huge = pa.table({"step": pa.array(np.zeros(10**6, np.int64))}).replace_schema_metadata(kept)
+    parquet.write_table(huge, table)
+    assert columns.read(log, table, everything).values["count"].tolist() == [1, 2, 3]
+    assert "1,000,000 rows of a log of" in capsys.readouterr().err
 
 
 def test_where_nothing_can_be_written_the_log_is_read_all_the_same(

@@ -134,6 +134,9 @@ def test_pictures_that_are_no_files_are_none(tmp_path: Path) -> None:
     kept, lost = (tmp_path / layout.SAMPLES / f"{layout.of_step(step)}.png" for step in (1, 2))
     kept.write_bytes(b"a picture")
     lost.symlink_to("nowhere")
+    (tmp_path / "private.png").write_bytes(b"a picture")
+    (tmp_path / layout.SAMPLES / f"{layout.of_step(3)}.png").symlink_to(tmp_path / "private.png")
+    (tmp_path / layout.SAMPLES / "step-last.png").touch()
     assert layout.grids(tmp_path) == [kept]
 
 

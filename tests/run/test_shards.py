@@ -75,6 +75,22 @@ def test_a_description_is_not_run(
     assert not attack.proof.exists()
 
 
+@pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
+def test_a_description_changes_no_class(saved: Path, reader: Callable[[Path], Checkpoint]) -> None:
+    """BUILD sets attributes of whatever it is given: here of the class whose methods everybody uses."""
+    state = b"N}X\x04\x00\x00\x00evilI1\ns\x86"  # (None, {"evil": 1}): attributes that are no state
+    (saved / SHARDS / ".metadata").write_bytes(b"\x80\x02cpathlib\nPosixPath\n" + state + b"b.")
+    with pytest.raises(InputError, match="it changes the class PosixPath, which is no description"):
+        reader(saved)
+    assert not hasattr(Path, "evil")
+
+
+def test_a_description_takes_no_memory_that_it_does_not_fill(saved: Path) -> None:
+    (saved / SHARDS / ".metadata").write_bytes(b"\x80\x05" + pickle.BYTEARRAY8 + (2**50).to_bytes(8, "little") + b".")
+    with pytest.raises(InputError, match="shards is corrupted"):
+        checkpoints.load(saved)
+
+
 def _elsewhere(described: Any) -> None:
     for stored in described.storage_data.values():
         stored.relative_path = "../../secret"
@@ -109,6 +125,14 @@ INCOMPLETE = {
     "one over the other": _other(
         size=torch.Size([4, 3]),
         chunks=[ChunkStorageMetadata(torch.Size([first, 0]), torch.Size([2, 3])) for first in (0, 1)],
+    ),
+    "one over the other, on the second axis": _other(
+        size=torch.Size([2, 6]),
+        chunks=[ChunkStorageMetadata(torch.Size([0, first]), torch.Size([2, 3])) for first in (0, 2)],
+    ),
+    "one over the other, in a grid": _other(
+        size=torch.Size([4, 4]),
+        chunks=[ChunkStorageMetadata(torch.Size(at), torch.Size([2, 2])) for at in ([0, 0], [0, 2], [2, 0], [1, 2])],
     ),
     "negative": _other(size=torch.Size([-2, -3])),
     "no size": _other(size="text"),

@@ -23,6 +23,7 @@ from diffusers import (  # noqa: E402 (diffusers may import torchvision)
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from twinrl.sampling.scheduler import TwinFlowScheduler, TwinFlowSchedulerOutput  # noqa: E402
@@ -145,6 +146,9 @@ def test_methods_take_what_pipelines_and_training_scripts_pass(name):
 FOREIGN = {
     "shift": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
     "use_dynamic_shifting": lambda: FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.7),
+    "flow_shift": lambda: UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
 }
 
 

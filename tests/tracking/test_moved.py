@@ -1,6 +1,8 @@
 """A run that was moved has one MLflow run, here; nothing is written where it was."""
 
+import json
 import shutil
+import socket
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -9,9 +11,11 @@ import pytest
 from mlflow.entities import Run, ViewType
 from mlflow.tracking._tracking_service import utils
 
+from analysis.frames import load_run
+from analysis.mlflow_store import log_report, mlflow_links
 from tests.tracking.synthetic import make_run
 from twinrl.config.errors import InputError
-from twinrl.tracking import store
+from twinrl.tracking import store, studies
 from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.mlflow_view import publish
 
@@ -84,6 +88,36 @@ def test_without_the_store_that_was_named_and_is_gone(runs: Path, other: Path, e
 
 
 @pytest.mark.parametrize("where", ["runs", "other"])
+@pytest.mark.parametrize("home", ["/home/somebody/runs/else", None])
+def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
+    runs: Path, home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be sent this user's token."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        run = make_run(runs, rows=20)
+        state = ViewState.load(run)
+        state.asked_for = state.store = uri
+        state.run_id = "a" * 32
+        state.save()
+        text = (run / "mlflow.json").read_text()
+        (run / "mlflow.json").write_text(text.replace(json.dumps(str(run)), json.dumps(home)))
+        strange = f"comes from elsewhere and names the MLflow store {uri}; fix: name it with --tracking-uri"
+        with pytest.raises(InputError, match=strange):
+            publish(run)
+        with pytest.raises(InputError, match=strange):
+            studies.located(str(run), None)
+        assert mlflow_links([load_run(run)]) == []
+        assert log_report([load_run(run)], run, "report") is None
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        assert studies.located(str(run), uri) == (uri, None)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        assert studies.located(str(run), None) == (uri, None)
+
+
 def test_a_copy_leaves_the_original_alone(runs: Path, other: Path, where: str) -> None:
     run = make_run(runs, rows=20)
     first = publish(run)

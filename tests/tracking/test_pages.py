@@ -191,6 +191,16 @@ def test_server_that_cannot_start_repeats_its_last_words(tmp_path: Path, monkeyp
         ui.Server(f"sqlite:///{tmp_path}/mlflow.db", port=0)
 
 
+def test_the_server_finds_no_modules_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a run of somebody else's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ui, "_command", lambda *_: [sys.executable, "-c", "import brought"])
+    for name in ("brought.py", "mlflow.db"):
+        Path(name).touch()
+    with pytest.raises(InputError, match=r"did not start; got ModuleNotFoundError: No module named 'brought'"):
+        ui.Server("sqlite:///mlflow.db", port=0)
+
+
 @pytest.mark.campaign
 def test_server_over_what_is_no_database_repeats_its_last_words(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("no database " * 1000)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.disk import files_of_at_most
 from tests.fake_source import small
 from tests.objectives import LAB_PRESETS
+from twinrl.config import components
 from twinrl.config.errors import InputError
 from twinrl.run import layout
 from twinrl.training import runs, schema
@@ -42,6 +44,32 @@ def test_name_and_bookkeeping_do_not_enter_the_hash(tmp_path: Path) -> None:
         assert small(tmp_path, same).hash == plain.hash, same
     for other in ("optim.lr=1e-5", "train.steps=13", "terms.rectify.weight=0.4", "evaluation.n=24"):
         assert small(tmp_path, other).hash != plain.hash, other
+
+
+@pytest.mark.parametrize("place", ["beside the runs", "in the run"])
+def test_code_that_comes_with_a_run_is_not_run(
+    begun: RunDirectory, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package in the run, whose outermost file would run first, named from the folder of runs or from the run."""
+    inside = place == "in the run"
+    folder, name = (begun.path, "brought") if inside else (begun.path.parent, f"{begun.path.name}.brought")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(components, "_places", [])
+    components.look_in(str(folder))
+    (begun.path / "brought").mkdir()
+    (begun.path / "brought" / "__init__.py").write_text("open('proof', 'w').close()")
+    (begun.path / "brought" / "code.py").touch()
+    config = begun.path / layout.CONFIG
+    config.write_text(config.read_text().replace("kind: adamw", f"kind: {name}.code.Own"))
+    with pytest.raises(InputError, match=r"would run code that comes with the run; got .*__init__\.py; fix: read"):
+        begun.settings()
+    assert not Path("proof").exists()
+    config.write_text(config.read_text().replace(f"{name}.code.Own", "beside.Own"))
+    (folder.parent / "beside.py").write_text("class Own: pass")
+    sys.path.append(str(folder.parent))  # of a file that is the user's own more is asked
+    with pytest.raises(InputError, match=r"beside\.Own' is no optimizer"):
+        begun.settings()
 
 
 @pytest.mark.parametrize("preset", LAB_PRESETS)

@@ -21,7 +21,7 @@ from twinrl.backends.families import FAMILIES
 from twinrl.backends.families.diffusion import DIFFUSION_FAMILIES, PREDICTIONS, check_bridge
 from twinrl.config import foreign
 from twinrl.config.errors import InputError
-from twinrl.machine import text
+from twinrl.machine import files, text
 from twinrl.training.schema import RunConfig
 
 RENAMED = {
@@ -135,6 +135,7 @@ def read(path: Path) -> dict[str, Any]:
         InputError: it is no JSON object, or has a key in both ways.
     """
     try:
+        files.check_plain(path)
         found = json.loads(text.decode(path.read_bytes()))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON", got=error) from error

@@ -13,8 +13,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, TracebackType
 from typing import Any, TypeVar
@@ -33,6 +35,8 @@ class ComponentError(InputError):
 
 WAYS = (FunctionType, classmethod, staticmethod, property)
 _own: set[str] = set()  # modules of what dotted paths have named, twinrl's own aside
+_foreign: ContextVar[Path | None] = ContextVar("foreign", default=None)
+_places: list[str] = []  # where dotted paths may begin beside what Python finds by itself
 
 
 class Registry(dict[str, type[T]]):
@@ -135,19 +139,56 @@ def own(path: str, what: str, known: Mapping[str, Any]) -> Any:
     if not module:
         form = "a class of your own by its dotted path, as in kind=my_file.MyClass"
         raise InputError(f"unknown {what} {path!r}", expected=f"one of {', '.join(known)}; or {form}")
+    sys.path.extend(place for place in _places if place not in sys.path)
+    brought = found = None
     try:
-        found = getattr(import_module(module), name)
+        files = map(_brought, _parents(module))  # from the outermost on: to find a module runs its parent
+        brought = next(filter(None, files), None)
+        if brought is None:
+            found = getattr(import_module(module), name)
     except (Exception, SystemExit) as error:
         fix = "--debug shows the traceback"
         if module in sys.modules or (isinstance(error, ModuleNotFoundError) and error.name in _parents(module)):
             fix = "check the dotted path; it starts in the working directory, or at an installed package"
         raise InputError(f"{what} {path!r} cannot be imported", got=_why(error, _in_module(module)), fix=fix) from error
+    if brought is not None:
+        raise InputError(
+            f"{what} {path!r} would run code that comes with the run", got=brought,
+            fix="read it, and copy it out of the run directory to use it",
+        )  # fmt: skip
     _own.update(name for name in (module, getattr(found, "__module__", module)) if not name.startswith("twinrl."))
     return found
 
 
+def look_in(folder: str) -> None:
+    """Let dotted paths begin in a folder, too. What is installed goes first, and nothing else is looked for there:
+    files of that folder would run in the place of libraries that twinrl imports late."""
+    _places[:] = [folder]
+
+
+@contextmanager
+def not_from(folder: Path) -> Iterator[None]:
+    """Inside, :func:`own` imports nothing that lies in ``folder``: a run of somebody else's may bring code, and its
+    configuration would have it run."""
+    token = _foreign.set(folder.resolve())
+    try:
+        yield
+    finally:
+        _foreign.reset(token)
+
+
+def _brought(module: str) -> str | None:
+    """The module's file where it lies in the folder that :func:`not_from` says, else None."""
+    folder = _foreign.get()
+    try:
+        origin: str | None = getattr(find_spec(module), "origin", None)
+    except ValueError:  # of what has begun as a script
+        return None
+    return origin if folder is not None and origin and Path(origin).resolve().is_relative_to(folder) else None
+
+
 def _parents(module: str) -> list[str]:
-    """A module and the packages that it lies in."""
+    """The packages that a module lies in, from the outermost on, and itself."""
     parts = module.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 

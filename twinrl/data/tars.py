@@ -1,5 +1,6 @@
 """Reader of WebDataset tars: members that share everything up to the first dot of their name are one sample."""
 
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -32,8 +33,10 @@ class ArchiveMember(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """Its bytes."""
+        """Its bytes. Raises UnusableError: the tar ends before; memory for all that a header says may not be there."""
         with self.tar.open("rb") as file:
+            if self.offset + self.size > os.fstat(file.fileno()).st_size:
+                raise UnusableError(BAD_ROW, f"the tar ends before {self.size:,} bytes of it")
             file.seek(self.offset)
             return file.read(self.size)
 

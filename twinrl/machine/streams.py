@@ -7,6 +7,7 @@ import sys
 from typing import TextIO
 
 from twinrl.config.errors import InputError
+from twinrl.machine.text import printable
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
 
@@ -44,9 +45,9 @@ def prepare() -> None:
 
 
 def say(line: str) -> None:
-    """One line for people on standard error, where it can be written."""
+    """One line for people on standard error, where it can be written; what would steer their terminal is escaped."""
     try:
-        print(f"twinrl: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"twinrl: {printable(' '.join(line.split()))}", file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
 

@@ -132,6 +132,8 @@ def _kept(table: Path, made_of: Mapping[str, Any], wanted: Callable[[str], bool]
             schema = file.schema_arrow
             if json.loads((schema.metadata or {}).get(MADE_OF, b"{}")) != made_of:
                 return None
+            if file.metadata.num_rows > made_of["bytes"]:  # of a few bytes it can make any number
+                raise ValueError(f"{file.metadata.num_rows:,} rows of a log of {made_of['bytes']:,} bytes")
             return file.read([name for name in schema.names if name == STEP or wanted(name)], use_threads=False)
     except (pa.ArrowException, OSError, ValueError) as error:
         said = (str(error).splitlines() or ["it cannot be read"])[0]

@@ -8,17 +8,25 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from twinrl.config.components import told
 from twinrl.machine import files
 from twinrl.run.fit import corrupted
 
@@ -33,6 +41,10 @@ DESCRIBING = {
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }  # fmt: skip
 """Module → names that a description of tensors is made of; of ``torch`` itself its sizes and dtypes."""
+DESCRIPTIONS = (
+    ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta, TensorProperties, TensorStorageMetadata, _StorageInfo,
+)  # fmt: skip
+"""What has a state of its own among them."""
 SHARD_NAME = re.compile(r"[\w.-]+\.distcp")
 
 
@@ -95,7 +107,7 @@ def _is_whole(found: Any) -> bool:
         isinstance(found, TensorStorageMetadata)
         and isinstance(found.properties.dtype, torch.dtype)
         and all(_lies_inside(chunk, found.size) for chunk in found.chunks)
-        and not any(_overlap(*pair) for pair in combinations(found.chunks, 2))
+        and not any(_overlap(*pair) for pair in _near(found.chunks))
         and sum(math.prod(chunk.sizes) for chunk in found.chunks) == math.prod(found.size)
     )
 
@@ -103,6 +115,22 @@ def _is_whole(found: Any) -> bool:
 def _lies_inside(chunk: ChunkStorageMetadata, size: torch.Size) -> bool:
     places = zip(chunk.offsets, chunk.sizes, size, strict=True)
     return all(0 <= start <= start + length <= whole for start, length, whole in places)
+
+
+def _near(chunks: Sequence[ChunkStorageMetadata]) -> Iterator[tuple[ChunkStorageMetadata, ChunkStorageMetadata]]:
+    """The pairs that can overlap: those that do on the axis along which most of them lie. There may be a chunk for
+    each of thousands of ranks."""
+    filled = [chunk for chunk in chunks if math.prod(chunk.sizes)]
+    axes = range(min((len(chunk.offsets) for chunk in filled), default=0))
+    if not axes:
+        return
+    axis = max(axes, key=lambda axis: len({chunk.offsets[axis] for chunk in filled}))
+    filled.sort(key=lambda chunk: chunk.offsets[axis])
+    for number, a in enumerate(filled):
+        for b in (filled[k] for k in range(number + 1, len(filled))):
+            if b.offsets[axis] >= a.offsets[axis] + a.sizes[axis]:
+                break
+            yield a, b
 
 
 def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
@@ -114,11 +142,30 @@ def _bytes(found: TensorStorageMetadata) -> int:
     return math.prod(found.size) * found.properties.dtype.itemsize
 
 
-class _Describing(pickle.Unpickler):
+class _Describing(pickle._Unpickler):
+    """Python's own unpickler, whose instructions can be refused one by one; that in C obeys all.
+
+    BUILD sets attributes of anything: of ``PosixPath``, say, whose methods the whole process uses.
+    """
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: method
+        for code, method in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]  # takes as much memory as it says before it reads
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         if name in DESCRIBING.get(module, ()) or (module == "torch" and name in _of_torch()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no description of a tensor")
+
+    def load_build(self) -> None:
+        changed = cast(Any, self).stack[-2]  # the last is what is to be set
+        if not isinstance(changed, DESCRIPTIONS):
+            raise pickle.UnpicklingError(f"it changes {told(changed)}, which is no description of a tensor")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 @cache

@@ -354,8 +354,8 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
 
 
 FLOW = "flow_prediction"
-SHIFTS = {"shift": 1.0, "use_dynamic_shifting": False}
-"""What moves a scheduler's grid, and the value that does not."""
+SHIFTS = {"shift": 1.0, "flow_shift": 1.0, "use_dynamic_shifting": False}
+"""What moves a scheduler's grid, and the value that does not; UniPC and DPM-Solver call their shift ``flow_shift``."""
 
 
 def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -376,8 +376,9 @@ def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[
     if config.get("invert_sigmas"):
         raise InputError(f"invert_sigmas of {other} counts times from data to noise", expected="a scheduler without it")
     dropped = {name: config[name] for name, none in SHIFTS.items() if config.get(name, none) != none}
-    if left_out := ", ".join(f"{name}={value}" for name, value in dropped.items() if name not in given):
-        said = "%s of %s is left out: TwinFlow has a grid of its own; fix: pass it to from_config to keep it"
+    asked_for = {*given, *({"flow_shift"} if "shift" in given else ())}
+    if left_out := ", ".join(f"{name}={value}" for name, value in dropped.items() if name not in asked_for):
+        said = "%s of %s is left out: TwinFlow has a grid of its own; fix: pass it (flow_shift as shift) to from_config"
         logger.warning(said, left_out, other)
     return {name: value for name, value in config.items() if name not in dropped}
 

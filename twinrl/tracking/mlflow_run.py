@@ -10,7 +10,7 @@ from typing import Any
 
 from twinrl.run import layout
 from twinrl.stability.divergence import Diverged
-from twinrl.tracking import store
+from twinrl.tracking import pictures, store
 from twinrl.tracking.mlflow_state import ViewState
 from twinrl.tracking.thinning import MetricPoint
 
@@ -101,7 +101,7 @@ class MlflowRun:
     def log_files(self) -> None:
         """Send the configuration, sample grids and figures that are new or changed since the last call."""
         found = (path for pattern in PUBLISHED_FILES for path in sorted(self._dir.glob(pattern)))
-        for path in (path for path in found if path.is_file() and not path.name.startswith(".")):  # being written
+        for path in (path for path in found if layout.is_own(path) and not path.name.startswith(".")):  # being written
             modified = path.stat().st_mtime_ns
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
@@ -149,10 +149,7 @@ class MlflowRun:
         key, step = f"{path.parent.name}/{match['name'] or 'grid'}", int(match["step"])
         shown = re.compile(rf"{re.escape(path.parent.name)}.{re.escape(key.split('/')[1])}.step.{step}\D")
         if not any(shown.match(name) for name in self._images):
-            from PIL import Image
-
-            with Image.open(path) as image:
-                self._client.log_image(self.id, image, key=key, step=step, timestamp=self._start + step)
+            self._client.log_image(self.id, pictures.opened(path), key=key, step=step, timestamp=self._start + step)
 
     def finish(self, status: str, seconds: float) -> None:
         """Set the final ``status`` (FINISHED, FAILED or KILLED); the run's duration is its training time."""

@@ -9,7 +9,12 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from twinrl.config.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FOLDER = "images"
 SHOWN_TAG = "mlflow.loggedImages"
@@ -29,8 +34,25 @@ def show(client: Any, run: str, pictures: Iterable[Path], group: str) -> None:
 
 
 def _preview(path: Path, target: Path) -> None:
+    image = opened(path)
+    image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+    image.save(target, quality=90)
+
+
+def opened(path: Path) -> "Image.Image":
+    """A picture of a run, whole; it is a PNG: a file of another format may start a program, as EPS does.
+
+    Raises:
+        InputError: it is damaged, or something else.
+        OSError: it may not be read.
+    """
     from PIL import Image
 
-    with Image.open(path) as image:
-        image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
-        image.save(target, quality=90)
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise InputError(f"{path} is no whole PNG", got=error, fix="delete or restore it") from error

@@ -11,7 +11,7 @@ from urllib.parse import quote
 from twinrl.config.errors import InputError
 from twinrl.config.loading import read_yaml
 from twinrl.run import layout
-from twinrl.tracking import store
+from twinrl.tracking import moved, store
 from twinrl.tracking.mlflow_state import ViewState
 
 EXPERIMENT = "ablations"
@@ -39,10 +39,16 @@ def located(subject: str, uri: str | None) -> tuple[str, str | None]:
         subject: a run directory, a folder of them, a study's name or YAML file, or its folder in a workspace.
         uri: the store; default: where the run was published, else the environment's, else that of the folder, or of
             the default workspace.
+
+    Raises:
+        InputError: a run from elsewhere names the store.
     """
     path = Path(subject)
     if layout.is_run(path):
-        return store.resolve(uri or ViewState.load(path).store, path.resolve().parent), None
+        state = ViewState.load(path)
+        if uri is None and state.store is not None:
+            moved.check_own(state, state.store)
+        return store.resolve(uri or state.store, path.resolve().parent), None
     if path.is_dir() and path.resolve().parent.name == FOLDERS:
         return store.resolve(uri, path.resolve().parents[1]), path.resolve().name
     if path.is_dir() or subject == RUNS or (path.name != subject and path.suffix not in FILES):

@@ -21,6 +21,7 @@ from types import FrameType
 from urllib.parse import quote
 
 from twinrl.config.errors import InputError
+from twinrl.machine.text import printable
 from twinrl.tracking import store, studies
 from twinrl.tracking.guard import ADDRESSES
 from twinrl.tracking.views import TRAINING_PAGES
@@ -30,7 +31,12 @@ START_SECONDS = 120
 STOP_SECONDS = 10
 START_PAGE = f"/#/experiments?{TRAINING_PAGES}"
 MOST_STUDIES = 10
-SETTINGS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+SETTINGS = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PYTHONSAFEPATH": "1",  # no modules of the working directory, which may be a run of somebody else's
+    "UVICORN_APP_DIR": os.devnull,  # nor by the option of uvicorn whose default is that directory
+}
 
 
 class Server:
@@ -154,9 +160,9 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK, study: str | N
     found = studies.pages(store_uri) if study is not None or not remote else {}
     page = START_PAGE if study is None else studies.page_of(study, found, store_uri)
     if remote:
-        print(f"MLflow: {store.shown(store_uri).rstrip('/')}{page if study is not None else ''}")
+        print(printable(f"MLflow: {store.shown(store_uri).rstrip('/')}{page if study is not None else ''}"))
         return 0
-    print(f"starting MLflow over {store.shown(store_uri)} …", flush=True)
+    print(printable(f"starting MLflow over {store.shown(store_uri)} …"), flush=True)
     for name in ("SIGTERM", "SIGHUP"):  # a polite kill, a closed terminal
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
@@ -173,7 +179,7 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK, study: str | N
 def _announce(url: str, page: str, found: Mapping[str, str]) -> None:
     """Print the addresses: of the first page, and of the newest studies'."""
     for study, own in islice(found.items(), MOST_STUDIES):
-        print(f"study {study}: {url}{own}")
+        print(printable(f"study {study}: {url}{own}"))
     print(f"MLflow: {url}{page}   (Ctrl-C ends it)", flush=True)
 
 

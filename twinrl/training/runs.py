@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from twinrl import config
+from twinrl.config.components import not_from
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.run import environment, layout, runlog
@@ -188,7 +189,8 @@ class RunDirectory:
         """The run's configuration; keys that are newer than the run have the defaults that they came with.
 
         Raises:
-            InputError: the directory holds no run, or not one of this version or an older one.
+            InputError: the directory holds no run, not one of this version or an older one, or one whose own classes
+                lie in it.
         """
         if not self.exists:
             raise InputError(f"{self.path} is not a run directory", expected=f"a folder with {layout.CONFIG}")
@@ -197,7 +199,8 @@ class RunDirectory:
                 f"{self.path} was written by twinrl.watch in a training loop of its own",
                 fix="`twinrl analyze`, `ui`, `publish` and `notebook` read it; the loop itself has the model",
             )
-        return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
+        with not_from(self.path):
+            return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
 
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""

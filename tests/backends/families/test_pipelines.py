@@ -171,6 +171,13 @@ def test_code_beside_the_weights_is_not_run(folder, tmp_path, monkeypatch):
     assert not proof.exists()
 
 
+@pytest.mark.parametrize("name", ["text_encoder/transformers.py", "None.py"])
+def test_code_that_older_versions_of_diffusers_run_is_refused(folder, name):
+    """They look for a component's library, and for the pipeline's class, in the folder first."""
+    (folder / name).touch()
+    assert f"brings code that loading would run; got {folder / name}" in refused(folder)
+
+
 def test_a_tokenizer_without_vocabulary_is_not_made_up(folder):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"tokenizer has no vocabulary; got tokenizer_config\.json"):

@@ -22,6 +22,8 @@ from twinrl.config.errors import InputError
 from twinrl.machine.compat import ensure_torchvision
 
 INDEX = "model_index.json"
+NO_PIPELINE = "None.py"
+"""What diffusers looks for, and runs, where it was told of no code for the whole pipeline."""
 AGAIN = "download or save the pipeline again"
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 """Files that tokenizers are made from; without any, transformers makes an empty one without a word."""
@@ -209,8 +211,13 @@ def check(folder: Path, pipeline: str, unused: Sequence[str] = ()) -> None:
 
 
 def _check_library(folder: Path, name: str, library: str) -> None:
-    """Raises InputError where a component would have a module imported that nobody has asked for."""
+    """Raises InputError where a component would have a module imported that nobody has asked for: one of the folder,
+    which older versions of diffusers take for the library, or another library's."""
     import diffusers
+
+    for code in (folder / name / f"{library}.py", folder / NO_PIPELINE):
+        if code.exists():
+            raise InputError(f"{folder} brings code that loading would run", got=code, fix="read it, and take it out")
 
     known = ("diffusers", "transformers", "twinrl")
     if library not in known and library not in sys.modules and not hasattr(diffusers.pipelines, library):
