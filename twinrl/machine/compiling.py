@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str, hooks: bool = Fals
 
     functorch.donated_buffer = False  # terms go back through one forward pass one after the other
     dynamo.recompile_limit = max(dynamo.recompile_limit, VARIANTS)
-    options = {"fallback_random": True} if backend == INDUCTOR else None  # the dropout of eager passes
+    options: Any = {"fallback_random": True} if backend == INDUCTOR else None  # the dropout of eager passes
     for block in blocks:
         if hooks:
             block.forward = torch.compile(block.forward, backend=backend, options=options)

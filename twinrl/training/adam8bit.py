@@ -50,6 +50,6 @@ class AdamWIn8Bits(AdamW8bit):
                 del held[f"{name}{SCALE}"]
 
 
-def _plain(kept: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain(kept: dict[str, Any]) -> dict[str, Tensor]:
     found = {name: getattr(value, "codes", value) for name, value in kept.items()}
     return found | {f"{name}{SCALE}": value.scale for name, value in kept.items() if hasattr(value, "codes")}
