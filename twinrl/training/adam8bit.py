@@ -1,5 +1,6 @@
 """torchao's AdamW with moments in 8 bits, as a trainer drives optimizers: rates are numbers, states plain tensors."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from twinrl.run.fit import SCALE
+
+warnings.filterwarnings("ignore", "OptimState8bit does not implement")  # a cache of compiled code goes without it
 
 MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 """Name of each → whether it has a sign."""
