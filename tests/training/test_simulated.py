@@ -147,6 +147,7 @@ def test_what_cannot_be_simulated_is_said(simulator: Simulator, option: str) -> 
         simulator.report("twinflow", [*NETWORK, option], processes=2)
 
 
+@pytest.mark.campaign
 def test_models_that_wait_on_the_host_are_simulated(simulator: Simulator, models: Path) -> None:
     """The VAE is on the device while the reward is computed, and not between steps."""
     clip = f"reward={{model: {{kind: clipscore, checkpoint: {models / 'clip'}}}}}"
