@@ -8,7 +8,10 @@ WORKERS ?= 2
 # Where it is set, every process of a test would compile its modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check campaign release docs install lint types imports fast prose clean
+# Of `make gpu`: cuda, or cpu.
+DEVICE ?= cuda
+
+.PHONY: demo test check gpu campaign release docs install lint types imports fast prose clean
 
 demo: install  ## a study of the published recipe and its cure, answered in a report: five to eight minutes on two cores
 	$(BIN)/twinrl ablate run demo
@@ -18,6 +21,9 @@ test: install  ## everything that protects users: six to ten minutes on two core
 
 check: install lint imports prose  ## the developer's quick loop: under two minutes on two cores
 	$(MAKE) --output-sync=target --jobs 2 types fast
+
+gpu: install  ## what a GPU does, of any size, in one file for a report: build/gpu/report.md; DEVICE=cpu tries it in small
+	$(BIN)/python benchmarks/gpu.py --device $(DEVICE)
 
 campaign: install  ## what takes long, unattended; goes on where it was stopped; table in docs/campaign.md
 	$(BIN)/python -m tests.campaign

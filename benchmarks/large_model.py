@@ -1,6 +1,7 @@
 """A training step at the size of SD3.5-medium on one GPU, beside a step of three networks as DMD2 takes it.
 
     python benchmarks/large_model.py [--batch 16] [--micro-batch 4] [--steps 10] [--peak-tflops 989]
+    python benchmarks/large_model.py --fit                                   # as much of it as the GPU has room for
     python benchmarks/large_model.py --tiny --device cpu --steps 2           # the same code in seconds, without a GPU
 
 The transformer is built from SD3.5-medium's configuration with random weights in bf16, latents are random, of 1024²
@@ -19,8 +20,8 @@ stands what ``twinrl doctor --plan`` says before anything is built.
 
 import argparse
 import gc
-import json
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,119 +29,26 @@ from typing import Any
 
 import measuring
 import torch
+from random_model import SD3, SIZES, TEXT, RandomLatents, describe, settings_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from twinrl.backends.families import family_class
-from twinrl.backends.families.pipelines import quiet
 from twinrl.commands.memory_plan import at_the_peak, plan
 from twinrl.config.errors import InputError
-from twinrl.data.dataset import CACHE_FORMAT, MANIFEST, BucketRow, Manifest
-from twinrl.flow import draws
-from twinrl.flow.conditions import Condition
-from twinrl.training import assembly, schema
+from twinrl.machine.simulated.work import GPUS
+from twinrl.training import assembly
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
 from twinrl.training.trainer import Trainer
 
-SD3 = family_class("sd3")
-MEDIUM = {  # transformer/config.json of stabilityai/stable-diffusion-3.5-medium
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
-TINY = MEDIUM | {
-    "sample_size": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
-    "num_attention_heads": 4, "joint_attention_dim": 32, "caption_projection_dim": 32, "pooled_projection_dim": 32,
-    "pos_embed_max_size": 16, "dual_attention_layers": (0,),
-}  # fmt: skip
-TEXT = 77 + SD3.TOKENS  # CLIP's and T5's
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}  # dense bf16, from the vendor's data sheets
 LIMIT = 0.15
-
-
-@dataclass(frozen=True)
-class RandomFamily:
-    """What the trainer asks of a family, without files: a network of random weights."""
-
-    config: dict[str, Any]
-
-    def network(self, settings: Any, seed: int = 0) -> nn.Module:
-        """As ``Family.network``."""
-        with torch.random.fork_rng(), quiet():
-            torch.manual_seed(draws.generator(seed, "weights").initial_seed())
-            transformer = SD3.TRANSFORMER(**self.config).to(torch.bfloat16)
-        if settings.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        return SD3.NETWORK(transformer)
-
-
-class RandomLatents:
-    """A source and its reader: random latents and embeddings of the right shapes, the same for every row."""
-
-    name, content_hash = "random", "random"
-
-    def __init__(self, config: dict[str, Any], device: torch.device):
-        side = config["sample_size"]
-        self.family, self.latent_shape = RandomFamily(config), (config["in_channels"], side, side)
-        generator = torch.Generator().manual_seed(0)
-        text = torch.randn(1, TEXT, config["joint_attention_dim"], generator=generator)
-        pooled = torch.randn(1, config["pooled_projection_dim"], generator=generator)
-        self.told = {"text": text.to(device), "pooled": pooled.to(device)}
-        self.one = torch.randn(1, *self.latent_shape, generator=generator).to(device)
-
-    def reader(self, *_: Any) -> "RandomLatents":
-        """Itself."""
-        return self
-
-    def rows(self, batch: int, seed: int, step: int) -> Tensor:
-        return torch.arange(batch)
-
-    def sizes(self, batch: int) -> Sequence[int]:
-        return (batch,)
-
-    def shape(self, at: Tensor) -> tuple[int, int, int]:
-        return self.latent_shape
-
-    def latents(self, at: Tensor) -> Tensor:
-        return self.one.expand(len(at), -1, -1, -1)
-
-    def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
-        return [""] * len(at), self.null(len(at))
-
-    def null(self, n: int) -> Condition:
-        return {name: value.expand(n, *value.shape[1:]) for name, value in self.told.items()}
+FITTING = (("medium", 16, 4), ("medium", 4, 1), ("half", 8, 2), ("small", 8, 4), ("small", 4, 1), ("tiny", 8, 4))
+"""Size, batch and micro-batch, the largest first."""
+SPARE = 1.25
+"""Three networks take more than the plan of TwinFlow's, and so does a device than its tensors."""
 
 
 # --- TwinFlow -------------------------------------------------------------------------------------------
-
-
-def settings_of(batch: int, micro_batch: int, folder: Path, device: str) -> RunConfig:
-    """The preset ``sd35`` with bf16 weights, on descriptions in ``folder``."""
-    return schema.load(
-        "sd35",
-        [
-            f"model.path={folder}", f"data.root={folder}", "model.dtype=bf16", f"train.batch={batch}",
-            f"train.micro_batch={micro_batch}", f"run.dir={folder / 'runs'}", f"machine.device={device}",
-            "evaluation.every=0",
-        ],
-    )  # fmt: skip
-
-
-def describe(config: dict[str, Any], folder: Path) -> None:
-    """The descriptions that a plan reads, as a pipeline's folder has them."""
-    (folder / "transformer").mkdir()
-    index = {"_class_name": SD3.PIPELINE, "transformer": ["diffusers", "SD3Transformer2DModel"]}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    described = {"_class_name": "SD3Transformer2DModel"} | config
-    (folder / "transformer" / "config.json").write_text(json.dumps(described))
-    channels, side = config["in_channels"], config["sample_size"]
-    bucket = BucketRow(name="square", width=8 * side, height=8 * side, latent_shape=(channels, side, side))
-    manifest = Manifest(
-        format=CACHE_FORMAT, encoder="random", content_hash="random", images=False, lengths={}, buckets=[bucket]
-    )
-    (folder / MANIFEST).write_text(manifest.model_dump_json())
 
 
 def twinflow(settings: RunConfig, source: RandomLatents, device: torch.device) -> Callable[[], object]:
@@ -240,6 +148,7 @@ class Measured:
         flops: model FLOPs of a step.
         utilisation: of the device's peak; None where that is unknown.
         memory: bytes at the peak; None without an allocator that counts.
+        waits: lines of a step at which torch says that the host waits for the device; None where it says nothing.
     """
 
     name: str
@@ -247,6 +156,7 @@ class Measured:
     flops: float
     utilisation: float | None
     memory: int | None
+    waits: list[str] | None = None
 
 
 def flops_of_a_row(config: dict[str, Any]) -> int:
@@ -281,11 +191,24 @@ def measure(
         step()
     seconds = measuring.median([measuring.clocked(step, device).wall for _ in range(steps)]).value
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    waits = waits_of(step) if device.type == "cuda" else None
     del step
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return Measured(name, seconds, flops, flops / seconds / peak if peak else None, memory)
+    return Measured(name, seconds, flops, flops / seconds / peak if peak else None, memory, waits)
+
+
+def waits_of(step: Callable[[], object]) -> list[str]:
+    """The lines at which a step waits for a GPU, as torch's own watch says."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message)]
 
 
 def peak_flops(device: torch.device, given: float | None) -> float | None:
@@ -293,7 +216,18 @@ def peak_flops(device: torch.device, given: float | None) -> float | None:
     if given is not None:
         return given * 1e12
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+    return next((gpu.half for known, gpu in GPUS.items() if known in name), None)
+
+
+def fitting(device: torch.device) -> tuple[str, int, int]:
+    """The largest of :data:`FITTING` whose plan, and some spare, the device has free; the last one otherwise."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    for size, batch, micro_batch in FITTING[:-1]:
+        with tempfile.TemporaryDirectory() as place:
+            describe(SIZES[size][1], Path(place))
+            if free and SPARE * at_the_peak(plan(settings_of(batch, micro_batch, Path(place), device.type))) <= free:
+                return size, batch, micro_batch
+    return FITTING[-1]
 
 
 # --- output ---------------------------------------------------------------------------------------------
@@ -334,7 +268,9 @@ def compared(planned: int, measured: int | None) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="a transformer of the same class in seconds on a CPU")
+    parser.add_argument("--size", choices=SIZES, default="medium", help="of the transformer")
+    parser.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="seconds on a CPU")
+    parser.add_argument("--fit", action="store_true", help="size and batch by the memory that the device has free")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step, a multiple of 4")
     parser.add_argument("--micro-batch", type=int, default=4, help="rows of a forward pass with gradient")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
@@ -342,8 +278,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peak-tflops", type=float, default=None, help="the device's, dense bf16, if it is not known")
     parser.add_argument("--out", type=Path, help="files to write, no suffix; default: results/large_model[_tiny]")
     given = parser.parse_args(arguments)
-    if not given.tiny and not torch.cuda.is_available():
+    small = given.device == "cpu" and (given.fit or given.size == "tiny")
+    if not small and not torch.cuda.is_available():
         raise SystemExit("large_model.py needs a CUDA device of about 80 GB; fix: --tiny --device cpu tries it out")
+    if given.fit:
+        given.size, given.batch, given.micro_batch = fitting(torch.device(given.device))
     try:
         print(run(given))
     except InputError as error:
@@ -352,7 +291,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(given: argparse.Namespace) -> str:
     """Measure, write the files, and return the table."""
-    config = TINY if given.tiny else MEDIUM
+    model, config = SIZES[given.size]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         describe(config, folder)
@@ -371,7 +310,8 @@ def run(given: argparse.Namespace) -> str:
     with torch.device("meta"):
         parameters = sum(p.numel() for p in SD3.TRANSFORMER(**config).parameters())
     result = {
-        "model": "a tiny transformer of SD3's class" if given.tiny else "SD3.5-medium's size at 1024²",
+        "model": model,
+        "size": given.size,
         "parameters": parameters,
         "batch": given.batch,
         "micro_batch": given.micro_batch,
@@ -383,7 +323,7 @@ def run(given: argparse.Namespace) -> str:
         "ways": [asdict(line) for line in lines],
     }
     text = table(result, lines)
-    name = "large_model_tiny" if given.tiny else "large_model"
+    name = "large_model" if given.size == "medium" else f"large_model_{given.size}"
     measuring.write(given.out or measuring.RESULTS / name, result, text)
     return text
 

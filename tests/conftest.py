@@ -23,6 +23,15 @@ PROCESSES = "processes"
 """Marker of files that start Ray or several ranks: under ``pytest -n`` one worker runs them, one after the other."""
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests for GPUs skip where there is none."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long files first, then those of many tests, so that no worker ends long after the others."""

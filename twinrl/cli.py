@@ -323,7 +323,9 @@ def doctor(
 
         settings = load(plan, overrides or [])
         from twinrl.commands.memory_plan import print_plan
+        from twinrl.training.assembly import check_estimated
 
+        check_estimated(settings, "planned")
         raise typer.Exit(print_plan(settings, processes, _console()))
     from twinrl.commands.doctor import doctor as command
 

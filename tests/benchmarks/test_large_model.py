@@ -9,32 +9,33 @@ import torch
 from tests.benchmarks.scripts import script
 
 large_model = script("large_model")
+TINY = script("random_model").TINY
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def described(tmp_path: Path) -> Path:
-    large_model.describe(large_model.TINY, tmp_path)
+    large_model.describe(TINY, tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
 def test_flops_are_those_of_the_products(described: Path) -> None:
     """Every linear layer costs 2·tokens·weights; what is left is attention and the patches' convolution, a part."""
-    flops = large_model.flops_of_a_row(large_model.TINY)
+    flops = large_model.flops_of_a_row(TINY)
     with torch.device("meta"):
-        transformer = large_model.SD3.TRANSFORMER(**large_model.TINY)
+        transformer = large_model.SD3.TRANSFORMER(**TINY)
     linear = {name: m.weight.numel() for name, m in transformer.named_modules() if isinstance(m, torch.nn.Linear)}
     blocks = sum(size for name, size in linear.items() if name.startswith("transformer_blocks."))
-    tokens = (large_model.TINY["sample_size"] // 2) ** 2
+    tokens = (TINY["sample_size"] // 2) ** 2
     assert 2 * tokens * blocks * 0.3 < flops < 2 * (large_model.TEXT + tokens) * sum(linear.values()) * 4
-    assert large_model.flops_of_a_row(large_model.TINY | {"num_layers": 4}) > 1.5 * flops
+    assert large_model.flops_of_a_row(TINY | {"num_layers": 4}) > 1.5 * flops
 
 
 @pytest.mark.slow
 def test_three_networks_make_the_rows_that_they_state(described: Path) -> None:
     settings = large_model.settings_of(4, 2, described, "cpu")
-    step = large_model.ThreeNetworks(settings, large_model.RandomLatents(large_model.TINY, CPU), CPU)
+    step = large_model.ThreeNetworks(settings, large_model.RandomLatents(TINY, CPU), CPU)
     seen = {True: 0, False: 0}
 
     def count(_: object, inputs: tuple) -> None:

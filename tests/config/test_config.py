@@ -185,7 +185,7 @@ def test_unknown_key_with_nothing_near_lists_the_valid_ones() -> None:
         ("terms.base.loss=hubber", ["terms.base.loss: unknown loss 'hubber'; expected one of l2, barron"]),
         ("terms.base=7", ["terms.base: expected a name or a mapping with `kind`"]),
         ("terms.bse={}", ["terms.bse: unknown term 'bse'; expected one of base, "]),
-        ("optim.kind=sgd", ["optim: unknown optimizer 'sgd'; expected one of adam, adamw, radam"]),
+        ("optim.kind=sgd", ["optim: unknown optimizer 'sgd'; expected one of adam, adamw, adamw8bit, radam"]),
         ("branches.anny=1", ["branches.anny is unknown; did you mean any?"]),
         ("branches.adv=-1", ["finite shares ≥ 0"]),
         ("branches.adv=.nan", ["finite shares ≥ 0"]),

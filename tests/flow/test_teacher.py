@@ -193,7 +193,7 @@ def test_replay_restores_after_an_error() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_replay_covers_every_gpu() -> None:
     torch.cuda.init()
     state = RandomState.capture()

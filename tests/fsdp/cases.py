@@ -102,7 +102,7 @@ FULL: dict[str, Case] = {
     ),
     "hybrid": HYBRID,
     "recomputed activations": Case("lab", ("fsdp.checkpoint_activations=true", "fsdp.prefetch=0")),
-    "compiled": Case("lab", ("fsdp.compile=aot_eager",)),
+    "compiled": Case("lab", ("machine.compile=aot_eager",)),
     "dit": Case("twinflow", ("model.network={kind: dit, width: 16, depth: 3, condition_width: 16, heads: 2}",)),
     "a parameter without dimensions": Case("twinflow", SCALED),
     "offloaded": Case("twinflow", ("fsdp.cpu_offload=true", "fsdp.reshard_last=true", "fsdp.prefetch=2")),
@@ -176,7 +176,8 @@ def trainer_of(settings: RunConfig, ranks: Ranks = ALONE) -> Trainer:
 
 
 def ranks_of(settings: RunConfig) -> Sharded:
-    return Sharded(settings.fsdp, CPU, MASTER_DTYPES[settings.train.precision])
+    dtype = MASTER_DTYPES[settings.train.precision]
+    return Sharded(settings.fsdp, CPU, dtype, backend=settings.machine.compile)
 
 
 class StopAt:

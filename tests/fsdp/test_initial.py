@@ -5,18 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from safetensors.torch import save_file
 from torch import nn
-from torch._dynamo.utils import counters
 
 from tests.fake_source import FakeSource
 from tests.fsdp.cases import Scaled
-from tests.rounding import assert_rounded
 from twinrl.backends import MLP, DiT, UNet, build_network, spec_of
 from twinrl.config.errors import InputError
 from twinrl.flow.branches import BatchDraws, TimeLaw, divide
-from twinrl.fsdp import wrap
 from twinrl.fsdp.initial import SafetensorsPart, has_hidden_buffers, outline, streamed
 from twinrl.fsdp.sharded import check_equal_shares
 from twinrl.fsdp.wrap import block_classes, part
@@ -90,24 +86,6 @@ def test_blocks_are_found_or_named() -> None:
     with pytest.raises(InputError, match=r"fsdp.blocks names Blok.*Block") as caught:
         block_classes(network, ("Blok",))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_compiled_blocks_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functorch_config, "donated_buffer", True)  # compiling changes it
-    network = builder("mlp")()
-    blocks = [module for module in network.modules() if type(module).__name__ == "Block"]
-    for block in blocks:
-        nn.init.normal_(block.second.weight, std=0.3)  # they begin as the identity
-    x, t = SOURCE.latents("train")[:3], torch.linspace(0, 1, 3)
-    condition = SOURCE.condition(SOURCE.prompts(torch.tensor([0, 1, 0]), 0, 0))
-    expected = network(x, t, t, condition)
-    counters.clear()
-    wrap._compile(blocks[:1], "eager")
-    assert_rounded(network(x, t, t, condition).detach(), expected.detach(), 6 * 16)
-    assert counters["stats"]["unique_graphs"] > 0
-    with pytest.raises(InputError, match="torch has no backend nowhere"):
-        wrap._compile(blocks, "nowhere")
 
 
 def test_safetensors_are_read_in_part(tmp_path: Path) -> None:

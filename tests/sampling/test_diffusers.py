@@ -296,8 +296,7 @@ def test_from_the_middle_of_a_schedule_noise_is_added_and_taken_away():
         torch.testing.assert_close(x, expected, rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU"))])  # fmt: skip
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_noise_is_added_where_the_image_is(device):
     scheduler = TwinFlowScheduler()
     scheduler.set_timesteps(4, device=device)

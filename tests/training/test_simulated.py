@@ -141,6 +141,19 @@ def test_the_command_says_all_of_it() -> None:
         simulate("twinflow", NETWORK, 1, "P100", shown)
 
 
-def test_what_cannot_be_simulated_is_said(simulator: Simulator) -> None:
-    with pytest.raises(InputError, match=r"fsdp\.cpu_offload"):
-        simulator.report("twinflow", [*NETWORK, "fsdp.cpu_offload=true"], processes=2)
+@pytest.mark.parametrize("option", ["fsdp.cpu_offload=true", "machine.compile=inductor", "optim.kind=adamw8bit"])
+def test_what_cannot_be_simulated_is_said(simulator: Simulator, option: str) -> None:
+    with pytest.raises(InputError, match=option.partition("=")[0].replace(".", r"\.") + ".* is not simulated"):
+        simulator.report("twinflow", [*NETWORK, option], processes=2)
+
+
+@pytest.mark.campaign
+def test_models_that_wait_on_the_host_are_simulated(simulator: Simulator, models: Path) -> None:
+    """The VAE is on the device while the reward is computed, and not between steps."""
+    clip = f"reward={{model: {{kind: clipscore, checkpoint: {models / 'clip'}}}}}"
+    run = [f"model={{family: sd3, path: {models / 'sd3'}}}", "data={source: folder}", "train={batch: 8, steps: 9}",
+           REWARD[0], clip]  # fmt: skip
+    here, there = (simulator.report("twinflow", [*run, f"machine.offload={on}"]) for on in ("false", "true"))
+    frozen = here.held["VAE"] + here.held["reward"]
+    assert sum(there.held.values()) == sum(here.held.values()) - frozen
+    assert there.peaks["reward"].bytes == pytest.approx(here.peaks["reward"].bytes, rel=0.02)

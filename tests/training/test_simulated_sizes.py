@@ -20,7 +20,7 @@ KL = {  # vae/config.json of stabilityai/stable-diffusion-3.5-medium
 }  # fmt: skip
 QWEN = {"_class_name": "AutoencoderKLQwenImage"}  # the published one has the class's defaults
 PIPELINES = {
-    "sd35": ("StableDiffusion3Pipeline", {"_class_name": "SD3Transformer2DModel", **script("large_model").MEDIUM}, KL),
+    "sd35": ("StableDiffusion3Pipeline", {"_class_name": "SD3Transformer2DModel", **script("random_model").MEDIUM}, KL),
     "qwen-image": ("QwenImagePipeline", script("paper").QWEN_IMAGE, QWEN),
 }
 GB = 10**9

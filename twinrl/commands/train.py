@@ -93,6 +93,7 @@ def _over(run: RunDirectory, console: Console) -> bool:
 def _launched(settings: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
     """The processes that train together, as torchrun has started them, and this one's device."""
     device = mesh.local_device(assembly.machine_of(settings))
+    assembly.check_options(settings, device)
     if mesh.world_size() == 1:
         yield ALONE, device
         return
@@ -105,7 +106,8 @@ def _launched(settings: RunConfig) -> Iterator[tuple[Ranks, torch.device]]:
     low = torch.bfloat16 if settings.train.precision == "bf16" else None
     progress = Progress()
     with mesh.process_group(device), watching(settings.fsdp.watchdog, progress):
-        yield Sharded(settings.fsdp, device, low_precision=low, progress=progress), device
+        backend = settings.machine.compile
+        yield Sharded(settings.fsdp, device, low_precision=low, progress=progress, backend=backend), device
 
 
 def _ended(run: RunDirectory, console: Console) -> int:

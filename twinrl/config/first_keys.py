@@ -89,7 +89,7 @@ _KEYS = {
     "CheckpointConfig": "every keep asynchronous on_error",
     "MachineConfig": "device threads offload",
     "LaunchConfig": "workers address cpus retries",
-    "FSDPConfig": "blocks replicate prefetch reshard_last checkpoint_activations compile cpu_offload frozen watchdog "
+    "FSDPConfig": "blocks replicate prefetch reshard_last checkpoint_activations cpu_offload frozen watchdog "
     "reduce_every_micro_batch full_precision",
     "RunSection": "dir",
     "TrackingConfig": "mlflow uri experiment",

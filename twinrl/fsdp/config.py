@@ -40,9 +40,6 @@ class FSDPConfig(Settings):
     prefetch: int = Field(1, ge=0, description="blocks gathered ahead in forward and backward; 0 = torch's own order")
     reshard_last: bool = Field(False, description="free the last block between forward and backward too")
     checkpoint_activations: bool = Field(False, description="recompute the blocks' activations in the backward pass")
-    compile: str | None = Field(
-        None, description="torch.compile every block with this backend, e.g. inductor; null = not"
-    )
     cpu_offload: bool = Field(False, description="parameters, gradients and optimizer state in the host's memory")
     frozen: Literal["replicated", "sharded"] = Field(
         "replicated",

@@ -5,7 +5,7 @@ and to make, save and load networks. :class:`Ranks` are the answers of a single 
 :class:`twinrl.fsdp.sharded.Sharded` those of several.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from twinrl.backends import tells_trajectories_apart
 from twinrl.flow.conditions import Condition
 from twinrl.flow.teacher import copy_of
 from twinrl.fsdp.initial import Outline
+from twinrl.machine.compiling import compile_blocks
 from twinrl.machine.moving import numbers
 from twinrl.run import checkpoints, fit
 from twinrl.run.checkpoints import Checkpoint
@@ -114,6 +115,17 @@ class Ranks:
     def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
         """See :func:`twinrl.flow.teacher.copy_of`."""
         return copy_of(student, average)
+
+    def compiled(self, network: nn.Module, classes: Sequence[str] | None, backend: str) -> nn.Module:
+        """The network with its blocks compiled by a backend of ``torch.compile``.
+
+        Arguments:
+            classes: names of the blocks' classes; None: they are found.
+        """
+        from twinrl.fsdp import wrap
+
+        compile_blocks(wrap.blocks_of(network, wrap.block_classes(network, classes)), backend)
+        return network
 
     def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
         """Keep frozen modules, which are used inside :func:`twinrl.machine.visiting.visiting` alone, as configured."""

@@ -1,6 +1,6 @@
 """The answers of several processes that train one sharded model; see :mod:`twinrl.fsdp.ranks`."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from copy import deepcopy
 from pathlib import Path
@@ -38,6 +38,7 @@ class Sharded(Ranks):
         dtype: of the parameters.
         low_precision: dtype in which parameters are gathered and used; None: as they are.
         progress: is told where this process is.
+        backend: of ``torch.compile``, for every block; None: they are not compiled.
 
     Raises:
         InputError: the configured copies do not divide the processes.
@@ -50,7 +51,9 @@ class Sharded(Ranks):
         dtype: torch.dtype = torch.float32,
         low_precision: torch.dtype | None = None,
         progress: Progress | None = None,
+        backend: str | None = None,
     ):
+        self.backend = backend
         self.config, self.device, self.dtype, self.low_precision = config, device, dtype, low_precision
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.mesh = mesh.mesh_of(device, config.replicate)
@@ -149,7 +152,7 @@ class Sharded(Ranks):
     def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
         inner = unwrapped(hollow)  # a LoRA teacher calls it directly
-        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained)
+        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained, self.backend)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
         hollow.to_empty(device="cpu")
@@ -172,6 +175,9 @@ class Sharded(Ranks):
         copied = self._sharded(hollow.requires_grad_(False), trained=False, low_precision=low)
         initial.copy_parts(student, copied)
         return copied
+
+    def compiled(self, network: nn.Module, classes: Sequence[str] | None, backend: str) -> nn.Module:
+        return network  # it was, when it was sharded
 
     def keep_frozen(self, modules: Iterable[nn.Module]) -> None:
         if self.config.frozen == "replicated":

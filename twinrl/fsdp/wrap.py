@@ -6,11 +6,10 @@ rank, and its gradient is summed over the ranks.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch._functorch.config as functorch_config
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,6 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from twinrl.config.errors import InputError
 from twinrl.flow.teacher import in_low_precision
 from twinrl.fsdp.config import FSDPConfig
+from twinrl.machine.compiling import compile_blocks
+from twinrl.machine.sharding import own_memory
 
 
 def block_classes(network: nn.Module, wanted: Sequence[str] | None) -> tuple[str, ...]:
@@ -56,7 +57,12 @@ def _repeated(network: nn.Module) -> tuple[str, ...]:
 
 
 def shard(
-    network: nn.Module, config: FSDPConfig, mesh: DeviceMesh, low_precision: torch.dtype | None, trained: bool
+    network: nn.Module,
+    config: FSDPConfig,
+    mesh: DeviceMesh,
+    low_precision: torch.dtype | None,
+    trained: bool,
+    backend: str | None = None,
 ) -> list[nn.Module]:
     """Shard ``network`` in place, from the inside out; returns the outermost blocks in order.
 
@@ -66,12 +72,14 @@ def shard(
         mesh: of all ranks.
         low_precision: dtype in which parameters are gathered; gradients are reduced in float32. None: as they are.
         trained: False for teachers, which are freed wherever they are not running, since nothing follows a forward.
+        backend: of ``torch.compile``, outside of which parameters are gathered and freed; None: blocks stay as they
+            are.
     """
     classes = block_classes(network, config.blocks)
     units = [m for m in network.modules() if type(m).__name__ in (*classes, *config.full_precision)]
-    blocks = _outermost(m for m in units if type(m).__name__ in classes)
-    if config.compile is not None:
-        _compile(blocks, config.compile)
+    blocks = blocks_of(network, classes)
+    if backend is not None:
+        compile_blocks(blocks, backend, hooks=True)
     if config.checkpoint_activations and trained:
         for block in blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -82,6 +90,7 @@ def shard(
     last = blocks[-1] if blocks else None
     for unit in [*reversed(units), network]:
         keep = trained and (unit is network or (unit is last and not config.reshard_last))
+        unit.register_forward_hook(own_memory)
         fully_shard(
             unit, mesh=mesh, reshard_after_forward=not keep, offload_policy=offload, ignored_params=whole,
             mp_policy=low if low_precision and type(unit).__name__ not in config.full_precision else full,
@@ -95,27 +104,11 @@ def shard(
     return blocks
 
 
-def _compile(blocks: Iterable[nn.Module], backend: str) -> None:
-    """Compile the blocks' forward passes; gathering and freeing parameters stays outside.
-
-    Raises:
-        InputError: torch has no such backend.
-    """
-    if backend not in torch.compiler.list_backends(exclude_tags=()):
-        raise InputError(
-            f"fsdp.compile: torch has no backend {backend}",
-            expected=f"one of {', '.join(torch.compiler.list_backends())}, or null",
-        )
-    functorch_config.donated_buffer = False  # terms go back through one forward pass one after the other
-    for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend)
-
-
-def _outermost(blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that lie in no other one of them; they come parents first."""
+def blocks_of(network: nn.Module, classes: Sequence[str]) -> list[nn.Module]:
+    """The modules of these classes that lie in no other one of them, in order."""
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
-    for block in blocks:
+    for block in (module for module in network.modules() if type(module).__name__ in classes):
         if block not in inside:
             found.append(block)
         inside |= set(block.modules())

@@ -14,6 +14,8 @@ RUN_FIX = "use the model.network settings that they were trained with"
 TENSORS_SHOWN = 3
 """Names of tensors in a message."""
 Formats: TypeAlias = Mapping[str, torch.dtype]
+SCALE = "_scale"
+"""Ends the name of what an optimizer keeps of each block of a parameter's numbers."""
 
 
 def corrupted(path: Path, reason: object) -> InputError:
@@ -180,13 +182,18 @@ def parameter_of(key: str, shape: torch.Size, parameters: Sequence[Tensor], orig
     """The parameter to which an entry of an optimizer's state belongs. Raises InputError where there is none."""
     index, _, _ = key.partition(".")
     known = index.isdecimal() and int(index) < len(parameters)
-    if not known or (shape and shape != parameters[int(index)].shape):
+    if not known or (shape and not _fits(key, shape, parameters[int(index)])):
         raise InputError(
             f"the optimizer's state in {origin} belongs to another network",
             got=f"key {key} of shape {tuple(shape)}",
             fix=RUN_FIX,
         )
     return parameters[int(index)]
+
+
+def _fits(key: str, shape: torch.Size, parameter: Tensor) -> bool:
+    of_blocks = key.endswith(SCALE) and len(shape) == 1 and shape[0] > 0 and parameter.numel() % shape[0] == 0
+    return of_blocks or shape == parameter.shape
 
 
 def _another_optimizer(origin: str, got: str, expected: str) -> InputError:

@@ -5,14 +5,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from twinrl.config.errors import InputError
 from twinrl.flow.source import Data
 from twinrl.flow.teacher import Teacher
 from twinrl.fsdp import mesh
 from twinrl.fsdp.ranks import ALONE, Ranks
+from twinrl.machine import compiling, float8
 from twinrl.rewards.guide import Guide
 from twinrl.terms import TERMS
 from twinrl.terms.objective import Objective
 from twinrl.training.laboratory import Laboratory
+from twinrl.training.optim import OPTIMIZERS
 from twinrl.training.pretrained import PretrainedModels
 from twinrl.training.provider import Provider
 from twinrl.training.schema import RunConfig
@@ -28,6 +31,23 @@ def machine_of(settings: RunConfig) -> torch.device:
     if settings.machine.threads:
         torch.set_num_threads(settings.machine.threads)
     return device_of(settings)
+
+
+def check_options(settings: RunConfig, device: torch.device) -> None:
+    """Raises InputError where a configured option cannot run on the device; before data are loaded."""
+    if settings.machine.compile is not None:
+        compiling.check(settings.machine.compile, device)
+    if settings.model.float8:
+        float8.check(device, "model.float8")
+    OPTIMIZERS.find(settings.optim.kind).check(device, mesh.world_size())
+
+
+def check_estimated(settings: RunConfig, estimate: str) -> None:
+    """Raises InputError where nothing but a device says what an option takes; ``estimate``: what is asked for."""
+    unknown = {"model.float8": settings.model.float8, "optim.kind=adamw8bit": settings.optim.kind == "adamw8bit"}
+    for key, asked in unknown.items():
+        if asked:
+            raise InputError(f"{key} is not {estimate}", fix="leave it out, or try it on a device")
 
 
 def kind_of(settings: RunConfig) -> type[Provider[Any]]:
@@ -60,7 +80,7 @@ def objective_of(provider: Provider[Any], student: nn.Module, guide: Guide | Non
     settings = provider.settings
     terms = {name: TERMS.build(term) for name, term in settings.terms.items()}
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
-    teacher = Teacher(student, settings.teacher, provider.ranks.copy, provider.under_adapters(student))
+    teacher = Teacher(student, settings.teacher, provider.copy, provider.under_adapters(student))
     return Objective(terms, teacher, settings.guidance, autocast, guide)
 
 

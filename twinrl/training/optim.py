@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from twinrl.config import Settings, stored
 from twinrl.config.components import Registry, Returned, checked, plain_state
+from twinrl.config.errors import InputError
 from twinrl.gradients.telemetry import Moved
+from twinrl.machine import compiling
+from twinrl.machine.float8 import check_torchao, import_quietly
 from twinrl.machine.moving import numbers
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
@@ -41,6 +45,20 @@ class Optimizer(ABC):
     @abstractmethod
     def make(parameters: list[torch.nn.Parameter], config: Any) -> torch.optim.Optimizer:
         """The torch optimizer over ``parameters``, all of which require gradients."""
+
+    @classmethod  # noqa: B027 (most run everywhere)
+    def check(cls, device: torch.device, processes: int) -> None:
+        """Raises InputError where it cannot run on a device, or in so many processes; before data are loaded."""
+
+    @staticmethod
+    def uncompiled() -> AbstractContextManager[Any]:
+        """Inside, a step of few numbers takes no time for a compiler."""
+        return nullcontext()
+
+    @staticmethod
+    def stands_for(shape: torch.Size) -> tuple[int, ...]:
+        """The shape of a small parameter of which it keeps the same things as of one of ``shape``."""
+        return (2,) * len(shape)
 
     @classmethod
     def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -86,21 +104,63 @@ class RAdam(_Adams):
         kind: Literal["radam"] = "radam"
 
 
+BLOCK, WHOLE = 256, 4096
+"""torchao's: numbers of a block, and those of the smallest tensor whose moments are kept in blocks."""
+
+
+class AdamW8bit(Optimizer):
+    """AdamW with both moments in 8 bits (arXiv:2110.02861): 2 bytes a parameter instead of 8. It needs torchao.
+
+    *When to use*: all parameters of a large model on one GPU. Tensors of few numbers keep their moments whole.
+    """
+
+    class Config(AdamConfig):
+        kind: Literal["adamw8bit"] = "adamw8bit"
+
+    @classmethod
+    def check(cls, device: torch.device, processes: int) -> None:
+        key = "optim.kind=adamw8bit"
+        check_torchao(key)
+        compiling.check(compiling.INDUCTOR, device, key)  # its step is compiled
+        if processes > 1:
+            raise InputError(f"{key} is for one process", got=f"{processes}", fix="use adamw, which is divided by them")
+
+    @staticmethod
+    def uncompiled() -> AbstractContextManager[Any]:
+        return torch.compiler.set_stance("force_eager")
+
+    @staticmethod
+    def stands_for(shape: torch.Size) -> tuple[int, ...]:
+        blocks = shape.numel() >= WHOLE and shape.numel() % BLOCK == 0
+        return (WHOLE,) + (1,) * (len(shape) - 1) if blocks else (2,) * len(shape)
+
+    @staticmethod
+    def make(parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
+        check_torchao("optim.kind=adamw8bit")
+        import_quietly()
+        from twinrl.training.adam8bit import AdamWIn8Bits
+
+        return AdamWIn8Bits(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
+
+
 def kept_by(config: Any) -> Callable[[Tensor], Mapping[str, Tensor]]:
     """Parameter → what the configured optimizer keeps of such a one after a step, by name; seen at a small one."""
 
+    kind = OPTIMIZERS.find(config.kind)
+
     @cache
-    def kept(dtype: torch.dtype, dimensions: int) -> Mapping[str, Tensor]:
-        small = torch.nn.Parameter(torch.zeros([2] * dimensions, dtype=dtype))
+    def kept(dtype: torch.dtype, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        small = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
         small.grad = torch.zeros_like(small)
-        optimizer = OPTIMIZERS.find(config.kind).build(config, [small])
-        optimizer.step()
-        return {name: torch.as_tensor(value) for name, value in optimizer.state[small].items()}
+        optimizer = kind.build(config, [small])
+        with kind.uncompiled():
+            optimizer.step()
+        return {name: torch.as_tensor(value) for name, value in optimizer.state_dict()["state"].get(0, {}).items()}
 
-    return lambda parameter: kept(parameter.dtype, parameter.ndim)
+    return lambda parameter: kept(parameter.dtype, kind.stands_for(parameter.shape))
 
 
-OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "radam": RAdam})
+OPTIMIZERS = Registry("optimizer", Optimizer, {"adam": Adam, "adamw": AdamW, "adamw8bit": AdamW8bit, "radam": RAdam})
 
 
 @torch.no_grad()

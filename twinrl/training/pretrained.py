@@ -13,8 +13,9 @@ from twinrl.backends.wrappers import WithoutTargetTime, unwrapped
 from twinrl.config.errors import InputError
 from twinrl.evaluation import PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import HeldOut
-from twinrl.fsdp import initial
+from twinrl.fsdp import initial, wrap
 from twinrl.fsdp.initial import Outline, SafetensorsPart
+from twinrl.machine import float8
 from twinrl.machine.dtypes import DTYPES, MASTER_DTYPES
 from twinrl.run import checkpoints, fit
 from twinrl.training import described, sources
@@ -85,8 +86,15 @@ class PretrainedModels(Provider["FolderSource"]):
             lambda name, shape: first_values(name.removeprefix(before), shape, seed),
             family.dtype_of(config),
         )
-        blocks = tuple(sorted(cls.__name__ for cls in family.block_classes(inner)))
-        return Outline(self.told(inner), blocks, weights)
+        return Outline(self.told(inner), self.block_classes(inner), weights)
+
+    def block_classes(self, network: nn.Module) -> tuple[str, ...]:
+        return tuple(sorted(cls.__name__ for cls in self.source.family.block_classes(unwrapped(network))))
+
+    def prepared(self, network: nn.Module) -> nn.Module:
+        if self.settings.model.float8:
+            float8.convert(wrap.blocks_of(network, self.block_classes(network)))
+        return network
 
     @property
     def dtype(self) -> torch.dtype | None:

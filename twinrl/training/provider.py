@@ -212,12 +212,35 @@ class Provider(ABC, Generic[S]):
         """
         settings = self.settings
         random = start_weights and settings.train.init == "random"
-        network = self.ranks.network(self.network, random, outline=self.outline)
+        network = self.ranks.network(lambda: self.prepared(self.network()), random, outline=self._prepared_outline)
         if any(TERMS.find(term.kind).negative_time for term in settings.terms.values()):
             self.check_branches_apart(network)
         if start_weights:
             self._start(network)
-        return self.ranks.place(network, self.device, self.dtype).train()
+        return self.compiled(self.ranks.place(network, self.device, self.dtype).train())
+
+    def prepared(self, network: nn.Module) -> nn.Module:
+        """A new network as it is trained, in place; names and shapes of its tensors stay."""
+        return network
+
+    def _prepared_outline(self) -> Outline | None:
+        if (found := self.outline()) is not None:
+            self.prepared(found.network)
+        return found
+
+    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
+        """A teacher: see :meth:`twinrl.fsdp.ranks.Ranks.copy`."""
+        return self.compiled(self.ranks.copy(student, average))
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, its blocks compiled where that is configured."""
+        if (backend := self.settings.machine.compile) is None:
+            return network
+        return self.ranks.compiled(network, self.settings.fsdp.blocks or self.block_classes(network), backend)
+
+    def block_classes(self, network: nn.Module) -> tuple[str, ...] | None:
+        """Names of the classes of the network's repeated blocks; None: they are to be found."""
+        return None
 
     def check_branches_apart(self, network: nn.Module) -> None:
         """Raises InputError where (t, t) and (−t, −t) are the same to the network."""

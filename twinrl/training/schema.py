@@ -81,6 +81,10 @@ class ModelConfig(Settings):
         "float32", description="family: the transformer's weights; adapters are float32 always"
     )
     frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="family: weights of text encoders and VAE")
+    float8: bool = Field(
+        False, description="family: matrix products of the blocks' linear layers in 8 bits; needs torchao and a GPU "
+        "of compute capability 8.9 or newer",
+    )  # fmt: skip
     embedded_guidance: float = Field(3.5, ge=0, description="family: guidance that FLUX.1-dev is told")
     prediction: Literal["epsilon", "v"] | None = Field(
         None, description="family: what a diffusion model predicts; null = the model is a flow"
@@ -133,6 +137,8 @@ class ModelConfig(Settings):
             raise ValueError(f"network has no effect with family {self.family}; fix: remove it")
         elif self.path is None:
             raise ValueError(f"path is missing; expected the folder or hub name of a {self.family} pipeline")
+        if self.float8 and (self.family is None or self.lora is not None):
+            raise ValueError("float8 is for families of which all parameters are trained; fix: float8=false")
         if self.family is not None:
             try:
                 check_bridge(self.family, self.prediction, self.diff2flow)
@@ -242,6 +248,9 @@ class MachineConfig(Settings):
     offload: bool = Field(
         False, description="families: VAE and reward models wait on the host and visit the device while they are used"
     )
+    compile: str | None = Field(
+        None, description="torch.compile every block of student and teachers with this backend, e.g. inductor"
+    )
 
 
 class RunConfig(Settings):
@@ -288,6 +297,17 @@ class RunConfig(Settings):
             value["terms"] = configuration.named(value["terms"])
         implied = configuration.IMPLIED_KINDS
         return value | {key: configuration.with_kind(value[key], kind) for key, kind in implied.items() if key in value}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _compile_was_a_key_of_fsdp(cls, value: dict) -> dict:
+        """``fsdp.compile`` of older runs; a machine's own setting goes before."""
+        if not isinstance(fsdp := value.get("fsdp"), dict) or "compile" not in fsdp:
+            return value
+        value = value | {"fsdp": {key: each for key, each in fsdp.items() if key != "compile"}}
+        if fsdp["compile"] is None or not isinstance(machine := value.get("machine", {}), dict):
+            return value
+        return value | {"machine": {"compile": fsdp["compile"], **machine}}
 
     @field_validator("branches")
     @classmethod

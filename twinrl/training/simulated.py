@@ -36,7 +36,7 @@ from twinrl.machine.simulated.places import Places, Rule
 from twinrl.machine.simulated.waits import Wait
 from twinrl.machine.simulated.work import GPUS, Estimate
 from twinrl.rewards.hollow import HollowNetworks
-from twinrl.training import described, schema
+from twinrl.training import assembly, described, schema
 from twinrl.training.described import Described
 from twinrl.training.laboratory import Laboratory
 from twinrl.training.pretrained import PretrainedModels
@@ -218,8 +218,7 @@ class DescribedModels(PretrainedModels):
 
     def outline(self) -> Outline:
         inner = self.source.family.outline(self.settings.model.pretrained)
-        blocks = tuple(sorted(cls.__name__ for cls in self.source.family.block_classes(inner)))
-        return Outline(self.told(inner), blocks, {})
+        return Outline(self.told(inner), self.block_classes(inner), {})
 
 
 class DescribedLaboratory(Laboratory):
@@ -264,8 +263,9 @@ def simulate(settings: RunConfig, processes: int = 1) -> Report:
 
 def _check(settings: RunConfig) -> None:
     """Raises InputError where it is known beforehand that it cannot be simulated."""
+    assembly.check_estimated(settings, "simulated")
     refused = {
-        "fsdp.cpu_offload": settings.fsdp.cpu_offload, "fsdp.compile": settings.fsdp.compile is not None,
+        "fsdp.cpu_offload": settings.fsdp.cpu_offload, "machine.compile": settings.machine.compile is not None,
     }  # fmt: skip
     for key, asked in refused.items():
         if asked:

@@ -472,8 +472,7 @@ class Trainer:
         file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
         self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
         fit.check_steps(self.optimizer, state["step"], file)
-        entries = (value for held in self.optimizer.state.values() for value in held.values())
-        checkpoints.check_finite(filter(torch.is_tensor, entries), state, file, over_ranks)
+        checkpoints.check_finite(fit.optimizer_tensors(self.optimizer).values(), state, file, over_ranks)
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:

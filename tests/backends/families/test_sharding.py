@@ -9,6 +9,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tests.backends.families.conftest import assert_gradients_alike, disturbed, gradients_of
 from tests.backends.families.forward import T
 from tests.backends.families.made import assert_alike
+from twinrl.fsdp import wrap
+from twinrl.fsdp.config import FSDPConfig
+from twinrl.fsdp.mesh import SHARD
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +42,22 @@ def gradients(case, network):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module.*TwinFlowTransformer")
 def test_sharded_equals_whole(case, mesh):
     velocity, whole = gradients(case, disturbed(case.network()))
     ours, parts = gradients(case, sharded(case, mesh, MixedPrecisionPolicy()))
     assert_alike(case.name, ours, velocity)
     assert_gradients_alike(parts, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")
+def test_no_unit_returns_a_view(case, mesh):
+    """On which an operation in place would lose the hook that gathers its parameters again."""
+    network = case.network()
+    blocks = [cls.__name__ for cls in case.family.block_classes(network)]
+    wrap.shard(network, FSDPConfig(blocks=blocks), init_device_mesh("cpu", (1,), mesh_dim_names=(SHARD,)), None, True)
+    network(case.noise(), -T, 0.5 * -T, case.condition).square().mean().backward()
 
 
 @pytest.mark.slow

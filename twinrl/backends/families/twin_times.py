@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from twinrl.backends.embedding import at_least_single
 from twinrl.backends.families.lora import without_adapters
 from twinrl.config.errors import InputError
+from twinrl.machine.sharding import own_memory
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class TwinTimes(nn.Module):
         self._silence()
         first.register_forward_pre_hook(self._give_exact_time, with_kwargs=True)
         first.register_forward_hook(self._add_second, with_kwargs=True)
+        self.register_forward_hook(own_memory)
 
     # --- the family's time scale ------------------------------------------------------------------------
 
