@@ -196,7 +196,7 @@ def test_unknown_key_with_nothing_near_lists_the_valid_ones() -> None:
         ("teacher.kind=live", ["teacher: a live-student teacher", "teacher.kind=ema", "teacher.allow_live=true"]),
         ("teacher.guidance=live", ["teacher.allow_live=true"]),
         ("name=a/b", ["name: ", "'a/b'"]),
-        ("data.source=imagenet", ["data.source", "one of digits, mnist, folder, prompts"]),
+        ("data.source=imagenet", ["data.source", "one of digits, lab, mnist, folder, prompts"]),
     ],
 )  # fmt: skip
 def test_wrong_values_say_where_what_and_what_is_expected(override: str, parts: list[str]) -> None:

@@ -37,9 +37,16 @@ CAPTIONS = ["a red boat", "ein grünes Haus", "two\nlines"]
 def found(path: Path, **config: object) -> tuple[str, list[tuple[str, bytes | None]], dict[str, str]]:
     """The format, (caption, bytes) of each pair, and name → reason of each problem."""
     name, items = read(path, validate(ReadConfig, config))
-    results = list(items)
-    pairs = [(i.caption, i.read() if i.read else None) for i in results if isinstance(i, Example)]
-    return name, pairs, {i.name: i.reason for i in results if isinstance(i, Problem)}
+    pairs, problems = list[tuple[str, bytes | None]](), dict[str, str]()
+    for item in items:
+        try:
+            if isinstance(item, Problem):
+                problems[item.name] = item.reason
+            else:
+                pairs.append((item.caption, item.read() if item.read else None))
+        except UnusableError as error:  # as whoever decodes the picture takes it
+            problems[item.name] = error.reason
+    return name, pairs, problems
 
 
 EXPECTED = list(zip(CAPTIONS, PICTURES, strict=True))
