@@ -23,8 +23,8 @@ LAB_PRESETS = [name for name in configuration.presets() if schema.load(name).mod
 class DoubleDraws(BatchDraws):
     """Keyed draws in float64, so that tests can compare to rounding error."""
 
-    def normal(self, purpose: str) -> Tensor:
-        return super().normal(purpose).double()
+    def normal(self, purpose: str, rows: Sequence[int]) -> Tensor:
+        return super().normal(purpose, rows).double()
 
     def uniform(self, purpose: str) -> Tensor:
         return super().uniform(purpose).double()
@@ -36,10 +36,11 @@ class GivenDraws:
 
     numbers: Mapping[str, Tensor]
 
-    def normal(self, purpose: str) -> Tensor:
-        return self.numbers[purpose]
+    def normal(self, purpose: str, rows: Sequence[int]) -> Tensor:
+        return self.numbers[purpose][list(rows)]
 
-    uniform = normal
+    def uniform(self, purpose: str) -> Tensor:
+        return self.numbers[purpose]
 
 
 def objective_of(

@@ -42,6 +42,16 @@ def test_every_batch_has_one_shape_and_divides_into_the_branches(dataset: Cached
     assert len(seen) == 3
 
 
+def test_conditions_are_as_they_were_prepared_and_of_the_rows_that_are_wanted(dataset: CachedDataset) -> None:
+    reader = FolderRows(dataset, CPU, torch.float64)
+    at = reader.rows(4, 0, 0)
+    captions, condition = reader.captioned(at, 0, 0, torch.tensor([2, 0]))
+    assert captions == dataset.captions(at)
+    for name, value in dataset.conditions(at).items():
+        assert condition[name].dtype == value.dtype
+        assert torch.equal(condition[name], value[[2, 0]])
+
+
 def test_another_seed_is_another_order(dataset: CachedDataset) -> None:
     reader = FolderRows(dataset, CPU, torch.float32)
     orders = [torch.cat([reader.rows(4, seed, step) for step in range(6)]).tolist() for seed in (0, 1, 1 << 32)]

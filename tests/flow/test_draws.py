@@ -24,6 +24,12 @@ def test_streams_of_different_keys_are_independent() -> None:
     assert len(streams.flatten().unique()) > 0.99 * streams.numel()
 
 
+def test_rows_have_streams_of_their_own() -> None:
+    rows = draws.normal_rows((1000,), 0, "noise", 2, range(4))
+    assert torch.equal(draws.normal_rows((1000,), 0, "noise", 2, [3, 1]), rows[[3, 1]])
+    assert (torch.corrcoef(rows.double()) - torch.eye(4)).abs().max() < 4.5 / 1000**0.5
+
+
 def test_keys_do_not_run_together() -> None:
     """(1, "1/a") and (11, "a") or a step glued to a purpose must not collide."""
     keys = [(1, "1/a", 0), (11, "a", 0), (1, "a", 10), (1, "a1", 0), (1, "a/1", 0), (1, "a", 1)]

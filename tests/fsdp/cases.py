@@ -68,7 +68,7 @@ QUICK: dict[str, Case] = {
     ),
     "a parameter without dimensions, each micro-batch reduced": Case(
         "tutorial",
-        (*SCALED, "train.batch=16", "train.micro_batch=4", "train.steps=3"),
+        (*SCALED, "train.batch=16", "train.micro_batch=4", "train.steps=3", "train.draws=rows"),
     ),
     "switches": Case("simpletuner", (*LIVE, SWITCHES, "train.steps=3")),
     "nan, rollback": Case("twinflow", ROLLBACK),
@@ -91,7 +91,7 @@ FULL: dict[str, Case] = {
     "corrected": Case("corrected", REWARDED),
     "statistics of scores": Case("published", (*REWARDED, PER_PROMPT, "train.micro_batch=4")),
     "frozen guidance, live recursion": Case("twinflow", LIVE),
-    "image-free": Case("twinflow", ("data.images=false",)),
+    "image-free": Case("twinflow", ("data.images=false", "train.draws=rows")),
     "micro-batches": Case("twinflow", ("train.micro_batch=2",)),
     "micro-batches, reduced at once": Case("twinflow", ("train.micro_batch=2", "fsdp.reduce_every_micro_batch=false")),
     "parameter space": Case("twinflow", CHAIN),

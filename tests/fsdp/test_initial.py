@@ -12,7 +12,7 @@ from tests.fake_source import FakeSource
 from tests.fsdp.cases import Scaled
 from twinrl.backends import MLP, DiT, UNet, build_network, spec_of
 from twinrl.config.errors import InputError
-from twinrl.flow.branches import BatchDraws, TimeLaw, divide
+from twinrl.flow.branches import BatchDraws, TimeLaw, divide, shared
 from twinrl.fsdp.initial import SafetensorsPart, has_hidden_buffers, outline, streamed
 from twinrl.fsdp.sharded import check_equal_shares
 from twinrl.fsdp.wrap import block_classes, part
@@ -99,14 +99,20 @@ def test_safetensors_are_read_in_part(tmp_path: Path) -> None:
     assert torch.equal(stored["net.a.bias"], weights["a.bias"])
 
 
-def test_ranks_share_every_branch() -> None:
+@pytest.mark.parametrize("by_row", [False, True])
+def test_ranks_share_every_branch(by_row: bool) -> None:
     mix = {"e2e": 1.0, "mul": 1.0, "any": 1.0, "adv": 1.0}
     x = torch.arange(16.0).view(16, 1, 1, 1).expand(16, 2, 4, 4)
     c = {"c": torch.arange(16.0)[:, None]}
-    batch = divide(mix, TimeLaw(), x, c, c, BatchDraws(0, 0, (16, 2, 4, 4)))
-    parts = [batch.share(4, rank) for rank in range(4)]
+    drawn = BatchDraws(0, 0, (16, 2, 4, 4), by_row)
+    batch, parts = divide(mix, TimeLaw(), x, c, c, drawn), []
+    for mine in (shared(mix, 16, 4, rank) for rank in range(4)):
+        own = {"c": c["c"][mine]}
+        parts.append(divide(mix, TimeLaw(), x[mine], own, own, drawn, mine=mine))
     assert torch.cat([p.rows.index for p in parts]).sort().values.tolist() == list(range(16))
     for one in parts:
+        for name in ("x", "z", "t", "r"):
+            assert torch.equal(getattr(one.rows, name), getattr(batch.rows, name)[one.rows.index]), name
         assert {name: len(at) for name, at in one.branch.items()} == dict.fromkeys(mix, 1)
         assert one.rows.global_batch == 16
         assert torch.equal(one.rows.normal("noise"), batch.rows.normal("noise")[one.rows.index])

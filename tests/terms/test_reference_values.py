@@ -5,7 +5,7 @@ The components are those of training: presets give terms and settings, ``divide`
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
@@ -29,10 +29,11 @@ class Given:
     def __init__(self, numbers: Mapping[str, Tensor]):
         self.numbers = numbers
 
-    def normal(self, purpose: str) -> Tensor:
-        return self.numbers[purpose]
+    def normal(self, purpose: str, rows: Sequence[int]) -> Tensor:
+        return self.numbers[purpose][list(rows)]
 
-    uniform = normal
+    def uniform(self, purpose: str) -> Tensor:
+        return self.numbers[purpose]
 
 
 def at_rows(value: Tensor, first: int, total: int = 8) -> Tensor:

@@ -21,6 +21,7 @@ from twinrl.data.encoder import FamilyEncoder
 from twinrl.data.order import BucketSampler
 from twinrl.flow import conditions
 from twinrl.flow.conditions import Condition
+from twinrl.flow.reading import ALL
 from twinrl.flow.source import Scorer
 from twinrl.machine.moving import moved
 from twinrl.machine.visiting import visiting
@@ -127,7 +128,7 @@ class FolderRows:
 
     Attributes:
         dataset: one split.
-        device, dtype: of what is read.
+        device: of what is read. dtype: of latents; conditions are as they were prepared, and cast by the network.
         images: False: latents are zeros of the right shape.
         multiple: batches are multiples of this where the wanted size is.
     """
@@ -152,14 +153,11 @@ class FolderRows:
             return moved(self.dataset.latents(at), self.device, self.dtype)
         return torch.zeros(len(at), *self.shape(at), device=self.device, dtype=self.dtype)
 
-    def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
-        return self.dataset.captions(at), self._cast(self.dataset.conditions(at))
+    def captioned(self, at: Tensor, seed: int, step: int, of: Tensor | slice = ALL) -> tuple[list[str], Condition]:
+        return self.dataset.captions(at), conditions.to(self.dataset.conditions(at[of]), self.device)
 
     def null(self, n: int) -> Condition:
-        return conditions.repeated(self._cast(self.dataset.null_condition(1)), n)
-
-    def _cast(self, c: Condition) -> Condition:
-        return conditions.to(c, self.device, self.dtype)
+        return conditions.repeated(conditions.to(self.dataset.null_condition(1), self.device), n)
 
     def _sampler(self, batch: int, seed: int) -> BucketSampler:
         return _sampler(self.dataset, batch, seed, math.gcd(batch, self.multiple))

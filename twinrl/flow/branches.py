@@ -43,8 +43,8 @@ class Draws(Protocol):
     @property
     def step(self) -> int: ...
 
-    def normal(self, purpose: str) -> Tensor:
-        """(B, C, H, W) standard normal noise, on the CPU."""
+    def normal(self, purpose: str, rows: Sequence[int]) -> Tensor:
+        """(R, C, H, W) standard normal noise of R rows at ascending positions in the global batch, on the CPU."""
         ...
 
     def uniform(self, purpose: str) -> Tensor:
@@ -54,14 +54,20 @@ class Draws(Protocol):
 
 @dataclass(frozen=True)
 class BatchDraws:
-    """Keyed draws of training step ``step`` for a global batch of samples of ``shape`` (B, C, H, W)."""
+    """Keyed draws of training step ``step`` for a global batch of samples of ``shape`` (B, C, H, W).
+
+    ``by_row``: noise of every row has a key of its own; else there is one for the batch, which is then drawn whole.
+    """
 
     seed: int
     step: int
     shape: tuple[int, ...]
+    by_row: bool = False
 
-    def normal(self, purpose: str) -> Tensor:
-        return draws.normal(self.shape, self.seed, purpose, self.step)
+    def normal(self, purpose: str, rows: Sequence[int]) -> Tensor:
+        if self.by_row:
+            return draws.normal_rows(self.shape[1:], self.seed, purpose, self.step, rows)
+        return draws.normal(self.shape, self.seed, purpose, self.step)[selection(rows)]
 
     def uniform(self, purpose: str) -> Tensor:
         return draws.uniform(self.shape[:1], self.seed, purpose, self.step)
@@ -123,8 +129,8 @@ class Rows:
         return [self.captions[i] for i in self.numbers] if self.captions else []
 
     def normal(self, purpose: str) -> Tensor:
-        """(B, C, H, W) noise for ``purpose``: these rows' part of the global draw."""
-        return moved(self.draws.normal(purpose)[selection(self.numbers)], self.x.device, self.x.dtype)
+        """(B, C, H, W) noise for ``purpose``, the same however the global batch is cut."""
+        return moved(self.draws.normal(purpose, self.numbers), self.x.device, self.x.dtype)
 
     def uniform(self, purpose: str) -> Tensor:
         """(B,) uniforms for ``purpose``: these rows' part of the global draw."""
@@ -165,16 +171,6 @@ class Batch:
         """Consecutive micro-batches of at most ``size`` rows; their branches are what falls into them."""
         n = len(self.rows)
         return [self] if size >= n else [self._slice(start, min(start + size, n)) for start in range(0, n, size)]
-
-    def share(self, parts: int, number: int) -> "Batch":
-        """The rows of one of ``parts`` processes: an equal, consecutive part of every branch."""
-        if parts == 1:
-            return self
-        sizes = {name: -(-len(places) // parts) for name, places in self.branch.items()}
-        mine = {name: places[number * sizes[name] :][: sizes[name]] for name, places in self.branch.items()}
-        keep = torch.cat(list(mine.values())).sort().values
-        rows = self.rows.select(selection(keep.tolist()))
-        return Batch(rows, {name: torch.searchsorted(keep, places) for name, places in mine.items()})
 
     def _slice(self, start: int, stop: int) -> "Batch":
         inside = {name: at[(at >= start) & (at < stop)] - start for name, at in self.branch.items()}
@@ -245,6 +241,16 @@ def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
     return rows
 
 
+def shared(mix: Mapping[str, float], batch: int, parts: int, number: int) -> list[int]:
+    """The rows of a global batch that one of ``parts`` processes has: an equal, consecutive part of every branch."""
+    mine, start = [], 0
+    for count in allocate(mix, batch).values():
+        each = -(-count // parts)
+        mine += range(start + min(number * each, count), start + min((number + 1) * each, count))
+        start += count
+    return mine
+
+
 def divide(
     mix: Mapping[str, float],
     law: TimeLaw,
@@ -254,27 +260,38 @@ def divide(
     drawn: Draws,
     captions: Sequence[str] = (),
     renoise: Mapping[str, TimeMap] | None = None,
+    mine: Sequence[int] | None = None,
 ) -> Batch:
-    """The global batch of data ``x`` (B, C, H, W) divided into the branches of ``mix``, with its times and noise.
+    """A global batch of B rows divided into the branches of ``mix``, with its times and noise; or some rows of it.
 
     Arguments:
         mix: branch → share.
         law: how t is drawn where renoise does not shape it.
-        x, c, null: data, condition and empty condition, B rows each.
+        x, c, null: data, condition and empty condition of these rows, (R, C, H, W) and R rows each.
         drawn: keyed draws.
         captions: B prompts, or none.
         renoise: placement → time law; ``training`` shapes t here, the others are for the terms.
+        mine: ascending positions of R rows; None: all.
     """
-    counts, renoise = allocate(mix, len(x)), renoise or {}
+    renoise = renoise or {}
     precision = torch.promote_types(x.dtype, torch.float32)  # times of half-precision data stay in float32
     shaped = renoise.get("training")
     u = drawn.uniform("t")
+    counts = allocate(mix, len(u))
     t_drawn = (shaped(u) * law.scale if shaped else law.source_time(u)).to(precision)  # on the host: few numbers
     t, r, branch, start = torch.empty_like(t_drawn), torch.empty_like(t_drawn), {}, 0
     for name, count in counts.items():
         at, u = slice(start, start + count), drawn.uniform(f"r {name}").to(t)
         t[at], r[at] = BRANCHES[name](t_drawn[at], u[at], law.consistency_ratio)
         branch[name], start = torch.arange(start, at.stop), at.stop
-    noise, t, r = moved(drawn.normal("noise"), x.device, x.dtype), moved(t, x.device), moved(r, x.device)
-    rows = Rows(torch.arange(len(x)), x, noise, t, r, c, null, drawn, len(x), captions, renoise)
-    return Batch(rows, branch)
+    index = torch.arange(start) if mine is None else torch.tensor(mine, dtype=torch.long)
+    keep = selection(index.tolist())
+    noise = moved(drawn.normal("noise", index.tolist()), x.device, x.dtype)
+    t, r = moved(t[keep], x.device), moved(r[keep], x.device)
+    rows = Rows(index, x, noise, t, r, c, null, drawn, start, captions, renoise)
+    return Batch(rows, branch if mine is None else {name: _among(index, at) for name, at in branch.items()})
+
+
+def _among(index: Tensor, wanted: Tensor) -> Tensor:
+    """Positions in ``index`` of those that are ``wanted``."""
+    return torch.isin(index, wanted).nonzero().flatten()

@@ -6,6 +6,7 @@ numbers independent of the device.
 """
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -50,6 +51,11 @@ def uniform(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> T
 def normal(shape: tuple[int, ...], seed: int, purpose: str, step: int = 0) -> Tensor:
     """N(0, 1) in float32, on the CPU."""
     return torch.randn(shape, generator=generator(seed, purpose, step), device="cpu", dtype=torch.float32)
+
+
+def normal_rows(shape: tuple[int, ...], seed: int, purpose: str, step: int, rows: Iterable[int]) -> Tensor:
+    """(R, *shape) N(0, 1) in float32, on the CPU: each of the R ``rows`` of a batch has a stream of its own."""
+    return torch.stack([normal(shape, seed, f"{purpose}, row {row}", step) for row in rows])
 
 
 def beta(uniforms: Tensor, alpha: float, beta: float) -> Tensor:

@@ -17,9 +17,11 @@ from twinrl.flow.conditions import Condition
 from twinrl.flow.source import Source, Split, captions_of
 from twinrl.machine.moving import rows_of
 
+ALL = slice(None)
+
 
 class Reader(Protocol):
-    """Rows of one split, on the device and in the dtype of training."""
+    """Rows of one split, on the device; latents in the dtype of training."""
 
     def rows(self, batch: int, seed: int, step: int) -> Tensor:
         """(B,) row numbers of the global batch of ``step``, on the CPU, all of one shape; B is ``batch`` on average."""
@@ -37,8 +39,8 @@ class Reader(Protocol):
         """(B, C, h, w) latents of the rows; zeros where the data are prompts alone."""
         ...
 
-    def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
-        """The rows' captions and their conditions, B rows."""
+    def captioned(self, at: Tensor, seed: int, step: int, of: Tensor | slice = ALL) -> tuple[list[str], Condition]:
+        """The captions of all B rows, and the conditions of those at the positions ``of``."""
         ...
 
     def null(self, n: int) -> Condition:
@@ -91,9 +93,9 @@ class InMemory:
     def latents(self, at: Tensor) -> Tensor:
         return rows_of(self.data, at)
 
-    def captioned(self, at: Tensor, seed: int, step: int) -> tuple[list[str], Condition]:
+    def captioned(self, at: Tensor, seed: int, step: int, of: Tensor | slice = ALL) -> tuple[list[str], Condition]:
         prompts = captions_of(self.source, self.split, at, seed, step)
-        return prompts, self._cast(self.source.condition(prompts))
+        return prompts, conditions.rows(self._cast(self.source.condition(prompts)), of)
 
     def null(self, n: int) -> Condition:
         return self._cast(self.source.null_condition(n))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from twinrl.config.components import checked
 from twinrl.flow import conditions, draws
-from twinrl.flow.branches import Batch, BatchDraws, Rows, allocate, divide
+from twinrl.flow.branches import Batch, BatchDraws, Rows, allocate, divide, selection, shared
 from twinrl.flow.conditions import Condition
-from twinrl.flow.reading import Reader
+from twinrl.flow.reading import ALL, Reader
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.renoise import RENOISE, Renoise, TimeDistribution
 from twinrl.terms.objective import Objective
@@ -63,16 +63,21 @@ class Feed:
         """The batch of ``step``."""
         settings, reader = self.settings, self.reader
         at = reader.rows(settings.train.batch, seed, step)
-        prompts, c = reader.captioned(at, seed, step)
-        drawn = BatchDraws(seed, step, (len(at), *reader.shape(at)))
-        x = reader.latents(at)
-        null, law = self._null(c, drawn), self.renoise(step)
+        mine = self._mine(len(at))
+        keep = ALL if mine is None else selection(mine)
+        drawn = BatchDraws(seed, step, (len(at), *reader.shape(at)), settings.train.draws == "rows")
+        prompts, c = reader.captioned(at, seed, step, keep)
+        null, law = self._null(at, keep, c, drawn), self.renoise(step)
         shaped = dict.fromkeys(settings.renoise.placement, partial(_times, law)) if law and settings.renoise else {}
-        whole = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), shaped)
-        counts = {name: len(rows) for name, rows in whole.branch.items()}
-        batch = whole.share(self.ranks.world, self.ranks.rank)
+        x = reader.latents(at[keep])
+        batch = divide(settings.branches, settings.time, x, c, null, drawn, tuple(prompts), shaped, mine)
         batch = batch if settings.data.images else Batch(self._generated(batch.rows), batch.branch)
-        return Fed(at, batch, counts, law)
+        return Fed(at, batch, allocate(settings.branches, len(at)), law)
+
+    def _mine(self, size: int) -> list[int] | None:
+        """This process's rows of a global batch; None: all."""
+        world = self.ranks.world
+        return None if world == 1 else shared(self.settings.branches, size, world, self.ranks.rank)
 
     def renoise_times(self, seed: int, moments: int = 6, rows: int = 2000) -> dict[float, Tensor]:
         """Share of the run → (rows,) renoise times drawn there, for a picture; empty where there is no renoise."""
@@ -98,11 +103,13 @@ class Feed:
             F = self.objective.call(self.objective.teacher.student, z, one, torch.zeros_like(one), rows.c)
         return replace(rows, x=z - F)
 
-    def _null(self, c: Condition, drawn: BatchDraws) -> Condition:
+    def _null(self, at: Tensor, keep: Tensor | slice, c: Condition, drawn: BatchDraws) -> Condition:
         if self.settings.guidance.empty == "source":
             return self.reader.null(conditions.size(c))
         order = drawn.uniform("null permutation").argsort()
-        return conditions.rows(c, order)
+        if len(order) == conditions.size(c):
+            return conditions.rows(c, order)
+        return self.reader.captioned(at, drawn.seed, drawn.step, order[keep])[1]
 
 
 def _times(law: TimeDistribution, u: Tensor) -> Tensor:

@@ -64,6 +64,11 @@ class TrainConfig(Settings):
         "teacher",
         description="start: teacher (the source's pretrained flow model), random, or a run directory",
     )
+    draws: Literal["batch", "rows"] = Field(
+        "batch",
+        description="noise: one stream for the whole batch, which every process draws; or one for each row, of which a "
+        "process draws its own",
+    )
 
 
 class ModelConfig(Settings):

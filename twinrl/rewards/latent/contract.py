@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from twinrl.config import Settings
@@ -71,7 +70,7 @@ class KeyedRows:
     index: tuple[int, ...]
 
     def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.stack([draws.normal(shape, self.seed, f"{purpose}, row {row}", self.step) for row in self.index])
+        return draws.normal_rows(shape, self.seed, purpose, self.step, self.index)
 
     def rows(self, start: int, stop: int) -> "KeyedRows":
         return KeyedRows(self.seed, self.step, self.index[start:stop])
