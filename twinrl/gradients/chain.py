@@ -23,7 +23,10 @@ class TelemetryConfig(Settings):
     """What is measured beside norms and clip coefficients, which are free."""
 
     shares_every: int = Field(
-        1, ge=0, description="steps between signed shares g_i·g/‖g‖²; needs one gradient buffer per term; 0 = never"
+        1,
+        ge=0,
+        description="steps between signed shares g_i·g/‖g‖²; needs one gradient buffer per term, which of a GPU "
+        "lies in the host's memory; 0 = never",
     )
     cosines_every: int = Field(
         10, ge=0, description="steps between pairwise cosines of the terms; same buffers as shares; 0 = never"

@@ -10,14 +10,15 @@ parameters too (gradients taken with respect to parameters directly do not). Two
 - *output*: the rules see each term's gradient with respect to the predictions (its cotangent), and one backward
   carries the sum. With micro-batches the predictions are made twice: norms need the whole batch.
 
-Buffers of the size of a gradient, beside ``.grad``: one for rules in parameter space, none in output space; one per
-term on steps with shares or cosines in parameter space; one more where several terms are projected.
+Buffers of the size of a gradient, beside ``.grad``: one for rules in parameter space, none in output space; on steps
+with shares or cosines in parameter space one per term, of a GPU in the host's memory; one more where several terms
+are projected.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from fractions import Fraction
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ class Engine:
     # --- parameter space ----------------------------------------------------------------------------------------
 
     def _in_parameter_space(self, batches: Sequence[MicroBatch], step: int) -> Measures:
-        account = _Account(self._keeps(step), self._several_need_others)
+        account = _Account(self._keeps(step), self._several_need_others, aside=True)
         back = self._at_once if len(batches) == 1 else self._in_turn
         back(batches, lambda name: self._settle(
             name, Gradient.take(self.parameters), account, self.parameters, step
@@ -205,19 +206,15 @@ class Engine:
 
     def _geometry(self, account: "_Account", step: int) -> Measures:
         """Signed shares and pairwise cosines of what the terms contribute."""
-        kept, telemetry = list(account.kept.items()), self.config.telemetry
+        terms, telemetry, whole = list(account.kept), self.config.telemetry, len(account.kept)
+        shares = [(i, whole) for i in range(whole)] if telemetry.due("shares", step) else []
+        pairs = list(combinations(range(whole), 2)) if telemetry.due("cosines", step) else []
+        parts = [*account.kept.values(), account.sum]
         measures: Measures = {}
-        if telemetry.due("shares", step):
-            square = account.sum.norm.square()
-            products = dots(list(account.kept.values()), account.sum)
-            measures = {
-                names.grad(name, "share"): _ratio(product, square, 0.0)
-                for name, product in zip(account.kept, products, strict=True)
-            }
-        if telemetry.due("cosines", step):
-            for i, (a, first) in enumerate(kept):
-                for b, second in kept[i + 1 :]:
-                    measures[names.cosine(a, b)] = _ratio(first.dot(second), first.norm * second.norm, 0.0)
+        for (a, b), product in zip([*shares, *pairs], dots(parts, [*shares, *pairs], account.sum), strict=True):
+            name = names.grad(terms[a], "share") if b == whole else names.cosine(terms[a], terms[b])
+            size = account.sum.norm.square() if b == whole else parts[a].norm * parts[b].norm
+            measures[name] = _ratio(product, size, 0.0)
         return measures
 
     def zero(self) -> None:
@@ -249,10 +246,11 @@ class _Account:
     Arguments:
         keep: hold every term's gradient until the end.
         several_wait: more than one term will ask for the others, so what they see must not be added to.
+        aside: hold them where they take none of a GPU's memory.
     """
 
-    def __init__(self, keep: bool, several_wait: bool):
-        self.keep, self.several_wait = keep, several_wait
+    def __init__(self, keep: bool, several_wait: bool, aside: bool = False):
+        self.keep, self.several_wait, self.aside = keep, several_wait, aside
         self.sum = Gradient({})
         self.kept: dict[str, Gradient] = {}
         self.measures: Measures = {}
@@ -271,12 +269,14 @@ class _Account:
 
         A rank may hold nothing of it; whether the sum's norm is known must not depend on that.
         """
+        kept = gradient.aside() if self.keep and self.aside else gradient
+        shown = self.keep and kept is gradient
         if self.keep:
-            self.kept[name] = gradient
+            self.kept[name] = kept
         if self._empty:
-            self.sum, self._shown, self._empty = gradient, self.keep, False
+            self.sum, self._shown, self._empty = gradient, shown, False
         elif not self.sum.tensors:
-            self.sum, self._shown = gradient.unmeasured(), self.keep
+            self.sum, self._shown = gradient.unmeasured(), shown
         elif not gradient.tensors:
             self.sum = self.sum.unmeasured()
         elif self._shown:

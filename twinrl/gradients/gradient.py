@@ -87,7 +87,16 @@ class Gradient:
 
     def dot(self, other: "Gradient") -> Tensor:
         """0-dim inner product; parameters that only one of both reaches contribute nothing."""
-        return dots([self], other)[0]
+        return dots([self, other], [(0, 1)], other)[0]
+
+    def aside(self) -> "Gradient":
+        """The same gradient, to be looked at later, where it takes none of a GPU's memory: in the host's, pinned, so
+        that nothing waits for the copy. On a CPU it is itself."""
+        if all(tensor.device.type == "cpu" for tensor in self.tensors.values()):
+            return self
+        kept = Gradient({i: _on_host(local(tensor)) for i, tensor in self.tensors.items()}, self.total, self.device)
+        kept._norm = self.norm
+        return kept
 
     def _sum(self, parts: Sequence[Tensor]) -> Tensor:
         """The sum of 0-dim tensors and over the ranks."""
@@ -143,22 +152,36 @@ class Gradient:
         return Gradient({i: tensor.clone() for i, tensor in self.tensors.items()}, self.total, self.device)
 
 
-def dots(parts: Sequence[Gradient], whole: Gradient) -> list[Tensor]:
-    """0-dim inner products of each of the parts with ``whole``; parameters that only one of both reaches contribute
-    nothing. Parameter by parameter, so that a cache which holds one of ``whole``'s serves all parts."""
-    products: list[list[Tensor]] = [[] for _ in parts]
-    for i, tensor in whole.tensors.items():
-        for part, found in zip(parts, products, strict=True):
-            if i in part.tensors:
-                found.append(_product(part.tensors[i], tensor))
+def dots(parts: Sequence[Gradient], pairs: Sequence[tuple[int, int]], like: Gradient) -> list[Tensor]:
+    """0-dim inner products of ``pairs`` of ``parts``, by their numbers; parameters that only one of both reaches
+    contribute nothing. Parameter by parameter: a cache that holds one serves all pairs, and of what is
+    :meth:`Gradient.aside` the device has one parameter's tensors at a time.
+
+    Arguments:
+        like: reaches every parameter that two parts reach; its tensors say on which device, and how they are sharded.
+    """
+    products: list[list[Tensor]] = [[] for _ in pairs]
+    for i, tensor in like.tensors.items():
+        own = local(tensor)
+        here = [_near(part.tensors[i], own) if i in part.tensors else None for part in parts]
+        for found, (a, b) in zip(products, pairs, strict=True):
+            if (one := here[a]) is not None and (other := here[b]) is not None:
+                found.append(share_of_sum(torch.dot(one, other), tensor))
     return [
-        part._sum([torch.stack(group).double().sum() for group in _apart(found)])
-        for part, found in zip(parts, products, strict=True)
+        parts[a]._sum([torch.stack(group).double().sum() for group in _apart(found)])
+        for found, (a, _) in zip(products, pairs, strict=True)
     ]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return share_of_sum(torch.dot(local(a).flatten(), local(b).flatten()), a)
+def _near(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this rank holds of a tensor, flat, on the device of another."""
+    return local(tensor).to(like.device, non_blocking=True).flatten()
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A copy in pinned memory, which is not waited for."""
+    kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    return kept.copy_(tensor, non_blocking=True)
 
 
 def _apart(items: Iterable[T], tensor_of: Callable[[T], object] = lambda item: item) -> list[list[T]]:

@@ -16,7 +16,7 @@ from twinrl.machine.simulated.messages import Messages
 from twinrl.machine.simulated.places import Places
 from twinrl.machine.simulated.pretended import CUDA
 from twinrl.machine.simulated.recipes import Recipes
-from twinrl.machine.simulated.values import Values
+from twinrl.machine.simulated.values import SMALL, Values
 from twinrl.machine.simulated.waits import Waits
 from twinrl.machine.simulated.work import Work
 
@@ -86,9 +86,11 @@ class Simulation(TorchDispatchMode):
         device = kwargs.get("device")
         wanted = None if device is None else torch.device(device).type
         if func is aten._pin_memory.default:
-            return _pinned(args[0].clone())
+            return self._pinned(args[0].clone())
         if func is aten.is_pinned.default:
             return _is_pinned(args[0])
+        if kwargs.get("pin_memory"):
+            return self._pinned(func(*args, **{**kwargs, "pin_memory": False}))
         self.messages.note(func, args)
         if wanted != CUDA and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             return func(*args, **kwargs)
@@ -107,7 +109,7 @@ class Simulation(TorchDispatchMode):
             target, source = args[0], args[1]
             written = not source.ndim  # a number that is assigned: torch fills with it
             if self._copied(source, target.device.type, written or (len(args) > 2 and bool(args[2])), written):
-                return target.copy_(self._brought(source, None))
+                return self._written(target, source)
         elif func in SHAPES:
             self.waits.note("shape")
             return self.values.lifted(func(self._values_of(args[0], 0), *args[1:], **kwargs))
@@ -125,6 +127,12 @@ class Simulation(TorchDispatchMode):
         self.memory.made(made)
         self.work.note(func, args, kwargs, tensors, out, made)
         return out
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storage._pinned = True  # type: ignore[attr-defined]
+        self.memory.pinned(storage)
+        return tensor
 
     # --- what the host asks for -----------------------------------------------------------------------------
 
@@ -159,7 +167,15 @@ class Simulation(TorchDispatchMode):
         return fake and target == "cpu"
 
     def _brought(self, source: Tensor, dtype: torch.dtype | None) -> Tensor:
-        return self._values_of(source, 1).to(dtype or source.dtype).clone()
+        otherwise = 0 if source.is_floating_point() else 1  # losses, norms: nothing that would be an event
+        return self._values_of(source, otherwise).to(dtype or source.dtype).clone()
+
+    def _written(self, target: Tensor, source: Tensor) -> Tensor:
+        """``source`` is written into a tensor on the host. What is large and unknown would take memory for nothing."""
+        value = self.values.known(source)
+        if value is None and source.numel() > SMALL:
+            return target
+        return target.copy_(torch.ones(source.shape, dtype=source.dtype) if value is None else value)
 
     def _indexed(self, func: Any, args: Sequence[Any]) -> Sequence[Any]:
         """Boolean indices by their positions; indices on the CPU are copied by torch, which waits."""
@@ -187,11 +203,6 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    tensor.untyped_storage()._pinned = True  # type: ignore[attr-defined]
-    return tensor
 
 
 def _is_pinned(tensor: Tensor) -> bool:

@@ -45,12 +45,13 @@ class Memory:
     Attributes:
         now: bytes alive.
         peaks: by phase.
+        most_pinned: bytes in the host's pinned memory when most were.
         weights: shapes of trained parameters, by which gradients and casts of them are known.
     """
 
     def __init__(self, places: Places):
         self.places = places
-        self.now = 0
+        self.now = self.most_pinned = self._pinned = 0
         self.peaks: dict[str, Peak] = {}
         self.weights: set[torch.Size] = set()
         self._sizes: dict[int, int] = {}
@@ -118,6 +119,15 @@ class Memory:
         self._live[owner] += self._sizes[key]
         self._owners[key] = owner
 
+    def never_was(self, owner: str, tensors: Iterable[Any]) -> None:
+        """These of an owner were there all the time and should not have been: peaks are lower by them."""
+        storages = (local(tensor).untyped_storage() for tensor in tensors)
+        size = sum(self._sizes.get(storage._cdata, 0) for storage in storages)
+        self._live[owner] -= size
+        for peak in self.peaks.values() if size else ():
+            peak.bytes -= size
+            peak.owners[owner] -= size
+
     def held(self) -> dict[str, int]:
         """Bytes alive by whose they are, most first."""
         return {owner: size for owner, size in self._live.most_common() if size}
@@ -125,6 +135,16 @@ class Memory:
     def forget(self) -> None:
         """Look for peaks again, from what is alive now."""
         self.peaks.clear()
+        self.most_pinned = self._pinned
+
+    def pinned(self, storage: torch.UntypedStorage) -> None:
+        """A storage is in the host's pinned memory."""
+        self._pinned += storage.nbytes()
+        self.most_pinned = max(self.most_pinned, self._pinned)
+        weakref.finalize(storage, self._unpinned, storage.nbytes())
+
+    def _unpinned(self, size: int) -> None:
+        self._pinned -= size
 
     @contextmanager
     def watching(self) -> Iterator[None]:

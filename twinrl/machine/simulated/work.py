@@ -52,6 +52,11 @@ class Estimate(NamedTuple):
     seconds: float
     share: float
 
+    @classmethod
+    def of(cls, flops: int, seconds: float, gpu: GPU) -> "Estimate":
+        """Of so much arithmetic in so much time."""
+        return cls(seconds, flops / (seconds * gpu.half) if seconds else 0.0)
+
 
 @dataclass
 class Work:
@@ -91,7 +96,7 @@ class Work:
             max(cost.flops / (gpu.half if cost.half else gpu.single), cost.moved / gpu.memory) * n
             for cost, n in self.costs.items()
         )
-        return Estimate(seconds, self.flops / (seconds * gpu.half) if seconds else 0.0)
+        return Estimate.of(self.flops, seconds, gpu)
 
     def forget(self) -> None:
         """Start to count again."""
