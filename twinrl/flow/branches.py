@@ -243,7 +243,8 @@ def allocate(mix: Mapping[str, float], batch: int) -> dict[str, int]:
 
 def shared(mix: Mapping[str, float], batch: int, parts: int, number: int) -> list[int]:
     """The rows of a global batch that one of ``parts`` processes has: an equal, consecutive part of every branch."""
-    mine, start = [], 0
+    mine: list[int] = []
+    start = 0
     for count in allocate(mix, batch).values():
         each = -(-count // parts)
         mine += range(start + min(number * each, count), start + min((number + 1) * each, count))
