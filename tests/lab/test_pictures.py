@@ -139,6 +139,7 @@ def test_without_a_column_classes_are_found(home, tmp_path):
 
 def test_a_recipe_is_written_and_read():
     assert LabRecipe.of(json.loads(json.dumps(TINY.plain()))) == TINY
+    assert min(getattr(for_pictures(32, 1), name).steps for name in ("hps", "codec", "grouping")) >= 20
     assert for_pictures(32, 15).clip.steps == for_pictures(32, 60).clip.steps / 2
     assert for_pictures(64, 240).codec.steps == 2 * for_pictures(64).codec.steps == 2 * for_pictures(32).codec.steps
 

@@ -84,7 +84,8 @@ class LabRecipe:
     @property
     def grouping(self) -> Recipe:
         """Of the text–image model whose features are clustered; it is thrown away afterwards."""
-        return replace(self.clip, steps=max(1, self.clip.steps // 2), seed=7)
+        steps = max(self.clip.steps // 2, min(self.clip.steps, LEAST_STEPS))
+        return replace(self.clip, steps=steps, seed=7)
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -109,6 +110,8 @@ class LabRecipe:
         return hashlib.sha256(json.dumps(constants, sort_keys=True).encode()).hexdigest()
 
 
+LEAST_STEPS = 20
+"""Of a model of :func:`for_pictures`: a warm-up of a tenth of them needs more than one."""
 MINUTES = {32: 30, 64: 120}
 """Side of a picture → minutes of a build on two cores for which :func:`for_pictures` has its steps."""
 
@@ -124,7 +127,7 @@ def for_pictures(side: int, minutes: int | None = None) -> LabRecipe:
     share = (minutes or MINUTES[side]) / MINUTES[side]
 
     def steps(default: int, most: float = 1.0) -> int:
-        return max(1, round(default * min(share, most)))
+        return max(LEAST_STEPS, round(default * min(share, most)))
 
     return LabRecipe(
         warp=None,
