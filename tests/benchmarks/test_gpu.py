@@ -50,7 +50,11 @@ def test_stopped_it_keeps_what_it_has(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "run", run)
-        assert gpu.report("cpu", chosen, tmp_path / "report.md") == 130
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a worker of the tests ignores
+        try:
+            assert gpu.report("cpu", chosen, tmp_path / "report.md") == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
     assert begun.is_set()
     text = (tmp_path / "report.md").read_text()
     assert "first: passed" in text

@@ -1,5 +1,6 @@
 """The plan's bytes are those of the tensors that the trainer then holds."""
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -126,6 +127,7 @@ def allocated(settings: schema.RunConfig) -> int:
     run.start(settings, fresh=False)
     trainer = Trainer(settings, run, source, device, lambda network, step: {"val/quality": 0.0})
     trainer.train_step()  # which makes the optimizer's state
+    gc.collect()  # what earlier tests have left would be counted where it is freed
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.train_step()
     trainer.log.close()

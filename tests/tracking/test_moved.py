@@ -87,7 +87,6 @@ def test_without_the_store_that_was_named_and_is_gone(runs: Path, other: Path, e
     assert not (other / "named").exists()
 
 
-@pytest.mark.parametrize("where", ["runs", "other"])
 @pytest.mark.parametrize("home", ["/home/somebody/runs/else", None])
 def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
     runs: Path, home: str | None, monkeypatch: pytest.MonkeyPatch
@@ -118,6 +117,7 @@ def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
         assert studies.located(str(run), None) == (uri, None)
 
 
+@pytest.mark.parametrize("where", ["runs", "other"])
 def test_a_copy_leaves_the_original_alone(runs: Path, other: Path, where: str) -> None:
     run = make_run(runs, rows=20)
     first = publish(run)
