@@ -181,9 +181,9 @@ def leave() -> None:
     import ray
 
     session = _own_session()  # known until it is ended
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # or a thread that still works would join again, for a minute
     wait([in_background(ray.shutdown)], STOP_SECONDS)
-    if ray.is_initialized():
-        atexit.unregister(ray.shutdown)  # which would wait again
+    atexit.unregister(ray.shutdown)  # which would wait again
     if session is not None:
         end_all_of(*session)
     while _waiting:
