@@ -21,6 +21,7 @@ from twinrl.lab import Lab, open_lab
 from twinrl.lab.load import build_lab, described, folder_of
 from twinrl.lab.progress import watched_by
 from twinrl.lab.recipe import MINUTES, LabRecipe, for_pictures
+from twinrl.lab.storage import load_json
 from twinrl.machine import files
 
 PAGE, PICTURE, VALUES = "report.html", "pictures.png", "report.json"
@@ -148,7 +149,8 @@ def report(folder: Path, name: str, bar: Bar) -> None:
 
 def print_report(folder: Path, console: Console) -> None:
     """The report's lines."""
-    for line in json.loads((folder / VALUES).read_text())["lines"]:
+    found: dict[str, Any] = load_json(folder / VALUES, folder)
+    for line in found["lines"]:
         console.print(line)
     console.print(f"the whole report: {folder / PAGE}")
 

@@ -6,6 +6,7 @@ protocol differ because the networks differ. No number involves the training obj
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -343,8 +344,12 @@ class LabelProtocol:
 
     def content(self, judged: JudgedImages) -> dict[str, float]:
         """What pictures are made of, and what held-out scorers say, in deviations of the reference images."""
-        real, made = (self._content(images) for images in (self.reference, judged))
-        return {f"content/{name}": value for name, value in content.offsets(made, real).items()}
+        found = content.offsets(self._content(judged), self._real_content)
+        return {f"content/{name}": value for name, value in found.items()}
+
+    @cached_property
+    def _real_content(self) -> dict[str, Tensor]:
+        return self._content(self.reference)
 
     def _content(self, images: JudgedImages) -> dict[str, Tensor]:
         held_out = {f"held_out/{name}": images.scores[name] for name in sorted(self.held_out & images.scores.keys())}
