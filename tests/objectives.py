@@ -10,8 +10,8 @@ from twinrl import config as configuration
 from twinrl.backends.wrappers import WithoutTargetTime
 from twinrl.flow.branches import Batch, BatchDraws, divide
 from twinrl.flow.conditions import Condition
-from twinrl.flow.teacher import Teacher
-from twinrl.terms import TERMS
+from twinrl.flow.teacher import Teacher, copy_of
+from twinrl.terms import TERMS, NetworkOwner
 from twinrl.terms.objective import Objective, TermLoss
 from twinrl.training import schema
 
@@ -58,7 +58,8 @@ def objective_of(
         if copied is not None and teacher is not None:
             copied.load_state_dict(wrap(teacher).state_dict())
     terms = {name: TERMS.build(term) for name, term in config.terms.items()}
-    return Objective(terms, made, config.guidance, autocast), config
+    own = {n: copy_of(made.student, trained=True) for n, term in terms.items() if isinstance(term, NetworkOwner)}
+    return Objective(terms, made, config.guidance, autocast, own=own), config
 
 
 def batch_of(config: schema.RunConfig, x: Tensor, c: Condition, null: Condition, seed: int = 3) -> Batch:

@@ -194,7 +194,7 @@ def test_gradients_of_the_terms_sum_to_the_totals(preset: str) -> None:
 
 @PRESET
 def test_loss_is_weight_times_sum_over_rows_by_the_normaliser(preset: str) -> None:
-    made, batch = reference(preset, *(["terms.base.weight=3"]))
+    made, batch = reference(preset, f"terms.{next(iter(schema.load(preset).terms))}.weight=3")
     for name, part in losses_of(made, batch).items():
         settings = made.terms[name].config
         rows = sum(len(batch.branch[b]) for b in settings.branches)
@@ -209,7 +209,8 @@ def test_loss_is_weight_times_sum_over_rows_by_the_normaliser(preset: str) -> No
 def test_no_gradient_reaches_a_teacher(preset: str) -> None:
     made, batch = reference(preset)
     sum(part.loss for part in losses_of(made, batch).values()).backward()
-    assert all(p.grad is None for p in made.teacher.ema.parameters())
+    others = [each for each in (made.teacher.ema, made.teacher.frozen, *made.own.values()) if each is not None]
+    assert all(p.grad is None for each in others for p in each.parameters())
 
 
 # --- precision ------------------------------------------------------------------------------------------------
@@ -238,7 +239,8 @@ def test_autocast_leaves_times_and_residuals_in_float32(preset: str) -> None:
     batch, single = given(config, torch.float32), torch.float32
     evaluation = made.evaluate(batch, counts_of(batch))
     losses = evaluation.losses()
-    inner = made.teacher.ema.network if hasattr(made.teacher.ema, "network") else made.teacher.ema
+    teacher = made.teacher.recursion
+    inner = teacher.network if hasattr(teacher, "network") else teacher
     assert set(student.seen + inner.seen) == {(single, single, single, torch.bfloat16)}
     assert all(f.F.dtype == single for forwards in evaluation._forwards.values() for f in forwards)
     assert all(v.dtype == single for v in evaluation._velocity.values())

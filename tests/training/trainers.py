@@ -71,10 +71,11 @@ def kill(settings: RunConfig, step: int, **arguments: Any) -> None:
 
 
 def state(trainer: Trainer) -> dict[str, Tensor]:
-    """Weights of student, EMA and frozen copy, and the optimizer's state."""
+    """Weights of all networks, and the optimizers' states."""
     parts = assembly.parts_of(trainer.objective)
     tensors = {f"{part}.{k}": v for part, module in parts.items() for k, v in module.state_dict().items()}
-    return tensors | {f"optimizer.{k}": v for k, v in fit.optimizer_tensors(trainer.optimizer).items()}
+    kept = {part: fit.optimizer_tensors(optimizer) for part, optimizer, _ in trainer._optimizers()}
+    return tensors | {f"{part}.{k}": v for part, found in kept.items() for k, v in found.items()}
 
 
 def rows(trainer: Trainer) -> list[dict[str, Any]]:

@@ -46,19 +46,19 @@ class TeacherConfig(Settings):
         return self
 
 
-def copy_of(student: nn.Module, average: bool = False) -> nn.Module:
-    """A copy without gradients. What the student does not train is shared with it: under LoRA a copy costs its
-    adapters and no more.
+def copy_of(student: nn.Module, average: bool = False, trained: bool = False) -> nn.Module:
+    """A copy. What the student does not train is shared with it: under LoRA a copy costs its adapters and no more.
 
     Arguments:
         student: the network.
         average: whether the copy is to follow the student in small steps; it is :func:`widened` then.
+        trained: whether it is trained as the student is; else it takes no gradients.
     """
     shared = {id(p): p for p in student.parameters() if not p.requires_grad}
     copied = deepcopy(student, shared)
     if average and (low := widened(copied)) is not None:
         copied.forward = partial(in_low_precision, copied.forward, low)
-    return copied.requires_grad_(False)
+    return copied if trained else copied.requires_grad_(False)
 
 
 def widened(network: nn.Module) -> torch.dtype | None:

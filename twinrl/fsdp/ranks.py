@@ -112,9 +112,9 @@ class Ranks:
         """The network where it is trained, in the dtype of its parameters; None: as they are."""
         return network.to(device=device, dtype=dtype)
 
-    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
+    def copy(self, student: nn.Module, average: bool = False, trained: bool = False) -> nn.Module:
         """See :func:`twinrl.flow.teacher.copy_of`."""
-        return copy_of(student, average)
+        return copy_of(student, average, trained)
 
     def compiled(self, network: nn.Module, classes: Sequence[str] | None, backend: str) -> nn.Module:
         """The network with its blocks compiled by a backend of ``torch.compile``.

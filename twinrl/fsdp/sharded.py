@@ -168,12 +168,14 @@ class Sharded(Ranks):
     def place(self, network: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
         return network
 
-    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
+    def copy(self, student: nn.Module, average: bool = False, trained: bool = False) -> nn.Module:
         assert self._outline is not None, "the student was not made by these ranks"
         hollow = deepcopy(self._outline)
         low = widened(hollow) if average else None
-        copied = self._sharded(hollow.requires_grad_(False), trained=False, low_precision=low)
+        copied = self._sharded(hollow if trained else hollow.requires_grad_(False), trained, low)
         initial.copy_parts(student, copied)
+        if trained:
+            wrap.reduce_whole_parameters(copied, wrap.all_reduced)
         return copied
 
     def compiled(self, network: nn.Module, classes: Sequence[str] | None, backend: str) -> nn.Module:

@@ -92,6 +92,11 @@ def guided(quantity: str, nfe: int) -> str:
     return f"val/guided/{quantity}_{nfe}nfe"
 
 
+def own(term: str, quantity: str) -> str:
+    """Of the network that a term owns, at its last step before the student's; ``quantity`` is loss or norm."""
+    return f"own/{term}/{quantity}"
+
+
 def event(kind: str) -> str:
     """1 at the step of an event of ``kind``, e.g. nonfinite."""
     return f"event/{kind}"

@@ -5,13 +5,14 @@ from typing import Any
 
 from twinrl.config.components import Registry
 from twinrl.terms.adversarial import Adversarial
+from twinrl.terms.dmd import DMD
 from twinrl.terms.mean_flow import MeanFlow
 from twinrl.terms.rcgm import Base, OneStepConsistency
 from twinrl.terms.real_velocity import RealVelocity
 from twinrl.terms.rectify import Rectify
 from twinrl.terms.reward_ascent import RewardAscent
 from twinrl.terms.simpletuner import SimpleTunerBase
-from twinrl.terms.term import Ascent, Context, Query, Target, Term, TermConfig
+from twinrl.terms.term import Ascent, Context, NetworkOwner, Query, Target, Term, TermConfig
 
 TERMS = Registry(
     "term",
@@ -25,10 +26,11 @@ TERMS = Registry(
         "simpletuner_base": SimpleTunerBase,
         "reward": RewardAscent,
         "mean_flow": MeanFlow,
+        "dmd": DMD,
     },
 )
 
-__all__ = ["TERMS", "Ascent", "Context", "Query", "Target", "Term", "TermConfig", "gradient_owners"]
+__all__ = ["TERMS", "Ascent", "Context", "NetworkOwner", "Query", "Target", "Term", "TermConfig", "gradient_owners"]
 
 
 def gradient_owners(terms: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.flow.teacher import RandomState, Teacher
 from twinrl.machine.moving import rows_of
-from twinrl.terms import Ascent, Query, Target, Term
+from twinrl.terms import Ascent, NetworkOwner, Query, Target, Term
 
 Request = tuple[Query, Rows]
 
@@ -36,6 +36,7 @@ class Objective:
         guidance: the target velocity's guidance.
         autocast: dtype of mixed precision, or None. Times, predictions and residuals stay in the data's dtype.
         reward: gives the reward's ascent at samples; None where no term asks for it.
+        own: name of a term that owns a network → the network.
     """
 
     terms: Mapping[str, Term]
@@ -43,6 +44,7 @@ class Objective:
     guidance: GuidanceConfig
     autocast: torch.dtype | None = None
     reward: Callable[[Tensor, Rows], Ascent] | None = None
+    own: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         """``network(x, t, r, c)`` in mixed precision, the result in ``x``'s dtype."""
@@ -293,6 +295,11 @@ class Pass:
                 fix="use derivative: difference",
             ) from error  # fmt: skip
         return torch.zeros_like(F.primal) if F.tangent is None else F.tangent
+
+    def own(self, term: NetworkOwner, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
+        name = next(name for name, each in self.objective.terms.items() if each is term)
+        with self.random_state.replayed():
+            return self.objective.call(self.objective.own[name], x, t, r, c)
 
     def target_velocity(self, rows: Rows) -> Tensor:
         if rows.numbers not in self._velocity:

@@ -2,7 +2,8 @@
 
 A term is one small class in one file. It never calls the student for its prediction: it returns a
 :class:`Query`, and terms with equal queries share one forward pass. Its target may call teachers through the
-:class:`Context`, always without gradient. Terms hold no state, no optimizer and no hidden randomness.
+:class:`Context`, always without gradient. Terms hold no state, no optimizer and no hidden randomness. One that needs a
+second network is a :class:`NetworkOwner`.
 """
 
 from abc import ABC, abstractmethod
@@ -74,7 +75,7 @@ def one_step(rows: Rows) -> Query:
 
 
 class Context(Protocol):
-    """What a term may ask for beside its own rows. Every method but ``prediction`` is without gradient."""
+    """What a term may ask for beside its own rows. Every method but ``prediction`` and ``own`` is without gradient."""
 
     def prediction(self, query: Query, rows: Rows) -> Tensor:
         """The student at ``query``, differentiable and shared with all terms that ask for the same point."""
@@ -99,6 +100,10 @@ class Context(Protocol):
         Raises:
             InputError: a part of the network has no forward-mode derivative.
         """
+        ...
+
+    def own(self, term: "NetworkOwner", x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
+        """The network that ``term`` owns; differentiable in its weights while it is trained."""
         ...
 
     def target_velocity(self, rows: Rows) -> Tensor:
@@ -208,6 +213,34 @@ class Term(ABC):
         if self.config.mean_over == "batch":
             return global_batch
         return sum(counts[name] for name in self.config.branches)
+
+
+class OwnerConfig(TermConfig):
+    """Settings of every term that owns a network."""
+
+    updates: int = Field(5, ge=1, le=1000, description="steps of the own network before each of the student's")
+    own_lr: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="learning rate of the own network, constant; null = optim.lr"
+    )
+
+
+@dataclass(frozen=True)
+class NetworkOwner(Term):
+    """A term with a network of its own, which starts as the student does and is trained beside it.
+
+    *When to use*: what the student's samples are compared with is learned, too: a fake score, a critic. Subclasses give
+    :meth:`own_losses`. Optimizer, checkpoints and sharding are the trainer's: the term stays without state.
+    """
+
+    Config: ClassVar[type[OwnerConfig]] = OwnerConfig
+
+    @abstractmethod
+    def own_losses(self, rows: Rows, ctx: Context, update: int) -> Tensor:
+        """(B,) losses of the own network on these rows, differentiable through :meth:`Context.own` alone.
+
+        Arguments:
+            update: number of the own step before this step of the student's; noise is drawn anew for each.
+        """
 
 
 def check_branches(config: TermConfig, mix: Mapping[str, float]) -> None:

@@ -12,7 +12,7 @@ from twinrl.fsdp import mesh
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.machine import compiling, float8
 from twinrl.rewards.guide import Guide
-from twinrl.terms import TERMS
+from twinrl.terms import TERMS, NetworkOwner
 from twinrl.terms.objective import Objective
 from twinrl.training.laboratory import Laboratory
 from twinrl.training.optim import OPTIMIZERS
@@ -81,7 +81,9 @@ def objective_of(provider: Provider[Any], student: nn.Module, guide: Guide | Non
     terms = {name: TERMS.build(term) for name, term in settings.terms.items()}
     autocast = torch.bfloat16 if settings.train.precision == "bf16" else None
     teacher = Teacher(student, settings.teacher, provider.copy, provider.under_adapters(student))
-    return Objective(terms, teacher, settings.guidance, autocast, guide)
+    owners = [name for name, term in terms.items() if isinstance(term, NetworkOwner)]
+    own = {name: provider.copy(student, trained=True) for name in owners}
+    return Objective(terms, teacher, settings.guidance, autocast, guide, own)
 
 
 REMAINDER = "remainder"
@@ -92,5 +94,6 @@ def parts_of(objective: Objective) -> dict[str, nn.Module]:
     """The modules that a checkpoint holds, by part."""
     teacher = objective.teacher
     networks = {"student": teacher.student, "ema": teacher.ema, "frozen": teacher.frozen}
-    parts: dict[str, nn.Module | None] = {**networks, REMAINDER: teacher.remainder}
+    own = {f"own_{name}": network for name, network in objective.own.items()}
+    parts: dict[str, nn.Module | None] = {**networks, REMAINDER: teacher.remainder, **own}
     return {name: module for name, module in parts.items() if module is not None and list(module.parameters())}

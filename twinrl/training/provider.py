@@ -228,9 +228,9 @@ class Provider(ABC, Generic[S]):
             self.prepared(found.network)
         return found
 
-    def copy(self, student: nn.Module, average: bool = False) -> nn.Module:
-        """A teacher: see :meth:`twinrl.fsdp.ranks.Ranks.copy`."""
-        return self.compiled(self.ranks.copy(student, average))
+    def copy(self, student: nn.Module, average: bool = False, trained: bool = False) -> nn.Module:
+        """A teacher, or a term's own network: see :meth:`twinrl.fsdp.ranks.Ranks.copy`."""
+        return self.compiled(self.ranks.copy(student, average, trained))
 
     def compiled(self, network: nn.Module) -> nn.Module:
         """The network, its blocks compiled where that is configured."""

@@ -330,15 +330,16 @@ def _owned(trainer: Trainer, simulation: Simulation) -> Iterator[None]:
     modules: dict[str, list[nn.Module | None]] = {
         "student": [teacher.student], "average": [teacher.ema, teacher.remainder], "frozen teacher": [teacher.frozen],
         "reward": [] if trainer.guide is None else list(trainer.guide.reward.modules().values()),
-        "VAE": list(trainer.provider.codec),
+        "VAE": list(trainer.provider.codec), "terms' networks": list(trainer.objective.own.values()),
     }  # fmt: skip
     memory.belongs(GRADIENTS, [p.grad for p in trainer.engine.parameters if p.grad is not None])
-    memory.belongs("optimizer", [v for held in trainer.optimizer.state.values() for v in held.values()])
+    optimizers = [trainer.optimizer, *(one.optimizer for one in trainer.owned)]
+    memory.belongs("optimizer", [v for each in optimizers for held in each.state.values() for v in held.values()])
     with ExitStack() as stack:
         for owner, parts in modules.items():
             for part in filter(None, parts):
                 memory.belongs(owner, [*part.parameters(), *part.buffers()])
-                if owner in ("student", "average"):
+                if owner in ("student", "average", "terms' networks"):
                     stack.enter_context(simulation.places.watched("activations", part))
         memory.weights = {p.shape for p in teacher.student.parameters() if p.numel() > 1 << 14}
         yield

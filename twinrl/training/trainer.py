@@ -31,6 +31,7 @@ from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
 from twinrl.training.feed import Fed, Feed
 from twinrl.training.optim import LR_POLICIES, OPTIMIZERS, EarlyStop, kept_by, update
+from twinrl.training.owned import owned_of
 from twinrl.training.passes import passes_of
 from twinrl.training.provider import Provider
 from twinrl.training.runs import EventLog, NoLog, RunDirectory, check_unchanged
@@ -136,6 +137,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer = self.ranks.prepare(
             optimizer.build(settings.optim, student.parameters())
         )
+        self.owned = owned_of(settings, self.objective, self.ranks)
         self.owners = settings.gradient_owners
         self.engine = Engine(
             settings.gradients, student.parameters(), self.owners,
@@ -229,9 +231,11 @@ class Trainer:
 
     def _backward(self, fed: Fed) -> tuple[Losses, dict[str, float]]:
         """The terms' gradient into ``.grad``; their losses, and everything measured, read in one transfer."""
-        chunks = fed.batch.chunks(self.settings.train.micro_batch or len(fed.batch.rows))
+        micro_batch = self.settings.train.micro_batch
+        own = [one.train(self.objective, fed, micro_batch) for one in self.owned]
+        chunks = fed.batch.chunks(micro_batch or len(fed.batch.rows))
         passes = passes_of(self.objective, chunks, fed.counts, self.owners, self.settings.gradients.separate)
-        measures = self.engine.backward(passes, self.step)
+        measures = self.engine.backward(passes, self.step) | {k: v for each in own for k, v in each.items()}
         if self.settings.gradients.telemetry.due("rms", self.step) and (rms := telemetry.rms(self.optimizer)):
             measures[names.RMS_MAX] = telemetry.largest(list(rms.values()))
         losses = self.ranks.merge([one.losses for one in passes])
@@ -377,7 +381,7 @@ class Trainer:
     def state(self, log_offset: int = 0, events_offset: int = 0) -> Checkpoint:
         """Everything that training needs to go on from here, given the length of the logs so far."""
         tensors = {name: module.state_dict() for name, module in assembly.parts_of(self.objective).items()}
-        tensors["optimizer"] = fit.optimizer_tensors(self.optimizer)
+        tensors |= {part: fit.optimizer_tensors(optimizer) for part, optimizer, _ in self._optimizers()}
         state = {
             "step": self.step,
             "iteration": self.iteration,
@@ -397,6 +401,11 @@ class Trainer:
             "tensors": {part: len(found) for part, found in tensors.items()},
         }
         return Checkpoint(tensors, state)
+
+    def _optimizers(self) -> list[tuple[str, torch.optim.Optimizer, int]]:
+        """(part of a checkpoint, optimizer, its steps for each of the run's)."""
+        own = [(f"optimizer_{one.name}", one.optimizer, one.term.config.updates) for one in self.owned]
+        return [("optimizer", self.optimizer, 1), *own]
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, or from the start if there is none; logs are cut back to it.
@@ -435,13 +444,13 @@ class Trainer:
             checkpoint: the state.
             origin: where it is from, for messages.
             strict: refuse the state of a run with other terms or another teacher; else what the state lacks starts
-                from it: a detector empty, an average or a frozen copy as the student, at its full decay.
+                from it: a detector empty, every other network as the student, an average at its full decay.
 
         Raises:
             InputError: it is of another network or optimizer; ``origin`` names it.
         """
         state = checkpoint.state
-        lacking = set() if strict else {"ema", "frozen"} - set(checkpoint.tensors)
+        lacking = set() if strict else set(assembly.parts_of(self.objective)) - set(checkpoint.tensors)
         self._restore_tensors(checkpoint, origin, strict, lacking)
         decay = self.settings.teacher.decay if "ema" in lacking else state["teacher_decay"]
         self.objective.teacher.decay = decay
@@ -469,10 +478,14 @@ class Trainer:
             found, file = checkpoint.part(part), f"{origin}/{part}.safetensors"
             self.ranks.load_module(module, found, file, formats if strict else None)
             checkpoints.check_finite(module.parameters(), state, file, over_ranks)
-        file, kept = f"{origin}/optimizer.safetensors", kept_by(self.settings.optim) if strict else None
-        self.ranks.load_optimizer(self.optimizer, checkpoint.part("optimizer"), file, kept)
-        fit.check_steps(self.optimizer, state["step"], file)
-        checkpoints.check_finite(fit.optimizer_tensors(self.optimizer).values(), state, file, over_ranks)
+        kept = kept_by(self.settings.optim) if strict else None
+        for name, optimizer, times in self._optimizers():
+            if not strict and name not in checkpoint.tensors:
+                continue
+            file = f"{origin}/{name}.safetensors"
+            self.ranks.load_optimizer(optimizer, checkpoint.part(name), file, kept)
+            fit.check_steps(optimizer, times * state["step"], file)
+            checkpoints.check_finite(fit.optimizer_tensors(optimizer).values(), state, file, over_ranks)
 
 
 def summarise(parts: Losses, weights: Mapping[str, float]) -> dict[str, Tensor]:
