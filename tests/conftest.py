@@ -19,8 +19,9 @@ if "ATEN_CPU_CAPABILITY" in os.environ:
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
 """On a processor with AMX, torch 2.13 asks oneDNN whether to pack bf16 matrices, and its own portable code cannot."""
 
-PROCESSES = "processes"
-"""Marker of files that start Ray or several ranks: under ``pytest -n`` one worker runs them, one after the other."""
+TOGETHER = ("processes", "laboratory")
+"""Markers of files that one worker of ``pytest -n`` runs, one after the other: those that start Ray or several ranks,
+and those that need the digits' laboratory, which the others would wait for while it is built."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -37,9 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Long files first, then those of many tests, so that no worker ends long after the others."""
     if config.pluginmanager.hasplugin("randomly"):
         return
-    together, slow = ({item.path for item in items if item.get_closest_marker(m)} for m in (PROCESSES, "slow"))
+    marked = {name: {item.path for item in items if item.get_closest_marker(name)} for name in (*TOGETHER, "slow")}
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda i: (i.path not in together, i.path not in slow, -tests[i.path], i.path))
+    items.sort(key=lambda i: (*(i.path not in paths for paths in marked.values()), -tests[i.path], i.path))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
@@ -54,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @cache
 def _group(file: Path) -> str:
-    return PROCESSES if f"mark.{PROCESSES}" in file.read_text() else str(file)
+    return next((name for name in TOGETHER if f"mark.{name}" in file.read_text()), str(file))
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,8 @@ def test_nothing_is_kept_of_what_has_no_digest():
     assert Shelf.of(ToySource(), {}, CPU) is None
 
 
+@pytest.mark.laboratory
+@pytest.mark.slow
 def test_code_libraries_and_threads_decide(monkeypatch: pytest.MonkeyPatch, lab):
     def decides() -> object:
         made = Shelf.of(lab, {}, CPU)

@@ -11,7 +11,7 @@ from twinrl.lab.digits import HELD_OUT_TEMPLATES, all_captions
 from twinrl.lab.recipe import NETWORK
 from twinrl.sampling import euler, sample
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.laboratory]
 
 
 def accuracy(lab, pixels, labels):

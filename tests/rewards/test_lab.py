@@ -8,6 +8,8 @@ from twinrl.config.errors import InputError
 from twinrl.rewards import RewardContext
 from twinrl.rewards.lab import JudgeLogProbability
 
+pytestmark = [pytest.mark.slow, pytest.mark.laboratory]
+
 
 @pytest.fixture(scope="module")
 def digits(lab):

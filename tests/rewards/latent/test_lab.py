@@ -13,6 +13,8 @@ from twinrl.rewards import REWARDS, build_reward
 from twinrl.rewards.latent import KeyedRows
 from twinrl.run import names
 
+pytestmark = [pytest.mark.slow, pytest.mark.laboratory]
+
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
