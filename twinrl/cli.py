@@ -130,14 +130,46 @@ def sampler(
 
 
 @app.command()
-def evaluate(run: RunArgument, step: StepOption = None) -> None:
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="run directory; none with --pipeline")] = None,
+    step: StepOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="prompts: lines, JSON, GenEval's metadata, a folder as DPG-Bench has it")
+    ] = None,
+    against: Annotated[Path | None, typer.Option(metavar="RUN", help="of --prompts: a run to compare with")] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="PATH", help="of --prompts: a diffusers pipeline, alone or to compare with")
+    ] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(metavar="KIND", help="of --prompts: hpsv2 or '{kind: …}'; default: the run's")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="of --prompts: images of a prompt")] = 4,
+    nfe: Annotated[int, typer.Option(min=1, max=1000, help="of --prompts: network evaluations of an image")] = 4,
+    guidance: Annotated[float | None, typer.Option(help="of --pipeline: default: its own")] = None,
+    device: Annotated[str, typer.Option(help="of --pipeline: auto, cpu, cuda, …")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(help="of --prompts: a folder; default: in the run's evaluation, or beside you")
+    ] = None,
+) -> None:
     """Judge a run's samples, at every NFE of its evaluation.nfe, beside real images.
 
     On the test split, beside the teacher that it started from; a family's run on the validation split, without teacher.
+    With --prompts: images of each prompt from keyed noise, judged, and compared with another run or pipeline.
     """
-    from twinrl.commands.inspect import evaluate as command
+    if prompts is None:
+        from twinrl.commands.inspect import evaluate as command
 
-    raise typer.Exit(command(run, step, _console()))
+        given = {"--against": against, "--pipeline": pipeline, "--judge": judge, "--out": out, "--guidance": guidance}
+        for option, value in given.items():
+            if value is not None:
+                raise InputError(f"{option} is of an evaluation on prompts", fix="add --prompts FILE")
+        if run is None:
+            raise InputError("no run is given", expected="a run directory")
+        raise typer.Exit(command(run, step, _console()))
+    from twinrl.commands.prompt_set import Models, evaluate_prompts
+
+    models = Models(run, step, against, pipeline, nfe, guidance, device)
+    raise typer.Exit(evaluate_prompts(models, prompts, judge or [], seeds, out, _console()))
 
 
 @app.command()

@@ -9,8 +9,9 @@ from PIL import Image
 
 from analysis.study_page import origin
 from twinrl.evaluation.figures import gradient_norms, save, time_scatter, training_curves
-from twinrl.evaluation.grids import BROKEN, GAP, as_uint8, diversity_grid, sample_grid, training_grid
+from twinrl.evaluation.grids import GAP, diversity_grid, sample_grid, training_grid
 from twinrl.evaluation.grids import save as save_grid
+from twinrl.machine.pixels import BROKEN, as_uint8
 from twinrl.run import runlog
 from twinrl.run.runlog import RunLog
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from twinrl.commands import inspect, processes
 from twinrl.config.errors import InputError
-from twinrl.evaluation import grids
+from twinrl.machine.pixels import as_uint8
 from twinrl.run import layout
 from twinrl.sampling import few_step
 from twinrl.stability.events import Event
@@ -77,7 +77,7 @@ class Run:
 
         sampler = self.opened.sampler(nfe) if best else few_step(nfe)
         ((_, pixels),) = self.opened.sample([prompt], n, sampler, seed)
-        return [Image.fromarray(picture) for picture in grids.as_uint8(pixels)]
+        return [Image.fromarray(picture) for picture in as_uint8(pixels)]
 
     def sample(self, prompt: str, nfe: int = 1, seed: int = 0, best: bool = False) -> "Image":
         """One picture of a prompt; arguments and errors as for :meth:`samples`."""

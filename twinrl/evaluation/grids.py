@@ -13,26 +13,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from twinrl.machine import files, tensors
+from twinrl.machine.pixels import as_uint8
 from twinrl.run import layout
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageFont import FreeTypeFont
 
-INK, FAINT, PAPER, BROKEN = (32, 33, 36), (110, 114, 120), (255, 255, 255), (230, 0, 126)
+INK, FAINT, PAPER = (32, 33, 36), (110, 114, 120), (255, 255, 255)
 _log = logging.getLogger(__name__)
 
 GAP, MARGIN, TEXT, TITLE = 4, 16, 14, 17
 TARGET = 72  # least side of an image on the page, in page pixels
-
-
-def as_uint8(pixels: Tensor) -> np.ndarray:
-    """(..., C, H, W) pixels in [−1, 1] → (..., H, W, 3) uint8; non-finite ones magenta, C 1 or 3."""
-    pixels = pixels.detach().cpu().float()
-    channels_last = pixels.movedim(-3, -1).expand(*pixels.shape[:-3], *pixels.shape[-2:], 3)
-    levels = ((channels_last.clamp(-1, 1) + 1) * 127.5).round()
-    finite = channels_last.isfinite().all(-1, keepdim=True)
-    return torch.where(finite, levels, torch.tensor(BROKEN).float()).to(torch.uint8).numpy()
 
 
 def save(picture: "Image", path: Path) -> None:

@@ -17,6 +17,7 @@ from twinrl.rewards.lab import ClassifierLogProbability, JudgeLogProbability, La
 from twinrl.rewards.per_prompt import PerPrompt
 from twinrl.rewards.pickscore import PickScore
 from twinrl.rewards.reward import REWARDS, Reward, RewardContext, RewardSettings
+from twinrl.rewards.vlm import VLM
 
 REWARDS.update(
     {
@@ -32,6 +33,7 @@ REWARDS.update(
         "clipscore": CLIPScore,
         "imagereward": ImageReward,
         "aesthetic": Aesthetic,
+        "vlm": VLM,
         # closed forms
         "brightness": Brightness,
         "quadratic": Quadratic,

@@ -249,11 +249,11 @@ def load_pipeline(
     folder: Path,
     pipeline: str,
     dtype: torch.dtype,
-    part: str = "transformer",
+    part: str | None = "transformer",
     unused: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The pipeline of ``folder`` without transformer (``part``) and scheduler, which twinrl brings.
+    """The pipeline of ``folder`` without transformer (``part``) and scheduler, which twinrl brings; None: whole.
 
     Components named in ``unused`` are not loaded either; ``settings`` are the pipeline's own.
 
@@ -265,7 +265,8 @@ def load_pipeline(
     import diffusers
 
     index = read_index(folder)
-    absent = [part, "scheduler", *left_out(index), *(name for name in unused if name in index)]
+    brought = [] if part is None else [part, "scheduler"]
+    absent = [*brought, *left_out(index), *(name for name in unused if name in index)]
     parts = dict.fromkeys(absent) | dict(settings or {})
     with building(folder):
         loaded = getattr(diffusers, pipeline).from_pretrained(folder, **parts, torch_dtype=dtype)
