@@ -72,6 +72,7 @@ QUICK: dict[str, Case] = {
     ),
     "switches": Case("simpletuner", (*LIVE, SWITCHES, "train.steps=3")),
     "nan, rollback": Case("twinflow", ROLLBACK),
+    "a term's own network": Case("dmd2", ("train.batch=16", "train.micro_batch=4", "train.steps=2")),
     "float32": Case("lab", ("train.steps=1",), precise=False),
     "bf16": Case("lab", ("train.steps=1", "train.precision=bf16"), precise=False),
 }  # fmt: skip
@@ -89,6 +90,8 @@ FULL: dict[str, Case] = {
     "rcgm": Case("rcgm"),
     "published": Case("published", REWARDED),
     "corrected": Case("corrected", REWARDED),
+    "meanflow": Case("meanflow", ("terms.mean_flow.derivative=difference",)),
+    "dmd2": Case("dmd2"),
     "statistics of scores": Case("published", (*REWARDED, PER_PROMPT, "train.micro_batch=4")),
     "frozen guidance, live recursion": Case("twinflow", LIVE),
     "image-free": Case("twinflow", ("data.images=false", "train.draws=rows")),

@@ -149,10 +149,12 @@ class Sharded(Ranks):
         wrap.reduce_whole_parameters(network, wrap.all_reduced)
         return network
 
-    def _sharded(self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None) -> nn.Module:
+    def _sharded(
+        self, hollow: nn.Module, trained: bool, low_precision: torch.dtype | None = None, kept: bool | None = None
+    ) -> nn.Module:
         """A network on the meta device, sharded, with memory for this rank's part and no values yet."""
         inner = unwrapped(hollow)  # a LoRA teacher calls it directly
-        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained, self.backend)
+        wrap.shard(inner, self.config, self.mesh, low_precision or self.low_precision, trained, self.backend, kept)
         if not self.config.cpu_offload:
             return hollow.to_empty(device=self.device)
         hollow.to_empty(device="cpu")
@@ -172,7 +174,8 @@ class Sharded(Ranks):
         assert self._outline is not None, "the student was not made by these ranks"
         hollow = deepcopy(self._outline)
         low = widened(hollow) if average else None
-        copied = self._sharded(hollow if trained else hollow.requires_grad_(False), trained, low)
+        hollow = hollow if trained else hollow.requires_grad_(False)
+        copied = self._sharded(hollow, trained, low, kept=False)  # it runs without a backward pass, too
         initial.copy_parts(student, copied)
         if trained:
             wrap.reduce_whole_parameters(copied, wrap.all_reduced)

@@ -63,6 +63,7 @@ def shard(
     low_precision: torch.dtype | None,
     trained: bool,
     backend: str | None = None,
+    kept: bool | None = None,
 ) -> list[nn.Module]:
     """Shard ``network`` in place, from the inside out; returns the outermost blocks in order.
 
@@ -71,7 +72,9 @@ def shard(
         config: blocks, prefetching, checkpointing, offload.
         mesh: of all ranks.
         low_precision: dtype in which parameters are gathered; gradients are reduced in float32. None: as they are.
-        trained: False for teachers, which are freed wherever they are not running, since nothing follows a forward.
+        trained: False for teachers, which no backward pass follows.
+        kept: root and last block stay gathered after a forward pass, for the backward pass that follows it; else all is
+            freed wherever it does not run. None: if it is trained.
         backend: of ``torch.compile``, outside of which parameters are gathered and freed; None: blocks stay as they
             are.
     """
@@ -89,7 +92,7 @@ def shard(
     whole = {p for p in network.parameters() if p.ndim == 0}
     last = blocks[-1] if blocks else None
     for unit in [*reversed(units), network]:
-        keep = trained and (unit is network or (unit is last and not config.reshard_last))
+        keep = (trained if kept is None else kept) and (unit is network or (unit is last and not config.reshard_last))
         unit.register_forward_hook(own_memory)
         fully_shard(
             unit, mesh=mesh, reshard_after_forward=not keep, offload_policy=offload, ignored_params=whole,
