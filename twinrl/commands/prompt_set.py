@@ -162,7 +162,7 @@ def write(folder: Path, title: str, wanted: PromptSet, scores: Sequence[Scores],
     csv.writer(rows, lineterminator="\n").writerows(prompt_set.table(scores, wanted))
     files.write_text(folder / SCORES, rows.getvalue())
     files.write_text(folder / SUMMARY, json.dumps(summary(scores), indent=1) + "\n")
-    page = prompt_page.page(title, wanted, scores, [each.model for each in scores], seeds)
+    page = prompt_page.page(f"Prompts: {title}", wanted, scores, [each.model for each in scores], seeds)
     files.write_text(folder / PAGE, page)
     return folder / PAGE
 

@@ -23,6 +23,8 @@ _SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
+_REMARKS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that tell, when diffusers imports torchao, which of its kernels cannot be loaded; nothing here needs them."""
 _libraries: list[Any] = []  # a torch Library's definitions vanish when it is collected
 
 
@@ -38,9 +40,11 @@ class _Finder:
 
 
 def install() -> None:
-    """Let every later import of torchvision in this process define missing operator schemas."""
+    """Let every later import of torchvision in this process define missing operator schemas, and torchao be silent."""
     if _Finder not in sys.meta_path:
         sys.meta_path.insert(0, _Finder)
+        for name in _REMARKS:
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def ensure_torchvision() -> None:

@@ -4,7 +4,6 @@ Inputs, weights and gradients are scaled by their largest number and rounded to 
 (arXiv:2209.05433). The modules keep their names and parameters, so checkpoints and exports are those of other runs.
 """
 
-import logging
 from collections.abc import Iterable
 from importlib.util import find_spec
 
@@ -25,20 +24,6 @@ def check_torchao(key: str) -> None:
         raise InputError(f"{key} needs torchao", fix="pip install torchao, or leave it out")
 
 
-def import_quietly() -> None:
-    """Import torchao without what it says of kernels that are not needed here."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        import torchao.float8
-        import torchao.optim  # noqa: F401
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def check(device: torch.device, key: str) -> None:
     """Raises InputError where a device does not multiply in 8 bits, or torchao is not installed."""
     check_torchao(key)
@@ -56,7 +41,6 @@ def convert(blocks: Iterable[nn.Module], emulate: bool = False) -> None:
         blocks: of a network, which may be on the meta device.
         emulate: round to 8 bits and compute as before; for devices that can't.
     """
-    import_quietly()
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)

@@ -16,7 +16,7 @@ from twinrl.config.components import Registry, Returned, checked, plain_state
 from twinrl.config.errors import InputError
 from twinrl.gradients.telemetry import Moved
 from twinrl.machine import compiling
-from twinrl.machine.float8 import check_torchao, import_quietly
+from twinrl.machine.float8 import check_torchao
 from twinrl.machine.moving import numbers
 
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
@@ -137,7 +137,6 @@ class AdamW8bit(Optimizer):
     @staticmethod
     def make(parameters: list[torch.nn.Parameter], config: AdamConfig) -> torch.optim.Optimizer:
         check_torchao("optim.kind=adamw8bit")
-        import_quietly()
         from twinrl.training.adam8bit import AdamWIn8Bits
 
         return AdamWIn8Bits(parameters, **config.model_dump(include=set(AdamConfig.model_fields)))
