@@ -14,6 +14,7 @@ from twinrl.data import CachedDataset, prepare
 from twinrl.data.prepared import FolderRows
 from twinrl.evaluation import EvaluationConfig, PromptProtocol, PromptTable
 from twinrl.evaluation.protocol import GuidedConfig
+from twinrl.sampling import few_step
 
 CONFIG = EvaluationConfig(n=20, nfe=(1, 2), batch=3, grid_samples=2, velocity_rows=4)
 
@@ -60,8 +61,6 @@ def real(judge: PromptProtocol, rows: Tensor) -> Any:
 
 def test_real_images_beat_noise_and_their_distance_is_the_lowest(folder: Path) -> None:
     judge = protocol(folder)
-    from twinrl.sampling import few_step
-
     good = judge.quality(real(judge, judge.rows), few_step(1))["latent_kid"]
     bad = judge.quality(noise, few_step(1))["latent_kid"]
     assert good <= 0 < bad
@@ -96,8 +95,6 @@ def test_what_is_not_finite_is_counted_and_not_hidden(folder: Path) -> None:
 
 def test_grids_and_table(folder: Path) -> None:
     judge = protocol(folder, judges={"held": mean})
-    from twinrl.sampling import few_step
-
     grid = judge.grid(noise, few_step(1))
     assert grid.shape[:2] == (len(judge.grid_prompts()), 2)
     assert len(judge.row_names) == len(judge.grid_prompts())
@@ -130,14 +127,34 @@ class Regions:
 def test_distances_to_a_folder_of_images(folder: Path) -> None:
     """Own images are near, noise is far; they are reported at every NFE, beside what there is without them."""
     judge = protocol(folder, images=Regions(folder))
-    from twinrl.sampling import few_step
-
     good, bad = judge.quality(real(judge, judge.rows), few_step(1)), judge.quality(noise, few_step(1))
     assert abs(good["fid"]) < bad["fid"]
     assert good["kid"] < bad["kid"]
     found, without = judge.evaluate(noise), protocol(folder).evaluate(noise)
     added = {f"val/{name}_{nfe}nfe" for name in ("fid", "kid") for nfe in (1, 2)}
-    assert found.keys() - without.keys() == added
+    assert {name for name in found.keys() - without.keys() if "content" not in name} == added
     assert {name: found[name] for name in without} == without
     table = PromptTable.of(judge, noise)
     assert table.rows[1]["fid"] == found["val/fid_1nfe"]
+
+
+def test_what_samples_are_made_of_beside_held_out_images(folder: Path) -> None:
+    """Offsets are 0 for the held-out images themselves; samples that are all alike have no variety."""
+    judge = protocol(folder, judges={"held": mean})
+    same = judge.quality(real(judge, judge.rows), few_step(1))
+    offsets = {name: value for name, value in same.items() if name.startswith("content/")}
+    assert {"content/brightness", "content/nearest", "content/held_out/held"} <= offsets.keys()
+    assert all(abs(value) < 1e-4 for value in offsets.values()), offsets
+    alike = judge.quality(lambda x, t, r, c: x - 0.5, few_step(1))  # type: ignore[arg-type]
+    assert alike["content/diversity"] < -1
+    assert judge.evaluate(noise)["val/content/contrast_1nfe"] > 0
+
+
+def test_what_is_not_decoded_is_not_looked_at(folder: Path) -> None:
+    assert not [name for name in protocol(folder).evaluate(noise) if "content" in name]
+
+
+def test_a_sample_that_is_not_finite_makes_its_statistics_nan(folder: Path) -> None:
+    judge = protocol(folder, judges={"held": mean})
+    found = judge.quality(lambda x, t, r, c: x * torch.nan, few_step(1))  # type: ignore[arg-type]
+    assert found["content/brightness"] != found["content/brightness"]

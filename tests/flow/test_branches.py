@@ -89,17 +89,18 @@ def make(
 @pytest.mark.parametrize("ratio", [0.0, 0.02, 0.4, 1.0])
 def test_time_rules(ratio: float) -> None:
     """Each branch against its rule, from the keyed uniforms themselves."""
-    batch = make(n=64, law=TimeLaw(consistency_ratio=ratio))
+    batch = make(dict.fromkeys(BRANCHES, 1.0), 64, TimeLaw(consistency_ratio=ratio))
     rows, t = batch.rows, draws.uniform((64,), 0, "t", 5)
     u = {name: draws.uniform((64,), 0, f"r {name}", 5) for name in BRANCHES}
-    e2e, mul, any_, adv = (batch.branch[name] for name in BRANCHES)
-    assert torch.equal(torch.cat([e2e, mul, any_, adv]), torch.arange(64))
+    e2e, mul, any_, one, adv = (batch.branch[name] for name in BRANCHES)
+    assert torch.equal(torch.cat([e2e, mul, any_, one, adv]), torch.arange(64))
     assert (rows.t[e2e] == 1).all()
     assert (rows.r[e2e] == 0).all()
-    for at in (mul, any_, adv):
+    for at in (mul, any_, one, adv):
         assert torch.equal(rows.t[at], t[at])
     torch.testing.assert_close(rows.r[mul], t[mul] * (1 - u["mul"][mul] * min(0.05, ratio)))
     torch.testing.assert_close(rows.r[any_], t[any_] * (1 - u["any"][any_] * ratio))
+    assert (rows.r[one] == 0).all()
     assert torch.equal(rows.r[adv], t[adv])
     assert ((rows.r >= 0) & (rows.r <= rows.t)).all()
 

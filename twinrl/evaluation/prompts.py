@@ -7,6 +7,8 @@ A folder has no labels, so nothing judges whether a sample shows its class. What
     val/score, val/held_out_score   mean of the reward that training follows, and of those that it does not
     val/velocity_mse as for labelled data
     val/fid, val/kid Fréchet and kernel distance in Inception features to a folder of images, ``evaluation.reference``
+    val/content/…    what samples are made of, beside the held-out images through the codec; where samples are decoded
+                     anyway, for a reward or for Inception
 
 ``val/quality`` is the latent kernel distance at the first NFE: it exists without any reward model, and it gets worse
 when a reward is hacked, which a reward's mean does not. It sees layout and colour, not detail: read it as a watchdog,
@@ -17,6 +19,7 @@ the negative mean of the first held-out reward, or of the training reward where 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from twinrl.config.errors import InputError
+from twinrl.evaluation import content
 from twinrl.evaluation.distances import frechet_distance, kernel_distance
 from twinrl.evaluation.isolation import undisturbed
 from twinrl.evaluation.protocol import VELOCITY_TIMES, EvaluationConfig
@@ -212,25 +216,64 @@ class PromptProtocol:
     ) -> dict[str, float]:
         """Distances to held-out and other images, mean scores and the share of non-finite samples, by plain names; of
         the fixed noise number ``draw``."""
-        features, finite, scores = [], [], {name: [] for name in self.scorers}  # type: ignore[var-annotated]
-        seen: list[Tensor] = []
+        features, finite, decoded, seen = [], [], [], []
         with self._undisturbed(network):
             for chunk in self._chunks(draw):
                 z = self._sampled(network, sampler, chunk, guidance)
                 features.append(_features(z.float()).cpu())
                 finite.append(z.isfinite().flatten(1).all(1).cpu())
-                if self.scorers or self.images is not None:
+                if self._decodes:
                     pixels = self._pixels(z).clamp(-1, 1)
-                    for name, scorer in self.scorers.items():
-                        scores[name].append(scored(scorer, pixels, chunk.prompts).double().cpu())
+                    decoded.append(self._looked_at(pixels, chunk.prompts))
                     if self.images is not None:
                         seen += [self.images.network(each[None]) for each in pixels]
-        found = {} if self.reference is None else {"latent_kid": kernel_distance(self.reference, torch.cat(features))}
+            real_content = self._real if self._decodes else None  # made here, where codec and scorers are
+        sampled = torch.cat(features)
+        found = {} if self.reference is None else {"latent_kid": kernel_distance(self.reference, sampled)}
         if self.images is not None:
             real, made = self.images.features, torch.cat(seen)
             found |= {"fid": frechet_distance(real, made), "kid": kernel_distance(real, made)}
-        means = {f"score/{name}": torch.cat(values).mean().item() for name, values in scores.items()}
-        return {**found, **means, "nonfinite_frac": (~torch.cat(finite)).double().mean().item()}
+        if self._decodes:
+            pictures = _joined(decoded)
+            found |= {f"score/{name}": pictures[f"score/{name}"].mean().item() for name in self.scorers}
+            if real_content is not None:
+                offsets = content.offsets(self._content(pictures, sampled), real_content)
+                found |= {f"content/{name}": value for name, value in offsets.items()}
+        return {**found, "nonfinite_frac": (~torch.cat(finite)).double().mean().item()}
+
+    @property
+    def _decodes(self) -> bool:
+        """Whether samples become pictures in a validation."""
+        return bool(self.scorers) or self.images is not None
+
+    def _looked_at(self, pixels: Tensor, prompts: list[str]) -> dict[str, Tensor]:
+        """(B,) of pictures in [−1, 1]: statistics, and scores as ``score/NAME``; nan where one is not finite."""
+        found = {f"score/{name}": scored(scorer, pixels, prompts) for name, scorer in self.scorers.items()}
+        whole = pixels.isfinite().flatten(1).all(1)
+        statistics = content.statistics(torch.where(pixels.isfinite(), pixels, 0))
+        found |= {name: torch.where(whole, values, torch.nan) for name, values in statistics.items()}
+        return {name: values.double().cpu() for name, values in found.items()}
+
+    def _content(self, pictures: Mapping[str, Tensor], features: Tensor) -> dict[str, Tensor]:
+        """Statistics of pictures with latent features (B, D), their variety, and what held-out scorers say."""
+        assert self.reference is not None
+        held_out = {f"held_out/{name}": pictures[f"score/{name}"] for name in sorted(self.held_out)}
+        own = {name: values for name, values in pictures.items() if not name.startswith("score/")}
+        alike = torch.zeros(len(features), dtype=torch.long)  # no prompt is like another
+        unit = float(self.reference.norm(dim=1).mean())
+        return {**own, **content.variety(features.double(), alike, unit), **held_out}
+
+    @cached_property
+    def _real(self) -> dict[str, Tensor] | None:
+        """The same of the held-out images of the judged prompts, through the codec; None where there are none."""
+        if self.reference is None:
+            return None
+        found = []
+        with torch.no_grad():
+            for at in self._parts(self.rows):
+                pixels = self._pixels(self.data.dataset.latents(at).to(self.device, torch.float32)).clamp(-1, 1)
+                found.append(self._looked_at(pixels, self.data.captioned(at, 0, 0)[0]))
+        return self._content(_joined(found), self.reference)
 
     def draw_quality(self, network: Network, sampler: SamplerConfig, draw: int) -> float:
         """What ranks samples, of the fixed noise number ``draw``; smaller is better."""
@@ -255,6 +298,8 @@ class PromptProtocol:
 
     def _metric(self, quantity: str, evaluations: int) -> str:
         kind, _, scorer = quantity.partition("/")
+        if kind == "content":
+            return names.content(scorer, evaluations)
         return names.score(scorer, evaluations, scorer in self.held_out) if scorer else names.val(kind, evaluations)
 
     @torch.no_grad()
@@ -272,6 +317,11 @@ class PromptProtocol:
                     total += (F - transport.velocity(x, z)).double().square().sum().item()
                     count += x.numel()
         return total / count
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns of several parts, one after the other."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _features(latents: Tensor) -> Tensor:
@@ -320,7 +370,7 @@ class PromptTable:
         """For the terminal: distances, and rewards where there are any; held-out ones are marked."""
         names = list(next(iter(self.rows.values())))
         rewards = [name for name in names if name.startswith("score/")]
-        distances = [name for name in names if name not in rewards]
+        distances = [name for name in names if name not in rewards and not name.startswith("content/")]
         tables = [self._table("Samples against held-out images", distances)]
         return [*tables, self._table("Mean rewards", rewards)] if rewards else tables
 

@@ -5,6 +5,7 @@ TwinFlow trains several kinds of row in one batch (docs/formulations.md). A *mix
 - ``e2e``: (t, r) = (1, 0), the one-step jump;
 - ``mul``: ``r = t − U·t·min(0.05, λ)``, nearly instantaneous (multi-step sampling);
 - ``any``: ``r = t − U·λ·t``, any jump; with the mix ``{any: 1}`` every term sees the whole batch;
+- ``one``: ``r = 0``, a jump to data from any ``t`` (TwinFlow's LoRA code, whose order 1 needs it);
 - ``adv``: rows for the fake ("twin") trajectory; ``t`` is the noise level, the term negates it.
 
 λ is the consistency ratio, U uniform. The *global* batch is divided first, exactly, by largest remainder.
@@ -210,12 +211,18 @@ def _any_step(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return t, t - u * ratio * t
 
 
+def _to_data(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    return t, torch.zeros_like(t)
+
+
 def _fake(t: Tensor, u: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     return t, t
 
 
 TimeRule = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-BRANCHES: dict[str, TimeRule] = {"e2e": _one_step, "mul": _multi_step, "any": _any_step, "adv": _fake}
+BRANCHES: dict[str, TimeRule] = {
+    "e2e": _one_step, "mul": _multi_step, "any": _any_step, "one": _to_data, "adv": _fake,
+}  # fmt: skip
 """Branch → rule giving (t, r) from drawn times (B,), uniforms (B,) and the consistency ratio."""
 
 
