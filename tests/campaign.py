@@ -84,14 +84,12 @@ class Outcome:
     machine: str
 
 
-BUSY = "suite, beside a busy loop on every core"
+BUSY = "suite, portable code, random order, beside a busy loop on every core"
 
 # --- the rows ------------------------------------------------------------------------------------------------------
 
 SUITE = {
-    "suite, portable code, random order": (
-        {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, ("-p", "randomly", "--randomly-seed=1"),
-    ),
+    BUSY: ({"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}, ("-p", "randomly", "--randomly-seed=1")),
     "suite, SSE4.1, four threads, another random order": (
         {"ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "4"},
         ("-p", "randomly", "--randomly-seed=2"),
@@ -99,7 +97,6 @@ SUITE = {
     "suite, AVX2, two threads": (
         {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "2"}, (),
     ),
-    BUSY: ({"OMP_NUM_THREADS": "1"}, ()),
 }  # fmt: skip
 """Name → variables and options of pytest under which everything must pass; each row varies several things at once."""
 
