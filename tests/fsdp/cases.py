@@ -38,6 +38,10 @@ REWARDED = (
     "stability.policy=record", "reward.schedule.weight=1", "reward.model=brightness", "evaluation.guided=null",
     "train.batch=16",
 )  # fmt: skip
+ENSEMBLE = (
+    "reward.model={kind: ensemble, rewards: {light: {reward: brightness}, sharp: {reward: sharpness}}}",
+    "reward.schedule.weight=1", "terms.reward.apart=[light]", "evaluation.guided=null", "train.batch=16",
+)  # fmt: skip
 PER_PROMPT = "reward.model={kind: per_prompt, least: 4, reward: brightness}"
 RULES = ("gradients.each.clip.max_norm=0.1", "gradients.telemetry={shares_every: 1, cosines_every: 1}")
 CHAIN = (*RULES, "gradients.total={zclip: {warmup: 2, z: 0.01}, clip: {max_norm: 0.3}}")
@@ -92,6 +96,7 @@ FULL: dict[str, Case] = {
     "corrected": Case("corrected", REWARDED),
     "meanflow": Case("meanflow", ("terms.mean_flow.derivative=difference",)),
     "dmd2": Case("dmd2"),
+    "members of an ensemble": Case("recommended", ENSEMBLE),
     "statistics of scores": Case("published", (*REWARDED, PER_PROMPT, "train.micro_batch=4")),
     "frozen guidance, live recursion": Case("twinflow", LIVE),
     "image-free": Case("twinflow", ("data.images=false", "train.draws=rows")),

@@ -139,7 +139,7 @@ def test_a_force_that_rests_is_not_back_propagated(space: str, rests: bool) -> N
     reward = "terms.reward={branches: [e2e]}", "reward.model=brightness"
     step = step_of("lab", *reward, ALL, f"gradients.space={space}")
     zeros = Ascent(torch.zeros(BATCH // 4, 2, 3, 3, dtype=torch.float64), rests=rests)
-    step.made = replace(step.made, reward=lambda samples, rows: zeros)
+    step.made = replace(step.made, reward=lambda samples, rows, apart: zeros)
     found, losses, measures = step.run()
     assert losses[0]["reward"].loss == 0
     without = step_of("lab", f"gradients.space={space}").run()[0]

@@ -136,7 +136,7 @@ PUBLISHED = [
 def test_published(regime: str) -> None:
     v = case("published", regime)
     made, config = objective("twinflow", regime, PUBLISHED)
-    made = dataclasses.replace(made, reward=lambda samples, rows: Ascent(v["g"]))
+    made = dataclasses.replace(made, reward=lambda samples, rows, apart: Ascent(v["g"]))
     batch = large_batch(v, config.branches, config.time)
     losses = evaluate(made, batch)
     assert relative_error(total(losses), v["loss"]) < TOLERANCE

@@ -8,7 +8,8 @@ the loss ``relu(ceiling − R)`` of ReFL (Xu et al., arXiv:2304.05977) and SRPO 
 inner reward's scale so that logged values stay comparable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -93,11 +94,30 @@ class Ensemble(Composite):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """See ``Reward``. A NaN of one member is a NaN of the sum, whatever its weight."""
-        members = self.config.rewards
-        scores = [
-            members[name].weight * (part(images, prompts) - members[name].mean) / members[name].std
-            for name, part in self.parts.items()
-        ]
+        return self.of(self.parts)(images, prompts)
+
+    def of(self, members: Iterable[str]) -> "Members":
+        """Some members' part of the sum."""
+        chosen = {name: self.config.rewards[name] for name in members}
+        parts = {name: (self.parts[name], settings) for name, settings in chosen.items()}
+        return Members(parts, all(part.differentiable for part, _ in parts.values()))
+
+
+@dataclass
+class Members:
+    """The weighted sum of some of an ensemble's members.
+
+    Attributes:
+        chosen: name → the reward, and its settings.
+        differentiable: whether all of them are.
+    """
+
+    chosen: Mapping[str, tuple[Reward, EnsembleMember]]
+    differentiable: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) scores."""
+        scores = [m.weight * (part(images, prompts) - m.mean) / m.std for part, m in self.chosen.values()]
         return torch.stack(scores).sum(0)
 
 

@@ -19,9 +19,11 @@ from twinrl.flow.schedules import RewardSchedule
 from twinrl.flow.source import Data
 from twinrl.flow.transport import like
 from twinrl.machine.visiting import visiting
+from twinrl.rewards.ensemble import Ensemble
 from twinrl.rewards.keepers import metric_of
 from twinrl.rewards.latent import ESTIMATORS, KeyedRows, LatentReward, LatentRewardConfig
 from twinrl.rewards.latent.autograd import without_gradient
+from twinrl.rewards.latent.latent_reward import LatentGradient, sum_of
 from twinrl.rewards.reward import REWARDS, Reward, RewardSettings
 from twinrl.run import names
 from twinrl.terms import Ascent
@@ -84,8 +86,10 @@ class Guide:
         """Factor of the reward at optimizer step ``step``."""
         return self.config.schedule.weight_at(step, self.steps, self.renoise_end)
 
-    def __call__(self, samples: Tensor, rows: Rows) -> Ascent:
+    def __call__(self, samples: Tensor, rows: Rows, apart: Sequence[str] = ()) -> Ascent:
         """``weight·g`` for samples (B, C, h, w) of the rows' prompts; zero where the reward is not on.
+
+        Members of an ensemble that are asked for ``apart`` have estimates of their own, at the price of one each.
 
         An image whose score (also that of a part that keeps statistics) or gradient is not finite gets no ascent, and
         says so in ``reward/nonfinite_frac``: an event names the first such images of an episode, and the other images'
@@ -106,15 +110,35 @@ class Guide:
         keyed = KeyedRows(rows.draws.seed, rows.draws.step, tuple(rows.index.tolist()))
         z = samples.detach().float()
         with torch.autocast(samples.device.type, enabled=False), visiting(self.visitors, samples.device):
-            found = self.latent.gradient(z, prompts, self.codec, self.reward, keyed)
+            found, parts = self._gradient(z, prompts, keyed, apart)
             observed = self._observed(z, prompts)
             aux = self._aux(found, z, prompts, rows.draws.step)
         finite = found.finite
         for scores in observed.values():
             finite = finite & scores.isfinite()
-        g = torch.where(like(finite, found.g), found.g, 0.0)
-        bad = (~finite).to(z.dtype)
-        return Ascent((weight * g).to(samples), {**aux, **observed, names.REWARD_NONFINITE: bad})
+
+        def whole(g: Tensor) -> Tensor:
+            return (weight * torch.where(like(finite, g), g, 0.0)).to(samples)
+
+        aux |= {names.reward_of(name, "mean"): part.scores for name, part in parts.items()}
+        aux |= {names.reward_of(name, "grad_norm"): part.aux[names.REWARD_GRAD_NORM] for name, part in parts.items()}
+        aux |= {**observed, names.REWARD_NONFINITE: (~finite).to(z.dtype)}
+        return Ascent(whole(found.g), aux, parts={name: whole(part.g) for name, part in parts.items()})
+
+    def _gradient(
+        self, z: Tensor, prompts: list[str], keyed: KeyedRows, apart: Sequence[str]
+    ) -> tuple[LatentGradient, dict[str, LatentGradient]]:
+        """The ascent, and those of members that are asked for apart, which are parts of it."""
+        if not apart:
+            return self.latent.gradient(z, prompts, self.codec, self.reward, keyed), {}
+        assert isinstance(self.reward, Ensemble)
+        rest = [name for name in self.reward.parts if name not in apart]
+        summands = {name: [name] for name in apart} | ({"": rest} if rest else {})
+        found = {
+            name: self.latent.gradient(z, prompts, self.codec, self.reward.of(members), keyed)
+            for name, members in summands.items()
+        }
+        return sum_of(list(found.values())), {name: found[name] for name in apart}
 
     @torch.no_grad()
     def _observed(self, z: Tensor, prompts: list[str]) -> dict[str, Tensor]:
@@ -127,7 +151,7 @@ class Guide:
                 found[metric_of(part)].append(keeper.observed(images, prompts[start : start + size]))
         return {metric: torch.cat(scores) for metric, scores in found.items()}
 
-    def _aux(self, found: Any, z: Tensor, prompts: list[str], step: int) -> Mapping[str, Tensor]:
+    def _aux(self, found: Any, z: Tensor, prompts: list[str], step: int) -> dict[str, Tensor]:
         """What is worth logging, for each row."""
         spread = found.scores.std(unbiased=False).expand(len(z))
         aux = {names.REWARD_MEAN: found.scores, names.REWARD_STD: spread} | found.aux

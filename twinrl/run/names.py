@@ -92,6 +92,12 @@ def guided(quantity: str, nfe: int) -> str:
     return f"val/guided/{quantity}_{nfe}nfe"
 
 
+def reward_of(member: str, quantity: str) -> str:
+    """Of a member of an ensemble whose gradient is taken apart; ``quantity`` is mean (its part of the score) or
+    grad_norm (as of :data:`REWARD_GRAD_NORM`)."""
+    return f"reward/{member}/{quantity}"
+
+
 def own(term: str, quantity: str) -> str:
     """Of the network that a term owns, at its last step before the student's; ``quantity`` is loss or norm."""
     return f"own/{term}/{quantity}"

@@ -43,7 +43,7 @@ class Objective:
     teacher: Teacher
     guidance: GuidanceConfig
     autocast: torch.dtype | None = None
-    reward: Callable[[Tensor, Rows], Ascent] | None = None
+    reward: Callable[[Tensor, Rows, Sequence[str]], Ascent] | None = None
     own: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def call(self, network: torch.nn.Module, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
@@ -306,10 +306,10 @@ class Pass:
             self._velocity[rows.numbers] = enhanced_velocity(rows, self.objective.guidance, self._guide)
         return self._velocity[rows.numbers]
 
-    def reward(self, samples: Tensor, rows: Rows) -> Ascent:
+    def reward(self, samples: Tensor, rows: Rows, apart: Sequence[str] = ()) -> Ascent:
         assert self.objective.reward is not None
         with torch.no_grad(), self.random_state.replayed():
-            return self.objective.reward(samples, rows)
+            return self.objective.reward(samples, rows, apart)
 
     def _guide(self, x: Tensor, t: Tensor, r: Tensor, c: Condition) -> Tensor:
         return self._without_gradient(self.objective.teacher.guidance, x, t, r, c)

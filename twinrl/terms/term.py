@@ -7,7 +7,7 @@ second network is a :class:`NetworkOwner`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -110,8 +110,9 @@ class Context(Protocol):
         """The guidance-enhanced target velocity v* of the rows, computed once for all terms."""
         ...
 
-    def reward(self, samples: Tensor, rows: Rows) -> "Ascent":
-        """The reward's ascent at samples (B, C, H, W) in the space of the flow, made for the rows' prompts."""
+    def reward(self, samples: Tensor, rows: Rows, apart: Sequence[str] = ()) -> "Ascent":
+        """The reward's ascent at samples (B, C, H, W) in the space of the flow, made for the rows' prompts; with the
+        parts of it that the ensemble's members ``apart`` have."""
         ...
 
 
@@ -123,6 +124,7 @@ class Target(NamedTuple):
         aux: metric name → (B,) values per row, whose mean over the rows of the batch is logged.
         shift: (B, C, H, W) part of ``value`` that an ascent has added; None where there is none.
         constant: (B,) numbers whose mean over the term's rows is added to its logged loss, without gradient.
+        shifts: name → (B, C, H, W) part of ``value`` that has a gradient of its own.
         rests: the target is the prediction itself, so that the loss has no gradient; nothing is back-propagated.
     """
 
@@ -130,6 +132,7 @@ class Target(NamedTuple):
     aux: Mapping[str, Tensor] = {}
     shift: Tensor | None = None
     constant: Tensor | None = None
+    shifts: Mapping[str, Tensor] = {}
     rests: bool = False
 
 
@@ -140,11 +143,13 @@ class Ascent(NamedTuple):
         g: (B, C, H, W) direction of each sample, times the present weight.
         aux: metric name → (B,) values per row.
         rests: the force is off: ``g`` is zero.
+        parts: name → (B, C, H, W) part of ``g`` that was asked for apart.
     """
 
     g: Tensor
     aux: Mapping[str, Tensor] = {}
     rests: bool = False
+    parts: Mapping[str, Tensor] = {}
 
 
 class TermConfig(Settings):

@@ -397,6 +397,13 @@ class RunConfig(Settings):
         wanting = [n for n, term in self.terms.items() if TERMS.find(term.kind).wants_reward(term)]
         if wanting and self.reward is None:
             raise ValueError(f"terms.{wanting[0]} follows a reward and there is none; fix: reward.model=lab_hps")
+        for name, term in self.terms.items():
+            known = getattr(self.reward and self.reward.model, "rewards", {})
+            if unknown := [member for member in getattr(term, "apart", ()) if member not in known]:
+                raise ValueError(
+                    f"terms.{name}.apart names {unknown[0]}, which is no member of reward.model; expected "
+                    + (f"one of {', '.join(known)}" if known else "reward.model={kind: ensemble, rewards: {…}}")
+                )
         if self.reward is not None and not wanting:
             raise ValueError(
                 "reward is configured and no term follows it; fix: terms.reward={branches: [e2e]} or "

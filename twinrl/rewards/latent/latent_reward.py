@@ -81,6 +81,13 @@ class LatentGradient:
         return self.scores.isfinite() & self.g.flatten(1).isfinite().all(1)
 
 
+def sum_of(parts: Sequence[LatentGradient]) -> LatentGradient:
+    """The ascent of a sum of rewards of the same images; its norm is its own, what else is logged the first one's."""
+    g = torch.stack([part.g for part in parts]).sum(0)
+    scores = torch.stack([part.scores for part in parts]).sum(0)
+    return LatentGradient(g, scores, parts[0].aux | {names.REWARD_GRAD_NORM: _norm(g)})
+
+
 class LatentReward:
     """Gradients of rewards with respect to latents.
 
