@@ -24,6 +24,7 @@ from tests import forked
 from tests.disk import another_user, open_folder
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, names, runlog
 from twinrl.run.runlog import RunLog
 from twinrl.stability.events import Event
@@ -601,6 +602,30 @@ def test_two_processes_make_one_store(tmp_path: Path) -> None:
     makers = [forked.start(store.prepare, uri, output=said, TWINRL_CACHE=own) for _ in range(2)]
     assert [maker.wait(300) for maker in makers] == [0, 0], said.read_text()
     assert [path.name for path in folder.iterdir()] == [store.DATABASE_NAME]
+
+
+@pytest.mark.slow
+def test_two_processes_publish_one_run(runs: Path, tmp_path: Path) -> None:
+    run, said = make_run(runs, rows=20), tmp_path / "said"
+    publishers = [forked.start(publish, str(run), output=said) for _ in range(2)]
+    assert 0 in [publisher.wait(300) for publisher in publishers], said.read_text()
+    assert [shown.info.run_id for shown in active_runs(run)] == [publish(run)]
+    assert not (run / layout.MLFLOW_LOCK).exists()
+
+
+def test_a_run_that_another_process_publishes_is_left_to_it(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "STORE_PATIENCE_SECONDS", 0.1)
+    run = make_run(runs, rows=20)
+    before = sorted(run.rglob("*"))
+    with files.alone(run / layout.MLFLOW_LOCK, AssertionError()):
+        with pytest.raises(InputError, match=r"another process publishes .*; fix: wait for it to end"):
+            publish(run)
+        assert not MLflowView(run).close()
+    assert "another process publishes" in caplog.text
+    assert sorted(run.rglob("*")) == before
+    assert active_runs(run) == []
 
 
 @pytest.mark.slow
