@@ -21,7 +21,7 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from tests import forked
-from tests.disk import another_user, open_folder
+from tests.disk import another_user, files_of_at_most, open_folder
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
 from twinrl.machine import files
@@ -640,6 +640,12 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) 
     run = make_run(tmp_path, rows=20)
     publish(run)
     assert len(active_runs(run)) == 1
+
+
+def test_a_store_that_cannot_be_made_leaves_no_empty_file(tmp_path: Path) -> None:
+    with files_of_at_most(8192), pytest.raises(store.failures()):
+        store.prepare(store.default_uri(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_program_s_database_stays_as_it_is(tmp_path: Path) -> None:
