@@ -96,7 +96,7 @@ def write_index(plan: Plan, index: Mapping[str, object] | None = None) -> None:
     Raises:
         InputError: the workspace can't be written.
     """
-    from analysis.frames import STUDY_FILE
+    from analysis.index import STUDY_FILE
 
     folder = plan.workspace.study_folder(plan.study)
     index = index or index_of(plan, versions.to_report(plan), None)

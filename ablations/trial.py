@@ -287,9 +287,13 @@ def _record(task: Task, result: Mapping[str, Any]) -> TrialRecord:
     metrics = verdict.final_values(
         runlog.surviving(rows, rows), lambda name: name in (*METRICS_KEPT, task.metric), failure
     )
+    try:
+        tabled = table_metrics(result.get("table"))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise layout.damaged_result(task.path, f"table: {type(error).__name__} {error}") from error
     return TrialRecord(
         task.config_hash, task.seed, task.fingerprint, result["status"], result["step"], result.get("message", ""),
-        metrics=metrics | table_metrics(result.get("table")),
+        metrics=metrics | tabled,
         diverged=None if failure is None else {name: getattr(failure, name) for name in FAILURE},
         seconds=round(sum(row.get(names.STEP_SECONDS, 0.0) for row in rows), 3),
         where=ledger.provenance(Path(task.directory), task.revision),
@@ -297,11 +301,14 @@ def _record(task: Task, result: Mapping[str, Any]) -> TrialRecord:
 
 
 def table_metrics(table: Mapping[str, Any] | None) -> dict[str, float]:
-    """The student's rows of the final table as ``test/<metric>_<n>nfe``."""
-    students = [row for row in (table or {}).get("rows", []) if row["name"] == "student"]
+    """The student's rows of the final table as ``test/<metric>_<n>nfe``; a family's table has no others."""
+    rows = (table or {}).get("rows", [])
+    if isinstance(rows, Mapping):
+        return {f"test/{name}_{nfe}nfe": float(value) for nfe, row in rows.items() for name, value in row.items()}
     return {
         f"test/{name}_{row['nfe']}nfe": float(estimate["value"])
-        for row in students
+        for row in rows
+        if row["name"] == "student"
         for name, estimate in row["metrics"].items()
     }
 

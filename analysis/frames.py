@@ -20,7 +20,6 @@ Without it arms are told apart by their configurations, and factors are the sett
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from analysis import ledger
+from analysis.index import located
 from analysis.margins import Critical, from_brackets
-from twinrl.config import stored
 from twinrl.config.errors import InputError
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
@@ -41,7 +40,6 @@ from twinrl.stability.divergence import Diverged
 if TYPE_CHECKING:
     import pandas as pd
 
-STUDY_FILE = "study.json"
 BOOKKEEPING = ("name", "seed", "run", "tracking", "checkpoint", "machine", "launch", "fsdp")
 RUN_NAME = re.compile(r"-(?P<hash>[0-9a-f]{8})-s(?P<seed>\d+)$")
 HIGHER_IS_BETTER = ("accuracy", "precision", "recall", "density", "coverage", "score", "held_out_score", "reward")
@@ -202,7 +200,7 @@ def trial_of(run: Run) -> dict[str, Any]:
         "config_hash": run.config_hash,
         "status": run.status,
         "step": made,
-        "planned": int(run.config.get("train", {}).get("steps", made)),
+        "planned": int((run.config.get("train") or {}).get("steps", made)),
         **ledger.failed(None if failure is None else vars(failure), made),
         "seconds": math.fsum(seconds[np.isfinite(seconds)].tolist()),
         "directory": str(run.path),
@@ -324,35 +322,6 @@ def _check_unique(runs: Iterable[Run]) -> None:
                 fix="analyze the folder of one of them, or give study.json fingerprints",
             )  # fmt: skip
         seen[key] = run.path
-
-
-def located(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Where the trials of a study are, and its index; an empty one where there is no ``study.json``.
-
-    Raises:
-        InputError: the index is damaged.
-    """
-    folder = path if path.is_dir() else path.parent
-    beside = list(folder.glob(f"studies/*/{STUDY_FILE}"))
-    file = beside[0] if len(beside) == 1 and not (folder / STUDY_FILE).is_file() else folder / STUDY_FILE
-    if not file.is_file():
-        return path, {}
-    index = _study_file(file)
-    if file.parent != folder or "runs" not in index:
-        return path, index
-    return Path(os.path.normpath(folder / index["runs"])), index
-
-
-def _study_file(file: Path) -> dict[str, Any]:
-    try:
-        content = stored.read(file, dict[str, Any], "make the report again with `ablate report`")
-        if not all({"name", "config_hash"} <= set(arm) for arm in content.get("arms", [])):
-            raise ValueError("an arm without name or config_hash")
-        if not isinstance(content.get("runs", ""), str):
-            raise ValueError("runs is no folder")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} does not describe a study", got=error) from error
-    return content
 
 
 def _name_arms(lines: list[dict[str, Any]], runs: list[Run], index: Mapping[str, Any]) -> list[str]:

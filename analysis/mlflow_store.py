@@ -1,7 +1,7 @@
 """MLflow on both sides: a study read from an experiment, addresses of published runs, reports as artifacts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 
 from analysis import ledger
 from analysis.frames import BOOKKEEPING, Run, StudyFrame, assemble
-from twinrl.config import stored
 from twinrl.config.errors import InputError
-from twinrl.run import layout, names
+from twinrl.run import names
 from twinrl.tracking import moved, pictures, store, ui
+from twinrl.tracking.mlflow_state import ViewState
 
 FACTOR = "factor."
 FOLDER = "report"
@@ -31,9 +31,9 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
     Of many runs only the first :data:`MOST_LINKS` are there. A store that cannot be reached gives no links: the
     report does not depend on it.
     """
-    states = ((run.name, state) for run in runs if (state := _state(run)) and state.get("run_id"))
+    states = ((run.name, state) for run in runs if (state := moved.published(run.path)))
     published = dict(islice(states, MOST_LINKS))
-    stores = {str(state["store"]) for state in published.values()}
+    stores = {str(state.store) for state in published.values()}
     if len(stores) != 1:
         return []
     uri = stores.pop()
@@ -44,15 +44,13 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
     try:
         with store.impatient():
             client = store.connect(uri)
-            experiments = {
-                name: client.get_run(state["run_id"]).info.experiment_id for name, state in published.items()
-            }
+            experiments = {name: client.get_run(state.run_id).info.experiment_id for name, state in published.items()}
     except failures:
         return []
-    ids = [state["run_id"] for state in published.values()]
+    ids = [str(state.run_id) for state in published.values()]
     title = "all curves" if len(ids) < MOST_LINKS else f"curves of the first {MOST_LINKS}"
     overlay = (title, ui.compare_url(base, next(iter(experiments.values())), ids))
-    return [overlay, *((n, ui.run_url(base, experiments[n], state["run_id"])) for n, state in published.items())]
+    return [overlay, *((n, ui.run_url(base, experiments[n], run)) for n, run in zip(published, ids, strict=True))]
 
 
 def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
@@ -66,16 +64,16 @@ def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
     Returns:
         The address of the MLflow run, None where nothing was published.
     """
-    states = [state for run in runs if (state := _state(run)) and state.get("run_id")]
-    uri = str(states[0]["store"]) if states else ""
-    if len({state["store"] for state in states}) != 1 or _is_gone(uri):
+    states = [state for run in runs if (state := moved.published(run.path))]
+    uri = str(states[0].store) if states else ""
+    if len({state.store for state in states}) != 1 or _is_gone(uri):
         return None
     failures: tuple[type[Exception], ...] = store.failures()
     try:
         with store.impatient():
             client = store.connect(uri)
             run = cache(client.get_run)
-            first = run(states[0]["run_id"])
+            first = run(states[0].run_id)
             target = first if len(states) == 1 else _above(run, states) or _for_reports(client, first, name)
             client.log_artifacts(target.info.run_id, str(folder), FOLDER)
             pictures.show(client, target.info.run_id, sorted(folder.glob("figures/*.png")), FOLDER)
@@ -84,13 +82,13 @@ def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
     return ui.run_url(uri if uri.startswith("http") else LOCAL, target.info.experiment_id, target.info.run_id)
 
 
-def _above(run: Callable[[str], Any], states: Sequence[Mapping[str, Any]]) -> Any | None:
+def _above(run: Callable[[str], Any], states: Sequence[ViewState]) -> Any | None:
     """The topmost run that all published ones are below of, by their parent tags; None if there is none.
 
     Arguments:
         run: id → MLflow run; an arm, which many runs are below of, is asked for once.
     """
-    tops = {state["tags"].get(store.PARENT_TAG) or state["run_id"] for state in states}
+    tops = {state.tags.get(store.PARENT_TAG) or str(state.run_id) for state in states}
     while above := {parent for top in tops if (parent := run(top).data.tags.get(store.PARENT_TAG))}:
         tops = above | {top for top in tops if not run(top).data.tags.get(store.PARENT_TAG)}
     return run(tops.pop()) if len(tops) == 1 else None
@@ -110,16 +108,6 @@ def _is_gone(uri: str) -> bool:
     """Whether a sqlite store does not exist; connecting would make it."""
     database = store.sqlite_path(uri)
     return database is not None and not database.is_file()
-
-
-def _state(run: Run) -> dict[str, Any] | None:
-    """What a run directory says of its publication; None where it says nothing, or is not to be followed."""
-    file = run.path / layout.MLFLOW
-    if not file.is_file():
-        return None
-    state: dict[str, Any] = stored.read(file, dict[str, Any], "delete it and publish again")
-    strange = moved.is_strange(str(state.get("store")), state.get("home"), str(run.path.resolve()))
-    return None if strange else state
 
 
 # --- reading ----------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.frames import is_run, located, run_folders
+from analysis.frames import is_run, run_folders
+from analysis.index import located
 from twinrl.config.errors import InputError
 from twinrl.machine.files import publishing
 

@@ -100,7 +100,7 @@ def _page(
         return run_page.build(run, siblings(run), _made(figures)), [run]
     study = load_study(path, base, index)
     page = study_page.build(study, _made(figures), *wanted)
-    study.trials.to_csv(folder / "trials.csv", index=False)
+    files.write_text(folder / "trials.csv", study.trials.to_csv(index=False))
     return page, list(study.runs.values())
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -398,6 +399,25 @@ def test_resume_with_a_broken_configuration(twinrl: Any, interrupted: RunDirecto
 def test_resume_with_a_log_that_lost_rows(twinrl: Any, interrupted: RunDirectory) -> None:
     interrupted.log.write_bytes(interrupted.log.read_bytes()[:300])
     refused(twinrl("resume", str(interrupted.path)), "log.jsonl", "does not belong to this checkpoint", "fix: ")
+
+
+@pytest.mark.slow
+def test_resume_does_not_follow_a_server_that_comes_with_the_run(
+    twinrl: Any, interrupted: RunDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would be sent this user's token."""
+    config = interrupted.path / layout.CONFIG
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
+        text = config.read_text().replace("mlflow: false\n  uri: null", f"mlflow: true\n  uri: {uri}")
+        assert uri in text
+        config.write_text(text)
+        assert twinrl("resume", str(interrupted.path)).code == 0
+        server.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+    assert f"comes with a configuration that names the MLflow store {uri}; fix: name it with" in caplog.text
+    assert f"Publish the run later: twinrl publish {interrupted.path}" in caplog.text
 
 
 # --- how runs end ------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from tests.ablations.tiny import TINY, write
 from tests.fake_source import register, small
 from tests.training.trainers import make
 from twinrl.config.errors import InputError
+from twinrl.evaluation import PromptTable
 from twinrl.run import names, runlog
 from twinrl.stability import verdict
 
@@ -172,13 +173,19 @@ def test_only_what_a_checkpoint_has_made_durable_counts(tmp_path: Path) -> None:
             trial.durable_log(tmp_path)
 
 
-def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> None:
+def task_in(folder: Path) -> trial.Task:
+    """A trial whose run directory is there and empty."""
     words = dict.fromkeys(("title", "config", "output", "ledger", "stop"), "x")
     task = trial.Task(
         config_hash="c", seed=0, fingerprint="f", sources="s", unused=(), revision=None, directory="run",
-        cwd=str(tmp_path), steps=20, metric="m", workers=1, threads=1, **words,
+        cwd=str(folder), steps=20, metric="m", workers=1, threads=1, **words,
     )  # fmt: skip
     task.path.mkdir()
+    return task
+
+
+def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> None:
+    task = task_in(tmp_path)
     (task.path / "log.jsonl").write_text('{"iteration": 7, "step": 8, "m": 0.5, "perf/step_seconds": 0.25}\n')
     record = trial.pruned(task, 8)
     assert (record.status, record.step, record.message) == ("pruned", 8, "halved at step 8")
@@ -192,3 +199,21 @@ def test_a_pruned_trial_is_censored_unless_it_had_diverged(tmp_path: Path) -> No
     assert math.isnan(broken.metrics["m"]), "0.1 is from before"
     assert trial.at_rung(task.path, "m", 4) == 0.1
     assert trial.at_rung(task.path, "m", 8) == WORST
+
+
+def test_the_table_of_a_family_gives_metrics_too() -> None:
+    table = PromptTable({1: {"fd": 2.5, "score/edges": math.nan}, 4: {"fd": 1.5}}, n=20).as_dict()
+    plain = json.loads(json.dumps(table, allow_nan=False))
+    found = trial.table_metrics(plain)
+    assert math.isnan(found.pop("test/score/edges_1nfe"))
+    assert found == {"test/fd_1nfe": 2.5, "test/fd_4nfe": 1.5}
+    assert trial.table_metrics(None) == {}
+
+
+@pytest.mark.parametrize("rows", [3, [3], [{}], [{"name": "student"}], {"1": [2]}, {"1": {"fd": "low"}}])
+def test_a_damaged_table_is_no_record(rows: object, tmp_path: Path) -> None:
+    task = task_in(tmp_path)
+    (task.path / "log.jsonl").write_text('{"iteration": 7, "step": 8}\n')
+    (task.path / "result.json").write_text(json.dumps({"status": "finished", "step": 8, "table": {"rows": rows}}))
+    with pytest.raises(InputError, match=r"result\.json is damaged; got table: .*; fix: delete it"):
+        trial.record(task)

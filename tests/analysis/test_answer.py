@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from analysis import answer, frames
+from analysis import answer
 from analysis.answer import sentence
 from analysis.frames import StudyFrame, load_study
+from analysis.index import STUDY_FILE
 from tests.analysis import planted, simulated
 
 
@@ -86,11 +87,11 @@ def test_a_study_folder_names_factors_of_runs_that_are_elsewhere(tmp_path: Path)
     made = planted.make(tmp_path, planted.nothing, seeds=1, steps=20)
     folder = made / "studies" / "planted"
     folder.mkdir(parents=True)
-    (made / frames.STUDY_FILE).rename(folder / frames.STUDY_FILE)
+    (made / STUDY_FILE).rename(folder / STUDY_FILE)
     alone = load_study(made)  # the root of one study
     assert alone.factors == ("teacher", "reward")
-    text = (folder / frames.STUDY_FILE).read_text()
-    (folder / frames.STUDY_FILE).write_text(text.replace("{", '{"runs": "../..", ', 1))
+    text = (folder / STUDY_FILE).read_text()
+    (folder / STUDY_FILE).write_text(text.replace("{", '{"runs": "../..", ', 1))
     assert load_study(folder).arms == alone.arms == [
         f"teacher={teacher} reward={reward}" for teacher in ("live", "ema") for reward in ("without", "with")
     ]  # fmt: skip

@@ -114,6 +114,35 @@ def test_study_json_names_arms_levels_and_base(small_study: Path, tmp_path: Path
     assert len(study.trials) == 6  # the stranger is another study's
 
 
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"seeds": 5}, "seeds"),
+        ({"base": ["a"]}, "base"),
+        ({"arms": {"a": 1}}, "arms"),
+        ({"arms": [{"name": "a"}]}, "config_hash"),
+        ({"arms": [{"name": "a", "config_hash": ["x"]}]}, "config_hash"),
+        ({"arms": [{"name": "a", "config_hash": "x", "levels": 3}]}, "levels"),
+        ({"arms": [{"name": "a", "config_hash": "x", "levels": {"k": []}}]}, "levels"),
+        ({"arms": [{"name": "a", "config_hash": "x", "steps": "many"}]}, "steps"),
+        ({"critical": [{"arm": "a", "seed": 0, "healthy": "1e-3", "diverged": None}]}, "healthy"),
+        ({"runs": 3}, "runs"),
+    ],
+)  # fmt: skip
+def test_a_damaged_study_json_is_named_with_its_key(entry: dict[str, object], said: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "ledger.jsonl", [record("x", 0)])
+    (tmp_path / "study.json").write_text(json.dumps(entry))
+    with pytest.raises(InputError, match=rf"study\.json is damaged; got .*{said}.*; fix: "):
+        load_study(tmp_path)
+
+
+def test_an_empty_section_of_a_configuration_is_none(tmp_path: Path) -> None:
+    run = simulated.make_run(tmp_path, steps=3)
+    config = run / "config.yaml"
+    config.write_text("name: a\nseed: 0\ntrain:\n")
+    assert frames.trial_of(load_run(run))["planned"] == 3
+
+
 def test_ledger_lines_keep_divergence_and_non_finite_numbers(tmp_path: Path) -> None:
     broken = record("b", 0, status="diverged", step=90, diverged={"step": 80, "kind": "nonfinite"})
     broken["metrics"] = {"val/quality": "nan"}

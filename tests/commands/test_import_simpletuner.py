@@ -9,6 +9,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from tests.disk import files_of_at_most
 from twinrl.commands.import_simpletuner import (
     COUNTS,
     FLAGS,
@@ -182,6 +183,16 @@ def test_the_command_writes_says_what_differs_and_leaves_files_alone(tmp_path: P
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(InputError, match=r"pipe\.json cannot be read as JSON; got .*Is no file"):
         read(tmp_path / "pipe.json")
+
+
+def test_a_disk_without_room_leaves_nothing_behind(tmp_path: Path) -> None:
+    source, out = tmp_path / "config.json", tmp_path / "new" / "out.yaml"
+    source.write_text(json.dumps(DOCUMENTED))
+    out.parent.mkdir()
+    with files_of_at_most(60), pytest.raises(InputError, match=r"out\.yaml cannot be written; got File too large; fix"):
+        import_simpletuner(source, out, Console(quiet=True))
+    assert list(out.parent.iterdir()) == []
+    assert import_simpletuner(source, out, Console(quiet=True)) == 0
 
 
 def test_no_key_is_both_renamed_and_read() -> None:

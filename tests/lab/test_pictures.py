@@ -94,6 +94,13 @@ def test_the_same_build_is_found_again_and_another_one_refused(home):
         build_lab(folder_of("made"), made.material(home / "pictures", label=None), TINY, {}, progress=False)
 
 
+def test_what_another_process_has_built_meanwhile_is_checked(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("twinrl.lab.load.publish", lambda path, write: shutil.copytree(folder_of("made"), path))
+    with pytest.raises(InputError, match="holds another laboratory"):
+        build_lab(tmp_path / "lab", made.material(home / "pictures", label=None), TINY, {}, progress=False)
+    assert build_lab(tmp_path / "same", made.material(home / "pictures"), TINY, {}, progress=False)
+
+
 def test_renamed_files_are_the_same_content(home, tmp_path):
     lines = [json.loads(line) for line in (home / "pictures/metadata.jsonl").read_text().splitlines()]
     for line in lines:

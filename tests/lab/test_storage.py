@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from twinrl.config.errors import InputError
+from twinrl.lab import storage
 from twinrl.lab.storage import content_hash, load_json, load_tensors, publish, save_tensors
 
 
@@ -96,3 +97,22 @@ def test_a_missing_file_and_broken_json_are_damage(tmp_path):
         load_json(tmp_path / "m.json", tmp_path)
     with pytest.raises(InputError, match="damaged"):
         load_tensors(tmp_path / "none.safetensors", tmp_path)
+
+
+def test_a_long_wait_for_another_process_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(storage, "SILENT_SECONDS", 0.05)
+    path, made = tmp_path / "artefact", threading.Event()
+
+    def write(file):
+        while f"another process makes {path}: waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        file.touch()
+        made.set()
+
+    first = threading.Thread(target=publish, args=(path, write))
+    first.start()
+    while not path.with_name(".artefact.lock").exists():
+        time.sleep(0.01)
+    publish(path, write)
+    first.join()
+    assert made.is_set()

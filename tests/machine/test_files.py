@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all; a lock has one holder, and waits for it as long as it is told."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def test_a_link_in_the_place_of_what_is_written_leads_nowhere(tmp_path: Path) ->
     make(path, "b")
     assert names(path) == ["b"]
     assert names(precious) == ["a"]
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(IsADirectoryError, match="lock"), files.locked(tmp_path / "lock", TimeoutError()):
+        pass
 
 
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def test_a_table_that_may_not_be_read_is_not_called_damaged(
     assert "damaged" not in said
 
 
+def test_a_log_that_may_not_be_read_is_left_to_its_owner(made: Callable[..., tuple[Path, Path]]) -> None:
+    log, table = made(FINITE)
+    with open_folder() as folder:
+        theirs = Path(shutil.copy(log, folder))
+        theirs.chmod(0)
+        with another_user(), pytest.raises(PermissionError, match=r"log\.jsonl"):
+            columns.read(theirs, table, everything)
+
+
 def test_a_table_of_another_program_is_replaced(made: Callable[..., tuple[Path, Path]]) -> None:
     log, table = made(FINITE)
     pd.DataFrame(runlog.read(log)).assign(count=0).to_parquet(table)

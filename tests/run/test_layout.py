@@ -156,3 +156,20 @@ def test_a_damaged_configuration_is_named(text: str, said: str, tmp_path: Path) 
     (tmp_path / layout.CONFIG).write_text(text)
     with pytest.raises(InputError, match=rf"{layout.CONFIG}.*{said}"):
         layout.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"status": "done"}, "status"),
+        ({"status": None}, "status"),
+        ({"step": -1}, "step"),
+        ({"message": 5}, "message"),
+        ({"table": [1]}, "table"),
+    ],
+)
+def test_a_damaged_result_is_named_with_its_key(entry: dict[str, object], said: str, tmp_path: Path) -> None:
+    """What it says goes into ledgers, which would take it and refuse to be read from then on."""
+    (tmp_path / layout.RESULT).write_text(json.dumps({"status": "finished", "step": 3} | entry))
+    with pytest.raises(InputError, match=rf"result\.json is damaged; got {said}.*; fix: delete it: `twinrl resume"):
+        layout.read_result(tmp_path)

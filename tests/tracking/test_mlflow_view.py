@@ -21,9 +21,10 @@ from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from tests import forked
-from tests.disk import another_user, open_folder
+from tests.disk import another_user, files_of_at_most, open_folder
 from tests.tracking.synthetic import SPIKE_AT, make_row, make_run
 from twinrl.config.errors import InputError
+from twinrl.machine import files
 from twinrl.run import layout, names, runlog
 from twinrl.run.runlog import RunLog
 from twinrl.stability.events import Event
@@ -604,6 +605,30 @@ def test_two_processes_make_one_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_publish_one_run(runs: Path, tmp_path: Path) -> None:
+    run, said = make_run(runs, rows=20), tmp_path / "said"
+    publishers = [forked.start(publish, str(run), output=said) for _ in range(2)]
+    assert 0 in [publisher.wait(300) for publisher in publishers], said.read_text()
+    assert [shown.info.run_id for shown in active_runs(run)] == [publish(run)]
+    assert not (run / layout.MLFLOW_LOCK).exists()
+
+
+def test_a_run_that_another_process_publishes_is_left_to_it(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(store, "STORE_PATIENCE_SECONDS", 0.1)
+    run = make_run(runs, rows=20)
+    before = sorted(run.rglob("*"))
+    with files.alone(run / layout.MLFLOW_LOCK, AssertionError()):
+        with pytest.raises(InputError, match=r"another process publishes .*; fix: wait for it to end"):
+            publish(run)
+        assert not MLflowView(run).close()
+    assert "another process publishes" in caplog.text
+    assert sorted(run.rglob("*")) == before
+    assert active_runs(run) == []
+
+
+@pytest.mark.slow
 def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) -> None:
     uri = store.default_uri(tmp_path)
     maker = forked.start(store.prepare, uri, output=tmp_path / "said", TWINRL_CACHE=str(tmp_path / "cache"))
@@ -615,6 +640,12 @@ def test_a_store_that_was_killed_while_it_was_made_is_made_anew(tmp_path: Path) 
     run = make_run(tmp_path, rows=20)
     publish(run)
     assert len(active_runs(run)) == 1
+
+
+def test_a_store_that_cannot_be_made_leaves_no_empty_file(tmp_path: Path) -> None:
+    with files_of_at_most(8192), pytest.raises(store.failures()):
+        store.prepare(store.default_uri(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_program_s_database_stays_as_it_is(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from tests.tracking.synthetic import make_run
 from twinrl.config.errors import InputError
 from twinrl.tracking import store, studies
 from twinrl.tracking.mlflow_state import ViewState
-from twinrl.tracking.mlflow_view import publish
+from twinrl.tracking.mlflow_view import MLflowView, publish
+from twinrl.tracking.moved import published
 
 pytestmark = pytest.mark.slow  # a store on disk: up to a second each
 
@@ -51,6 +52,8 @@ def test_with_its_store(runs: Path, named: bool) -> None:
     moved = runs.rename(runs.with_name("a new place"))
     utils._artifact_repos_cache.clear()  # type: ignore[attr-defined]  # as in another process
     (moved / run.name / "samples" / "1nfe_000000.png").touch()
+    assert studies.located(str(moved / run.name), None) == (store.default_uri(moved), None)
+    assert published(moved / run.name) is not None
     assert publish(moved / run.name, final=True) == first
     (shown,) = active(moved)
     assert shown.info.run_id == first
@@ -65,6 +68,8 @@ def test_without_its_store(runs: Path, other: Path) -> None:
     moved = other / "renamed"
     run.rename(moved)
     utils._artifact_repos_cache.clear()  # type: ignore[attr-defined]
+    assert mlflow_links([load_run(moved)]) == []
+    assert log_report([load_run(moved)], moved, "report") is None
     second = publish(moved)
     assert active(runs) == []
     (shown,) = active(other)
@@ -117,11 +122,33 @@ def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
         assert studies.located(str(run), None) == (uri, None)
 
 
+def test_a_store_that_a_configuration_names_is_used_where_it_was_asked_for_here(
+    runs: Path, other: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a run that is resumed: its configuration may be somebody else's."""
+    run, named = make_run(runs, rows=20), store.default_uri(other)
+    assert not MLflowView(run, configured=named).close()
+    strange = f"comes with a configuration that names the MLflow store {named}; fix: name it with --tracking-uri"
+    assert strange in caplog.text
+    assert (active(runs), active(other), list(run.glob("*mlflow*"))) == ([], [], [])
+    MLflowView(run, named).begin()
+    copy = shutil.copytree(run, runs / "copy")
+    assert MLflowView(run, configured=named).close()
+    (shown,) = active(other)
+    assert MLflowView(run, configured="http://somebody.invalid").close()  # as after a publication to where it is now
+    assert [found.info.run_id for found in active(other)] == [shown.info.run_id]
+    assert ViewState.load(copy).run_id is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
+    assert MLflowView(make_run(runs, rows=20, name="mine"), configured=named).close()
+    assert len(active(other)) == 2
+
+
 @pytest.mark.parametrize("where", ["runs", "other"])
 def test_a_copy_leaves_the_original_alone(runs: Path, other: Path, where: str) -> None:
     run = make_run(runs, rows=20)
     first = publish(run)
     copy = shutil.copytree(run, (runs if where == "runs" else other) / "copy")
+    assert log_report([load_run(copy)], copy, "report") is None
     second = publish(copy)
     assert second != first
     assert publish(run) == first

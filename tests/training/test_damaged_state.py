@@ -133,6 +133,28 @@ def test_a_damaged_entry_of_the_state_is_named(begun: RunConfig, damage: str) ->
     assert tree(begun.directory) == before
 
 
+@pytest.mark.parametrize("place", ["deleted", "unmounted"])
+def test_a_log_whose_checkpoints_are_gone_is_not_cut_off(begun: RunConfig, place: str) -> None:
+    run = RunDirectory(begun.directory)
+    elsewhere = run.path.parent / "elsewhere"
+    run.checkpoints.rename(elsewhere)
+    if place == "unmounted":
+        run.checkpoints.symlink_to(run.path.parent / "nowhere")
+    before = tree(run.path)
+    with pytest.raises(InputError, match=r"checkpoints of .* are gone; got a log of 7 steps; fix: put them back, or"):
+        make(begun)
+    assert tree(run.path) == before
+    run.checkpoints.unlink(missing_ok=True)
+    elsewhere.rename(run.checkpoints)
+    assert make(begun).step == 5
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    settings = small(tmp_path)
+    kill(settings, 4)
+    finish(settings)
+
+
 def test_an_older_checkpoint_does_not_say_how_many_tensors_it_has(begun: RunConfig) -> None:
     folder = RunDirectory(begun.directory).newest_checkpoint()
     found = checkpoints.load(folder)

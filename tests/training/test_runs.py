@@ -143,6 +143,21 @@ def test_fresh_needs_no_older_run(tmp_path: Path) -> None:
     assert RunDirectory(settings.directory).exists
 
 
+@pytest.mark.parametrize("left", [layout.LOG, f"{layout.CHECKPOINTS}/step-00000005", "notes.txt"])
+def test_files_without_a_configuration_are_nobodys_to_delete(settings: schema.RunConfig, left: str) -> None:
+    run = RunDirectory(settings.directory)
+    (run.path / left).parent.mkdir(parents=True)
+    run.refuse_remains()
+    (run.path / layout.ENVIRONMENT).touch()  # of a process that was killed before the run existed
+    (run.path / layout.LOCK).touch()
+    run.refuse_remains()
+    (run.path / left).touch()
+    with pytest.raises(InputError, match=rf"is no run, and not empty; got {Path(left).parts[0]} .*; fix: restore"):
+        run.refuse_remains()
+    run.start(settings, fresh=False)
+    run.refuse_remains()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_unwritable_folder(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "file").touch()

@@ -23,6 +23,7 @@ from rich.table import Table
 from twinrl.config import override, validate
 from twinrl.config.errors import InputError
 from twinrl.data import readers
+from twinrl.data.cache import writing
 from twinrl.data.encode import Encoder
 from twinrl.data.encoder import FamilyEncoder
 from twinrl.data.prepare import (
@@ -145,8 +146,8 @@ def cut_short(encoder: Encoder) -> list[str]:
 def _verify(path: Path, config: PrepareConfig, to: Path, console: Console) -> None:
     with Bars(console) as bars:
         found = verify(path, config, None, bars)
-    to.mkdir(parents=True, exist_ok=True)
-    write_report(to, found.problems)
+    with writing(to):
+        write_report(to, found.problems)
     check_usable(path, found.pairs, found.problems, to)
     console.print(f"{path} read as format {found.format}; verified only, --model PATH encodes")
     print_tables(found.pairs, found.problems, to, console)

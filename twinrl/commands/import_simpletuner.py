@@ -119,7 +119,7 @@ def import_simpletuner(path: Path, out: Path | None, console: Console) -> int:
     made, notes = convert(read(path))
     content = yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
     try:
-        out.write_text(f"# from SimpleTuner's {text.printable(path.name)}\n{content}", encoding="utf-8")
+        files.write_text(out, f"# from SimpleTuner's {text.printable(path.name)}\n{content}")
     except OSError as error:
         raise InputError(f"{out} cannot be written", got=error.strerror, fix="name another file with -o") from error
     console.print(f"written to {out}; what differs:")

@@ -133,8 +133,17 @@ class Bar:
 
 def report(folder: Path, name: str, bar: Bar) -> None:
     """Appraise a laboratory and write its page, picture and values, unless they are there."""
-    if all((folder / file).exists() for file in (PAGE, PICTURE, VALUES)):
-        return
+    if not _is_reported(folder):
+        with files.alone(folder / ".report.lock", TimeoutError(folder), math.inf):  # of two that built it one reports
+            if not _is_reported(folder):
+                _report(folder, name, bar)
+
+
+def _is_reported(folder: Path) -> bool:
+    return all((folder / file).exists() for file in (PAGE, PICTURE, VALUES))
+
+
+def _report(folder: Path, name: str, bar: Bar) -> None:
     lab = open_lab(name)
     stages = list(appraisal.STAGES)
     found = appraisal.appraise(lab, lambda stage: bar.say(stage, BUILT + (1 - BUILT) * stages.index(stage) / 3))

@@ -81,15 +81,21 @@ def build_lab(
     """
     key = _key(material, recipe)
     if folder.exists():
-        if described(folder).get("key") == key:
-            return False
+        _check_key(folder, key)
+        return False
+    more = {"format": FORMAT, "name": material.name, "key": key, "recipe": recipe.plain(), "about": dict(about)}
+    _make(folder, key, recipe, lambda: material, progress, more, seconds)
+    _check_key(folder, key)  # another process may have built it meanwhile
+    return True
+
+
+def _check_key(folder: Path, key: str) -> None:
+    """Raises InputError where a folder holds a laboratory of something else."""
+    if described(folder).get("key") != key:
         raise InputError(
             f"{folder} holds another laboratory", got="other pictures, captions or settings",
             fix="name another with --to, or delete it",
         )  # fmt: skip
-    more = {"format": FORMAT, "name": material.name, "key": key, "recipe": recipe.plain(), "about": dict(about)}
-    _make(folder, key, recipe, lambda: material, progress, more, seconds)
-    return True
 
 
 def open_lab(name: str, progress: bool = True) -> Lab:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -15,6 +16,9 @@ from torch import Tensor
 from twinrl.config.errors import InputError
 from twinrl.machine import files
 from twinrl.machine import tensors as safetensors
+
+SILENT_SECONDS = 5.0
+"""A longer wait for another process is said."""
 
 
 def content_hash(tensors: Mapping[str, Mapping[str, Tensor]], texts: object) -> str:
@@ -42,7 +46,11 @@ def publish(path: Path, write: Callable[[Path], object]) -> None:
     if os.path.exists(path):
         return
     with _locking(path) as file:
-        files.lock(file, TimeoutError(path), patience=math.inf)
+        try:
+            files.lock(file, TimeoutError(path), SILENT_SECONDS)
+        except TimeoutError:
+            logging.getLogger(__name__).warning("another process makes %s: waiting for it", path)
+            files.lock(file, TimeoutError(path), patience=math.inf)
         if not path.exists():
             with files.publishing(path) as new:
                 write(new)

@@ -133,6 +133,7 @@ def locked(path: Path, refusal: Exception, patience: float = 0.0) -> Iterator[No
     """
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
+        check_plain(path)
         with path.open("a") as file:
             lock(file, refusal, patience)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):

@@ -112,7 +112,7 @@ def _made_of(log: Path) -> dict[str, Any]:
         with log.open("rb") as file:
             stat = os.fstat(file.fileno())
             tail = os.pread(file.fileno(), TAIL_BYTES, max(0, stat.st_size - TAIL_BYTES))
-    except OSError as error:
+    except files.GONE as error:
         raise InputError(
             f"cannot read the run log {log}", got=error.strerror, fix="name a run directory that has one"
         ) from error

@@ -10,6 +10,7 @@
     evaluation/      of ``twinrl evaluate``         bench.json     of ``twinrl bench``
     mlflow.json      which MLflow run shows this one
     start.json       metrics of the start weights  .lock          held by the process that trains the run
+    .mlflow.lock     held by the process that publishes the run, while it does
 
 Imports neither torch nor pandas, so that studies and analysis read runs through it, too.
 """
@@ -36,7 +37,7 @@ RING, CAPSULES, EVENT = "ring", "capsules", "event.json"
 SAMPLES, RANKS = "samples", "ranks"
 EVALUATION, TABLE, SAMPLERS, BENCH = "evaluation", "table.json", "samplers.json", "bench.json"
 MLFLOW, START = "mlflow.json", "start.json"
-LOCK = ".lock"
+LOCK, MLFLOW_LOCK = ".lock", ".mlflow.lock"
 
 SEED = re.compile(r"^seed: (\d+)\n", re.MULTILINE)
 STEP = "step-"
@@ -216,18 +217,29 @@ def read_result(run: Path) -> dict[str, Any] | None:
         InputError: the file is damaged.
     """
     try:
-        result = stored.read(run / RESULT, _Result, f"delete it: `twinrl resume {run}` then makes it again")
+        result = stored.read(run / RESULT, _Result, _make_again(run))
     except FileNotFoundError:
         return None
     return result.model_dump(exclude_unset=True)
+
+
+def damaged_result(run: Path, got: str) -> InputError:
+    """The refusal of a result that holds something else than was written."""
+    return InputError(f"{run / RESULT} is damaged", got=got, fix=_make_again(run))
+
+
+def _make_again(run: Path) -> str:
+    return f"delete it: `twinrl resume {run}` then makes it again"
 
 
 class _Result(BaseModel):
     """What every ``result.json`` holds, whatever else is in it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-    status: str
+    status: Literal["finished", "stopped", "diverged"]
     step: NonNegativeInt
+    message: str = ""
+    table: dict[str, Any] | None = None
 
 
 def write_metrics(run: Path) -> Path:

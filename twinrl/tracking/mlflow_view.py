@@ -18,7 +18,8 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,8 @@ class MLflowView:
         tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for later publications.
         total: planned iterations; default: ``train.steps`` of the configuration.
         quiet: no warning when MLflow is away: the caller says it.
+        configured: the store that the configuration of a run that goes on names. Anybody may have written it: without
+            a ``uri`` it has to be the one that was asked for here, which :meth:`begin` has noted.
 
     *When to use*: on rank 0, with :meth:`publish_through` right after each checkpoint is on disk.
     """
@@ -131,9 +134,10 @@ class MLflowView:
         tags: Mapping[str, object] | None = None,
         total: int | None = None,
         quiet: bool = False,
+        configured: str | None = None,
     ):
         self._dir = Path(run_dir)
-        self._aim = (uri, experiment, dict(tags or {}), total)
+        self._aim = (uri, experiment, dict(tags or {}), total, configured)
         self._publisher: Publisher | None = None
         self._away, self._quiet = False, quiet
 
@@ -141,6 +145,16 @@ class MLflowView:
     def run_id(self) -> str | None:
         """Id of the MLflow run; None until something was published."""
         return self._publisher.run_id if self._publisher else None
+
+    def begin(self) -> None:
+        """Note for a new run which store was asked for here, so that it goes on there however early it ends."""
+        uri, *_ = self._aim
+        if uri is not None:
+            with suppress(OSError, InputError):
+                state = ViewState.load(self._dir)
+                moved.find_again(state)
+                state.asked_for = uri
+                state.save()
 
     def publish_through(self, offset: int) -> bool:
         """Publish the rows up to byte ``offset`` of ``RunLog.sync``; False if MLflow does not have them."""
@@ -165,7 +179,7 @@ class MLflowView:
         failures: tuple[type[Exception], ...] = (ImportError, OSError, InputError)
         try:
             failures += store.failures()
-            with store.impatient():
+            with store.impatient(), _alone_with(self._dir):
                 self._publisher = self._publisher or _open(self._dir, *self._aim)
                 self._publisher.advance(_length(self._dir) if offset is None else offset)
                 if status:
@@ -206,7 +220,7 @@ def publish(
     length = _length(folder)
     _check_readable(folder)
     try:
-        with store.impatient():
+        with store.impatient(), _alone_with(folder):
             publisher = _open(folder, tracking_uri, experiment, tags or {}, None)
             publisher.advance(length)
             if final:
@@ -240,12 +254,29 @@ def _status(folder: Path) -> str:
     return "FAILED" if result["status"] == "diverged" else "FINISHED"
 
 
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Inside, no other process publishes this run: of two that find no MLflow run each would make one."""
+    busy = InputError(f"another process publishes {folder}", fix="wait for it to end, then publish again")
+    with ExitStack() as stack:
+        with suppress(OSError):  # of a folder that cannot be written the bookkeeping says it
+            stack.enter_context(files.alone(folder / layout.MLFLOW_LOCK, busy, store.STORE_PATIENCE_SECONDS))
+        yield
+
+
 def _open(
-    folder: Path, uri: str | None, experiment: str | None, tags: Mapping[str, object], total: int | None
+    folder: Path,
+    uri: str | None,
+    experiment: str | None,
+    tags: Mapping[str, object],
+    total: int | None,
+    configured: str | None = None,
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = ViewState.load(folder)
     moved.find_again(state)
+    if uri is None:
+        moved.check_configured(state, configured)
     if uri is None and state.asked_for is not None:
         moved.check_there(state, state.asked_for)
     state.asked_for = uri or state.asked_for
@@ -269,7 +300,9 @@ def planned(folder: Path) -> int:
 
 
 def brief(error: Exception) -> str:
-    """The first line of an error's message, shortened; its type where there is no message."""
+    """The first line of an error's message, shortened unless it is ours; its type where there is no message."""
+    if isinstance(error, InputError):
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{store.shown(lines[0]):.160}" if lines else type(error).__name__
 

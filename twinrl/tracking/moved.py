@@ -37,6 +37,21 @@ def copied(state: ViewState) -> bool:
     return False
 
 
+def published(folder: Path) -> ViewState | None:
+    """What shows a run directory in MLflow; None where nothing does, or what it says of that is not to be followed.
+
+    Raises:
+        InputError: its bookkeeping is damaged.
+    """
+    state = ViewState.load(folder)
+    find_again(state)
+    if state.store is None or state.run_id is None or is_strange(state.store, state.home, state.here):
+        return None
+    beside = store.shown(store.default_uri(folder.resolve().parent))
+    by_default = state.asked_for is None and store.sqlite_path(state.store) is not None
+    return None if by_default and _moved(state) and state.store != beside else state
+
+
 def is_strange(uri: str, home: object, here: str) -> bool:
     """Whether what a run directory says of its store is not to be followed: a server that it names although it was
     not published from ``here`` may be anybody's, and is sent reports, and this user's token.
@@ -53,6 +68,18 @@ def check_own(state: ViewState, uri: str) -> None:
     if is_strange(uri, state.home, state.here):
         raise InputError(
             f"{state.folder} comes from elsewhere and names the MLflow store {store.shown(uri)}",
+            fix="name it with --tracking-uri if you trust it",
+        )
+
+
+def check_configured(state: ViewState, uri: str | None) -> None:
+    """Raises InputError where the configuration of a run that goes on names a store (``uri``), and nobody has asked for
+    any here; the one of the environment may be named."""
+    if uri is None or state.asked_for is not None:
+        return
+    if store.shown(uri) != store.shown(os.environ.get("MLFLOW_TRACKING_URI", "")):
+        raise InputError(
+            f"{state.folder} comes with a configuration that names the MLflow store {store.shown(uri)}",
             fix="name it with --tracking-uri if you trust it",
         )
 

@@ -112,7 +112,7 @@ def connect(uri: str) -> Any:
         with impatient():
             return mlflow.MlflowClient(tracking_uri=uri)
     with impatient(), _alone_with(database):
-        if database.stat().st_size == 0:
+        if not database.exists() or database.stat().st_size == 0:
             _make(database)
         _check_own(database)
         client = mlflow.MlflowClient(tracking_uri=uri)
@@ -136,7 +136,7 @@ def _make(database: Path) -> None:
     import mlflow
 
     empty = files.cache_dir() / f"mlflow-{mlflow.__version__}.db"
-    with files.publishing(database) as new:
+    with _nothing_left(database), files.publishing(database) as new:
         try:
             _copy(empty, new)
         except (OSError, sqlite3.Error):  # none yet, or a damaged one
@@ -145,6 +145,17 @@ def _make(database: Path) -> None:
                 empty.parent.mkdir(parents=True, exist_ok=True)
                 with files.publishing(empty) as kept:
                     _copy(new, kept)
+
+
+@contextmanager
+def _nothing_left(database: Path) -> Iterator[None]:
+    """Where the block fails, as on a full disk, the empty file that :func:`probe` has made goes away."""
+    try:
+        yield
+    except BaseException:
+        if database.is_file() and database.stat().st_size == 0:
+            database.unlink()
+        raise
 
 
 def _copy(store: Path, new: Path) -> None:

@@ -46,6 +46,7 @@ def located(subject: str, uri: str | None) -> tuple[str, str | None]:
     path = Path(subject)
     if layout.is_run(path):
         state = ViewState.load(path)
+        moved.find_again(state)
         if uri is None and state.store is not None:
             moved.check_own(state, state.store)
         return store.resolve(uri or state.store, path.resolve().parent), None

@@ -176,6 +176,19 @@ class RunDirectory:
             fix=f"`twinrl resume {self.path}` goes on, --fresh starts over",
         )
 
+    def refuse_remains(self) -> None:
+        """Raises InputError where no run is, but files are: one whose configuration is lost, or somebody's own."""
+        if self.exists or not self.path.is_dir():
+            return
+        begun = (layout.ENVIRONMENT, layout.MLFLOW)  # what a process leaves that is killed before its run exists
+        for found in sorted(self.path.iterdir()):
+            folder = found.is_dir() and not any(found.iterdir())
+            if not (folder or found.name in begun or found.name.startswith(".")):
+                raise InputError(
+                    f"{self.path} is no run, and not empty", got=f"{found.name} without {layout.CONFIG}",
+                    fix=f"restore {layout.CONFIG} and resume, or move the folder away",
+                )  # fmt: skip
+
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, the mark of a finished run."""
         files.write_text(self.path / layout.RESULT, json.dumps(result, indent=1, allow_nan=False) + "\n")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Protocol
 
+from twinrl.config.errors import InputError
 from twinrl.fsdp.ranks import Ranks
 from twinrl.run import checkpoints
 from twinrl.run.checkpoints import Checkpoint, SaveError
@@ -65,6 +66,20 @@ class Saver:
             self.ranks.save(*where)
             self._tell(offsets[0])
         self.newest = iteration
+
+    def check_never_saved(self) -> None:
+        """Raises InputError where no checkpoint is there and the log is longer than until the first one was due.
+
+        A start from the beginning would cut that log off.
+        """
+        if self.config.on_error == "continue" or not self.run.log.is_file():
+            return
+        made = self.run.log.read_bytes().count(b"\n")
+        if made > self.config.every * (2 if self.config.asynchronous else 1):
+            raise InputError(
+                f"the checkpoints of {self.run.path} are gone", got=f"a log of {made} steps",
+                fix=f"put them back, or delete {self.run.log} to start from the beginning",
+            )  # fmt: skip
 
     def settle(self) -> None:
         """Wait for the checkpoint that is being written, if there is one. Raises SaveError if it could not be."""

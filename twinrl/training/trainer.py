@@ -411,10 +411,11 @@ class Trainer:
         """Continue from the newest checkpoint, or from the start if there is none; logs are cut back to it.
 
         Raises:
-            InputError: the checkpoint is corrupted, foreign, or made with another configuration or other data.
+            InputError: the checkpoint is corrupted, foreign, gone, or made with another configuration or other data.
         """
         newest = layout.newest(self.run.checkpoints)
         if newest is None:
+            self.saver.check_never_saved()
             self.log.trim(0)
             self.events.trim(0)
             return
