@@ -48,7 +48,9 @@ class Interval:
     level: float = LEVEL
 
     def __str__(self) -> str:
-        return f"{number(self.estimate)} [{number(self.low)}, {number(self.high)}]"
+        """With its bounds; of runs that fell there are none."""
+        bounds = "" if math.isinf(self.estimate) else f" [{number(self.low)}, {number(self.high)}]"
+        return f"{number(self.estimate)}{bounds}"
 
 
 def number(value: float, digits: int = 3) -> str:
