@@ -39,10 +39,13 @@ def copied(state: ViewState) -> bool:
 
 def published(folder: Path) -> ViewState | None:
     """What shows a run directory in MLflow; None where nothing does, or what it says of that is not to be followed.
+    Another program's log is no folder, and nowhere shown.
 
     Raises:
         InputError: its bookkeeping is damaged.
     """
+    if not folder.is_dir():
+        return None
     state = ViewState.load(folder)
     find_again(state)
     if state.store is None or state.run_id is None or is_strange(state.store, state.home, state.here):
