@@ -9,14 +9,12 @@ beside the run directories while it trains; the output is kept in ``<run directo
 import math
 import os
 import socket
-import traceback
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from twinrl import config
@@ -28,6 +26,8 @@ from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh, restart
 from twinrl.machine import cluster
 from twinrl.machine.background import in_background
+from twinrl.machine.consoles import Console
+from twinrl.machine.streams import show_traceback
 from twinrl.run.layout import RANKS
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -164,6 +164,6 @@ def work(told: dict[str, Any]) -> int | InputError:
         except InputError as error:
             output.truncate(before)  # of a run whose training is refused nothing is to change
             return error
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            show_traceback(error)
             raise

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, known
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
@@ -250,6 +250,8 @@ def _open(
         moved.check_there(state, state.asked_for)
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
+    if store.sqlite_path(where) is None:
+        known.note(where)
     fits, stays = state.fits(folder / layout.LOG), state.store == store.shown(where)
     if state.run_id is not None and not (fits and stays):
         store.reach(where)  # before the bookkeeping of the store that has the run is given up
