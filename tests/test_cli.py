@@ -389,6 +389,11 @@ def test_resume_with_a_changed_configuration(twinrl: Any, interrupted: RunDirect
     refused(twinrl("resume", str(interrupted.path)), "has changed", "other values of optim.lr", "fix: restore them")
 
 
+def test_what_a_run_says_does_not_steer_the_terminal(twinrl: Any, interrupted: RunDirectory) -> None:
+    (interrupted.path / "result.json").write_text(json.dumps({"status": "\x1b]52;c;bGk=\x07", "step": 1}))
+    assert r"has \x1b]52;c;bGk=\x07 after 1 steps" in twinrl("resume", str(interrupted.path)).out
+
+
 def test_resume_with_a_broken_configuration(twinrl: Any, interrupted: RunDirectory) -> None:
     path = interrupted.path / "config.yaml"
     path.write_text(path.read_text() + "more: 1\n")
