@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 
 from ablations import display, reporting, runner, versions
@@ -24,6 +23,7 @@ from twinrl.commands import program
 from twinrl.config.errors import InputError
 from twinrl.machine.background import in_background
 from twinrl.machine.cluster import LostError
+from twinrl.machine.consoles import Console
 from twinrl.tracking import store
 from twinrl.tracking.studies import WORKSPACE
 

@@ -31,8 +31,6 @@ from twinrl.tracking.mlflow_view import MLflowView
 EXPERIMENT = studies.EXPERIMENT
 STUDY_KEY_TAG = "twinrl.study_key"
 NOTE_TAG = "mlflow.note.content"
-SERVER = "http://127.0.0.1:5000"
-"""Where ``twinrl ui`` serves by default."""
 LIVE_SECONDS = 10
 PAUSE_SECONDS = 60
 """How long nothing is shown live after the store did not answer; the end of the study catches up."""
@@ -332,7 +330,7 @@ class StudyView:
     @property
     def _base(self) -> str:
         """The address of the store's pages."""
-        return self.uri.rstrip("/") if self.uri.startswith("http") else SERVER
+        return store.pages(self.uri)
 
 
 def _page_key(study: str, page: str) -> str:

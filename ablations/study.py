@@ -266,6 +266,10 @@ class Study:
         return schema.made(*self._base, [_assignment(key, value) for key, value in values.items()])
 
     def _arm(self, name: str, chosen: Mapping[str, Any]) -> Arm:
+        if not name or not name.isprintable():
+            raise InputError(
+                f"study {self.name}: {name!r:.100} can't be the name of an arm", expected="one line of text"
+            )
         levels = {factor: str(level) for factor, level in chosen.items() if factor in self.factors}
         own = {key: value for key, value in chosen.items() if key not in self.factors}
         return Arm(name, levels, self._load(f"arm {name}", self._overrides(levels) | own))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from twinrl.machine.streams import say
 from twinrl.machine.text import printable
 from twinrl.tracking.store import without_password
 
@@ -81,11 +82,11 @@ def notebook(
     try:
         notebooks.execute(copied)
     except notebooks.CellError as error:
-        typer.echo(f"twinrl: {error}", err=True)
+        say(str(error))
         raise typer.Exit(1) from error
-    typer.echo(f"notebook: {copied}")
+    typer.echo(printable(f"notebook: {copied}"))
     viewer = notebooks.viewer()
     if show and viewer and sys.stdout.isatty():
         subprocess.run([*viewer, str(copied)], check=False)
     elif not viewer:
-        typer.echo(f"to open it: {notebooks.INSTALL}, then jupyter lab {copied}")
+        typer.echo(printable(f"to open it: {notebooks.INSTALL}, then jupyter lab {copied}"))

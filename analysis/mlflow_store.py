@@ -22,7 +22,6 @@ NONFINITE_PREFIX = "nonfinite/"
 MOST_LINKS = 60
 STATUS = {"FINISHED": "finished", "FAILED": "diverged"}
 """How a run ended by MLflow's status, where no tag says it."""
-LOCAL = "http://127.0.0.1:5000"
 
 
 def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -39,7 +38,7 @@ def mlflow_links(runs: Sequence[Run]) -> list[tuple[str, str]]:
     uri = stores.pop()
     if _is_gone(uri):
         return []
-    base = uri if uri.startswith("http") else LOCAL
+    base = store.pages(uri)
     failures: tuple[type[Exception], ...] = store.failures()
     try:
         with store.impatient():
@@ -79,7 +78,7 @@ def log_report(runs: Sequence[Run], folder: Path, name: str) -> str | None:
             pictures.show(client, target.info.run_id, sorted(folder.glob("figures/*.png")), FOLDER)
     except failures:
         return None
-    return ui.run_url(uri if uri.startswith("http") else LOCAL, target.info.experiment_id, target.info.run_id)
+    return ui.run_url(store.pages(uri), target.info.experiment_id, target.info.run_id)
 
 
 def _above(run: Callable[[str], Any], states: Sequence[ViewState]) -> Any | None:

@@ -6,6 +6,8 @@ a run of somebody else's may come with a notebook of theirs, whose code would ru
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.machinery import all_suffixes
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,7 @@ SUBJECTS = {"spikes": "RUN", "arms": "STUDY"}
 """Notebook → the name that stands for its run or study in the first code cell."""
 INSTALL = "pip install 'twinrl[notebook]'"
 SECONDS_A_CELL = 600
+AGAIN = "--fresh replaces it"
 
 
 class CellError(Exception):
@@ -44,6 +47,7 @@ def copy(kind: str, subject: Path, fresh: bool = False) -> Path:
     if target.exists() and not fresh:
         _check_own(target)
     else:
+        _check_alone(target)
         notebook = nbformat.read(SOURCES / f"{kind}.ipynb", as_version=4)
         first = next(cell for cell in notebook.cells if cell.cell_type == "code")
         about = f"{SUBJECTS[kind]} = Path({str(subject)!r})"
@@ -104,20 +108,36 @@ def _check(kind: str, subject: Path) -> None:
         )  # fmt: skip
 
 
+def _check_alone(target: Path) -> None:
+    """Raises InputError where a folder that this user has no notebook in holds code: the kernel works there, and would
+    import it in the place of libraries."""
+    with suppress(InputError):
+        if target.exists() and _is_own(target):
+            return
+    for path in sorted(target.parent.glob("*")):
+        package = path.is_dir() and path.name.isidentifier() and path.name != "__pycache__"
+        if package or path.name.endswith(tuple(all_suffixes())):
+            raise InputError(f"a notebook would import code of {target.parent}", got=path, fix="read it, and move it")
+
+
 def _check_own(path: Path) -> None:
-    """Raises InputError where a notebook lacks this user's signature, which Jupyter renews when it saves one."""
+    """Raises InputError where a notebook is not signed by this user."""
+    if not _is_own(path):
+        fix = f"read its code, then `jupyter trust {path}` to run it; {AGAIN}"
+        raise InputError(f"{path} is not signed by you", fix=fix)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a notebook has this user's signature, which Jupyter renews when it saves one. Raises InputError where it
+    is none."""
     import nbformat
     from nbformat.reader import NotJSONError
     from nbformat.sign import NotebookNotary
 
-    again = "--fresh replaces it"
     try:
-        own = NotebookNotary().check_signature(nbformat.read(path, as_version=4))
+        return bool(NotebookNotary().check_signature(nbformat.read(path, as_version=4)))
     except (NotJSONError, nbformat.ValidationError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no notebook", got=f"{type(error).__name__}: {error!s:.80}", fix=again) from error
-    if not own:
-        fix = f"read its code, then `jupyter trust {path}` to run it; {again}"
-        raise InputError(f"{path} is not signed by you", fix=fix)
+        raise InputError(f"{path} is no notebook", got=f"{type(error).__name__}: {error!s:.80}", fix=AGAIN) from error
 
 
 def _write(notebook: "NotebookNode", target: Path) -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
+from urllib.parse import quote
 
 from analysis.intervals import Interval, number
 from twinrl.machine import files
+from twinrl.machine.text import harmless
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +45,9 @@ MOST_ROWS = 60
 """Rows of a table on a page; a longer one is in a file beside it."""
 PICTURE_BYTES = 600_000
 """Pictures of samples inside a page; further ones are linked."""
+ADDRESS = "/:?#[]@!$&'*+,;=%~"
+"""What addresses are made of beside letters; brackets would end them."""
+MARKUP = {"<": "&lt;", "]": "&#93;"}
 MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg"}
 
 
@@ -151,14 +156,14 @@ class Page:
         markdown, page = folder / "report.md", folder / "report.html"
         for table in (block for block in self.blocks if isinstance(block, Table) and block.file):
             (folder / table.file).parent.mkdir(exist_ok=True)
-            files.write_text(folder / table.file, table.frame.map(cell).to_csv(index=False))
-        files.write_text(markdown, self.markdown(folder))
-        files.write_text(page, self.html(folder))
+            files.write_text(folder / table.file, harmless(table.frame.map(cell).to_csv(index=False)))
+        files.write_text(markdown, harmless(self.markdown(folder)))
+        files.write_text(page, harmless(self.html(folder)))
         return markdown, page
 
     def markdown(self, folder: Path) -> str:
         """The page as Markdown, its images referred to relative to ``folder``."""
-        return "\n\n".join([f"# {self.title}", *(_markdown(block, folder) for block in self.blocks)]) + "\n"
+        return "\n\n".join([f"# {_plain(self.title)}", *(_markdown(block, folder) for block in self.blocks)]) + "\n"
 
     def html(self, folder: Path) -> str:
         """The page as HTML with style and images inside; what is too much for a page is linked, as in ``folder``."""
@@ -194,27 +199,33 @@ def _is_numeric(column: "pd.Series") -> bool:
 def _markdown(block: PageBlock, folder: Path) -> str:
     match block:
         case Heading(text, level):
-            return f"{'#' * level} {text}"
+            return f"{'#' * level} {_plain(text)}"
         case Text(text, note):
-            return f"*{text}*" if note else text
+            return f"*{_plain(text)}*" if note else _plain(text)
         case Answered(text, question):
-            return "\n\n".join([*([question] if question else []), f"**{text}**"])
+            return "\n\n".join([*([_plain(question)] if question else []), f"**{_plain(text)}**"])
         case Table(frame):
             more = f"\n\n{block.said} [{block.file}]({block.file})" if block.file else ""
             return _markdown_table(frame[:MOST_ROWS]) + more
         case Picture(path, caption):
+            caption = _plain(caption)
             return f"![{caption}]({_relative(path, folder)})" + (f"\n\n{caption}" if caption else "")
         case Gallery(pictures):
             return "\n\n".join(_markdown(picture, folder) for picture in pictures)
         case Links(targets):
-            return "\n".join(f"- [{name}]({address})" for name, address in targets)
+            return "\n".join(f"- [{_plain(name)}]({quote(address, safe=ADDRESS)})" for name, address in targets)
         case Facts(pairs):
-            return "\n\n".join(f"**{question}** {answer}" for question, answer in pairs)
+            return "\n\n".join(f"**{_plain(question)}** {_plain(answer)}" for question, answer in pairs)
+
+
+def _plain(text: str) -> str:
+    """A text of one line that makes no elements, links or pictures, whatever names are in it."""
+    return re.sub(r"<(?=[A-Za-z/!?])|\](?=[(\[:])|\s*\n\s*", lambda found: MARKUP.get(found[0], " "), text)
 
 
 def _markdown_table(frame: "pd.DataFrame") -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |"
+        return "| " + " | ".join(_plain(text).replace("|", "\\|") for text in cells) + " |"
 
     rule = ["--:" if _is_numeric(frame[name]) else ":--" for name in frame.columns]
     rows = [[cell(value) for value in row] for row in frame.itertuples(index=False)]
@@ -224,7 +235,6 @@ def _markdown_table(frame: "pd.DataFrame") -> str:
 def _relative(path: Path, folder: Path) -> str:
     """An address that is a file's, whatever it is called."""
     import os
-    from urllib.parse import quote
 
     return quote(os.path.relpath(path, folder).replace(os.sep, "/"), errors="surrogateescape")
 

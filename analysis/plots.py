@@ -46,6 +46,7 @@ def save(figure: "Figure", path: Path) -> Path:
     import matplotlib
 
     page, picture = path.with_suffix(".pdf"), io.BytesIO()
+    _take_literally(figure)
     with matplotlib.rc_context({"svg.hashsalt": "twinrl", "pdf.fonttype": 42}):
         figure.savefig(picture, format="svg", facecolor="white", metadata={"Date": None})
         if not (page.is_file() and path.is_file() and path.read_bytes() == picture.getvalue()):
@@ -57,6 +58,19 @@ def save(figure: "Figure", path: Path) -> Path:
             with files.publishing(path) as new:
                 new.write_bytes(picture.getvalue())
     return path
+
+
+def _take_literally(figure: "Figure") -> None:
+    """Names are no formulas, whatever dollars are in them; the numbers of a logarithmic axis are."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import LogFormatter
+
+    axes = [axis for each in figure.axes for axis in (each.xaxis, each.yaxis)]
+    powers = [axis for axis in axes if isinstance(axis.get_major_formatter(), LogFormatter)]
+    formulas = {label for axis in powers for label in axis.get_ticklabels(which="both")}
+    for text in figure.findobj(Text):
+        if text not in formulas:
+            text.set_parse_math(False)
 
 
 def quiet_axes(

@@ -64,3 +64,11 @@ def lab():
     from twinrl.lab import load_lab
 
     return load_lab(progress=False)
+
+
+@pytest.fixture(autouse=True)
+def _servers_of_tests_alone(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests name as servers is not what their user has named."""
+    from twinrl.machine import known
+
+    monkeypatch.setattr(known, "place", lambda: tmp_path_factory.getbasetemp() / "servers")

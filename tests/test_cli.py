@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -390,6 +389,11 @@ def test_resume_with_a_changed_configuration(twinrl: Any, interrupted: RunDirect
     refused(twinrl("resume", str(interrupted.path)), "has changed", "other values of optim.lr", "fix: restore them")
 
 
+def test_what_a_run_says_does_not_steer_the_terminal(twinrl: Any, interrupted: RunDirectory) -> None:
+    (interrupted.path / "result.json").write_text(json.dumps({"status": "\x1b]52;c;bGk=\x07", "step": 1}))
+    assert r"has \x1b]52;c;bGk=\x07 after 1 steps" in twinrl("resume", str(interrupted.path)).out
+
+
 def test_resume_with_a_broken_configuration(twinrl: Any, interrupted: RunDirectory) -> None:
     path = interrupted.path / "config.yaml"
     path.write_text(path.read_text() + "more: 1\n")
@@ -399,28 +403,6 @@ def test_resume_with_a_broken_configuration(twinrl: Any, interrupted: RunDirecto
 def test_resume_with_a_log_that_lost_rows(twinrl: Any, interrupted: RunDirectory) -> None:
     interrupted.log.write_bytes(interrupted.log.read_bytes()[:300])
     refused(twinrl("resume", str(interrupted.path)), "log.jsonl", "does not belong to this checkpoint", "fix: ")
-
-
-@pytest.mark.slow
-def test_resume_does_not_follow_a_server_that_comes_with_the_run(
-    twinrl: Any, interrupted: RunDirectory, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It would be sent this user's token."""
-    config = interrupted.path / layout.CONFIG
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        uri = f"http://127.0.0.1:{server.getsockname()[1]}"
-        text = config.read_text().replace("mlflow: false\n  uri: null", f"mlflow: true\n  uri: {uri}")
-        assert uri in text
-        config.write_text(text)
-        assert twinrl("resume", str(interrupted.path)).code == 0
-        server.settimeout(0)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert f"comes with a configuration that names the MLflow store {uri}; fix: name it with" in caplog.text
-    assert f"Publish the run later: twinrl publish {interrupted.path}" in caplog.text
-
-
-# --- how runs end ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 the run failed or diverged under a stop policy, 2 the input 
 
 import os
 import sys
-import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +17,7 @@ from twinrl.config.components import ComponentError, failures_named, look_in
 from twinrl.config.errors import DISK, InputError, of_system, of_threads
 from twinrl.machine import streams
 from twinrl.machine.memory import end_without_search, importing
-from twinrl.tracking.store import shown, without_password
+from twinrl.tracking.store import without_password
 
 app = typer.Typer(
     add_completion=False,
@@ -366,7 +365,7 @@ def doctor(
 
 def _console():  # no return type: it would import rich.console at start
     """Prints names and messages as they are."""
-    from rich.console import Console
+    from twinrl.machine.consoles import Console
 
     return Console(soft_wrap=True, markup=False, emoji=False)
 
@@ -387,11 +386,6 @@ def _find_own_classes() -> None:
         look_in(here)
 
 
-def _show_traceback(error: BaseException) -> None:
-    """On stderr, without the passwords of addresses that are in it."""
-    sys.stderr.write(shown("".join(traceback.format_exception(error))))
-
-
 def main() -> None:
     """Entry point: an :class:`InputError` becomes one line on stderr and exit code 2; so does what the system says of
     a file, with 1 where a disk is to blame, and that it starts no more threads or processes.
@@ -408,7 +402,7 @@ def main() -> None:
             app()
     except InputError as error:
         if debug:
-            _show_traceback(error)
+            streams.show_traceback(error)
         if os.environ.get("RANK", "0") == "0" or isinstance(error, ComponentError):
             streams.say(str(error))
         sys.exit(2)
@@ -416,13 +410,13 @@ def main() -> None:
         if error.errno is None:  # of a library, which has its own words
             raise
         if debug:
-            _show_traceback(error)
+            streams.show_traceback(error)
         streams.say(of_system(error))
         sys.exit(1 if error.errno in DISK else 2)
     except RuntimeError as error:
         if (said := of_threads(error)) is None:
             raise
         if debug:
-            _show_traceback(error)
+            streams.show_traceback(error)
         streams.say(said)
         sys.exit(2)

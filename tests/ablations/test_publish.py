@@ -320,6 +320,12 @@ def test_a_store_that_is_away_is_left_alone_for_a_while(
     assert len(view.client.search_runs([view.experiment], filter_string="tags.seed LIKE '%'")) == 4
 
 
+def test_links_of_a_study_hold_no_password() -> None:
+    view = StudyView.__new__(StudyView)
+    view.uri = "http://me:pw-handed@host:5000/"
+    assert view._base == "http://host:5000"
+
+
 def test_a_foreign_store_is_refused(tmp_path: Path, workspace: Workspace) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but a text that is long enough to be read as one" * 20)
     with pytest.raises(InputError, match="can't be used"):
@@ -356,7 +362,7 @@ def test_the_page_that_a_study_links_to_draws_norms_by_term_and_arm(
     """Every arm by its levels with its band in a chart a term, logarithmic; no chart is empty."""
     view, server = summarised
     (study,) = view.client.search_runs([view.experiment], filter_string="tags.level = 'study'")
-    browser.get(study.data.tags["compare"].replace(publish.SERVER, server.url))
+    browser.get(study.data.tags["compare"].replace(store.LOCAL, server.url))
     arms, owners = ("rate=small", "rate=large"), ("total", "base", "adversarial", "rectify")
     shown = [names.VAL_QUALITY, *(names.grad(owner, "norm_raw") for owner in owners)]
     expected = {f"{arm} · 2 seeds ({band})" for arm in arms for name in shown for band in pages.bands(name)}

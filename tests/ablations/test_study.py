@@ -67,6 +67,8 @@ WRONG = {
     },
     "can't be the name of a level of rate": {"factors": {"rate": RATES | {"../up": {"optim.lr": 1e-4}}}},
     r"'two\nlines' can't be the name": {"factors": {"rate": RATES | {"two\nlines": {"optim.lr": 1e-4}}}},
+    r"'two\nlines' can't be the name of an arm": {"design": {"kind": "arms", "arms": {"two\nlines": {}}}},
+    r"'\x1b[2J' can't be the name of an arm": {"design": {"kind": "arms", "arms": {"\x1b[2J": {}}}},
     "distinct seeds": {"seeds": [1, 1]},
     "unknown design 'latin'": {"design": {"kind": "latin"}},
     "no fraction of 1": {"design": {"kind": "fractional_factorial"}},

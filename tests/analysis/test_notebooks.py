@@ -156,6 +156,28 @@ def test_a_notebook_that_came_with_a_run_is_not_executed(app: typer.Typer, tmp_p
     assert theirs.read_bytes() == before
 
 
+@pytest.mark.parametrize("brought", ["analysis.py", "pandas/__init__.py", "matplotlib.so"])
+def test_code_that_came_with_a_run_is_not_imported(brought: str, tmp_path: Path) -> None:
+    """The kernel works in the copy's folder, which is before the libraries on its path."""
+    folder = simulated.make_run(tmp_path)
+    theirs = folder / notebook.FOLDER / brought
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("1 / 0")
+    for fresh in (False, True):
+        with pytest.raises(
+            InputError, match=rf"would import code .*{brought.partition('/')[0]}; fix: read it, and move it"
+        ):
+            notebook.copy("spikes", folder, fresh)
+    theirs.unlink()
+    if theirs.parent.name != notebook.FOLDER:
+        theirs.parent.rmdir()
+    (folder / notebook.FOLDER / "notes.txt").touch()
+    notebook.copy("spikes", folder)
+    (folder / notebook.FOLDER / "mine.py").touch()  # beside a copy of one's own it is one's own
+    notebook.copy("spikes", folder)
+    notebook.copy("spikes", folder, fresh=True)
+
+
 def test_a_damaged_notebook_is_named(tmp_path: Path) -> None:
     folder = simulated.make_run(tmp_path)
     copied = notebook.copy("spikes", folder)

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import typer
+from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from analysis import cli, plots
 from analysis import page as page_module
 from analysis.intervals import Interval
-from analysis.page import Gallery, Heading, Links, Page, Picture, Table, Text, cell
+from analysis.page import Answered, Facts, Gallery, Heading, Links, Page, Picture, Table, Text, cell
 from analysis.report import report
 from tests.analysis import simulated
 from tests.tracking import stores
@@ -136,6 +137,16 @@ def test_a_figure_that_is_drawn_again_is_the_same(tmp_path: Path) -> None:
     for kind in (".svg", ".pdf"):
         first, second = ((tmp_path / name).with_suffix(kind).read_bytes() for name in ("first.svg", "second.svg"))
         assert first == second
+
+
+@pytest.mark.slow
+def test_a_name_is_no_formula(tmp_path: Path) -> None:
+    """Neither shown as one nor refused for being a wrong one; the numbers of a logarithmic axis are formulas."""
+    names = (r"a$_b$", r"$\frac{$", "$")
+    figure = plots.forest({name: Interval(1.0, 0.01, 99.0, 5, "") for name in names}, names[1], log_scale=True)
+    drawn = plots.save(figure, tmp_path / "a.svg").read_text()
+    assert [name for name in names if f"<!-- {name} -->" not in drawn] == []
+    assert "mathdefault" in drawn
 
 
 @pytest.mark.slow
@@ -350,6 +361,28 @@ def test_text_cannot_break_a_page(tmp_path: Path) -> None:
     markdown = page.markdown(tmp_path)
     assert "| arm\\|x | value |" in markdown
     assert "](a%20b.png)" in markdown
+
+
+def test_names_make_no_elements_links_or_lines_of_a_markdown_page(tmp_path: Path) -> None:
+    attack = "<img src=x onerror=alert(1)> ![p](http://evil) [a\\](http://evil) [b][c]\n\n# h\n[c]: http://evil <!-- "
+    table = pd.DataFrame({attack: [attack]})
+    links = Links([(attack, "http://x/a)![p](http://evil)")])
+    blocks = [Heading(attack), Text(attack), Answered(attack, attack), Table(table), Facts([(attack, attack)]), links]
+    page = Page(attack, blocks)
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.markdown(tmp_path))
+    kinds = [inner.type for token in tokens for inner in [token, *(token.children or [])]]
+    assert not {"html_inline", "html_block", "image"} & set(kinds)
+    assert kinds.count("link_open") == 1
+    assert kinds.count("heading_open") == 2
+
+
+def test_what_cannot_be_written_or_would_steer_is_escaped_in_files(tmp_path: Path) -> None:
+    """As of a run's folder whose name is no UTF-8."""
+    Page("run-\udcff\x1b[2J", [Text("\u202e\0")]).write(tmp_path)
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert r"run-\xff\x1b[2J" in text
+        assert r"\u202e\x00" in text
 
 
 def test_a_link_to_a_file_runs_nothing_whatever_it_is_called(tmp_path: Path) -> None:

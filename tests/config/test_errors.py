@@ -36,3 +36,11 @@ def test_what_was_found_is_told_in_a_line_that_people_read() -> None:
     told = str(InputError("it cannot be loaded", got="x" * 5000, fix="mend it"))
     assert len(told) < 1200
     assert told.endswith("x… (of 5000 characters); fix: mend it")
+
+
+def test_no_message_holds_a_password_of_an_address() -> None:
+    """Whatever library it comes from, and wherever in it the address is."""
+    uri = "postgresql://me:pw-handed@host/db"
+    said = str(InputError(f"{uri} is away", got=OSError(f"no {uri}"), expected=uri, fix=f"use {uri}"))
+    assert "pw-handed" not in said
+    assert said.count("postgresql://me:***@host/db") == 4

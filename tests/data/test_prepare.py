@@ -396,6 +396,11 @@ def test_a_damaged_or_foreign_cache_is_one_line(folder: Path, tmp_path: Path, en
         (out / MANIFEST).write_text(content)
         with pytest.raises(InputError, match=rf"manifest\.json is damaged; got .*{said}"):
             CachedDataset(out)
+    huge = {"lengths": {"text": 10**15}, "buckets": [manifest["buckets"][0] | {"width": 10**15}]}
+    for key, value in huge.items():
+        (out / MANIFEST).write_text(json.dumps(manifest | {key: value}))
+        with pytest.raises(InputError, match=rf"manifest\.json is damaged; got {key}.*less than or equal"):
+            CachedDataset(out)
     for key in ("encoder", "content_hash", "images", "lengths", "buckets"):
         (out / MANIFEST).write_text(json.dumps(manifest | {key: [{"a": 1}]}))
         with pytest.raises(InputError, match=rf"manifest\.json is damaged; got {key}"):

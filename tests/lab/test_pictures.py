@@ -193,6 +193,22 @@ def test_what_does_not_go_together_is_refused(home, overrides, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["brought.Network", "mlpp"])
+def test_a_network_that_no_laboratory_has_is_not_looked_for(home, tmp_path, monkeypatch, kind):
+    """The laboratory may be somebody else's, and the class code that comes with it."""
+    shutil.copytree(folder_of("made"), tmp_path / "lab")
+    manifest = json.loads((tmp_path / "lab" / MANIFEST).read_text())
+    manifest["recipe"]["network"]["kind"] = kind
+    (tmp_path / "lab" / MANIFEST).write_text(json.dumps(manifest))
+    (tmp_path / "brought.py").write_text("open('proof', 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for read in (open_lab, network_of):
+        with pytest.raises(InputError, match=f"damaged: the network '{kind}', which is none of mlp"):
+            read(str(tmp_path / "lab"))
+    assert not (tmp_path / "proof").exists()
+
+
 def test_a_damaged_laboratory_is_refused(home, tmp_path):
     shutil.copytree(folder_of("made"), tmp_path / "lab")
     manifest = json.loads((tmp_path / "lab" / MANIFEST).read_text())

@@ -19,6 +19,16 @@ def test_with_devices() -> None:
     assert "passed" in said
 
 
+@pytest.mark.slow
+def test_files_of_the_working_directory_stand_for_no_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "calendar.py").write_text("open('proof', 'w')")
+    with helper.started("calendar", cache_dir(), "2026") as process:
+        said, _ = process.communicate()
+    assert "2026" in said
+    assert not (tmp_path / "proof").exists()
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(helper.shutil, "which", lambda _: None)
     with pytest.raises(InputError, match=r"C\+\+ compiler"):

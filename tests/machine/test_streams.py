@@ -69,3 +69,18 @@ def test_a_reader_that_has_gone_is_no_failure(tmp_path: Path) -> None:
 def test_letters_that_the_encoding_lacks_are_escaped(tmp_path: Path) -> None:
     done = run("print('\u2016g\u2016')", "", tmp_path, PYTHONIOENCODING="ascii")
     assert done.stdout == rb"\u2016g\u2016" + b"\n"
+
+
+@pytest.mark.parametrize("where", ["", "import threading; run = lambda what: threading.Thread(target=what).start()"])
+def test_what_nobody_has_foreseen_is_told_without_passwords(tmp_path: Path, where: str) -> None:
+    code = f"""
+run = lambda what: what()
+{where}
+def fails():
+    raise OSError("http://me:pw-handed@host is away")
+run(fails)
+"""
+    done = run(code, "", tmp_path)
+    assert b"Traceback" in done.stderr
+    assert b"OSError: http://me:***@host is away" in done.stderr
+    assert b"pw-handed" not in done.stderr.replace(b'raise OSError("http://me:pw-handed@host is away")', b"")

@@ -149,6 +149,17 @@ def test_missing_log_and_missing_folder_are_input_errors(tmp_path: Path) -> None
         RunLog(tmp_path / "absent" / "log.jsonl").sync()
 
 
+def test_a_log_that_is_a_link_is_left_alone(path: Path, tmp_path: Path) -> None:
+    """A run of somebody else's would cut a file of this user's, and write to it."""
+    mine = tmp_path / ".bashrc"
+    mine.write_text("mine\nnot ended")
+    path.symlink_to(mine)
+    for use in (lambda log: log.append({"step": 1}), lambda log: log.trim(0), lambda log: log.sync()):
+        with pytest.raises(InputError, match=r"log\.jsonl is a link; fix: put the file itself"):
+            use(RunLog(path))
+    assert mine.read_text() == "mine\nnot ended"
+
+
 def test_a_refused_trim_leaves_every_byte(path: Path, tmp_path: Path) -> None:
     write(path, 0, 3)
     with path.open("ab") as file:

@@ -150,10 +150,11 @@ def test_order_2_lists_the_times_between_twice():
 @pytest.mark.parametrize("steps", [2, 3, 4, 5])
 @pytest.mark.parametrize("order", [1, 2])
 def test_there_is_an_entry_for_every_step(order, steps):
-    """Pipelines cut a schedule by the number of steps that they asked for."""
+    """Pipelines cut a schedule by the number of steps that they asked for, in numbers or by the usual ramp."""
     scheduler = TwinFlowScheduler(order=order)
-    scheduler.set_timesteps(steps)
-    assert len(scheduler.timesteps) == len(scheduler.target_timesteps) == steps * scheduler.order
+    for told in ({"num_inference_steps": steps}, {"sigmas": np.linspace(1.0, 1 / steps, steps)}):
+        scheduler.set_timesteps(**told)
+        assert len(scheduler.timesteps) == len(scheduler.target_timesteps) == steps * scheduler.order
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -280,6 +281,7 @@ def test_starting_late_has_nothing_to_extrapolate_from():
         ({"shift": "3"}, "shift"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
         ({"num_train_timesteps": 2.5}, "num_train_timesteps"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps"),
         ({"stochastic_ratio": 2.0}, "stochastic_ratio"),
         ({"kumaraswamy": [1.0, 1.0]}, "kumaraswamy"),
     ],
@@ -296,6 +298,7 @@ def test_wrong_settings_are_refused_in_one_line(settings, word):
         ({}, "number of steps"),
         ({"num_inference_steps": 0}, "number of steps"),
         ({"num_inference_steps": "3"}, "number of steps"),
+        ({"num_inference_steps": 10**12}, "number of steps"),
         ({"sigmas": 5.0}, "no list of times"),
         ({"timesteps": []}, "no list of times"),
         ({"sigmas": ["a"]}, "no numbers"),

@@ -688,10 +688,32 @@ def test_artifacts_lie_beside_the_store_whatever_an_experiment_is_called(runs: P
         ("http://h:5000/of@me", "http://h:5000/of@me"),
         ("mysql://h/d?ssl_Password=abc&x=1;token=t", "mysql://h/d?ssl_Password=***&x=1;token=***"),
         ("sqlite:////tmp/a:b@c.db", "sqlite:////tmp/a:b@c.db"),
+        ("https://ghp_abc123@h/x", "https://***@h/x"),
+        ("https://dapi0123@h:8/x and https://eyJh.b.c@h", "https://***@h:8/x and https://***@h"),
+        ("postgresql://alice@h/db", "postgresql://alice@h/db"),
+        (
+            "https://h/x?api-key=1&aws_secret_access_key=2&sig=3#access_token=4",
+            "https://h/x?api-key=***&aws_secret_access_key=***&sig=***#access_token=***",
+        ),
+        ("http://h/#/metric?plot_metric_keys=[1]&design=a", "http://h/#/metric?plot_metric_keys=[1]&design=a"),
     ],
 )
 def test_no_password_is_shown(text: str, expected: str) -> None:
     assert store.shown(text) == expected
+    assert store.shown(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("uri", "pages"),
+    [
+        ("http://me:pw@host:9/x/", "http://host:9/x"),
+        ("https://host?token=t", "https://host"),
+        ("sqlite:////tmp/mlflow.db", store.LOCAL),
+        ("postgresql://me:pw@host/db", store.LOCAL),
+    ],
+)
+def test_the_address_of_pages_has_neither_user_nor_password(uri: str, pages: str) -> None:
+    assert store.pages(uri) == pages
 
 
 def test_a_password_of_the_environment_is_used_and_written_nowhere(

@@ -15,9 +15,10 @@ from analysis.frames import load_run
 from analysis.mlflow_store import log_report, mlflow_links
 from tests.tracking.synthetic import make_run
 from twinrl.config.errors import InputError
+from twinrl.machine import known
 from twinrl.tracking import store, studies
 from twinrl.tracking.mlflow_state import ViewState
-from twinrl.tracking.mlflow_view import MLflowView, publish
+from twinrl.tracking.mlflow_view import publish
 from twinrl.tracking.moved import published
 
 pytestmark = pytest.mark.slow  # a store on disk: up to a second each
@@ -92,12 +93,13 @@ def test_without_the_store_that_was_named_and_is_gone(runs: Path, other: Path, e
     assert not (other / "named").exists()
 
 
-@pytest.mark.parametrize("home", ["/home/somebody/runs/else", None])
-def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
+@pytest.mark.parametrize("home", ["/home/somebody/runs/else", None, "here"])
+def test_a_server_that_this_user_has_never_named_is_not_asked(
     runs: Path, home: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be sent this user's token."""
+    """It would be sent this user's token. Where the run lies now anybody may have guessed."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(known, "place", lambda: runs / "servers")
     with socket.create_server(("127.0.0.1", 0)) as server:
         uri = f"http://127.0.0.1:{server.getsockname()[1]}"
         run = make_run(runs, rows=20)
@@ -105,9 +107,10 @@ def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
         state.asked_for = state.store = uri
         state.run_id = "a" * 32
         state.save()
-        text = (run / "mlflow.json").read_text()
-        (run / "mlflow.json").write_text(text.replace(json.dumps(str(run)), json.dumps(home)))
-        strange = f"comes from elsewhere and names the MLflow store {uri}; fix: name it with --tracking-uri"
+        if home != "here":
+            text = (run / "mlflow.json").read_text()
+            (run / "mlflow.json").write_text(text.replace(json.dumps(str(run)), json.dumps(home)))
+        strange = f"names the MLflow store {uri}, which you have not named yet; fix: name it with --tracking-uri"
         with pytest.raises(InputError, match=strange):
             publish(run)
         with pytest.raises(InputError, match=strange):
@@ -120,27 +123,16 @@ def test_a_server_that_a_run_from_elsewhere_names_is_not_asked(
         assert studies.located(str(run), uri) == (uri, None)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert studies.located(str(run), None) == (uri, None)
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")
+        known.note(uri)
+        assert studies.located(str(run), None) == (uri, None)
 
 
-def test_a_store_that_a_configuration_names_is_used_where_it_was_asked_for_here(
-    runs: Path, other: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a run that is resumed: its configuration may be somebody else's."""
-    run, named = make_run(runs, rows=20), store.default_uri(other)
-    assert not MLflowView(run, configured=named).close()
-    strange = f"comes with a configuration that names the MLflow store {named}; fix: name it with --tracking-uri"
-    assert strange in caplog.text
-    assert (active(runs), active(other), list(run.glob("*mlflow*"))) == ([], [], [])
-    MLflowView(run, named).begin()
-    copy = shutil.copytree(run, runs / "copy")
-    assert MLflowView(run, configured=named).close()
-    (shown,) = active(other)
-    assert MLflowView(run, configured="http://somebody.invalid").close()  # as after a publication to where it is now
-    assert [found.info.run_id for found in active(other)] == [shown.info.run_id]
-    assert ViewState.load(copy).run_id is None
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", named)
-    assert MLflowView(make_run(runs, rows=20, name="mine"), configured=named).close()
-    assert len(active(other)) == 2
+def test_a_server_that_was_named_once_is_known_to_all_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known, "place", lambda: runs / "servers")
+    with pytest.raises(InputError, match="cannot be reached"):
+        publish(make_run(runs, rows=20), "http://127.0.0.1:9")
+    assert known.has("http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("where", ["runs", "other"])

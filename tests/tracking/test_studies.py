@@ -1,12 +1,17 @@
 """Where ``twinrl ui`` opens: the store and the page that its argument stands for."""
 
+import io
 import shutil
+import socket
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.tracking.synthetic import make_run
 from twinrl.config.errors import InputError
+from twinrl.machine import known
 from twinrl.tracking import store, studies, ui
 from twinrl.tracking.mlflow_state import ViewState
 
@@ -70,6 +75,7 @@ def test_a_run_is_shown_where_it_was_published(tmp_path: Path, monkeypatch: pyte
     published = ViewState.load(run)
     published.store = "http://elsewhere:1"
     published.save()
+    monkeypatch.setattr(known, "has", lambda address: address == "http://elsewhere:1")
     assert studies.located(str(run), None) == ("http://elsewhere:1", None)
     assert studies.located(str(run), "http://there:1") == ("http://there:1", None)
 
@@ -84,3 +90,40 @@ def test_a_page_is_opened_where_there_is_a_screen_alone(monkeypatch: pytest.Monk
     assert ui._has_screen()
     monkeypatch.setattr("sys.stdout.isatty", lambda: False, raising=False)
     assert not ui._has_screen()
+
+
+def test_a_store_s_password_is_on_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody on the machine can read those; what the server complains of is in the error."""
+    started: dict[str, Any] = {}
+
+    class Ended:
+        pid, stdin = 0, io.BytesIO()
+
+        def __init__(self, command: list[str], *, env: dict[str, str], stderr: Any, **_: object):
+            started.update(command=command, env=env)
+            stderr.write(b"Error: no postgresql://me:pw-handed@h/db")
+
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(ui.subprocess, "Popen", Ended)
+    with pytest.raises(InputError, match=r"did not start; got Error: no postgresql://me:\*\*\*@h/db"):
+        ui.Server("postgresql://me:pw-handed@h/db", port=0)
+    assert "pw-handed" not in " ".join(started["command"])
+    assert started["env"][ui.STORE] == "postgresql://me:pw-handed@h/db"
+
+
+def test_the_server_is_asked_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the environment's would look for it on a machine of its own."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(10)
+        thread = threading.Thread(target=lambda: server.accept()[0].sendall(b"HTTP/1.0 200 OK\r\n\r\n"))
+        thread.start()
+        ui.DIRECT.open(f"http://127.0.0.1:{server.getsockname()[1]}/health", timeout=10).close()
+        thread.join()
+
+
+@pytest.mark.parametrize(("port", "shown"), [(5000, ":5000"), (80, "")])
+def test_addresses_are_as_browsers_write_them(port: int, shown: str) -> None:
+    assert ui._addresses("127.0.0.1", port) == [f"127.0.0.1{shown}", f"localhost{shown}"]

@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.disk import files_of_at_most
 from tests.fake_source import small
 from tests.objectives import LAB_PRESETS
+from twinrl.commands import processes
 from twinrl.config import components
 from twinrl.config.errors import InputError
+from twinrl.machine import known
 from twinrl.run import layout
 from twinrl.training import runs, schema
 from twinrl.training.runs import RunDirectory
@@ -70,6 +73,39 @@ def test_code_that_comes_with_a_run_is_not_run(
     sys.path.append(str(folder.parent))  # of a file that is the user's own more is asked
     with pytest.raises(InputError, match=r"beside\.Own' is no optimizer"):
         begun.settings()
+
+
+@pytest.mark.parametrize(
+    ("setting", "address", "variable"),
+    [
+        ("tracking.uri=http://evil.example:5000", "http://evil.example:5000", "MLFLOW_TRACKING_URI"),
+        ("launch.address=evil.example:6379", "evil.example:6379", "RAY_ADDRESS"),
+    ],
+)
+def test_a_run_that_names_a_server_of_somebody_else_s_is_not_continued(
+    tmp_path: Path, setting: str, address: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server would be sent this user's token; a cluster would run what it likes here."""
+    monkeypatch.setattr(known, "place", lambda: tmp_path / "servers")
+    monkeypatch.delenv(variable, raising=False)
+    settings = small(tmp_path, "tracking.mlflow=true", setting)
+    run = RunDirectory(settings.directory)
+    run.start(settings, fresh=False)
+    for what in ("launch", "_launched_from_here"):
+        monkeypatch.setattr(processes, what, lambda *_: pytest.fail("it goes on"))
+    with pytest.raises(InputError, match=f"{address}, which you have not named yet; fix: export {variable}={address}"):
+        processes.resume(run.path, Console(quiet=True))
+    monkeypatch.setenv(variable, address)
+    run.check_own(settings)
+    monkeypatch.delenv(variable)
+    runs.note_named(settings)
+    run.check_own(settings)
+
+
+def test_a_run_that_names_what_is_on_this_machine_is_continued(tmp_path: Path) -> None:
+    settings = small(tmp_path, "tracking.mlflow=true", "tracking.uri=sqlite:///x.db", "launch.address=auto")
+    RunDirectory(settings.directory).check_own(settings)
+    RunDirectory(settings.directory).check_own(small(tmp_path, "tracking.mlflow=false", "tracking.uri=http://away"))
 
 
 @pytest.mark.parametrize("preset", LAB_PRESETS)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from twinrl.commands import inspect, processes
 from twinrl.config.errors import InputError
+from twinrl.machine import consoles
 from twinrl.machine.pixels import as_uint8
 from twinrl.run import layout
 from twinrl.sampling import few_step
@@ -89,7 +90,7 @@ class Run:
         Raises:
             InputError: the run has no checkpoint or no such data, or cannot be written.
         """
-        return inspect.judge(self.opened, console or Console())
+        return inspect.judge(self.opened, console or consoles.Console())
 
 
 def load(run: "str | PathLike[str]", step: int | None = None) -> Run:
@@ -124,7 +125,7 @@ def train(
     """
     given = dict(settings or {}) | ({} if seed is None else {"seed": seed})
     made = schema.load(config, [f"{key}={json.dumps(value)}" for key, value in given.items()])
-    code = processes.train(made, fresh, Console())
+    code = processes.train(made, fresh, consoles.Console())
     run = Run(made.directory)
     if code and not layout.newest(made.directory / layout.CHECKPOINTS) and run.status == "unfinished":
         raise RuntimeError(f"training of {made.directory} has failed; the reason is printed above")

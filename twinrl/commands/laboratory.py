@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
 from twinrl.config import Settings, override, validate
 from twinrl.data import collection
@@ -23,6 +23,7 @@ from twinrl.lab.progress import watched_by
 from twinrl.lab.recipe import MINUTES, LabRecipe, for_pictures
 from twinrl.lab.storage import load_json
 from twinrl.machine import files
+from twinrl.machine.consoles import Description
 
 PAGE, PICTURE, VALUES = "report.html", "pictures.png", "report.json"
 READ, BUILT = 0.03, 0.95
@@ -104,7 +105,7 @@ class Bar:
     """One bar from the first picture to the report; a few plain lines where there is no terminal."""
 
     def __init__(self, console: Console):
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (Description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         self.console, self._told = console, -1
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
 

@@ -9,7 +9,6 @@ beside the run directories while it trains; the output is kept in ``<run directo
 import math
 import os
 import socket
-import traceback
 from concurrent.futures import Future, wait
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -26,8 +25,9 @@ from twinrl.commands.train import FAILED, resume, train
 from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh, restart
-from twinrl.machine import cluster
+from twinrl.machine import cluster, consoles
 from twinrl.machine.background import in_background
+from twinrl.machine.streams import show_traceback
 from twinrl.run.layout import RANKS
 from twinrl.training.runs import RunDirectory
 from twinrl.training.schema import RunConfig
@@ -155,7 +155,7 @@ def work(told: dict[str, Any]) -> int | InputError:
     ):
         before = output.tell()
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
-        console = Console(file=output, width=120, markup=False, emoji=False)
+        console = consoles.Console(file=output, width=120, markup=False, emoji=False)
         try:
             with failures_named():
                 if told["fresh"] is None:
@@ -164,6 +164,6 @@ def work(told: dict[str, Any]) -> int | InputError:
         except InputError as error:
             output.truncate(before)  # of a run whose training is refused nothing is to change
             return error
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            show_traceback(error)
             raise

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
 from twinrl.commands.progress import METRICS_SHOWN
 from twinrl.flow.source import Data
+from twinrl.machine.consoles import Description
 from twinrl.run import layout, names, runlog
 from twinrl.training import assembly
 from twinrl.training.capsules import Capsules
@@ -30,7 +31,7 @@ def replay(path: Path, event: int | None, overrides: list[str], after: int, judg
         console.print(listing(run, Capsules(path, settings.stability.capsules)))
         return 0
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = Description(), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         tasks: dict[str, Any] = {}
 

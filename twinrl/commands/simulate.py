@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +47,8 @@ class Simulator:
         asked, answers = self._process.stdin, self._process.stdout
         assert asked is not None
         assert answers is not None
-        question = {"config": config, "overrides": list(overrides), "processes": processes}
+        place = None if sys.flags.safe_path else os.getcwd()
+        question = {"config": config, "overrides": list(overrides), "processes": processes, "place": place}
         print(json.dumps(question), file=asked, flush=True)
         if not (line := answers.readline()):
             raise InputError("the process of the simulation has ended", got=f"exit code {self._process.wait()}")

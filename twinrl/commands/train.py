@@ -1,7 +1,7 @@
 """Training in one process of a run, from its start or its newest checkpoint to its final table."""
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ def train(settings: RunConfig, fresh: bool, console: Console, stop: Path | None 
         if not goes_on:
             ranks.on_first(run.refuse_remains)
         source = ranks.together(lambda: assembly.load_source(settings, device))  # bad input leaves no half-made run
-        begin = run.joined_by if goes_on else partial(_begin, run, settings, fresh)
+        begin = run.joined_by if goes_on else partial(run.start, settings, fresh)
         ranks.on_first(lambda: begin(launchers))
         console = _of_rank(console, ranks)
         try:
@@ -80,14 +80,7 @@ def resume(path: Path, console: Console, stop: Path | None = None) -> int:
             return 0
         source = ranks.together(lambda: assembly.load_source(settings, device))
         trainer, validator = _trainer(settings, run, source, device, stack, ranks)
-        return _continue(trainer, validator, _of_rank(console, ranks), stop, resumed=True)
-
-
-def _begin(run: RunDirectory, settings: RunConfig, fresh: bool, launchers: Iterable[str]) -> None:
-    """Make the directory of a new run; which store was asked for is noted before the run exists."""
-    if (view := _view(settings, run)) is not None:
-        view.begin()
-    run.start(settings, fresh, launchers)
+        return _continue(trainer, validator, _of_rank(console, ranks), stop)
 
 
 def _over(run: RunDirectory, console: Console) -> bool:
@@ -170,10 +163,8 @@ def _scratch(stack: ExitStack) -> RunDirectory:
     return scratch
 
 
-def _continue(
-    trainer: Trainer, validator: pictures.Validator, console: Console, stop: Path | None, resumed: bool = False
-) -> int:
-    view = _view(trainer.settings, trainer.run, resumed) if trainer.ranks.first else None
+def _continue(trainer: Trainer, validator: pictures.Validator, console: Console, stop: Path | None) -> int:
+    view = _view(trainer.settings, trainer.run) if trainer.ranks.first else None
     if stop is not None:
         trainer.asked_to_stop = stop.exists
     try:
@@ -193,13 +184,11 @@ def _broken_off(trainer: Trainer, console: Console) -> int:
     return INTERRUPTED if whole else FAILED
 
 
-def _view(settings: RunConfig, run: RunDirectory, resumed: bool = False) -> MLflowView | None:
-    """The configuration of a run that is ``resumed`` lies in its directory, which may be somebody else's."""
+def _view(settings: RunConfig, run: RunDirectory) -> MLflowView | None:
     if not settings.tracking.mlflow:
         return None
-    tags, uri = {"config_hash": settings.hash, "seed": settings.seed}, settings.tracking.uri
-    asked_for, configured = (None, uri) if resumed else (uri, None)
-    return MLflowView(run.path, asked_for, configured=configured, experiment=settings.tracking.experiment, tags=tags)
+    tags = {"config_hash": settings.hash, "seed": settings.seed}
+    return MLflowView(run.path, settings.tracking.uri, experiment=settings.tracking.experiment, tags=tags)
 
 
 def _train(trainer: Trainer, view: MLflowView | None, console: Console) -> Outcome:

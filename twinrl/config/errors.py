@@ -3,6 +3,8 @@
 import errno
 import os
 
+from twinrl.config.secrets import shown
+
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
 """What a disk, and no input, is to blame for."""
 REMEDIES = {
@@ -38,7 +40,8 @@ def of_system(error: OSError) -> str:
 
 
 class InputError(Exception):
-    """The user's input was wrong; the command line prints the message on one line and exits with 2.
+    """The user's input was wrong; the command line prints the message on one line and exits with 2. No address in it
+    keeps a password.
 
     Arguments:
         what: what is wrong, e.g. ``"unknown key optim.lrr"``.
@@ -58,7 +61,7 @@ class InputError(Exception):
             parts.append(f"expected {expected}")
         if fix is not None:
             parts.append(f"fix: {fix}")
-        super().__init__(" ".join("; ".join(parts).split()))
+        super().__init__(shown(" ".join("; ".join(parts).split())))
 
 
 def _brief(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from twinrl.config import stored
@@ -170,13 +170,18 @@ def _mended(got: str, expected: str) -> str:
     return f"model.frozen_dtype={there}, or {again} and --dtype {here}"
 
 
+LARGEST = 100_000
+"""Pixels of a side, and tokens of a prompt; larger numbers are damage, and would take all memory."""
+Side = Annotated[int, Field(ge=1, le=LARGEST)]
+
+
 class BucketRow(BaseModel):
     """A bucket of the manifest: its size in pixels, its latents' shape."""
 
     name: str
-    width: PositiveInt
-    height: PositiveInt
-    latent_shape: tuple[PositiveInt, PositiveInt, PositiveInt]
+    width: Side
+    height: Side
+    latent_shape: tuple[Side, Side, Side]
 
 
 class Manifest(BaseModel):
@@ -186,7 +191,7 @@ class Manifest(BaseModel):
     encoder: str
     content_hash: str
     images: bool
-    lengths: dict[str, NonNegativeInt]
+    lengths: dict[str, Annotated[int, Field(ge=0, le=LARGEST)]]
     buckets: Annotated[list[BucketRow], Field(min_length=1)]
 
 

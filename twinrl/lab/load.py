@@ -18,7 +18,7 @@ from twinrl.lab.build import MANIFEST, PARTS, build, unpacked
 from twinrl.lab.digits import Warp, digits, load_digit_splits
 from twinrl.lab.material import SPLITS, Material
 from twinrl.lab.models import Models
-from twinrl.lab.recipe import LabRecipe
+from twinrl.lab.recipe import LabRecipe, network_settings
 from twinrl.lab.source import Lab
 from twinrl.lab.storage import content_hash, damaged, load_json, load_tensors, publish
 from twinrl.lab.teachers import Teachers
@@ -138,9 +138,13 @@ def network_of(name: str) -> dict[str, Any]:
     """Settings of the network whose teacher belongs to a laboratory. Raises InputError as :func:`open_lab`."""
     folder = folder_of(name)
     try:
-        return dict(described(folder)["recipe"]["network"])
-    except (KeyError, TypeError, ValueError) as error:
+        plain = described(folder)["recipe"]["network"]
+        network_settings(plain)
+        return dict(plain)
+    except (KeyError, TypeError) as error:
         raise damaged(folder / MANIFEST, folder, f"no {error}") from error
+    except ValueError as error:
+        raise damaged(folder / MANIFEST, folder, str(error)) from error
 
 
 def _key(material: Material, recipe: LabRecipe) -> str:

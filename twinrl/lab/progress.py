@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from torch import Tensor
+
+from twinrl.machine.consoles import Description
 
 
 class Stage(Protocol):
@@ -77,7 +79,7 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
         total: sum over the stages of steps × cost.
         shown: False for silence.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (Description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     watcher = _WATCHER.get() if shown else None
     hidden = not shown or watcher is not None
     with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:

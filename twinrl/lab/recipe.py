@@ -95,7 +95,7 @@ class LabRecipe:
     def of(cls, plain: dict[str, Any]) -> "LabRecipe":
         """From :meth:`plain`. Raises ValueError or InputError where it is something else."""
         found = stored.made(cls, plain)
-        return replace(found, network=NETWORKS.find(found.network["kind"]).Config.model_validate(found.network))
+        return replace(found, network=network_settings(found.network))
 
     def hash(self) -> str:
         """Hex digest of all constants and the version of the code; of digits also of the captions.
@@ -108,6 +108,14 @@ class LabRecipe:
         if self.warp is not None:
             constants["captions"] = [TEMPLATES, HELD_OUT_TEMPLATES]
         return hashlib.sha256(json.dumps(constants, sort_keys=True).encode()).hexdigest()
+
+
+def network_settings(plain: dict[str, Any]) -> Any:
+    """Settings of a laboratory's network. Raises ValueError for what none has, such as a class of somebody's own, whose
+    code would run."""
+    if (kind := plain["kind"]) not in NETWORKS:
+        raise ValueError(f"the network {kind!r:.80}, which is none of {', '.join(NETWORKS)}")
+    return NETWORKS[kind].Config.model_validate(plain)
 
 
 LEAST_STEPS = 20

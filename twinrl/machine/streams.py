@@ -4,9 +4,12 @@ import errno
 import io
 import os
 import sys
+import threading
+import traceback
 from typing import TextIO
 
 from twinrl.config.errors import InputError
+from twinrl.config.secrets import shown
 from twinrl.machine.text import printable
 
 STREAMS = {"stdin": "r", "stdout": "w", "stderr": "w"}
@@ -33,7 +36,12 @@ class Output(io.TextIOWrapper):
 
 
 def prepare() -> None:
-    """Closed streams lead nowhere, so that no file of a run takes their numbers; output becomes :class:`Output`."""
+    """Closed streams lead nowhere, so that no file of a run takes their numbers; output becomes :class:`Output`.
+
+    What ends the process or a thread of it is told by :func:`show_traceback`.
+    """
+    sys.excepthook = lambda kind, error, trace: show_traceback(error)
+    threading.excepthook = _of_thread
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < len(STREAMS):
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -44,12 +52,22 @@ def prepare() -> None:
         sys.stdout = Output(sys.stdout.buffer, sys.stdout.encoding, "backslashreplace")
 
 
+def _of_thread(told: threading.ExceptHookArgs) -> None:
+    if told.exc_type is not SystemExit and told.exc_value is not None:
+        show_traceback(told.exc_value)
+
+
 def say(line: str) -> None:
     """One line for people on standard error, where it can be written; what would steer their terminal is escaped."""
     try:
         print(f"twinrl: {printable(' '.join(line.split()))}", file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
+
+
+def show_traceback(error: BaseException | None) -> None:
+    """On standard error, without the passwords of addresses that are in it."""
+    print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def _give_up(stream: TextIO) -> None:

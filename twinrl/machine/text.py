@@ -13,6 +13,9 @@ WIDE = {  # the first that fits: the mark of UTF-16 begins that of UTF-32
 
 WRONG = re.compile("[\0\ufffd\ud800-\udfff]")  # NUL, the replacement character, halves of pairs
 
+STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a cursor, commands a terminal, turns the direction of what follows, or cannot be written as UTF-8."""
+
 
 def decode(data: bytes, torn: bool = False) -> str:
     """The text of a whole file, without its byte order mark.
@@ -53,6 +56,11 @@ def flaw(text: str) -> str:
     """What shows that ``text`` was once decoded wrongly, or cannot be encoded again; empty where nothing does."""
     found = WRONG.search(text)
     return f"character {found.start()} is U+{ord(found[0]):04X}" if found else ""
+
+
+def harmless(text: str) -> str:
+    r"""A text of many lines whose characters do nothing but show: others are escaped, as ``\x1b``."""
+    return STEERING.sub(lambda found: _escaped(found[0]), text)
 
 
 def printable(name: str) -> str:

@@ -60,7 +60,7 @@ class RunLog:
             made if missing, and a torn last line is cut off then.
 
     Raises:
-        InputError: at the first use: the file cannot be opened for writing.
+        InputError: at the first use: the file cannot be opened for writing, or is a link.
 
     *When to use*: by the one process that writes a run's rows (rank 0). Readers use :func:`read`.
     """
@@ -72,6 +72,8 @@ class RunLog:
     @property
     def _file(self) -> BinaryIO:
         if self._opened is None:
+            if self.path.is_symlink():  # in a run of somebody else's it may lead to any file of this user's
+                raise InputError(f"the run log {self.path} is a link", fix="put the file itself in its place")
             try:
                 self._opened = open(self.path, "ab+")  # noqa: SIM115 (kept open for the whole run)
             except OSError as error:

@@ -35,6 +35,8 @@ from twinrl.sampling.update import Evaluation, SamplerState, high_precision, ini
 
 logger = logging.getLogger(__name__)
 
+MOST_TIMESTEPS = 1_000_000
+"""A list of them is made; models have 1000."""
 LARGEST_MU = 100
 """exp(mu) is the shift; pipelines pass 0.5 to 1.2."""
 SAMPLER_STYLES = {"few": few_step, "any": any_step, "mul": multi_step}
@@ -160,7 +162,9 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
         own = self._own_times(sigmas, timesteps)
         steps = self._count(num_inference_steps, own)
         config = self.sampler_config(steps)
-        grid = time_grid(config) if own is None or _is_default_ramp(own) else torch.cat([own, own.new_zeros(1)])
+        if own is not None and _is_default_ramp(own):
+            own = None
+        grid = time_grid(config) if own is None else torch.cat([own, own.new_zeros(1)])
         self._plan = plan(config, self._shifted(grid, self._shift_factor(mu)))
         if own is None and len(self._plan) < steps:  # pipelines count on an entry for every step
             self._plan = (replace(self._plan[0], corrects=True), *self._plan)
@@ -181,8 +185,10 @@ class TwinFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # t
     def _count(self, given: int | None, own: Tensor | None) -> int:
         """The number of steps, given or counted."""
         if own is None:
-            if not isinstance(given, Integral) or given < 1:
-                raise InputError("set_timesteps needs a number of steps", got=given, expected="at least 1")
+            if not isinstance(given, Integral) or not 1 <= given <= MOST_TIMESTEPS:
+                raise InputError(
+                    "set_timesteps needs a number of steps", got=given, expected=f"1 to {MOST_TIMESTEPS:,}"
+                )
             return given
         if given is not None and given != len(own):
             raise InputError("sigmas or timesteps of another length", got=len(own), expected=f"{given} of them")
@@ -384,8 +390,10 @@ def _without_foreign_shift(config: Mapping[str, Any], own: type, given: Mapping[
 
 
 def _check_basics(prediction_type: str, shift: float, style: str, num_train_timesteps: int) -> None:
-    if not isinstance(num_train_timesteps, Integral) or num_train_timesteps < 1:
-        raise InputError("num_train_timesteps must be a whole number", got=num_train_timesteps, expected="at least 1")
+    if not isinstance(num_train_timesteps, Integral) or not 1 <= num_train_timesteps <= MOST_TIMESTEPS:
+        raise InputError(
+            "num_train_timesteps must be a whole number", got=num_train_timesteps, expected=f"1 to {MOST_TIMESTEPS:,}"
+        )
     if prediction_type != FLOW:
         raise InputError("unknown prediction_type", got=repr(prediction_type), expected=repr(FLOW))
     if not isinstance(shift, Real) or not 0 < shift < math.inf:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, known
 from twinrl.run import layout, names, runlog
 from twinrl.stability import verdict
 from twinrl.stability.divergence import Diverged
@@ -119,8 +119,6 @@ class MLflowView:
         tags: further tags, e.g. ``study``, ``arm``, ``config_hash``; kept for later publications.
         total: planned iterations; default: ``train.steps`` of the configuration.
         quiet: no warning when MLflow is away: the caller says it.
-        configured: the store that the configuration of a run that goes on names. Anybody may have written it: without
-            a ``uri`` it has to be the one that was asked for here, which :meth:`begin` has noted.
 
     *When to use*: on rank 0, with :meth:`publish_through` right after each checkpoint is on disk.
     """
@@ -134,10 +132,9 @@ class MLflowView:
         tags: Mapping[str, object] | None = None,
         total: int | None = None,
         quiet: bool = False,
-        configured: str | None = None,
     ):
         self._dir = Path(run_dir)
-        self._aim = (uri, experiment, dict(tags or {}), total, configured)
+        self._aim = (uri, experiment, dict(tags or {}), total)
         self._publisher: Publisher | None = None
         self._away, self._quiet = False, quiet
 
@@ -145,16 +142,6 @@ class MLflowView:
     def run_id(self) -> str | None:
         """Id of the MLflow run; None until something was published."""
         return self._publisher.run_id if self._publisher else None
-
-    def begin(self) -> None:
-        """Note for a new run which store was asked for here, so that it goes on there however early it ends."""
-        uri, *_ = self._aim
-        if uri is not None:
-            with suppress(OSError, InputError):
-                state = ViewState.load(self._dir)
-                moved.find_again(state)
-                state.asked_for = uri
-                state.save()
 
     def publish_through(self, offset: int) -> bool:
         """Publish the rows up to byte ``offset`` of ``RunLog.sync``; False if MLflow does not have them."""
@@ -270,17 +257,16 @@ def _open(
     experiment: str | None,
     tags: Mapping[str, object],
     total: int | None,
-    configured: str | None = None,
 ) -> Publisher:
     """A publisher for a run directory; its bookkeeping is on disk before MLflow is asked for anything."""
     state = ViewState.load(folder)
     moved.find_again(state)
-    if uri is None:
-        moved.check_configured(state, configured)
     if uri is None and state.asked_for is not None:
         moved.check_there(state, state.asked_for)
     state.asked_for = uri or state.asked_for
     where = store.resolve(state.asked_for, folder.resolve().parent)
+    if store.sqlite_path(where) is None:
+        known.note(where)
     fits, stays = state.fits(folder / layout.LOG), state.store == store.shown(where)
     if state.run_id is not None and not (fits and stays):
         store.reach(where)  # before the bookkeeping of the store that has the run is given up

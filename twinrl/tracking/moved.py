@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from twinrl.config.errors import InputError
+from twinrl.machine import known
 from twinrl.run.layout import MLFLOW
 from twinrl.tracking import store
 from twinrl.tracking.mlflow_state import ViewState
@@ -48,49 +49,32 @@ def published(folder: Path) -> ViewState | None:
         return None
     state = ViewState.load(folder)
     find_again(state)
-    if state.store is None or state.run_id is None or is_strange(state.store, state.home, state.here):
+    if state.store is None or state.run_id is None or is_strange(state.store):
         return None
     beside = store.shown(store.default_uri(folder.resolve().parent))
     by_default = state.asked_for is None and store.sqlite_path(state.store) is not None
     return None if by_default and _moved(state) and state.store != beside else state
 
 
-def is_strange(uri: str, home: object, here: str) -> bool:
-    """Whether what a run directory says of its store is not to be followed: a server that it names although it was
-    not published from ``here`` may be anybody's, and is sent reports, and this user's token.
-
-    Arguments:
-        uri: of the store. home: where the run directory was when that was written.
-    """
-    own = store.shown(os.environ.get("MLFLOW_TRACKING_URI", ""))
-    return store.sqlite_path(uri) is None and home != here and store.shown(uri) != own
+def is_strange(uri: str) -> bool:
+    """Whether a store that a run directory names is not to be followed: a server that this user has never named may be
+    anybody's, and is sent reports, and this user's token."""
+    return store.sqlite_path(uri) is None and not store.is_of_environment(uri) and not known.has(uri)
 
 
-def check_own(state: ViewState, uri: str) -> None:
+def check_own(folder: Path, uri: str) -> None:
     """Raises InputError where the store that a run directory names :func:`is_strange`."""
-    if is_strange(uri, state.home, state.here):
+    if is_strange(uri):
         raise InputError(
-            f"{state.folder} comes from elsewhere and names the MLflow store {store.shown(uri)}",
-            fix="name it with --tracking-uri if you trust it",
-        )
-
-
-def check_configured(state: ViewState, uri: str | None) -> None:
-    """Raises InputError where the configuration of a run that goes on names a store (``uri``), and nobody has asked for
-    any here; the one of the environment may be named."""
-    if uri is None or state.asked_for is not None:
-        return
-    if store.shown(uri) != store.shown(os.environ.get("MLFLOW_TRACKING_URI", "")):
-        raise InputError(
-            f"{state.folder} comes with a configuration that names the MLflow store {store.shown(uri)}",
+            f"{folder} names the MLflow store {uri}, which you have not named yet",
             fix="name it with --tracking-uri if you trust it",
         )
 
 
 def check_there(state: ViewState, asked_for: str) -> None:
-    """Raises InputError where a moved run directory names a server (:func:`check_own`), or a sqlite store that is gone:
-    it would be made anew there."""
-    check_own(state, asked_for)
+    """Raises InputError where a run directory names a strange server (:func:`check_own`), or has been moved and names a
+    sqlite store that is gone: it would be made anew there."""
+    check_own(state.folder, asked_for)
     database = store.sqlite_path(asked_for)
     if _moved(state) and state.run_id is not None and database is not None and not database.is_file():
         raise InputError(

@@ -7,7 +7,6 @@ before the default. mlflow is imported here and nowhere else, on first use (1.3 
 
 import logging
 import os
-import re
 import socket
 import sqlite3
 from collections.abc import Iterator
@@ -17,18 +16,16 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from twinrl.config.errors import InputError
+from twinrl.config.secrets import shown
 from twinrl.machine import files
 
+LOCAL = "http://127.0.0.1:5000"
+"""Where ``twinrl ui`` serves by default."""
 DATABASE_NAME = "mlflow.db"
 ARTIFACTS_NAME = "mlartifacts"
 STORE_PATIENCE_SECONDS = 5
 MAKING_SECONDS = 120
 """How long to wait for another process that makes the same store."""
-SECRETS = "password|passwd|pwd|token|secret|api_?key"
-PASSWORD = re.compile(
-    rf"(://[^/@\s:]*:)(?!\d+(?:[/?#\s]|$))\S+(?=@)|([?&;][\w-]*(?:{SECRETS})=)(?!\*\*\*)[^&;\s]+", re.IGNORECASE
-)
-"""The part of a URI before the last @ that is no port, whatever characters people have in it; and of its query."""
 PARENT_TAG = "mlflow.parentRunId"
 NAME_TAG = "mlflow.runName"
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
@@ -47,9 +44,13 @@ def without_password(uri: str | None) -> str | None:
     return uri
 
 
-def shown(text: str) -> str:
-    """A text in which no URI's password is left: it goes to files and screens."""
-    return PASSWORD.sub(r"\1\2***", text)
+def pages(uri: str) -> str:
+    """The address under which people open a store's pages, without user and password; a store that is no server has
+    those that ``twinrl ui`` serves by default."""
+    if not uri.startswith(("http://", "https://")):
+        return LOCAL
+    parts = urlsplit(uri)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
 
 
 def resolve(uri: str | None, runs_dir: Path) -> str:
@@ -65,6 +66,11 @@ def default_uri(runs_dir: Path) -> str:
 def sqlite_path(uri: str) -> Path | None:
     """The database file of a sqlite URI, None for every other store."""
     return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def is_of_environment(uri: str) -> bool:
+    """Whether ``MLFLOW_TRACKING_URI`` names this store, too."""
+    return shown(uri) == shown(os.environ.get("MLFLOW_TRACKING_URI", ""))
 
 
 def failures() -> tuple[type[Exception], ...]:

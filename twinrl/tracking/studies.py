@@ -48,7 +48,7 @@ def located(subject: str, uri: str | None) -> tuple[str, str | None]:
         state = ViewState.load(path)
         moved.find_again(state)
         if uri is None and state.store is not None:
-            moved.check_own(state, state.store)
+            moved.check_own(path, state.store)
         return store.resolve(uri or state.store, path.resolve().parent), None
     if path.is_dir() and path.resolve().parent.name == FOLDERS:
         return store.resolve(uri, path.resolve().parents[1]), path.resolve().name

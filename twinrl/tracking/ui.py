@@ -39,6 +39,12 @@ SETTINGS = {
 }
 
 
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Asks this machine, and no proxy of the environment's, which knows another one by that name."""
+STORE = "MLFLOW_BACKEND_STORE_URI"
+"""By this variable the server is told its store: everybody on the machine can read a command line."""
+
+
 class Server:
     """A running MLflow server over ``store_uri``; leaving its ``with`` block ends it.
 
@@ -66,7 +72,7 @@ class Server:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (the server writes to it until it ends)
         self._process = subprocess.Popen(
             _command(store_uri, host, port),
-            env=os.environ | SETTINGS | {ADDRESSES: ",".join(f"{name}:{port}" for name in (host, "localhost"))},
+            env=os.environ | SETTINGS | {STORE: store_uri, ADDRESSES: ",".join(_addresses(host, port))},
             stdin=subprocess.PIPE,  # the lifeline: however this process ends, the server does
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
@@ -79,7 +85,7 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=2).close()
+                DIRECT.open(f"{self.url}/health", timeout=2).close()
                 return
             except OSError:
                 time.sleep(0.2)
@@ -115,12 +121,17 @@ class Server:
 def _command(store_uri: str, host: str, port: int) -> list[str]:
     """The command line of the server; experiments made through it keep their artifacts beside the database."""
     options = {
-        "--backend-store-uri": store_uri, "--host": host, "--port": str(port), "--workers": "1", "--app-name": "twinrl",
+        "--host": host, "--port": str(port), "--workers": "1", "--app-name": "twinrl",
     }  # fmt: skip
     if database := store.sqlite_path(store_uri):
         options["--artifacts-destination"] = str(database.resolve().parent / store.ARTIFACTS_NAME)
     words = [word for pair in options.items() for word in pair]
     return [sys.executable, "-m", "twinrl.machine.lifeline", "mlflow", "server", *words]
+
+
+def _addresses(host: str, port: int) -> list[str]:
+    """The server's addresses as browsers write them, who leave out the port that is usual."""
+    return [f"{name}:{port}" if port != 80 else name for name in (host, "localhost")]
 
 
 def _last_complaint(output: str) -> str:
@@ -160,7 +171,7 @@ def serve(store_uri: str, port: int = 5000, host: str = LOOPBACK, study: str | N
     found = studies.pages(store_uri) if study is not None or not remote else {}
     page = START_PAGE if study is None else studies.page_of(study, found, store_uri)
     if remote:
-        print(printable(f"MLflow: {store.shown(store_uri).rstrip('/')}{page if study is not None else ''}"))
+        print(printable(f"MLflow: {store.pages(store_uri)}{page if study is not None else ''}"))
         return 0
     print(printable(f"starting MLflow over {store.shown(store_uri)} …"), flush=True)
     for name in ("SIGTERM", "SIGHUP"):  # a polite kill, a closed terminal
@@ -180,7 +191,7 @@ def _announce(url: str, page: str, found: Mapping[str, str]) -> None:
     """Print the addresses: of the first page, and of the newest studies'."""
     for study, own in islice(found.items(), MOST_STUDIES):
         print(printable(f"study {study}: {url}{own}"))
-    print(f"MLflow: {url}{page}   (Ctrl-C ends it)", flush=True)
+    print(printable(f"MLflow: {url}{page}   (Ctrl-C ends it)"), flush=True)
 
 
 def _has_screen() -> bool:

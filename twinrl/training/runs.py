@@ -1,6 +1,7 @@
 """Run directories, ``runs/<name>-<hash8>-s<seed>/``: begun, locked, ended. Their files: :mod:`twinrl.run.layout`."""
 
 import json
+import os
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,10 +13,11 @@ import yaml
 from twinrl import config
 from twinrl.config.components import not_from
 from twinrl.config.errors import InputError
-from twinrl.machine import files
+from twinrl.machine import files, known
 from twinrl.run import environment, layout, runlog
 from twinrl.run.runlog import LogRow
 from twinrl.stability import verdict
+from twinrl.tracking import store
 from twinrl.training import schema
 
 WATCHED = "watched"
@@ -215,6 +217,16 @@ class RunDirectory:
         with not_from(self.path):
             return config.validate(schema.RunConfig, config.read_yaml(self.path / layout.CONFIG), config.STORED)
 
+    def check_own(self, settings: schema.RunConfig) -> None:
+        """Before it is continued: raises InputError where it names an MLflow server or a Ray cluster that this user has
+        never named: it may be somebody else's."""
+        for address, what, variable, key in _named(settings):
+            if address != os.environ.get(variable) and not known.has(address):
+                raise InputError(
+                    f"{self.path} names the {what} {address}, which you have not named yet",
+                    fix=f"export {variable}={address} if you trust it, or take {key} out of its {layout.CONFIG}",
+                )
+
     def newest_checkpoint(self) -> Path:
         """The newest checkpoint. Raises InputError where there is none yet."""
         found = layout.newest(self.checkpoints)
@@ -223,6 +235,21 @@ class RunDirectory:
                 f"{self.path} has no checkpoint yet", fix="wait for checkpoint.every steps, or resume the run"
             )
         return found
+
+
+def note_named(settings: schema.RunConfig) -> None:
+    """Remember the servers that a configuration of this user's names, for :meth:`RunDirectory.check_own`."""
+    for address, *_ in _named(settings):
+        known.note(address)
+
+
+def _named(settings: schema.RunConfig) -> Iterator[tuple[str, str, str, str]]:
+    """The servers of a configuration: address, what it is of, the variable and the key that name it."""
+    uri, address = settings.tracking.uri, settings.launch.address
+    if settings.tracking.mlflow and uri is not None and store.sqlite_path(uri) is None:
+        yield uri, "MLflow server", "MLFLOW_TRACKING_URI", "tracking.uri"
+    if address is not None and address != "auto":  # which is on this machine
+        yield address, "Ray cluster", "RAY_ADDRESS", "launch.address"
 
 
 def start_of(init: str) -> RunDirectory:

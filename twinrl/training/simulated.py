@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from twinrl.config.components import look_in
 from twinrl.config.errors import InputError
 from twinrl.data.order import BucketSampler
 from twinrl.data.prepared import FolderSource
@@ -377,6 +378,8 @@ def _report(settings: RunConfig, trainer: Trainer, simulation: Simulation, proce
 def answer(line: str) -> str:
     """The report, or what is refused, of a simulation that a line of JSON asks for."""
     told = json.loads(line)
+    if told["place"] is not None:
+        look_in(told["place"])
     try:
         settings = schema.load(told["config"], told["overrides"])
         return json.dumps({"report": asdict(simulate(settings, told["processes"]))})

@@ -70,4 +70,5 @@ def started(module: str, cache: Path, *arguments: str) -> "subprocess.Popen[str]
         InputError: see :func:`compiled`.
     """
     command = [sys.executable, "-c", START, str(compiled(cache)), module, *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # files of the working directory stand for no libraries
+    return subprocess.Popen(command, env=safe, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
