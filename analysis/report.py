@@ -100,7 +100,7 @@ def _page(
         return run_page.build(run, siblings(run), _made(figures)), [run]
     study = load_study(path, base, index)
     page = study_page.build(study, _made(figures), *wanted)
-    study.trials.to_csv(folder / "trials.csv", index=False)
+    study.trials.to_csv(folder / "trials.csv", index=False, errors="backslashreplace")
     return page, list(study.runs.values())
 
 
