@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
 from twinrl import config
@@ -24,9 +25,8 @@ from twinrl.commands.train import FAILED, resume, train
 from twinrl.config.components import failures_named
 from twinrl.config.errors import InputError
 from twinrl.fsdp import mesh, restart
-from twinrl.machine import cluster
+from twinrl.machine import cluster, consoles
 from twinrl.machine.background import in_background
-from twinrl.machine.consoles import Console
 from twinrl.machine.streams import show_traceback
 from twinrl.run.layout import RANKS
 from twinrl.training.runs import RunDirectory
@@ -155,7 +155,7 @@ def work(told: dict[str, Any]) -> int | InputError:
     ):
         before = output.tell()
         output.write(f"rank {rank} of {mesh.world_size()}: process {os.getpid()} on {socket.gethostname()}\n")
-        console = Console(file=output, width=120, markup=False, emoji=False)
+        console = consoles.Console(file=output, width=120, markup=False, emoji=False)
         try:
             with failures_named():
                 if told["fresh"] is None:

@@ -41,7 +41,7 @@ def prepare() -> None:
     What ends the process or a thread of it is told by :func:`show_traceback`.
     """
     sys.excepthook = lambda kind, error, trace: show_traceback(error)
-    threading.excepthook = lambda told: told.exc_type is SystemExit or show_traceback(told.exc_value)
+    threading.excepthook = _of_thread
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < len(STREAMS):
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -63,6 +63,11 @@ def say(line: str) -> None:
 def show_traceback(error: BaseException | None) -> None:
     """On standard error, without the passwords of addresses that are in it."""
     print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
+
+
+def _of_thread(told: threading.ExceptHookArgs) -> None:
+    if told.exc_type is not SystemExit:
+        show_traceback(told.exc_value)
 
 
 def _give_up(stream: TextIO) -> None:
