@@ -20,6 +20,7 @@ from analysis.leaderboard import ArmLine
 from analysis.spikes import SpikeEpisode
 from analysis.survival import Times, kaplan_meier
 from twinrl.machine import files
+from twinrl.machine.text import harmless
 from twinrl.run import names
 from twinrl.stability.detectors import terms_in
 
@@ -49,14 +50,15 @@ def save(figure: "Figure", path: Path) -> Path:
     _take_literally(figure)
     with matplotlib.rc_context({"svg.hashsalt": "twinrl", "pdf.fonttype": 42}):
         figure.savefig(picture, format="svg", facecolor="white", metadata={"Date": None})
-        if not (page.is_file() and path.is_file() and path.read_bytes() == picture.getvalue()):
+        drawn = harmless(picture.getvalue().decode()).encode()  # names are in comments: XML has no control characters
+        if not (page.is_file() and path.is_file() and path.read_bytes() == drawn):
             figure.set_layout_engine("none")  # once found it stays
             with files.publishing(page) as new:
                 figure.savefig(new, format="pdf", facecolor="white", metadata={"CreationDate": None})
             with files.publishing(path.with_suffix(".png")) as new:
                 figure.savefig(new, format="png", facecolor="white", dpi=DOTS_PER_INCH)
             with files.publishing(path) as new:
-                new.write_bytes(picture.getvalue())
+                new.write_bytes(drawn)
     return path
 
 

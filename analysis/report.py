@@ -100,7 +100,8 @@ def _page(
         return run_page.build(run, siblings(run), _made(figures)), [run]
     study = load_study(path, base, index)
     page = study_page.build(study, _made(figures), *wanted)
-    files.write_text(folder / "trials.csv", study.trials.to_csv(index=False))
+    table = study.trials.to_csv(index=False)
+    files.write_text(folder / "trials.csv", table.encode(errors="backslashreplace").decode())
     return page, list(study.runs.values())
 
 

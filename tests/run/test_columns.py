@@ -131,6 +131,18 @@ def test_a_log_that_may_not_be_read_is_left_to_its_owner(made: Callable[..., tup
             columns.read(theirs, table, everything)
 
 
+def test_a_folder_may_have_any_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also one that is no UTF-8, which pyarrow would not take."""
+    folder = tmp_path / os.fsdecode(b"run-\xff")
+    folder.mkdir()
+    with RunLog(folder / "log.jsonl") as log:
+        log.append(FINITE[0])
+    for _ in range(2):
+        assert columns.read(folder / "log.jsonl", folder / "metrics.parquet", everything).values["count"] == [1]
+    assert (folder / "metrics.parquet").is_file()
+    assert capsys.readouterr().err == ""
+
+
 def test_a_table_of_another_program_is_replaced(made: Callable[..., tuple[Path, Path]]) -> None:
     log, table = made(FINITE)
     pd.DataFrame(runlog.read(log)).assign(count=0).to_parquet(table)

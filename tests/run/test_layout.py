@@ -138,6 +138,11 @@ def test_pictures_that_are_no_files_are_none(tmp_path: Path) -> None:
     (tmp_path / layout.SAMPLES / f"{layout.of_step(3)}.png").symlink_to(tmp_path / "private.png")
     (tmp_path / layout.SAMPLES / "step-last.png").touch()
     assert layout.grids(tmp_path) == [kept]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / layout.SAMPLES).symlink_to(tmp_path / layout.SAMPLES)
+    assert layout.grids(tmp_path / "theirs") == []  # a link to a whole folder
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert len(layout.grids(tmp_path / "link")) == 1  # of the user's own to the run
 
 
 @pytest.mark.parametrize(

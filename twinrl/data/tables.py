@@ -36,7 +36,7 @@ class _Table:
         self.folder, self.image_column = file.parent, config.image_column
         try:
             self.file = parquet.ParquetFile(file)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: its name is no UTF-8
             raise InputError(f"{file} is not a parquet file", got=error, fix="remove or replace it") from error
         columns = self.file.schema_arrow.names
         self.caption_column = config.caption_column or ("text" if "text" in columns else "caption")

@@ -128,7 +128,7 @@ def _kept(table: Path, made_of: Mapping[str, Any], wanted: Callable[[str], bool]
     if not table.is_file():
         return None
     try:
-        with parquet.ParquetFile(table, page_checksum_verification=True) as file:
+        with table.open("rb") as kept, parquet.ParquetFile(kept, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             if json.loads((schema.metadata or {}).get(MADE_OF, b"{}")) != made_of:
                 return None
@@ -147,8 +147,8 @@ def _keep(table: Path, made_of: Mapping[str, Any], rows: "pa.Table") -> "pa.Tabl
     from pyarrow import parquet
 
     named = rows.replace_schema_metadata({MADE_OF: json.dumps(made_of)})
-    with suppress(OSError), files.publishing(table) as new:
-        parquet.write_table(named, new, use_dictionary=False, compression="zstd", write_page_checksum=True)
+    with suppress(OSError), files.publishing(table) as new, new.open("wb") as kept:  # it takes names of UTF-8 alone
+        parquet.write_table(named, kept, use_dictionary=False, compression="zstd", write_page_checksum=True)
     return named
 
 

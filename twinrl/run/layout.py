@@ -308,9 +308,9 @@ def newest(checkpoints: Path) -> Path | None:
 def grids(run: Path) -> list[Path]:
     """The pictures of samples over training, oldest first."""
     found = (run / SAMPLES).glob(f"{STEP}*.png")
-    return sorted(path for path in found if re.fullmatch(rf"{STEP}\d+", path.stem) and is_own(path))
+    return sorted(path for path in found if re.fullmatch(rf"{STEP}\d+", path.stem) and is_own(path, run))
 
 
-def is_own(path: Path) -> bool:
-    """Whether a run's file is there itself: a link in a run of somebody else's may lead to what is not for others."""
-    return path.is_file() and not path.is_symlink()
+def is_own(path: Path, run: Path) -> bool:
+    """Whether a file lies in a run itself: links in a run of somebody else's may lead to what is not for others."""
+    return path.is_file() and path.resolve() == run.resolve() / path.relative_to(run)

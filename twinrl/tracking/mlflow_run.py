@@ -101,7 +101,8 @@ class MlflowRun:
     def log_files(self) -> None:
         """Send the configuration, sample grids and figures that are new or changed since the last call."""
         found = (path for pattern in PUBLISHED_FILES for path in sorted(self._dir.glob(pattern)))
-        for path in (path for path in found if layout.is_own(path) and not path.name.startswith(".")):  # being written
+        whole = (path for path in found if not path.name.startswith("."))  # others are being written
+        for path in (path for path in whole if layout.is_own(path, self._dir)):
             modified = path.stat().st_mtime_ns
             if self._sent.get(path) != modified:
                 folder = path.parent.relative_to(self._dir).as_posix()
