@@ -340,7 +340,7 @@ def test_an_optimizer_that_makes_none() -> None:
         def make(parameters: Any, config: Any) -> Any:
             return len(parameters)
 
-    with pytest.raises(ComponentError, match=r"Lazy.make returns 1 at .* expected Optimizer"):
+    with pytest.raises(ComponentError, match=r"Lazy.make returns 1 at .* expected torch.optim.optimizer.Optimizer"):
         Lazy.build(None, [nn.Parameter(torch.zeros(1))])  # type: ignore[arg-type]
 
 

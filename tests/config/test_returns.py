@@ -71,3 +71,70 @@ def test_what_is_returned_is_told(
     last = said.splitlines()[-1]
     assert re.search(rf"{module}\.{cls}\.{method}", last), said
     assert f"{module}.py:{len(text.splitlines())}" in last
+
+
+MISTAKES = {
+    "own losses of other arguments": (
+        "A term with a network of its own",
+        "def own_losses(self, rows, ctx, update):",
+        "def own_losses(self, rows, ctx):",
+        "own_losses takes (self, rows, ctx)",
+    ),
+    "own losses of another network": (
+        "A term with a network of its own",
+        "return mean_square(ctx.own(self, interpolate(samples, noise, t), t, t, rows.c),",
+        "return mean_square(ctx.student(interpolate(samples, noise, t), t, t, rows.c),",
+        "losses that depend on ctx.own",
+    ),
+    "a loss without a gradient": (
+        "Per-sample loss",
+        "(mean_square(F, target)",
+        "(mean_square(F.detach(), target)",
+        "losses that depend on F",
+    ),
+    "times of another format": (
+        "Renoise family",
+        "return u **",
+        "return u.double() **",
+        "torch.float32, as of its argument",
+    ),
+    "times out of range": ("Renoise family", "return u **", "return 3 * u **", "times in [0, 1]"),
+    "a source without a place": ("Data source", "def __init__(self, root):", "def __init__(self):", "expected (place)"),
+    "a metric of the trainer's": (
+        "Loss term",
+        "query.r, query.c))",
+        "query.r, query.c), {'loss/total': query.t})",
+        "begins otherwise than loss/",
+    ),
+    "half of the parameters": ("Optimizer", "SGD(parameters,", "SGD(parameters[:2],", "one over all"),
+    "a negative factor": ("Learning-rate policy", "return super()", "return -super()", "a number ≥ 0"),
+}
+"""What → section, what stands there, what stands there instead, what is said."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_is_told_in_one_line(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    section, right, wrong, said = MISTAKES[what]
+    ((file, text),) = pages.files(SECTIONS[section]).items()
+    assert text.count(right) == 1
+    name, module = Path(file).stem, f"mistake_{list(MISTAKES).index(what)}"
+    (tmp_path / f"{module}.py").write_text(text.replace(right, wrong).replace(f"{name}.", f"{module}."))
+    command = next(line for line in pages.commands(SECTIONS[section]) if "train lab" in line).replace(
+        f"{name}.", f"{module}."
+    )
+    if section == "Renoise family":
+        command += " renoise.placement=training"
+    tiny = [setting for setting in SMALL if setting.partition("=")[0] not in command]
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), *tiny, "train.steps=2", "evaluation.every=0"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in told
+    assert told.startswith("twinrl: ")

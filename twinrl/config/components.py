@@ -71,7 +71,7 @@ class Registry(dict[str, type[T]]):
         """The component that ``config`` (with its ``kind``) describes, made as ``cls(config, *arguments)``."""
         cls = self.find(config.kind)
         if config.kind not in self:
-            _check_call(cls, (config, *arguments), f"{self.what} {config.kind!r}")
+            check_call(cls, (config, *arguments), f"{self.what} {config.kind!r}")
         return cls(config, *arguments)  # type: ignore[call-arg]
 
     def _check(self, found: Any, named: str) -> None:
@@ -114,12 +114,12 @@ def check_methods(found: type, like: type, methods: Iterable[str], named: str) -
         raise InputError(f"{named} lacks {', '.join(lacking)}", fix=f"write what {_path(like)} declares")
     for name in methods:
         if callable(method := getattr(like, name)):
-            _check_call(getattr(found, name), tuple(inspect.signature(method).parameters), f"{named}: {name}")
+            check_call(getattr(found, name), tuple(inspect.signature(method).parameters), f"{named}: {name}")
         elif callable(method := getattr(found, name)):
             raise InputError(f"{named}: {name} is a method{_place(method)}", fix="write @property above it")
 
 
-def _check_call(function: Any, arguments: tuple[Any, ...], named: str) -> None:
+def check_call(function: Any, arguments: tuple[Any, ...], named: str) -> None:
     """Raises InputError where ``function`` does not take these arguments by position."""
     try:
         inspect.signature(function).bind(*arguments)
@@ -211,8 +211,13 @@ def checked(value: Any, kind: type[T], owner: object, method: str, shape: tuple[
     fits = whole or (isinstance(value, kind) and not (number and not math.isfinite(value)))  # type: ignore[arg-type]
     if fits and (shape is None or value.shape == shape):
         return value
-    expected = "a finite number" if number else kind.__name__
+    expected = "a finite number" if number else "None" if kind is type(None) else _called(kind)
     raise wrong_return(value, owner, method, expected + (f" of shape {tuple(shape)}" if shape is not None else ""))
+
+
+def _called(kind: type) -> str:
+    """A class by its name; by its whole path where others have that name, too."""
+    return _path(kind) if kind.__module__.startswith("torch.optim") else kind.__name__
 
 
 def wrong_return(value: object, owner: object, method: str, expected: str) -> ComponentError:

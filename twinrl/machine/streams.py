@@ -70,11 +70,6 @@ def show_traceback(error: BaseException | None) -> None:
     print(shown("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
-def _of_thread(told: threading.ExceptHookArgs) -> None:
-    if told.exc_type is not SystemExit:
-        show_traceback(told.exc_value)
-
-
 def _give_up(stream: TextIO) -> None:
     """Let what is left of a stream go nowhere; the interpreter would fail on it at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

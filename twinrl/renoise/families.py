@@ -38,8 +38,13 @@ class RenoiseConfig(Settings):
 
     kind: str
     placement: tuple[Placement, ...] = Field(
-        ("rectify",), min_length=1, description="times that it shapes: training, rectify, fake, or several"
+        ("rectify",), min_length=1, description="times that it shapes: training, rectify, fake, or a list of several"
     )
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, placement: object) -> object:
+        return [placement] if isinstance(placement, str) else placement
 
     @field_validator("placement")
     @classmethod

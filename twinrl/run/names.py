@@ -67,6 +67,10 @@ STEP_SECONDS = "perf/step_seconds"
 """Wall-clock seconds of the step, without validation."""
 
 
+RESERVED = ("loss/", "grad/", "opt/", "val/", "perf/", "event/", "own/")
+"""How names begin that no component of one's own may log under: the trainer does."""
+
+
 def loss(term: str) -> str:
     """Unweighted loss of a term, as it enters the total up to its weight."""
     return f"loss/{term}"

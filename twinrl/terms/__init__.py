@@ -16,7 +16,7 @@ from twinrl.terms.term import Ascent, Context, NetworkOwner, Query, Target, Term
 
 TERMS = Registry(
     "term",
-    Term,
+    (NetworkOwner, Term),
     {
         "base": Base,
         "real_velocity": RealVelocity,

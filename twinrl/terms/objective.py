@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from twinrl.config.components import checked
+from twinrl.config.components import checked, wrong_return
 from twinrl.config.errors import InputError
 from twinrl.flow import conditions, draws, returned
 from twinrl.flow.branches import Batch, Rows, selection
@@ -223,6 +223,8 @@ class Pass:
             _check_target(term, target, F)
         share = term.config.weight / term.normaliser(self.counts, rows.global_batch)
         per_row = checked(term.loss(rows, query, F, target.value), Tensor, term, "loss", (len(rows),))
+        if F.requires_grad and not per_row.requires_grad:
+            raise wrong_return(per_row, term, "loss", f"losses that depend on F (loss: {term.config.loss.kind})")
         loss = share * per_row.sum()
         unweighted = per_row.detach().sum() / term.normaliser(self.counts, rows.global_batch)
         if target.constant is not None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from twinrl.config.components import checked
+from twinrl.config.components import checked, wrong_return
 from twinrl.flow import conditions, draws
 from twinrl.flow.branches import Batch, BatchDraws, Rows, allocate, divide, selection, shared
 from twinrl.flow.conditions import Condition
@@ -114,4 +114,9 @@ class Feed:
 
 def _times(law: TimeDistribution, u: Tensor) -> Tensor:
     """(B,) times of (B,) uniforms."""
-    return checked(law.sample(u), Tensor, law, "sample", u.shape)
+    times = checked(law.sample(u), Tensor, law, "sample", u.shape)
+    if times.dtype != u.dtype:
+        raise wrong_return(times, law, "sample", f"{u.dtype}, as of its argument")
+    if times.device.type == "cpu" and not ((times >= 0) & (times <= 1)).all():  # elsewhere a look would be a wait
+        raise wrong_return(times, law, "sample", "times in [0, 1]")
+    return times

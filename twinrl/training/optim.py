@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from twinrl.config import Settings, stored
-from twinrl.config.components import Registry, Returned, checked, plain_state
+from twinrl.config.components import Registry, Returned, checked, plain_state, wrong_return
 from twinrl.config.errors import InputError
 from twinrl.gradients.telemetry import Moved
 from twinrl.machine import compiling
@@ -63,8 +63,12 @@ class Optimizer(ABC):
     @classmethod
     def build(cls, config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """The torch optimizer over those of ``parameters`` that require gradients."""
-        made = cls.make([p for p in parameters if p.requires_grad], config)
-        return checked(made, torch.optim.Optimizer, cls, "make")
+        wanted = [p for p in parameters if p.requires_grad]
+        made = checked(cls.make(wanted, config), torch.optim.Optimizer, cls, "make")
+        held = sum(len(group["params"]) for group in made.param_groups)
+        if held != len(wanted):
+            raise wrong_return(made, cls, "make", f"one over all {len(wanted)} parameters, not {held}")
+        return made
 
 
 class _Adams(Optimizer):

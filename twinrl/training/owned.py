@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from twinrl.config.components import checked
+from twinrl.config.components import checked, wrong_return
 from twinrl.flow.branches import Batch
 from twinrl.fsdp.ranks import Ranks
 from twinrl.gradients.gradient import Gradient
@@ -65,6 +65,8 @@ class Owned:
             rows = chunk.on(self.term.config.branches)
             per_row = self.term.own_losses(rows, objective.evaluate(chunk, fed.counts), update)
             loss = checked(per_row, Tensor, self.term, "own_losses", (len(rows),)).sum() / normaliser
+            if not loss.requires_grad:
+                raise wrong_return(per_row, self.term, "own_losses", "losses that depend on ctx.own")
             if len(chunks) > 1:
                 self.ranks.reduce_after(self.network, number == len(chunks))
             loss.backward()

@@ -5,7 +5,7 @@ from inspect import isfunction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinrl.config.components import ComponentError, check_methods, check_returns, own
+from twinrl.config.components import ComponentError, check_call, check_methods, check_returns, own
 from twinrl.config.errors import InputError
 from twinrl.flow import returned
 from twinrl.flow.source import Data, Source
@@ -80,7 +80,10 @@ def load(name: str, place: Path | None, *family: "Family") -> Any:
     Raises:
         InputError: see :func:`find`; one's own lacks something that a source has.
     """
-    source = find(name, bool(family))(place, *family)
+    found = find(name, bool(family))
+    if name not in SOURCES | FAMILY_SOURCES:
+        check_call(found, ("place", "family")[: 1 + len(family)], f"data source {name!r}")
+    source = found(place, *family)
     if name in SOURCES | FAMILY_SOURCES:
         return source
     if lacking := [each for each in _attributes(Data if family else Source) if not hasattr(source, each)]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from twinrl.config.components import checked
+from twinrl.config.components import checked, wrong_return
 from twinrl.flow import draws
 from twinrl.flow.source import Data
 from twinrl.fsdp.ranks import ALONE, Ranks
@@ -259,6 +259,8 @@ class Trainer:
             self.engine.zero()
         self._move_lr(judged.spikes[0], judged.now.cut)
         factor = checked(self.lr_policy.factor(self.step), float, self.lr_policy, "factor")
+        if factor < 0:
+            raise wrong_return(factor, self.lr_policy, "factor", "a number ≥ 0")
         values = {names.LR: self.settings.optim.lr * factor * lr_factor}
         if judged.now.skip:
             return {names.SKIPPED: 1.0} | values

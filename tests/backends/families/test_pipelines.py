@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.backends.families.conftest import SWITCHES
 from tests.backends.families.forward import T, at
 from twinrl.backends.families import FAMILIES, family_class, load_family
-from twinrl.backends.families.family import FamilyConfig
+from twinrl.backends.families.family import FamilyConfig, FamilyNetwork
 from twinrl.backends.families.pipelines import check_values
 from twinrl.config.errors import InputError
 from twinrl.training.described import meta_component
@@ -41,6 +41,18 @@ def refused(folder, name="sd3"):
 
 def test_every_family_is_registered_under_its_name():
     assert [family_class(name).NAME for name in FAMILIES] == list(FAMILIES)
+
+
+def test_a_network_that_lacks_a_method_is_told_before_anything_is_loaded(monkeypatch):
+    class Half(FamilyNetwork):
+        pass
+
+    class Mine(family_class("sd3")):
+        NETWORK = Half
+
+    monkeypatch.setattr("twinrl.backends.families.own", lambda *_: Mine)
+    with pytest.raises(InputError, match="family 'mine.Mine': NETWORK lacks velocity; fix: write what .*FamilyNetwork"):
+        family_class("mine.Mine")
 
 
 def test_unknown_family_lists_the_known():

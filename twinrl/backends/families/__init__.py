@@ -51,7 +51,7 @@ def transformer_home(name: str) -> str | None:
 
 
 def _own_class(path: str) -> "type[Family]":
-    from twinrl.backends.families.family import Family
+    from twinrl.backends.families.family import Family, FamilyNetwork
 
     found: type[Family] = own(path, "family", FAMILIES)
     named = f"family {path!r}"
@@ -60,6 +60,7 @@ def _own_class(path: str) -> "type[Family]":
         raise InputError(
             f"{named} lacks {', '.join(lacking)}", fix="set what twinrl.backends.families.family.Family lists"
         )
+    check_class(found.NETWORK, (FamilyNetwork,), "network of a family", f"{named}: NETWORK")
     check_returns(found, Family.RETURNS)
     return found
 

@@ -46,9 +46,12 @@ def add_lora(transformer: Any, settings: LoraSettings, family_targets: Sequence[
     names = [name for name, _ in transformer.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
+            said = "the end of a module's name, such as "
+            if settings.targets is None:
+                known = said + ", ".join(names[-2:])
+                raise InputError("the family's LORA_TARGETS name no layer", got=target, expected=known)
             raise InputError(
-                "model.lora.targets names no layer", got=target,
-                expected=f"the end of a module's name, such as {', '.join(family_targets[:2])}",
+                "model.lora.targets names no layer", got=target, expected=said + ", ".join(family_targets[:2]),
                 fix="leave model.lora.targets out: the family has its own",
             )  # fmt: skip
     transformer.requires_grad_(False)
