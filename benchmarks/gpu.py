@@ -7,8 +7,6 @@
 Every part is a process of its own with a bound on its time. One that fails stops no other; the file has its last lines.
 Sizes follow the memory that is free, so a GPU of a few GB is enough. Ctrl-C ends the part that runs and keeps the file.
 Exit code 0 if all parts passed, 1 if one failed, 2 for wrong input, 130 after Ctrl-C.
-
-The simulation needs torch's CPU build. Beside a CUDA build it is installed into a folder of its own (200 MB, once).
 """
 
 import argparse
@@ -18,8 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +27,6 @@ from twinrl.run import environment
 
 REPOSITORY = Path(__file__).parents[1]
 OUT = REPOSITORY / "build" / "gpu"
-CPU_BUILD = "https://download.pytorch.org/whl/cpu"
 TAIL = 60
 """Lines of a part's output that the file has."""
 GRACE = 10
@@ -44,14 +41,12 @@ class Part:
     Attributes:
         name: in the file. command: what is run.
         limit: seconds after which it has failed.
-        variables: of its environment.
         page: Markdown that it writes, which the file has, too.
     """
 
     name: str
     command: Sequence[str]
     limit: float
-    variables: Mapping[str, str] = field(default_factory=dict)
     page: Path | None = None
 
 
@@ -93,26 +88,8 @@ def parts(device: str, folder: Path) -> list[Part]:
         Part("laboratory", [python, "-m", "twinrl", "train", "lab", "--fresh", *training], 1200),
         Part("family", [*tests, end_to_end, "-k", device], 600),
         Part("large model", [*large, "--out", str(measured)], 1800, page=measured.with_suffix(".md")),
-        *_cpu_build(folder),
-        Part("simulated", last, 900, _of_cpu_build(folder), folder / "simulated.md"),
+        Part("simulated", last, 900, page=folder / "simulated.md"),
     ]
-
-
-def _cpu_build(folder: Path) -> list[Part]:
-    """What the simulation needs beside a torch with CUDA."""
-    target = folder / "cpu-build"
-    if torch.version.cuda is None or (target / "torch").is_dir():
-        return []
-    version = torch.__version__.partition("+")[0]
-    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), f"torch=={version}"]
-    return [Part("torch's CPU build", [*pip, "--index-url", CPU_BUILD], 900)]
-
-
-def _of_cpu_build(folder: Path) -> dict[str, str]:
-    """Variables under which it is the torch that is imported; both packages must be found, too."""
-    if torch.version.cuda is None:
-        return {}
-    return {"PYTHONPATH": os.pathsep.join([str(folder / "cpu-build"), str(REPOSITORY)]), "CUDA_VISIBLE_DEVICES": ""}
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -125,7 +102,7 @@ def run(part: Part) -> Outcome:
         Stopped: Ctrl-C; the part has ended.
     """
     began, said = time.monotonic(), ""
-    variables = os.environ | {"PYTHONUNBUFFERED": "1"} | part.variables
+    variables = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
         part.command, cwd=REPOSITORY, env=variables, text=True, errors="replace", stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

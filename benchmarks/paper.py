@@ -1,6 +1,6 @@
-"""Qwen-Image (20 B parameters) on 8 and on 64 H200: memory, compute and communication of a step, calculated.
+"""Qwen-Image (20 B parameters) on 8 and on 64 H200: compute and communication of a step, calculated.
 
-Memory is that of ``twinrl doctor --plan``: the same functions. Compute counts multiplications of matrices: a token of
+Memory is simulated: ``simulated.py --table``. Compute counts multiplications of matrices: a token of
 a forward pass costs 2 operations for each weight it meets and 4·s·w a block in attention (s tokens, w width); a
 backward pass costs twice a forward pass, recomputed activations one more. In Qwen-Image's blocks image and text tokens
 have weights of their own, so a token meets half of them; the modulation's weights are met once a row and left out.
@@ -15,21 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import measuring
+from published import QWEN_IMAGE
 from step_time import joined
 from torch import nn
 
-from twinrl.commands.memory_plan import Item, of_training
 from twinrl.training import schema
-from twinrl.training.described import meta_family
 
-QWEN_IMAGE = {  # transformer/config.json of Qwen/Qwen-Image
-    "_class_name": "QwenImageTransformer2DModel", "patch_size": 2, "in_channels": 64, "out_channels": 16,
-    "num_layers": 60, "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584,
-    "axes_dims_rope": [16, 56, 56],
-}  # fmt: skip
 IMAGE_TOKENS, TEXT_TOKENS = 4096, 512  # 1024² pixels, and the longest prompts
 OPERATIONS, UTILISATION = 989e12, 0.4  # H200, dense bf16 (NVIDIA's data sheet); assumed share of it
 INSIDE, BETWEEN = 300e9, 40e9  # bytes a second and rank: of 450 on NVLink inside a machine, of 50 (400 Gb/s) between
@@ -73,11 +68,10 @@ class Cost:
     """Of one step.
 
     Attributes:
-        held: what a rank holds. operations: of a rank. moved: bytes that leave a rank, inside its machine or between.
+        operations: of a rank. moved: bytes that leave a rank, inside its machine or between.
         between: whether the gathers cross machines. summed: bytes that leave a rank to sum copies' gradients.
     """
 
-    held: list[tuple[str, int]]
     operations: float
     moved: float
     between: bool
@@ -97,7 +91,8 @@ class Cost:
 def settings_of(layout: Layout, folder: Path) -> schema.RunConfig:
     """The preset as the layout runs it, of a pipeline that is described and not there."""
     (folder / "transformer").mkdir(exist_ok=True)
-    (folder / "transformer" / "config.json").write_text(json.dumps(QWEN_IMAGE))
+    described = {"_class_name": "QwenImageTransformer2DModel", **QWEN_IMAGE}
+    (folder / "transformer" / "config.json").write_text(json.dumps(described))
     return schema.load(
         "qwen-image",
         [f"model.path={folder}", f"train.batch={layout.batch}", "train.micro_batch=null", *layout.overrides],
@@ -109,7 +104,9 @@ def _network(overrides: tuple[str, ...]) -> Any:
     """The student without values; the same for all layouts with these overrides."""
     with tempfile.TemporaryDirectory() as folder:
         layout = next(layout for layout in LAYOUTS if layout.overrides == overrides)
-        return meta_family(settings_of(layout, Path(folder)), Path(folder))
+        settings = settings_of(layout, Path(folder))
+        family = settings.model.family_class(Path(folder), SimpleNamespace(vae=None, components={}))
+        return family.outline(settings.model.pretrained)
 
 
 def cost(layout: Layout) -> Cost:
@@ -117,8 +114,6 @@ def cost(layout: Layout) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(layout, Path(folder))
         network = _network(layout.overrides)
-        items = [*of_training(settings, network, layout.processes), *_rows(settings, network, layout)]
-    held = [(item.name, item.each(layout.shards)) for item in items]
     passes = joined(settings)
     rows = 4 * sum(passes.with_backward) + sum(passes.forward)  # forward, backward twice, recomputed once
     count, trained = _numbers(network)
@@ -127,26 +122,7 @@ def cost(layout: Layout) -> Cost:
     part = (layout.shards - 1) / layout.shards
     summed = 2 * gradient / layout.shards * (layout.replicate - 1) / layout.replicate
     operations = rows * operations_of_row(network) / layout.processes
-    return Cost(held, operations, (weights + gradient) * part, layout.shards > PER_MACHINE, summed)
-
-
-def _rows(settings: schema.RunConfig, network: Any, layout: Layout) -> list[Item]:
-    """Activations of a rank's own rows, and the blocks that are gathered at a time: running, next, last and root.
-
-    Activations of a block are 34·s·b·h bytes in 16 bits with fused attention (s tokens, b rows, h width;
-    arXiv:2205.05198, eq. 2 without the attention matrix); with recomputation 2·s·b·h a block plus one whole block.
-    """
-    blocks = [m for m in network.modules() if type(m).__name__ == "QwenImageTransformerBlock"]
-    each = sum(p.numel() for p in blocks[0].parameters())
-    root = _numbers(network)[0] - each * len(blocks)
-    gathered = 2 * (root + (2 + settings.fsdp.prefetch) * each)
-    width = QWEN_IMAGE["num_attention_heads"] * QWEN_IMAGE["attention_head_dim"]  # type: ignore[operator]
-    positions = (IMAGE_TOKENS + TEXT_TOKENS) * (layout.batch // layout.processes) * width
-    kept = (2 * len(blocks) + 34) * positions
-    return [
-        Item("activations, about", kept, shared=False, exact=False),
-        Item("gathered at a time", gathered, shared=False, exact=False),
-    ]
+    return Cost(operations, (weights + gradient) * part, layout.shards > PER_MACHINE, summed)
 
 
 def _numbers(network: nn.Module) -> tuple[int, int]:
@@ -169,13 +145,8 @@ def operations_of_row(network: nn.Module) -> float:
 
 
 def report(layouts: Sequence[Layout] = LAYOUTS) -> str:
-    """Both tables in Markdown."""
+    """The table in Markdown."""
     costs = {layout: cost(layout) for layout in layouts}
-    names = list(dict.fromkeys(name for one in costs.values() for name, _ in one.held))
-    memory = [
-        [name, *(f"{dict(one.held).get(name, 0) / 1e9:.1f}" for one in costs.values())] for name in names
-    ]  # fmt: skip
-    memory.append(["**all**", *(f"**{sum(size for _, size in one.held) / 1e9:.0f}**" for one in costs.values())])
     work = [
         [
             layout.name, layout.batch, f"{one.operations / 1e15:.1f}", f"{one.compute_seconds:.1f}",
@@ -188,8 +159,4 @@ def report(layouts: Sequence[Layout] = LAYOUTS) -> str:
         "GPUs", "rows", "10¹⁵ operations", "compute (s)", "sent, GB", "copies, GB", "messages (s)",
         "rows/s, overlapped",
     ]  # fmt: skip
-    return "\n".join([
-        "GB (10⁹ bytes) that each GPU holds:\n",
-        measuring.markdown(["held", *(layout.name for layout in costs)], memory),
-        "One step, for each GPU:\n", measuring.markdown(columns, work),
-    ])  # fmt: skip
+    return measuring.markdown(columns, work)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published import SD35_MEDIUM as MEDIUM
 from torch import Tensor, nn
 
 from twinrl.backends.families import family_class
@@ -18,12 +19,6 @@ from twinrl.training import schema
 from twinrl.training.schema import RunConfig
 
 SD3 = family_class("sd3")
-MEDIUM = {  # transformer/config.json of stabilityai/stable-diffusion-3.5-medium
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "num_layers": 24, "attention_head_dim": 64,
-    "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "out_channels": 16, "pos_embed_max_size": 384,
-    "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-}  # fmt: skip
 HALF = MEDIUM | {
     "num_layers": 12, "num_attention_heads": 16, "caption_projection_dim": 1024,
     "dual_attention_layers": tuple(range(6)),
@@ -115,7 +110,7 @@ def settings_of(batch: int, micro_batch: int, folder: Path, device: str) -> RunC
 
 
 def describe(config: dict[str, Any], folder: Path) -> None:
-    """The descriptions that a plan reads, as a pipeline's folder has them."""
+    """The descriptions that a simulation reads, as a pipeline's folder has them."""
     (folder / "transformer").mkdir()
     index = {"_class_name": SD3.PIPELINE, "transformer": ["diffusers", "SD3Transformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))

@@ -7,7 +7,7 @@ A DiT of 4 blocks trains on random pixels, once with one clip of the summed grad
 with every term's gradient taken apart and clipped for itself. Messages are counted where torch hands them to the
 process group. The *payload* of a message is the tensor that every rank has in the end (gather), puts in
 (reduce-scatter) or both (all-reduce); a ring sends (N−1)/N of it from every rank, twice that for an all-reduce.
-Bytes held are those of tensors, beside what `twinrl doctor --plan --processes N` says.
+Bytes held are those of tensors.
 """
 
 import argparse
@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import measuring
 import numpy as np
@@ -29,7 +28,6 @@ from measuring import Pixels
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from twinrl.commands.memory_plan import of_training
 from twinrl.fsdp.ranks import ALONE, Ranks
 from twinrl.fsdp.sharded import Sharded
 from twinrl.machine.simulated.messages import KINDS, Messages
@@ -56,14 +54,13 @@ class Found:
     Attributes:
         seconds: of every step.
         count, payload: messages of one step by kind, and their bytes.
-        held, planned: bytes of tensors by what they are, and what the plan says.
+        held: bytes of tensors by what they are.
     """
 
     seconds: list[float]
     count: dict[str, int]
     payload: dict[str, int]
     held: dict[str, int]
-    planned: dict[str, int]
 
 
 def settings_of(clipping: str, folder: Path) -> schema.RunConfig:
@@ -83,10 +80,8 @@ def measure(settings: schema.RunConfig, ranks: Ranks, steps: int) -> Found:
     with messages:
         trainer.train_step()
     held = _held(trainer)
-    network = trainer.objective.teacher.student
-    planned = {item.name: item.each(ranks.world) for item in of_training(settings, network, ranks.world) if item.exact}
     trainer.log.close(), trainer.events.close()
-    return Found(seconds, messages.count, messages.payload, held, planned)
+    return Found(seconds, messages.count, messages.payload, held)
 
 
 def _held(trainer: Trainer) -> dict[str, int]:
@@ -158,15 +153,10 @@ def tables(found: Mapping[int, list[dict[str, Found]]]) -> str:
     kinds = [f"{kind} (KiB)" for kind in dict.fromkeys(KINDS.values())]
     messages = measuring.markdown(["processes, clipping", "step (s)", "messages", "KiB in all", *kinds], lines)
     rows = [
-        [f"{world}, {name}", *(f"{rank['global'].held[name] / 1024:.1f}" for rank in _ends(ranks)),
-         f"{ranks[0]['global'].planned[name] / 1024:.1f}"]
+        [f"{world}, {name}", *(f"{rank['global'].held[name] / 1024:.1f}" for rank in (ranks[0], ranks[-1]))]
         for world, ranks in found.items() for name in HELD
     ]  # fmt: skip
-    return messages + "\n" + measuring.markdown(["processes, what", "first (KiB)", "last (KiB)", "plan (KiB)"], rows)
-
-
-def _ends(ranks: Sequence[Any]) -> tuple[Any, Any]:
-    return ranks[0], ranks[-1]
+    return messages + "\n" + measuring.markdown(["processes, what", "first (KiB)", "last (KiB)"], rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -335,29 +335,20 @@ def doctor(
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="print every configuration key with its meaning")] = False,
     plan: Annotated[
-        str | None, typer.Option("--plan", metavar="CONFIG", help="estimate a run's memory before loading anything")
+        str | None, typer.Option("--plan", metavar="CONFIG", help="the memory of a run on GPUs, before there is one")
     ] = None,
     simulate: Annotated[
         str | None,
-        typer.Option("--simulate", metavar="CONFIG", help="two steps at real size on GPUs that are not there"),
+        typer.Option("--simulate", metavar="CONFIG", help="the same with work, messages and waits"),
     ] = None,
     processes: Annotated[int, typer.Option(min=1, help="of --plan and --simulate: processes that share the model")] = 1,
     gpu: Annotated[str, typer.Option(help="of --simulate: H100, H200, A100 or 4090")] = "H100",
 ) -> None:
     """Check this machine: versions, devices, caches, presets; or see what a run takes before it is started."""
-    if simulate is not None:
+    if (config := plan if simulate is None else simulate) is not None:
         from twinrl.commands.simulate import simulate as simulated
 
-        raise typer.Exit(simulated(simulate, overrides or [], processes, gpu, _console()))
-    if plan is not None:
-        from twinrl.training.schema import load
-
-        settings = load(plan, overrides or [])
-        from twinrl.commands.memory_plan import print_plan
-        from twinrl.training.assembly import check_estimated
-
-        check_estimated(settings, "planned")
-        raise typer.Exit(print_plan(settings, processes, _console()))
+        raise typer.Exit(simulated(config, overrides or [], processes, _console(), None if simulate is None else gpu))
     from twinrl.commands.doctor import doctor as command
 
     raise typer.Exit(command(schema, _console()))

@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.benchmarks.scripts import script
+from twinrl.machine.simulated.memory import Peak
 
 large_model = script("large_model")
 TINY = script("random_model").TINY
@@ -65,13 +67,27 @@ def test_the_script_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert twinflow["flops"] == (3 * 4 + 15) * result["flops_of_a_row"]
     assert three["flops"] == (3 * 8 + 16) * result["flops_of_a_row"]
     assert twinflow["utilisation"] > 0
-    assert "comparing it with the allocator takes a CUDA device" in capsys.readouterr().out
+    assert "peak memory (GB)" in capsys.readouterr().out
 
 
-def test_the_plan_is_compared_with_the_allocator() -> None:
-    assert "+10.0%" in (near := large_model.compared(110, 100))
-    assert "+20.0%" in (far := large_model.compared(120, 100))
-    assert ("within" in near, "within" in far) == (True, False)
+def test_the_largest_that_has_room_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the simulated peak, of which some is spared."""
+    peaks = iter([60, 30, 8])
+
+    class Simulator:
+        def __enter__(self) -> "Simulator":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def report(self, *_: object) -> SimpleNamespace:
+            return SimpleNamespace(peak=Peak(next(peaks) * 10**9))
+
+    monkeypatch.setattr(large_model, "Simulator", Simulator)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (30 * 10**9, 0))
+    assert large_model.fitting(torch.device("cuda")) == large_model.FITTING[2]
+    assert large_model.fitting(CPU) == large_model.FITTING[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

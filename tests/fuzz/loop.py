@@ -5,6 +5,7 @@ $ python -m tests.fuzz --seed 3 --only run study
 $ python -m tests.fuzz --again                  # what was found wrong, once more
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from typing import Any
 from tests.fuzz import targets, trying
 from tests.fuzz.targets import TARGETS, Command, Target
 from tests.fuzz.trying import Done
+from twinrl.machine.files import cache_dir
+from twinrl.machine.simulated import helper
 from twinrl.run.layout import METRICS
 
 BUILDING_SECONDS = 1800
@@ -149,6 +152,22 @@ SPECIAL: dict[tuple[str, ...], Callable[[], None]] = {
 """Words that are no command of twinrl: what builds a target."""
 
 
+class Here:
+    """Stands for the process of simulations: they are taken in the fork itself, which has all imports."""
+
+    def __enter__(self) -> "Here":
+        ctypes.CDLL(str(helper.compiled(cache_dir())))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def report(self, config: str, overrides: Sequence[str], processes: int) -> Any:
+        from twinrl.training import schema, simulated
+
+        return simulated.simulate(schema.load(config, list(overrides)), processes)
+
+
 def _save_nothing(figure: Any, file: Any, **options: Any) -> None:
     """Stands for a figure's ``savefig``, which takes most of a report's time."""
     file.write(b"<svg/>") if hasattr(file, "write") else Path(file).write_text("<svg/>")
@@ -167,6 +186,7 @@ def _prepared(words: Sequence[str], fake: bool, variables: dict[str, str]) -> No
     if fake:
         register(patch)
     without_figures(patch)
+    patch.setattr("twinrl.commands.simulate.Simulator", Here)
     patch.setattr(Figure, "savefig", _save_nothing)
     if special := SPECIAL.get(tuple(words)):
         special()
@@ -182,7 +202,7 @@ IMPORTED = (
     "torch._dynamo", "diffusers", "transformers", "sklearn.metrics", "lifelines", "statsmodels.api",
     "analysis.report", "analysis.cli", "ablations.cli", "ablations.commands", "ablations.publish", "ablations.trial",
     "twinrl.commands.processes", "twinrl.commands.train", "twinrl.commands.inspect", "twinrl.commands.replay",
-    "twinrl.commands.data", "twinrl.commands.doctor", "twinrl.commands.memory_plan", "twinrl.evaluation.grids",
+    "twinrl.commands.data", "twinrl.commands.doctor", "twinrl.commands.simulate", "twinrl.evaluation.grids",
     "twinrl.evaluation.figures", "twinrl.training.schema", "twinrl.training.opened", "twinrl.data.prepared",
     "tests.ablations.tiny", "tests.fake_source", "tests.backends.families.made", "twinrl.lab",
     "twinrl.tracking.mlflow_view", "mlflow", "mlflow.store.tracking.sqlalchemy_store", "alembic.util", "peft",

@@ -9,14 +9,15 @@ import pytest
 from rich.console import Console
 
 from tests.backends.families import tiny
-from tests.commands.test_memory_plan import allocated
 from tests.fake_source import SMALL
 from tests.fake_source import small as small_run
 from tests.rewards import tiny as tiny_rewards
+from tests.training.allocator import allocated
 from twinrl import config
 from twinrl.backends.families import FAMILIES
 from twinrl.commands.simulate import Simulator, simulate
 from twinrl.config.errors import InputError
+from twinrl.data.dataset import CACHE_FORMAT, MANIFEST, BucketRow, Manifest
 from twinrl.training import schema
 from twinrl.training.simulated import Report
 
@@ -126,22 +127,45 @@ def test_what_fails_on_a_device_is_said_with_its_line(simulator: Simulator) -> N
         simulator.report("twinflow", overrides)
 
 
-def test_the_command_says_all_of_it() -> None:
+def _memory(said: str) -> list[str]:
+    return said[: said.index("in all")].splitlines()
+
+
+def test_the_command_says_all_of_it_or_the_memory() -> None:
     shown = Console(width=200, file=StringIO())
-    assert simulate("twinflow", NETWORK, 2, "H200", shown) == 0
+    assert simulate("twinflow", NETWORK, 2, shown, "H200") == 0
     said = shown.file.getvalue()  # type: ignore[attr-defined]
-    for part in (
-        "on 2 GPUs",
-        "peak of memory",
-        "optimizer",
-        "FLOP",
-        "on an H200",
-        "reduce-scatter",
-        "waits of the host",
-    ):
+    memory = ("on 2 GPUs", "peak of memory", "optimizer", "backward")
+    others = ("FLOP", "on an H200", "reduce-scatter", "waits of the host")
+    for part in (*memory, *others):
         assert part in said, part
-    with pytest.raises(InputError, match="--gpu"):
-        simulate("twinflow", NETWORK, 1, "P100", shown)
+    shown = Console(width=200, file=StringIO())
+    assert simulate("twinflow", NETWORK, 2, shown) == 0
+    told = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert [part in told for part in (*memory, *others)] == [True] * len(memory) + [False] * len(others)
+    assert _memory(told) == _memory(said)
+
+
+def test_latents_beyond_a_models_positions(simulator: Simulator, models: Path, tmp_path: Path) -> None:
+    bucket = BucketRow(name="8192x8192", width=8192, height=8192, latent_shape=(4, 1024, 1024))
+    made = Manifest(format=CACHE_FORMAT, encoder="x", content_hash="x", images=True, lengths={}, buckets=[bucket])
+    (tmp_path / MANIFEST).write_text(made.model_dump_json())
+    given = [f"model={{family: sd3, path: {models / 'sd3'}}}", f"data={{source: folder, root: {tmp_path}}}"]
+    with pytest.raises(InputError, match=r"the simulation ends at twinrl/\S+:\d+.*; got .*(height|exceed|size)"):
+        simulator.report("twinflow", [*given, "train={batch: 8, steps: 9}"])
+
+
+def test_judges_are_there_in_every_step_and_equal_ones_once(simulator: Simulator, models: Path) -> None:
+    clip = f"kind: clipscore, checkpoint: {models / 'clip'}"
+    run = [f"model={{family: sd3, path: {models / 'sd3'}}}", "data={source: folder}", "train={batch: 8, steps: 9}",
+           REWARD[0], f"reward={{model: {{{clip}}}, held_out: {{same: {{{clip}}}}}}}"]  # fmt: skip
+    half = f"judges.half={{{clip}, dtype: bf16}}"
+    alike, another, never = (
+        simulator.report("twinflow", [*run, *more]).held for more in ([], [half], [half, "evaluation.every=0"])
+    )
+    assert "judges" not in alike
+    assert another["judges"] == pytest.approx(alike["reward"] / 2, rel=0.2)  # tensors are padded to 512 bytes each
+    assert "judges" not in never
 
 
 @pytest.mark.parametrize("option", ["fsdp.cpu_offload=true", "machine.compile=inductor", "optim.kind=adamw8bit"])

@@ -1,4 +1,7 @@
-"""``twinrl doctor --simulate``: what a step of a run takes on GPUs, without one (:mod:`twinrl.training.simulated`)."""
+"""``twinrl doctor --plan`` and ``--simulate``: what a step of a run takes on GPUs, without one.
+
+Both take two steps (:mod:`twinrl.training.simulated`). The first prints the memory alone.
+"""
 
 import json
 import math
@@ -14,6 +17,7 @@ from twinrl.config.errors import InputError
 from twinrl.machine.files import cache_dir
 from twinrl.machine.simulated import helper
 from twinrl.machine.simulated.work import GPUS
+from twinrl.training import schema
 from twinrl.training.simulated import Report
 
 MODULE = "twinrl.training.simulated"
@@ -58,22 +62,23 @@ class Simulator:
         return Report.of(answer["report"])
 
 
-def simulate(config: str, overrides: Sequence[str], processes: int, gpu: str, console: Console) -> int:
-    """Print what a step takes; 0. ``gpu``: by whose data sheet time is told.
+def simulate(config: str, overrides: Sequence[str], processes: int, console: Console, gpu: str | None = None) -> int:
+    """Print the memory that a step takes; 0. ``gpu``: by whose data sheet time is told, with all that is counted.
 
     Raises:
         InputError: see :meth:`Simulator.report`; an unknown GPU.
     """
-    if gpu not in GPUS:
+    if gpu is not None and gpu not in GPUS:
         raise InputError("--gpu is unknown", got=gpu, expected=", ".join(GPUS))
+    schema.load(config, list(overrides))  # what is wrong with it is said before a process is started
     with console.status("taking two steps without a device"), Simulator() as simulator:
         report = simulator.report(config, overrides, processes)
     show(report, gpu, console)
     return 0
 
 
-def show(report: Report, gpu: str, console: Console) -> None:
-    """Print a report."""
+def show(report: Report, gpu: str | None, console: Console) -> None:
+    """Print a report; its memory alone where no GPU is given."""
     share, rows = report.rows
     console.print(
         f"{report.name} on {_number(report.processes, 'GPU')}: {_si(report.parameters, '')} parameters, "
@@ -81,6 +86,19 @@ def show(report: Report, gpu: str, console: Console) -> None:
     )
     console.print(f"\npeak of memory: {_si(report.peak.bytes, 'B')} a GPU, at {report.peak.line}")
     console.print(_memory(report))
+    if gpu is not None:
+        _show_work(report, gpu, console)
+    if report.guesses:
+        console.print(f"values that are not known were asked for at {', '.join(report.guesses)}; they were guessed")
+    console.print(
+        "Not in it: workspaces inside kernels, fragmentation, what a kernel takes beyond arithmetic and memory, "
+        "validation with its pictures and FID's network, checkpoints, text encoders (on the host). "
+        f"Simulated in {report.seconds:.0f} s and {_si(report.resident, 'B')}."
+    )
+
+
+def _show_work(report: Report, gpu: str, console: Console) -> None:
+    """What is computed, sent and waited for."""
     seconds, used = report.estimates[gpu]
     console.print(
         f"\nwork: {report.operations:,} operations, {_si(report.flops, 'FLOP')}, {_si(report.moved, 'B')} through "
@@ -91,12 +109,6 @@ def show(report: Report, gpu: str, console: Console) -> None:
         console.print(f"messages: {', '.join(said)}")
     console.print(f"waits of the host: {report.waited}, {report.queued} with work queued")
     console.print(_waits(report))
-    if report.guesses:
-        console.print(f"values that are not known were asked for at {', '.join(report.guesses)}; they were guessed")
-    console.print(
-        "Not in it: workspaces inside kernels, fragmentation, what a kernel takes beyond arithmetic and memory, "
-        f"validation, checkpoints. Simulated in {report.seconds:.0f} s and {_si(report.resident, 'B')}."
-    )
 
 
 def _memory(report: Report) -> Table:

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinrl.config.errors import InputError
 from twinrl.flow.source import Data
 from twinrl.flow.teacher import Teacher
 from twinrl.fsdp import mesh
@@ -40,14 +39,6 @@ def check_options(settings: RunConfig, device: torch.device) -> None:
     if settings.model.float8:
         float8.check(device, "model.float8")
     OPTIMIZERS.find(settings.optim.kind).check(device, mesh.world_size())
-
-
-def check_estimated(settings: RunConfig, estimate: str) -> None:
-    """Raises InputError where nothing but a device says what an option takes; ``estimate``: what is asked for."""
-    unknown = {"model.float8": settings.model.float8, "optim.kind=adamw8bit": settings.optim.kind == "adamw8bit"}
-    for key, asked in unknown.items():
-        if asked:
-            raise InputError(f"{key} is not {estimate}", fix="leave it out, or try it on a device")
 
 
 def kind_of(settings: RunConfig) -> type[Provider[Any]]:

@@ -19,7 +19,7 @@ from twinrl.flow.source import Source
 from twinrl.fsdp.ranks import ALONE
 from twinrl.machine.dtypes import MASTER_DTYPES
 from twinrl.training import sources
-from twinrl.training.provider import Provider, Unloaded
+from twinrl.training.provider import Provider
 from twinrl.training.schema import RunConfig
 
 
@@ -29,13 +29,6 @@ class Laboratory(Provider[Source]):
     @classmethod
     def load(cls, settings: RunConfig, device: torch.device) -> Source:
         return sources.load(settings.data.source, settings.data.place).to(str(device))
-
-    @classmethod
-    def unloaded(cls, settings: RunConfig) -> Unloaded:
-        made = cls(settings, cls.load(settings, torch.device("cpu")), torch.device("cpu"))
-        with torch.device("meta"):
-            network = made.network()
-        return Unloaded(network.to(dtype=made.dtype), made.source)
 
     @classmethod
     def export(

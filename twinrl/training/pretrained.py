@@ -18,8 +18,8 @@ from twinrl.fsdp.initial import Outline, SafetensorsPart
 from twinrl.machine import float8
 from twinrl.machine.dtypes import DTYPES, MASTER_DTYPES
 from twinrl.run import checkpoints, fit
-from twinrl.training import described, sources
-from twinrl.training.provider import Provider, Unloaded
+from twinrl.training import sources
+from twinrl.training.provider import Provider
 from twinrl.training.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -34,10 +34,6 @@ class PretrainedModels(Provider["FolderSource"]):
         family = settings.model.family_class.load(settings.model.pretrained)
         source = sources.load(settings.data.source, settings.data.place, family)
         return source.to(str(device), settings.machine.offload)
-
-    @classmethod
-    def unloaded(cls, settings: RunConfig) -> Unloaded:
-        return described.unloaded(settings)
 
     @classmethod
     def export(

@@ -6,8 +6,8 @@ prepared folder. Whoever is above asks the provider, and nobody asks which of th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
@@ -84,37 +84,6 @@ class FixedProtocol(Protocol):
         ...
 
 
-class Shapes(Protocol):
-    """What a step needs to know of the data, whether or not they are there: shapes, and a codec.
-
-    Attributes:
-        latent_shape: (C, H, W) of the space of the flow.
-    """
-
-    latent_shape: tuple[int, int, int]
-
-    def null_condition(self, n: int) -> Mapping[str, Tensor]: ...
-
-    def encode(self, pixels: Tensor) -> Tensor: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class Unloaded:
-    """A run's models on the meta device.
-
-    Attributes:
-        network: the student.
-        data: what they look like.
-        frozen: the source's frozen modules, by name.
-    """
-
-    network: nn.Module
-    data: Shapes
-    frozen: Mapping[str, nn.Module] = field(default_factory=dict)
-
-
 S = TypeVar("S", bound=Data)
 
 
@@ -141,17 +110,6 @@ class Provider(ABC, Generic[S]):
 
         Raises:
             InputError: no such data, or data for another model.
-        """
-
-    @classmethod
-    @abstractmethod
-    def unloaded(cls, settings: RunConfig) -> Unloaded:
-        """The models without values.
-
-        *When to use*: to plan a run before any weight is loaded.
-
-        Raises:
-            InputError: the model's description cannot be read.
         """
 
     @classmethod

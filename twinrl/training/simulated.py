@@ -37,7 +37,7 @@ from twinrl.machine.simulated.places import Places, Rule
 from twinrl.machine.simulated.waits import Wait
 from twinrl.machine.simulated.work import GPUS, Estimate
 from twinrl.rewards.hollow import HollowNetworks
-from twinrl.training import assembly, described, schema
+from twinrl.training import schema
 from twinrl.training.described import Described
 from twinrl.training.laboratory import Laboratory
 from twinrl.training.pretrained import PretrainedModels
@@ -206,9 +206,7 @@ class DescribedModels(PretrainedModels):
 
     @classmethod
     def load(cls, settings: RunConfig, device: torch.device) -> DescribedSource:
-        found = described.unloaded(settings)
-        data: Any = found.data
-        source = DescribedSource(settings, data)
+        source = DescribedSource(settings, Described(settings))
         if (vae := source.family.pipeline.vae) is not None:
             with_memory(vae, torch.device("cpu") if settings.machine.offload else device).requires_grad_(False).eval()
         source.device = device
@@ -243,16 +241,18 @@ def simulate(settings: RunConfig, processes: int = 1) -> Report:
     """
     started = time.perf_counter()
     _check(settings)
+    judged = settings.model.is_pretrained and settings.evaluation.every > 0
     with tempfile.TemporaryDirectory() as folder, _ranks(settings, processes) as make, ExitStack() as stack:
         settings = _alone(settings, Path(folder))
         simulation = Simulation(Places([PROGRAM, Path.cwd()], HELPERS, PHASES, OWNERS))
         stack.enter_context(_in_one_line(simulation.places))
         stack.enter_context(simulation.running())
         trainer = _trainer(settings, make())
+        judges = _judges(trainer) if judged else []
         step = _measuring(settings)
         trainer.step = trainer.iteration = max(0, step - 1)
         trainer._advance()
-        with _owned(trainer, simulation):
+        with _owned(trainer, judges, simulation):
             gc.collect()
             simulation.forget()
             trainer.step = step
@@ -264,9 +264,9 @@ def simulate(settings: RunConfig, processes: int = 1) -> Report:
 
 def _check(settings: RunConfig) -> None:
     """Raises InputError where it is known beforehand that it cannot be simulated."""
-    assembly.check_estimated(settings, "simulated")
     refused = {
         "fsdp.cpu_offload": settings.fsdp.cpu_offload, "machine.compile": settings.machine.compile is not None,
+        "model.float8": settings.model.float8, "optim.kind=adamw8bit": settings.optim.kind == "adamw8bit",
     }  # fmt: skip
     for key, asked in refused.items():
         if asked:
@@ -324,14 +324,23 @@ def _trainer(settings: RunConfig, ranks: Ranks) -> Trainer:
     return Trainer(settings, run, source, device, lambda network, step: {}, ranks=ranks, provided=kind)
 
 
+def _judges(trainer: Trainer) -> list[nn.Module]:
+    """Networks of the rewards that validation judges by: a family's are there in every step, too."""
+    judges = trainer.provider.judges().values()
+    networks = [module for judge in judges for module in judge.modules().values()]
+    trainer.ranks.keep_frozen(networks)
+    return networks
+
+
 @contextmanager
-def _owned(trainer: Trainer, simulation: Simulation) -> Iterator[None]:
+def _owned(trainer: Trainer, judges: Sequence[nn.Module], simulation: Simulation) -> Iterator[None]:
     """Say whose memory it is; inside, blocks of the networks are known by name."""
     teacher, memory = trainer.objective.teacher, simulation.memory
     modules: dict[str, list[nn.Module | None]] = {
         "student": [teacher.student], "average": [teacher.ema, teacher.remainder], "frozen teacher": [teacher.frozen],
+        "judges": list(judges), "VAE": list(trainer.provider.codec),
         "reward": [] if trainer.guide is None else list(trainer.guide.reward.modules().values()),
-        "VAE": list(trainer.provider.codec), "terms' networks": list(trainer.objective.own.values()),
+        "terms' networks": list(trainer.objective.own.values()),
     }  # fmt: skip
     memory.belongs(GRADIENTS, [p.grad for p in trainer.engine.parameters if p.grad is not None])
     optimizers = [trainer.optimizer, *(one.optimizer for one in trainer.owned)]

@@ -5,7 +5,7 @@ So the control flow is the program's own, at full size, and everything about the
 where the host waits for the device, :mod:`messages` what ranks send each other. Ranks are those of torch's fake
 process group: this process is one of them, and the others answer with its own numbers.
 
-It needs torch's CPU build, and a process of its own (:mod:`helper`). What is not simulated: workspaces inside kernels,
+It needs a process of its own (:mod:`helper`), and no device. What is not simulated: workspaces inside kernels,
 fragmentation of the allocator, what a kernel takes beyond its share of arithmetic and memory, overlap of messages.
 """
 

@@ -1,4 +1,5 @@
-// What fake tensors on "cuda" need of a torch without CUDA: a device guard, and hooks that say that devices are there.
+// What fake tensors on "cuda" need besides torch: a device guard, and hooks that say that devices are there. A torch with
+// CUDA has both; it is loaded before, and of guards the last one counts, of hooks those that are preferred.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
 
@@ -23,5 +24,5 @@ struct PretendedCUDA final : at::CUDAHooksInterface {
 }  // namespace
 
 namespace at {
-C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", PretendedCUDA)
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, PretendedCUDA)
 }

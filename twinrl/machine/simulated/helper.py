@@ -1,6 +1,7 @@
-"""The process of a simulation: a compiled helper has to be there before torch is, so it is a new one.
+"""The process of a simulation: a compiled helper has to be there before torch is imported, so it is a new one.
 
-The helper (``helper.cpp``) is compiled at first use, for each version of torch, and kept in a cache.
+The helper (``helper.cpp``) is compiled at first use, for each version of torch, and kept in a cache. Real devices are
+hidden from the process, so that a torch with CUDA touches none.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from twinrl.config.errors import InputError
 
 SOURCE = Path(__file__).with_name("helper.cpp")
 COMPILERS = ("c++", "g++", "clang++")
+LIBRARIES = ("-Wl,--no-as-needed", "-lc10", "-ltorch_cpu", "-ltorch")
+"""The last one loads torch's CUDA, if there is one: before the helper, whose hooks and guard then replace its own."""
 START = (
     "import ctypes, runpy, sys; ctypes.CDLL(sys.argv.pop(1), ctypes.RTLD_GLOBAL); "
     "runpy.run_module(sys.argv.pop(1), run_name='__main__')"
@@ -28,14 +31,11 @@ def compiled(cache: Path) -> Path:
     """The helper for this torch, compiled into ``cache`` if it is not there.
 
     Raises:
-        InputError: torch was built with CUDA, or there is no C++ compiler, or it fails.
+        InputError: there is no C++ compiler, or it fails.
     """
-    if torch.version.cuda is not None:
-        raise InputError(
-            "a simulation needs torch's CPU build", got=f"torch {torch.__version__}",
-            fix="make an environment with the CPU build of the same version",
-        )  # fmt: skip
-    key = hashlib.blake2b(SOURCE.read_bytes() + torch.__version__.encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(
+        SOURCE.read_bytes() + " ".join(LIBRARIES).encode() + torch.__version__.encode(), digest_size=8
+    ).hexdigest()
     library = cache / f"simulation-{key}.so"
     if not library.exists():
         compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), *COMPILERS))), None)
@@ -55,7 +55,7 @@ def _compile(compiler: str, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         made = Path(scratch) / library.name
         told = [f"-I{at}/include", f"-I{at}/include/torch/csrc/api/include", f"-L{at}/lib", f"-Wl,-rpath,{at}/lib"]
-        command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O1", *told, str(SOURCE), "-lc10", "-ltorch_cpu"]
+        command = [compiler, "-shared", "-fPIC", "-std=c++20", "-O1", *told, str(SOURCE), *LIBRARIES]
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True, check=False)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip())
@@ -70,5 +70,6 @@ def started(module: str, cache: Path, *arguments: str) -> "subprocess.Popen[str]
         InputError: see :func:`compiled`.
     """
     command = [sys.executable, "-c", START, str(compiled(cache)), module, *arguments]
-    safe = os.environ | {"PYTHONSAFEPATH": "1"}  # files of the working directory stand for no libraries
-    return subprocess.Popen(command, env=safe, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # no device is touched, and files of the working directory stand for no libraries
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONSAFEPATH": "1"}
+    return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

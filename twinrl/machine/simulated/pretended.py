@@ -22,6 +22,8 @@ CUDA = "cuda"
 DEVICES = 8
 FLASH_WIDTH = 256
 """Widest heads of flash attention."""
+FORMULAS = ("silu_backward", "mish_backward")
+"""Operations that a torch without CUDA would take apart before anybody sees them, for want of a kernel."""
 
 
 class Stream:
@@ -131,15 +133,21 @@ def cuda(waits: Waits) -> Iterator[None]:
         # the class of a fake parameter is FakeTensor; torch joins parameters in one operation by their class
         **{f"{name}._foreach_supported_types": [*importlib.import_module(name)._foreach_supported_types, FakeTensor]
            for name in ("torch.optim.optimizer", "torch.utils._foreach_utils")},
-        "torch.nn.functional.scaled_dot_product_attention": _attention(nn.functional.scaled_dot_product_attention),
     }  # fmt: skip
-    real = mesh._get_device_handle
+    real, composite = mesh._get_device_handle, nn.functional.scaled_dot_product_attention
     with ExitStack() as stack:
         for name, value in there.items():
             stack.enter_context(mock.patch(name, value))
         for name, module in list(sys.modules.items()):
             if name.startswith("torch.distributed") and getattr(module, "_get_device_handle", None) is real:
                 stack.enter_context(mock.patch.object(module, "_get_device_handle", _handle(real)))
+            for known in [key for key, value in getattr(module, "__dict__", {}).items() if value is composite]:
+                stack.enter_context(mock.patch.object(module, known, _attention(composite)))
+        if torch.version.cuda is None:
+            kernels = torch.library.Library("aten", "IMPL")
+            stack.callback(kernels._destroy)
+            for name in FORMULAS:
+                kernels.impl(name, Handle._nothing, "CUDA")
         stack.enter_context(mock.patch.object(nn.Module, "to", _moved(nn.Module.to)))
         inferring = ShardingPropagator._propagate_tensor_meta_non_cached
         stack.enter_context(mock.patch.object(ShardingPropagator, inferring.__name__, _elsewhere(inferring)))
