@@ -52,7 +52,10 @@ def small(preset: str, models: Path) -> list[str]:
     """What makes a preset's run a small one."""
     settings = schema.load(preset)
     if not settings.model.is_pretrained:
-        return [*NETWORK, *(["reward.model=brightness"] if settings.reward else [])]
+        forward = [
+            f"terms.{n}.derivative=difference" for n, term in settings.terms.items() if hasattr(term, "derivative")
+        ]
+        return [*NETWORK, *forward, *(["reward.model=brightness"] if settings.reward else [])]
     family = str(settings.model.family)
     given = [f"model.path={models / family}", "train={batch: 8, micro_batch: null}"]
     clip = f"reward.model={{kind: clipscore, checkpoint: {models / 'clip'}}}"
@@ -172,6 +175,11 @@ def test_judges_are_there_in_every_step_and_equal_ones_once(simulator: Simulator
 def test_what_cannot_be_simulated_is_said(simulator: Simulator, option: str) -> None:
     with pytest.raises(InputError, match=option.partition("=")[0].replace(".", r"\.") + ".* is not simulated"):
         simulator.report("twinflow", [*NETWORK, option], processes=2)
+
+
+def test_forward_mode_is_not_simulated(simulator: Simulator) -> None:
+    with pytest.raises(InputError, match=r"terms\.mean_flow\.derivative=forward is not simulated"):
+        simulator.report("meanflow", NETWORK)
 
 
 @pytest.mark.campaign

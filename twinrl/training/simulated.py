@@ -268,6 +268,8 @@ def _check(settings: RunConfig) -> None:
         "fsdp.cpu_offload": settings.fsdp.cpu_offload, "machine.compile": settings.machine.compile is not None,
         "model.float8": settings.model.float8, "optim.kind=adamw8bit": settings.optim.kind == "adamw8bit",
     }  # fmt: skip
+    for name, term in settings.terms.items():  # torch's fake tensors end the process in forward-mode differentiation
+        refused[f"terms.{name}.derivative=forward"] = getattr(term, "derivative", None) == "forward"
     for key, asked in refused.items():
         if asked:
             raise InputError(f"{key} is not simulated", fix="leave it out, or try it on a device")
