@@ -5,7 +5,6 @@ $ python -m tests.fuzz --seed 3 --only run study
 $ python -m tests.fuzz --again                  # what was found wrong, once more
 """
 
-import ctypes
 import json
 import os
 import shutil
@@ -21,8 +20,6 @@ from typing import Any
 from tests.fuzz import targets, trying
 from tests.fuzz.targets import TARGETS, Command, Target
 from tests.fuzz.trying import Done
-from twinrl.machine.files import cache_dir
-from twinrl.machine.simulated import helper
 from twinrl.run.layout import METRICS
 
 BUILDING_SECONDS = 1800
@@ -152,22 +149,6 @@ SPECIAL: dict[tuple[str, ...], Callable[[], None]] = {
 """Words that are no command of twinrl: what builds a target."""
 
 
-class Here:
-    """Stands for the process of simulations: they are taken in the fork itself, which has all imports."""
-
-    def __enter__(self) -> "Here":
-        ctypes.CDLL(str(helper.compiled(cache_dir())))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def report(self, config: str, overrides: Sequence[str], processes: int) -> Any:
-        from twinrl.training import schema, simulated
-
-        return simulated.simulate(schema.load(config, list(overrides)), processes)
-
-
 def _save_nothing(figure: Any, file: Any, **options: Any) -> None:
     """Stands for a figure's ``savefig``, which takes most of a report's time."""
     file.write(b"<svg/>") if hasattr(file, "write") else Path(file).write_text("<svg/>")
@@ -186,7 +167,6 @@ def _prepared(words: Sequence[str], fake: bool, variables: dict[str, str]) -> No
     if fake:
         register(patch)
     without_figures(patch)
-    patch.setattr("twinrl.commands.simulate.Simulator", Here)
     patch.setattr(Figure, "savefig", _save_nothing)
     if special := SPECIAL.get(tuple(words)):
         special()
