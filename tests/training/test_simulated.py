@@ -158,6 +158,7 @@ def test_latents_beyond_a_models_positions(simulator: Simulator, models: Path, t
         simulator.report("twinflow", [*given, "train={batch: 8, steps: 9}"])
 
 
+@pytest.mark.campaign
 def test_judges_are_there_in_every_step_and_equal_ones_once(simulator: Simulator, models: Path) -> None:
     clip = f"kind: clipscore, checkpoint: {models / 'clip'}"
     run = [f"model={{family: sd3, path: {models / 'sd3'}}}", "data={source: folder}", "train={batch: 8, steps: 9}",

@@ -52,7 +52,11 @@ def measured(overrides: list[str], processes: int) -> int:
 
 @pytest.mark.parametrize(
     ("family", "way", "processes"),
-    [("sd3", "plain", 1), ("sd3", "plain", 2), pytest.param("qwen_image", "lora", 2, marks=pytest.mark.campaign)],
+    [
+        ("sd3", "plain", 1),
+        pytest.param("sd3", "plain", 2, marks=pytest.mark.campaign),
+        pytest.param("qwen_image", "lora", 2, marks=pytest.mark.campaign),
+    ],
 )
 def test_bytes_are_those_of_the_allocator(tmp_path: Path, family: str, way: str, processes: int) -> None:
     """In float32: on a CPU there are no kernels of a device's attention in 16 bits."""
