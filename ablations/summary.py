@@ -19,7 +19,7 @@ from twinrl.run.columns import ITERATION, STEP, Columns
 
 BAND = (0.1, 0.9)
 MOST_POINTS = 80
-"""Of a curve; a quarter of what MLflow's charts ask for, as an arm has three curves a series and a study several arms."""
+"""Of a curve; a quarter of what MLflow's charts ask for: an arm has three curves a series, a study several arms."""
 STEPS_PER_BUCKET = 4
 NUMBERS_AT_ONCE = 8_000_000
 """Values over seeds, steps and series that are held together, 8 bytes each."""
