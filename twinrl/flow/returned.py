@@ -7,7 +7,6 @@ from torch import Tensor
 
 from twinrl.config.components import ComponentError, Returned, all_of, checked, told, wrong_return
 from twinrl.flow.source import Data, Split
-from twinrl.run import names
 
 
 def check_condition(value: object, rows: int, owner: object, method: str) -> None:
@@ -18,11 +17,9 @@ def check_condition(value: object, rows: int, owner: object, method: str) -> Non
 
 
 def check_aux(value: object, rows: int, owner: object, method: str) -> None:
-    """Raises InputError where ``value`` is not metric name → (B,) numbers, or a name is the trainer's."""
+    """Raises InputError where ``value`` is not metric name → a number of every row, (B,)."""
     for name, numbers in checked(value, Mapping, owner, method).items():  # type: ignore[type-abstract]
         checked(numbers, Tensor, owner, f"{method}.{name}", (rows,))
-        if name.startswith(names.RESERVED):
-            raise wrong_return(name, owner, method, f"a name that begins otherwise than {', '.join(names.RESERVED)}")
 
 
 # --- a data source of one's own -----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from twinrl.flow.conditions import Condition
 from twinrl.flow.guidance import GuidanceConfig, enhanced_velocity
 from twinrl.flow.teacher import RandomState, Teacher
 from twinrl.machine.moving import rows_of
+from twinrl.run import names
 from twinrl.terms import Ascent, NetworkOwner, Query, Target, Term
 
 Request = tuple[Query, Rows]
@@ -387,6 +388,9 @@ def _check_target(term: Term, target: Target, F: Tensor) -> None:
     if target.constant is not None:
         checked(target.constant, Tensor, term, "target.constant", F.shape[:1])
     returned.check_aux(target.aux, len(F), term, "target.aux")
+    if taken := [name for name in target.aux if name.startswith(names.RESERVED)]:
+        expected = f"a name that begins otherwise than {', '.join(names.RESERVED)}"
+        raise wrong_return(taken[0], term, "target.aux", expected)
 
 
 def _checked_query(term: Term, rows: Rows, query: object) -> Query:
