@@ -374,8 +374,7 @@ TARGETS = {
     "configuration": Target(
         build_config,
         (
-            Command(("train", CONFIG), silence, may_end_badly=True, may_be_long=True),
-            Command(("doctor", "--plan", CONFIG), silence),
+            *[Command(("train", CONFIG), silence, may_end_badly=True, may_be_long=True)] * 3,
             Command(("doctor", "--plan", CONFIG), silence),
         ),
         (CONFIG,), 0.18,
