@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,28 @@ def _group(file: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def lab():
-    """The digits lab from the normal cache; built once, on first use."""
+def whole_lab():
+    """The digits' laboratory from the normal cache; built once, on first use, in minutes."""
     from twinrl.lab import load_lab
 
     return load_lab(progress=False)
+
+
+@pytest.fixture(scope="session")
+def quick_lab():
+    """The digits' laboratory, built in a few steps: judge and codec know digits, text means nothing."""
+    from twinrl.lab import load_lab
+    from twinrl.lab.load import DEFAULT
+
+    steps = {"codec": 60, "judge": 40, "clip": 20, "hps": 20, "preference_judge": 20, "teacher": 20}
+    short = {name: replace(getattr(DEFAULT, name), steps=count) for name, count in steps.items()}
+    return load_lab(progress=False, recipe=replace(DEFAULT, **short))
+
+
+@pytest.fixture(scope="session", params=["quick_lab", pytest.param("whole_lab", marks=pytest.mark.campaign)])
+def lab(request: pytest.FixtureRequest):
+    """The digits' laboratory, the quick one and, in a campaign, that of everybody."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -474,7 +474,7 @@ def test_progress_without_a_terminal(twinrl: Any) -> None:
     result = twinrl(*TWINFLOW, "train.steps=30", "evaluation.every=0")
     assert result.code == 0
     shown = re.findall(r"step +(\d+) of 30", result.out)
-    assert shown == [str(step) for step in range(3, 31, 3)]
+    assert {str(step) for step in (1, *range(3, 31, 3))} <= set(shown)  # a slow machine has more
     assert "\x1b" not in result.out
 
 

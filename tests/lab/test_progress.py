@@ -51,3 +51,11 @@ def test_nobody_hears_of_builds_afterwards() -> None:
         pass
     built()
     assert told == []
+
+
+def test_without_a_terminal_lines_stand_in_for_the_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    built()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[:2] == ["building: codec 0%", "building: codec, judge 10%"]
+    assert lines[-1].endswith(" 100%")

@@ -1,4 +1,7 @@
-"""What the lab's models promise, measured on test images that none of them was trained on."""
+"""What the lab's models promise, measured on test images that none of them was trained on.
+
+What takes a whole training to learn is asked of the whole laboratory alone.
+"""
 
 import pytest
 import torch
@@ -19,8 +22,14 @@ def accuracy(lab, pixels, labels):
         return (lab.judge.logits(pixels).argmax(dim=1) == labels).float().mean().item()
 
 
-def test_judge_recognises_real_digits(lab):
-    assert accuracy(lab, lab.test.pixels, lab.test.labels) >= 0.97  # seen: 0.998
+WHOLE = pytest.param("whole_lab", 0.97, marks=pytest.mark.campaign)
+PROMISED = pytest.mark.parametrize(("lab", "promised"), [("quick_lab", 0.8), WHOLE], indirect=["lab"])
+"""Accuracy of the judge; seen: 0.998 of digits and of decoded ones, 0.978 and 0.94 in the quick laboratory."""
+
+
+@PROMISED
+def test_judge_recognises_real_digits(lab, promised):
+    assert accuracy(lab, lab.test.pixels, lab.test.labels) >= promised
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +39,9 @@ def decoded(lab):
         return lab.decode(lab.latents("test")).clamp(-1, 1)
 
 
-def test_judge_recognises_round_tripped_digits(lab, decoded):
-    assert accuracy(lab, decoded, lab.test.labels) >= 0.97  # seen: 0.998
+@PROMISED
+def test_judge_recognises_round_tripped_digits(lab, decoded, promised):
+    assert accuracy(lab, decoded, lab.test.labels) >= promised
 
 
 def test_the_round_trip_error_is_real_but_small(lab, decoded):
@@ -56,24 +66,26 @@ def test_stored_latents_are_the_encoded_pixels(lab):
     assert_rounded(encoded, lab.latents("test")[:16], roundings=sum(m.weight[0].numel() for m in layers))
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["lab_clip", "lab_hps", "lab_judge"])
-def test_clip_picks_the_right_caption_of_held_out_templates(lab, name):
-    clip = lab.scorers[name]
+def test_clip_picks_the_right_caption_of_held_out_templates(whole_lab, name):
+    clip = whole_lab.scorers[name]
     columns = zip(*all_captions(HELD_OUT_TEMPLATES), strict=True)
     with torch.no_grad():
-        images = clip.image_embedding(lab.test.pixels)
+        images = clip.image_embedding(whole_lab.test.pixels)
     for prompts in columns:
         chosen = (images @ clip.cached_text_embedding(prompts).T).argmax(dim=1)
-        assert (chosen == lab.test.labels).float().mean() >= 0.9  # seen: 0.97
+        assert (chosen == whole_lab.test.labels).float().mean() >= 0.9  # seen: 0.97
 
 
+@pytest.mark.campaign
 @pytest.mark.parametrize("name", ["lab_hps", "lab_judge"])
-def test_preference_models_prefer_clean_images(lab, name):
-    prompts = lab.prompts(lab.test.labels, 1, 1, held_out=True)
-    degrade = Degrade(lab.models.codec)
-    worse = degrade(lab.test.pixels, lab.test.labels, generator(0, "test"))
+def test_preference_models_prefer_clean_images(whole_lab, name):
+    prompts = whole_lab.prompts(whole_lab.test.labels, 1, 1, held_out=True)
+    degrade = Degrade(whole_lab.models.codec)
+    worse = degrade(whole_lab.test.pixels, whole_lab.test.labels, generator(0, "test"))
     with torch.no_grad():
-        better = lab.scorers[name](lab.test.pixels, prompts) > lab.scorers[name](worse, prompts)
+        better = whole_lab.scorers[name](whole_lab.test.pixels, prompts) > whole_lab.scorers[name](worse, prompts)
     assert better.float().mean() >= 0.9  # seen: 0.97 and 0.99
 
 
@@ -104,12 +116,13 @@ def test_the_empty_condition_is_no_prompts(lab):
     assert lab.null_condition(1)["text"].norm() == 0
 
 
-def test_teacher_draws_recognisable_digits_in_50_steps(lab):
-    network = build_network(NETWORK, lab, seed=0)
-    network.load_state_dict(lab.teacher_weights(network, network_key(NETWORK)))
-    labels = lab.test.labels
-    z, condition = normal((500, *lab.latent_shape), 0, "q"), lab.condition(lab.prompts(labels, 0, 0))
+@pytest.mark.campaign
+def test_teacher_draws_recognisable_digits_in_50_steps(whole_lab):
+    network = build_network(NETWORK, whole_lab, seed=0)
+    network.load_state_dict(whole_lab.teacher_weights(network, network_key(NETWORK)))
+    labels = whole_lab.test.labels
+    z, condition = normal((500, *whole_lab.latent_shape), 0, "q"), whole_lab.condition(whole_lab.prompts(labels, 0, 0))
     with torch.no_grad():
         latents = sample(network, z, condition, euler(50))
-        pixels = lab.decode(latents).clamp(-1, 1)
-    assert accuracy(lab, pixels, labels) >= 0.95  # seen: 0.992
+        pixels = whole_lab.decode(latents).clamp(-1, 1)
+    assert accuracy(whole_lab, pixels, labels) >= 0.95  # seen: 0.992

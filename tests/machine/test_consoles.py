@@ -1,12 +1,14 @@
-"""What files say neither steers the terminal nor shows it a password, wherever in a table it stands."""
+"""What files say neither steers the terminal nor shows it a password; plain lines come at a pace."""
 
 import io
+from itertools import pairwise
 
 import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from twinrl.machine.consoles import Console, Description
+from twinrl.machine import consoles
+from twinrl.machine.consoles import Console, Description, Pace
 from twinrl.machine.text import harmless
 
 ATTACK = "\x1b]52;c;ZXZpbA==\x07\x1b[2J\x9b1A\r\u202eevil"
@@ -42,3 +44,24 @@ def test_a_bar_says_what_it_is_about_as_it_is_written() -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert r"building the cats [/b] lab \x1b]52" in shown
     assert "\x1b]52" not in shown
+
+
+def test_a_line_is_due_at_each_tenth_and_after_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a minute at first; of a long work a tenth of the time so far."""
+    now = 0.0
+    monkeypatch.setattr(consoles.time, "monotonic", lambda: now)
+    pace, told = Pace(), []
+    for second in range(36_001):
+        now = float(second)
+        if pace.due(second / 36_000):
+            told.append(second)
+    assert told[:3] == [0, 30, 60]
+    assert {3600 * tenth for tenth in range(1, 11)} <= set(told)
+    gaps = [after - before for before, after in pairwise(told)]
+    assert all(gap <= max(30, 0.1 * after + 1) for gap, after in zip(gaps, told[1:], strict=True))
+    assert len(told) < 100
+
+
+def test_quick_work_has_a_line_each_tenth() -> None:
+    pace = Pace()
+    assert [step for step in range(1, 31) if pace.due(step / 30)] == [1, *range(3, 31, 3)]

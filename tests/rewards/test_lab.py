@@ -20,13 +20,21 @@ def digits(lab):
 
 @pytest.mark.parametrize("kind", ["lab_clip", "lab_hps"])
 def test_scores_are_the_sources_and_differentiable(lab, digits, kind):
-    x, right, wrong = digits
+    x, right, _ = digits
     model = reward(kind, source=lab)
     assert torch.equal(model(x, right), lab.scorers[kind](x, right))
-    assert (model(x, right) > model(x, wrong)).all()
     x = x.clone().requires_grad_(True)
     model(x, right).sum().backward()
     assert (x.grad.flatten(1).abs().amax(1) > 0).all()
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("lab", ["whole_lab"], indirect=True)
+@pytest.mark.parametrize("kind", ["lab_clip", "lab_hps"])
+def test_right_captions_score_higher(lab, digits, kind):
+    x, right, wrong = digits
+    model = reward(kind, source=lab)
+    assert (model(x, right) > model(x, wrong)).all()
 
 
 def test_grey_digits_are_scored_as_rgb(lab, digits):

@@ -74,7 +74,7 @@ OFTEN = Plan(
 )
 def plan(request: pytest.FixtureRequest) -> Plan:
     if request.param.anew:
-        request.getfixturevalue("lab")  # built before, if need be, so that no process is killed while it builds
+        request.getfixturevalue("whole_lab")  # built before, if need be, so that no process is killed while it builds
     return request.param
 
 

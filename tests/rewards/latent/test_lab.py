@@ -1,4 +1,4 @@
-"""On the digits lab: its source is a codec, its preference reward rises, and the benchmark runs."""
+"""On the digits' laboratory: its source is a codec, its preference reward rises, and the benchmark runs."""
 
 import importlib.util
 import sys
@@ -41,8 +41,14 @@ ESTIMATES = {  # enough directions for a cosine that eight images show
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["lab_hps", pytest.param("lab_clip", marks=pytest.mark.campaign)])
+@pytest.mark.parametrize(
+    ("lab", "model"),
+    [
+        ("quick_lab", "lab_hps"),
+        *(pytest.param("whole_lab", m, marks=pytest.mark.campaign) for m in ("lab_hps", "lab_clip")),
+    ],
+    indirect=["lab"],
+)
 @pytest.mark.parametrize("kind", ESTIMATES)
 def test_every_reward_rises_along_every_estimate(lab, kind: str, model: str) -> None:
     """A small step along g raises the mean score, one against it lowers it, through the real decoder."""
@@ -72,7 +78,8 @@ def benchmark(monkeypatch) -> ModuleType:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read from /proc")
-def test_the_benchmark_measures(lab, benchmark: ModuleType) -> None:
+def test_the_benchmark_measures(lab, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinrl.lab.load_lab", lambda: lab)
     small = benchmark.load(4)
     exact, few = (
         benchmark.measure(small, case, 1)
