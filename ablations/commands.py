@@ -57,15 +57,15 @@ def _print_cost(made: Plan, cpus: int | None, measure: bool, console: Console) -
     resources = made.study.config.resources
     slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
     with console.status("timing a few steps") if measure else nullcontext():
-        found = timings.measure(made) if measure else timings.known(made)
+        found = timings.measure(made, slots) if measure else timings.known(made, slots)
     if found is None:
         console.print("not measured on this machine; --measure times a few steps, once", soft_wrap=True)
         return
     expected, low, high = map(display.duration, found.rest(made, slots))
     console.print(
         f"about {expected} with {slots} at a time (from the middle half of the steps: {low} to {high}): "
-        f"{found.step:.3f} s a step, {found.fixed:.1f} s besides, measured here on {found.at} over {found.steps} "
-        "steps; validations during training are not counted",
+        f"{found.step:.3f} s a step, {found.validation:.1f} s a validation, {found.fixed:.1f} s besides, measured here "
+        f"on {found.at} over {found.steps} steps",
         soft_wrap=True,
     )
 

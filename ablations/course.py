@@ -3,7 +3,6 @@
 A terminal shows one bar over these parts, and the study's table while trials run. Anything else gets plain lines.
 """
 
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,18 +18,18 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from torch import Tensor
 
-from ablations.display import Board, duration, failure_lines
+from ablations.display import BESIDES, Board, duration, failure_lines
 from ablations.plan import Plan
 from ablations.study import Study
 from twinrl.evaluation import grids
 from twinrl.lab import progress
+from twinrl.machine.consoles import Pace
 
-BUILD, TRIAL, CLOSING = 4000.0, 300.0, 400.0
-"""What building the laboratory, a trial besides its steps, and the report cost, in steps; for the bar alone."""
+BUILD, CLOSING = 4000.0, 400.0
+"""What building the laboratory and the report cost, in steps; for the bar alone."""
 BUILT = "data.png"
 """Picture of the data, where they had to be built."""
 BAR_WIDTH = 24
-QUARTERS = 4
 SETTLED_SECONDS = 5
 
 
@@ -58,10 +57,10 @@ class Course:
     """
 
     def __init__(self, study: Study, console: Console):
-        steps = sum(arm.settings.train.steps + TRIAL for arm in study.arms)
+        steps = sum(arm.settings.train.steps + BESIDES for arm in study.arms)
         self.build, self.trained, self.closed = Part(0), Part(steps * len(study.config.seeds)), Part(CLOSING)
         self.console, self.what = console, "loading the data"
-        self.began, self._told, self._lock = time.monotonic(), -1, RLock()
+        self.began, self._pace, self._lock = time.monotonic(), Pace(), RLock()
         self._live = Live(self, console=console, refresh_per_second=2, transient=True)
         self.board: Board | None = None
 
@@ -85,8 +84,7 @@ class Course:
     def _building(self, what: str, share: float) -> None:
         with self._lock:  # models are trained side by side
             self.build.work, self.build.share, self.what = BUILD, share, what
-            if not self.console.is_interactive and (quarter := math.floor(QUARTERS * share)) > self._told:
-                self._told = quarter
+            if not self.console.is_interactive and self._pace.due(share):
                 self.console.print(f"{escape(what)} {share:.0%}", soft_wrap=True)
 
     def _picture(self, folder: Path, title: str, rows: Mapping[str, Tensor]) -> None:

@@ -87,7 +87,7 @@ class Grid(Design):
 
     def describe(self, factors: Factors) -> str:
         """One line for people."""
-        return "grid " + " × ".join(str(len(levels)) for levels in factors.values())
+        return "every combination of " + " × ".join(f"{name} ({len(levels)})" for name, levels in factors.items())
 
 
 class OneFactorAtATime(Design):

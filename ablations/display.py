@@ -23,6 +23,8 @@ from twinrl.stability.divergence import NEVER_WHOLE
 
 TAIL_BYTES = 4096
 FAILURES_SHOWN = 10
+BESIDES = 300.0
+"""What a trial costs besides its steps, in steps, roughly; for what is said to be left."""
 LEFT = ("begun", "failed", "missing")
 MOST_COLUMNS = 3
 TEST_ACCURACY = "test/accuracy_1nfe"
@@ -188,9 +190,9 @@ def failure_lines(failures: Sequence[tuple[Task, str]]) -> list[str]:
 
 
 def fraction(task: Task) -> float:
-    """Share of a trial's steps that are made, from its output or its newest checkpoint."""
+    """Share of a trial that is made, from its output or its newest checkpoint."""
     shown = re.findall(r"step +(\d+)", _tail(Path(task.output)))
-    return min(1.0, max(checkpointed(task.path), int(shown[-1]) if shown else 0, 0) / task.steps)
+    return min(1.0, max(checkpointed(task.path), int(shown[-1]) if shown else 0, 0) / (task.steps + BESIDES))
 
 
 def _tail(path: Path) -> str:

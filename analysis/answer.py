@@ -62,6 +62,11 @@ class Answer:
         factors = estimate(study, metric, interactions)
         return cls(study, metric, lines, factors, tracing.of_study(study), unranked)
 
+    @property
+    def ranking_tests(self) -> bool:
+        """Whether the ranking tests what nothing else does: the contrasts of a single factor are its arms'."""
+        return len(self.study.factors) != 1 or not self.factors.metric
+
     @cached_property
     def sentence(self) -> str:
         """Which arms fell, at which step, which term led, what explains it, in one sentence."""
@@ -174,20 +179,22 @@ def sure(answer: Answer, effect: float) -> str:
         worst = max(missed, key=lambda e: max(abs(e.interval.low), abs(e.interval.high)))
         text += f"What is not found is not absent: {contrast(worst)} may still change {answer.metric} by "
         text += f"{worst.interval}. "
-    return text + _seeds(study, effect, int(seeds.min()))
+    return text + _seeds(answer, effect, int(seeds.min()))
 
 
-def _seeds(study: StudyFrame, effect: float, have: int) -> str:
+def _seeds(answer: Answer, effect: float, have: int) -> str:
     """Whether the seeds are enough for the difference that is worth finding."""
+    study = answer.study
     tests = len(study.arms) - 1
     need, least = seeds_needed(effect, tests), fewest_seeds(tests)
     base = set(study.arm(study.base)["seed"])
     common = min(len(base & set(study.arm(arm)["seed"])) for arm in study.arms)
     deviations = f"{effect:g} standard deviation{'s' * (effect != 1)}"
     aim = f"a difference of {deviations} between paired runs of two arms (power 80 %)"
-    if PAIRED_FROM <= common < least:
-        text = f"With {common} common seeds no difference can pass Wilcoxon's test in {tests} comparisons; {least} "
-        return f"{text}seeds could, and {need} find {aim}."
+    if answer.ranking_tests and PAIRED_FROM <= common < least:
+        compared = f"{tests} comparison{'s' * (tests != 1)}"
+        text = f"With {common} common seeds no difference can pass Wilcoxon's test in {compared}; {least} seeds could, "
+        return f"{text}and {need} find {aim}."
     if have < need:
         return f"To find {aim} takes {need} seeds an arm, {need - have} more."
     return f"The seeds are enough to find {aim}."

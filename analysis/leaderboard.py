@@ -120,14 +120,15 @@ def check_rankable(study: StudyFrame, metric: str, effect: float = 1.0) -> None:
             "the runs were asked for different numbers of steps", got=", ".join(map(str, lengths)),
             expected="one length", fix="compare runs of one length",
         )  # fmt: skip
+    tests = len(study.arms) - 1
     for arm in study.arms:
         have = len(values_of(study.arm(arm), metric))
         if have < 2:
-            need = seeds_needed(effect, tests=len(study.arms) - 1)
+            need = seeds_needed(effect, tests)
             raise TooFewSeedsError(
                 f"arm {arm} has {have} finished seed{'s' * (have != 1)}, which ranks nothing",
                 expected=f"{need} seeds an arm to find a difference of {effect:g} standard deviations between paired "
-                f"runs ({len(study.arms) - 1} comparisons, power 80 %)",
+                f"runs ({tests} comparison{'s' * (tests != 1)}, power 80 %)",
                 fix=f"run {need - have} more",
             )  # fmt: skip
 

@@ -110,21 +110,28 @@ def _ranking(found: Answer, figures: Path) -> list[PageBlock]:
     direction = "higher" if higher_is_better(metric) else "lower"
     values = {line.arm: values_of(study.arm(line.arm), metric) for line in lines}
     figure = plots.save(plots.arms(lines, values, metric, direction), figures / "leaderboard.svg")
-    blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(lines, study.base), "ranking")]
+    blocks: list[PageBlock] = [Heading(f"Ranking by {metric}"), Table(_ranking_table(found), "ranking")]
     blocks.append(Picture(figure, "Dot: a seed; line: interquartile mean with its 95 % interval."))
-    return [*blocks, Text(RANKING_NOTE, note=True)]
+    tests = RANKING_TESTS if found.ranking_tests else "Tests of the arms are those of the factor, below."
+    return [*blocks, Text(f"{RANKING_NOTE} {tests}", note=True)]
 
 
 RANKING_NOTE = (
     "Interquartile mean with a calibrated trimmed-t interval. A run that failed counts as worse than all others, "
     "unless it recovered and went on to its end. P(better): chance that a run beats the base's run of the same seed "
-    "(mid-P interval; Wilcoxon's signed ranks), or over all pairs where fewer than 5 seeds are common. Holm's "
-    "correction over the arms."
+    "(mid-P interval), or over all pairs where fewer than 5 seeds are common."
 )
+RANKING_TESTS = "p: Wilcoxon's signed ranks by seed, or Mann and Whitney's; Holm's correction is over the arms."
 
 
-def _ranking_table(lines: Sequence[ArmLine], base: str) -> "pd.DataFrame":
+def _ranking_table(found: Answer) -> "pd.DataFrame":
     import pandas as pd
+
+    base = found.study.base
+
+    def tests(line: ArmLine) -> dict[str, object]:
+        p = {"p": line.p, "p (Holm)": line.p_holm} if found.ranking_tests else {}
+        return {name: None if math.isnan(value) else value for name, value in p.items()}
 
     return pd.DataFrame(
         {
@@ -133,11 +140,10 @@ def _ranking_table(lines: Sequence[ArmLine], base: str) -> "pd.DataFrame":
             "interquartile mean [95 %]": line.interval,
             "P(better) [95 %]": line.better,
             "mean difference by seed [95 %]": line.difference,
-            "p": None if math.isnan(line.p) else line.p,
-            "p (Holm)": None if math.isnan(line.p_holm) else line.p_holm,
+            **tests(line),
             "diverged": line.diverged,
         }
-        for line in lines
+        for line in found.lines
     )
 
 

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from ablations import course as courses
 from ablations import study as studies
-from ablations.course import BUILD, BUILT, CLOSING, TRIAL, Course
+from ablations.course import BUILD, BUILT, CLOSING, Course
+from ablations.display import BESIDES
 from tests.ablations.tiny import write
 from twinrl.lab.progress import show, stages
 
@@ -37,7 +38,7 @@ def build(course: Course, steps: int, of: int = 4) -> None:
 
 def test_a_build_is_a_part_of_the_bar(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     course = begun(tmp_path)
-    whole = BUILD + TRIALS * (STEPS + TRIAL) + CLOSING
+    whole = BUILD + TRIALS * (STEPS + BESIDES) + CLOSING
     with course, course.data(tmp_path), stages("building", 4) as stage:
         tick = stage("codec", 1)
         tick()
@@ -72,12 +73,12 @@ def test_a_build_goes_on_where_its_picture_cannot_be_written(tmp_path: Path) -> 
     assert course.console.file.getvalue() == ""  # type: ignore[attr-defined]
 
 
-def test_plain_lines_tell_a_build_by_quarters(tmp_path: Path) -> None:
+def test_plain_lines_tell_a_build_by_tenths(tmp_path: Path) -> None:
     course = begun(tmp_path)
     with course:
         build(course, 100, of=100)
     assert course.console.file.getvalue().split() == [  # type: ignore[attr-defined]
-        word for share in (0, 25, 50, 75, 100) for word in ("building:", "codec", f"{share}%")
+        word for share in range(0, 101, 10) for word in ("building:", "codec", f"{share}%")
     ]  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def test_a_timing_run_that_takes_too_long_is_one_line(
     with pytest.raises(
         InputError, match=r"arm arm took longer than 0\.01 s for 16 steps.*fix: leave out --measure"
     ) as caught:
-        measure(plan_of())
+        measure(plan_of(), 1)
     assert "\n" not in str(caught.value)
 
 
@@ -100,22 +100,28 @@ def test_an_arm_that_rolls_back_and_ramps_is_timed(
     )
     long = ("train.steps=2000", "checkpoint.every=500", "stability.policy=rollback", "tracking.mlflow=false", ramp)
     made = plan_of(*long, "evaluation.every=0")
-    assert known(made) is None
-    found = measure(made)
+    assert known(made, 1) is None
+    found = measure(made, 1)
     assert [words[0] for words in asked] == ["train"]
     assert 0 < found.low <= found.step <= found.high
-    assert found.fixed > 0
-    assert known(made) == found
-    assert known(plan_of(*long, "evaluation.every=0", "train.batch=8")) is None
+    assert found.fixed > 0 < found.validation
+    assert known(made, 1) == found
+    assert known(made, 2) is None
+    assert known(plan_of(*long, "evaluation.every=0", "train.batch=8"), 1) is None
 
 
-TIMED = Timing(step=0.5, low=0.25, high=1.0, fixed=10, steps=15, at="2026-01-02")
+TIMED = Timing(step=0.5, low=0.25, high=1.0, validation=2, fixed=10, steps=15, at="2026-01-02")
 
 
-def test_the_cost_of_a_trial_is_what_is_fixed_and_its_steps(plan_of: Callable[..., Plan]) -> None:
-    made = plan_of("train.steps=100")
-    assert TIMED.trial(100) == (60, 35, 110)
-    assert [TIMED.rest(made, slots) for slots in (1, 2)] == [(60, 35, 110), (30, 17.5, 55)]
+@pytest.mark.parametrize(("every", "validations"), [(0, 1), (50, 2), (40, 3), (200, 1)])
+def test_the_cost_of_a_trial_is_its_steps_its_validations_and_what_is_fixed(
+    plan_of: Callable[..., Plan], every: int, validations: int
+) -> None:
+    made = plan_of("train.steps=100", f"evaluation.every={every}")
+    took = tuple(seconds + 2 * validations for seconds in (60, 35, 110))
+    assert TIMED.trial(made.trials[0].settings) == took
+    assert TIMED.rest(made, 1) == took
+    assert TIMED.rest(made, 2) == tuple(seconds / 2 for seconds in took)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -124,11 +130,11 @@ def test_a_plan_says_how_sure_its_estimate_is_and_trains_nothing(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(commands, "planned", lambda *_: plan_of("train.steps=100"))
-    monkeypatch.setattr(timing, "known", lambda plan: TIMED if measured else None)
+    monkeypatch.setattr(timing, "known", lambda plan, slots: TIMED if measured else None)
     monkeypatch.setattr(subprocess, "run", None)
     assert commands.plan("study", None, tmp_path, None, 1, measure=False) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert ("about 1 min 00 s" in said) == measured
-    assert ("35 s to 1 min 50 s" in said) == measured
+    assert ("about 1 min 02 s" in said) == measured
+    assert ("37 s to 1 min 52 s" in said) == measured
     assert ("measured here on 2026-01-02 over 15 steps" in said) == measured
     assert ("not measured on this machine; --measure" in said) != measured

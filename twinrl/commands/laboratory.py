@@ -23,12 +23,11 @@ from twinrl.lab.progress import watched_by
 from twinrl.lab.recipe import MINUTES, LabRecipe, for_pictures
 from twinrl.lab.storage import load_json
 from twinrl.machine import files
-from twinrl.machine.consoles import Description
+from twinrl.machine.consoles import Description, Pace
 
 PAGE, PICTURE, VALUES = "report.html", "pictures.png", "report.json"
 READ, BUILT = 0.03, 0.95
 """Shares of the bar after which pictures are read, and models built."""
-QUARTERS = 4
 CAPTION = 13
 """Letters of a caption above a picture's column."""
 
@@ -106,7 +105,7 @@ class Bar:
 
     def __init__(self, console: Console):
         columns = (Description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        self.console, self._told = console, -1
+        self.console, self._pace = console, Pace()
         self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_interactive)
 
     def __enter__(self) -> "Bar":
@@ -120,8 +119,7 @@ class Bar:
     def say(self, what: str, share: float = 0.0) -> None:
         """What is done now, and which share of all is made."""
         self.progress.update(self.task, description=what, completed=share)
-        if not self.console.is_interactive and (quarter := math.floor(QUARTERS * share)) > self._told and share:
-            self._told = quarter
+        if not self.console.is_interactive and self._pace.due(share):
             self.console.print(f"{what} {share:.0%}")
 
     def print(self, line: str) -> None:

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.status import Status
 from rich.text import Text
 
+from twinrl.machine.consoles import Pace
 from twinrl.run import names
 from twinrl.stability.events import Event
 from twinrl.tracking.mlflow_view import MLflowView
@@ -33,7 +34,8 @@ EVENTS_SHOWN = 3
 class ConsoleObserver:
     """A progress bar with the running loss, one line for each validation and each of the first events.
 
-    Where the console is not a terminal (a file, a batch system's log), ten lines over the run stand in for the bar.
+    Where the console is not a terminal (a file, a batch system's log), plain lines stand in for the bar, at a
+    :class:`Pace`.
     Where nobody reads any more (a closed terminal or pipe), nothing is shown, and training goes on.
 
     Arguments:
@@ -43,7 +45,7 @@ class ConsoleObserver:
 
     def __init__(self, console: Console, steps: int, done: int):
         self.console, self.average, self.events = console, math.nan, 0
-        self.steps = steps
+        self.steps, self.pace = steps, Pace()
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console,
@@ -75,7 +77,7 @@ class ConsoleObserver:
 
     def _show(self, row: Mapping[str, Any]) -> None:
         self.progress.update(self.task, completed=row["step"], loss=f"loss {self.average:.4f}")
-        if not self.console.is_terminal and row["step"] % max(1, self.steps // 10) == 0:
+        if not self.console.is_terminal and self.pace.due(row["step"] / self.steps):
             self.progress.console.print(f"step {row['step']:>6} of {self.steps}  loss {self.average:.4f}")
         if names.VAL_QUALITY in row:
             shown = "  ".join(f"{label} {row[name]:.4f}" for name, label in METRICS_SHOWN.items() if name in row)

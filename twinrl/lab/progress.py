@@ -1,4 +1,7 @@
-"""One progress bar over all stages of a build, or a share of somebody else's."""
+"""One progress bar over all stages of a build, or a share of somebody else's.
+
+Where there is no terminal, plain lines stand in for the bar.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -6,11 +9,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from torch import Tensor
 
-from twinrl.machine.consoles import Description
+from twinrl.machine.consoles import Console, Description, Pace
 
 
 class Stage(Protocol):
@@ -80,11 +82,11 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
         shown: False for silence.
     """
     columns = (Description(), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    watcher = _WATCHER.get() if shown else None
-    hidden = not shown or watcher is not None
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, transient=True) as bar:
+    watcher, console = _WATCHER.get() if shown else None, Console(stderr=True)
+    drawn = shown and watcher is None
+    with Progress(*columns, console=console, disable=not (drawn and console.is_interactive), transient=True) as bar:
         bar.add_task(title, total=total)
-        build = _Build(title, total, bar, watcher)
+        build = _Build(title, total, bar, watcher, Pace() if drawn and bar.disable else None)
         try:
             yield build.stage
         finally:
@@ -93,12 +95,13 @@ def stages(title: str, total: float, shown: bool = True) -> Iterator[Stage]:
 
 @dataclass
 class _Build:
-    """A bar with one task; ``left`` has the steps that a stage still has to make, by its name."""
+    """A bar with one task, or lines at a pace; ``left``: the steps that a stage still has to make, by its name."""
 
     title: str
     total: float
     bar: Progress
     watcher: Watcher | None
+    pace: Pace | None
     left: dict[str, int | None] = field(default_factory=dict)
     ended: bool = False
 
@@ -121,10 +124,13 @@ class _Build:
 
     def _describe(self) -> None:
         running = ", ".join(name for name, steps in list(self.left.items()) if steps != 0)
-        self.bar.update(self.bar.task_ids[0], description=f"{self.title}: {running}")
+        self.bar.update(self.bar.task_ids[0], description=f"{self.title}: {running}" if running else self.title)
         self._tell()
 
     def _tell(self) -> None:
+        (task,) = self.bar.tasks
+        share = task.completed / self.total
         if self.watcher is not None:
-            (task,) = self.bar.tasks
-            self.watcher.told(task.description, task.completed / self.total)
+            self.watcher.told(task.description, share)
+        elif self.pace is not None and self.pace.due(share):
+            self.bar.console.print(f"{task.description} {share:.0%}", markup=False, soft_wrap=True)

@@ -65,6 +65,8 @@ SKIPPED = "event/skipped"
 """1 at a step that was dropped by a policy."""
 STEP_SECONDS = "perf/step_seconds"
 """Wall-clock seconds of the step, without validation."""
+VALIDATION_SECONDS = "perf/validation_seconds"
+"""Wall-clock seconds of the validation after the step."""
 
 
 RESERVED = ("loss/", "grad/", "opt/", "val/", "perf/", "event/", "own/")

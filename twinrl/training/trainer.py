@@ -304,6 +304,7 @@ class Trainer:
         """
         every, last = self.settings.evaluation.every, self.step == self.settings.train.steps
         if last or (every > 0 and self.step % every == 0):
+            started = time.perf_counter()
             row.update(self.ranks.agree(dict(self.validate(self.objective.teacher.best, self.step))))
             if self.settings.evaluation.objective:
                 objective = self.objective_on_validation()
@@ -316,6 +317,7 @@ class Trainer:
             watched = float(objective.nan_to_num(0.0, 0.0, 0.0).mean()) if by_objective else quality
             self.lr_policy.observe(watched)
             self.early_stop.observe(quality)
+            row[names.VALIDATION_SECONDS] = time.perf_counter() - started
         if (hacked := self.monitor.hacking.observe(self.step, self.iteration - 1, row)) is not None:
             self._record(hacked, row)
         found = self.monitor.judge(self.step, self.iteration - 1, row)
