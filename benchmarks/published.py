@@ -34,6 +34,10 @@ FLUX_DEV = {  # black-forest-labs/FLUX.1-dev
     "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
     "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
 }  # fmt: skip
+FLUX2_KLEIN = {  # black-forest-labs/FLUX.2-klein-base-4B; FLUX.2-dev has the class's defaults
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}  # fmt: skip
 STABLE_DIFFUSION = {  # stable-diffusion-v1-5/stable-diffusion-v1-5
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280),
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
@@ -45,6 +49,8 @@ MODELS: dict[str, tuple[dict[str, Any], float]] = {
     "z_image": (Z_IMAGE, 6.2),
     "sana": (SANA_1600M, 1.6),
     "flux": (FLUX_DEV, 11.9),
+    "flux2_klein": (FLUX2_KLEIN, 3.9),
+    "flux2": ({}, 32.2),
     "stable_diffusion": (STABLE_DIFFUSION, 0.86),
 }
 """Family: configuration of what is trained, billions of parameters without ours."""
@@ -56,6 +62,7 @@ KL = {
 KL16 = {**KL, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 SD3_VAE = {**KL16, "sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609}
 FLUX_VAE = {**KL16, "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159}  # Z-Image's, too
+FLUX2_VAE = {"_class_name": "AutoencoderKLFlux2"}  # the published one has the class's defaults
 SANA_VAE = {  # mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers
     "_class_name": "AutoencoderDC", "latent_channels": 32, "attention_head_dim": 32, "scaling_factor": 0.41407,
     "encoder_block_types": (*("ResBlock",) * 3, *("EfficientViTBlock",) * 3),
@@ -73,6 +80,8 @@ VAES: dict[str, dict[str, Any]] = {
     "z_image": FLUX_VAE,
     "sana": SANA_VAE,
     "flux": FLUX_VAE,
+    "flux2_klein": FLUX2_VAE,
+    "flux2": FLUX2_VAE,
     "stable_diffusion": {**KL, "sample_size": 512, "latent_channels": 4},
 }
 NOISE = {  # scheduler/scheduler_config.json of Stable Diffusion 1.5

@@ -178,7 +178,9 @@ def assert_samples_alike(made: Made, run: RunDirectory, folder: Path) -> None:
         z = torch.randn(2, *shape, generator=torch.Generator().manual_seed(steps))
         size = {"height": 32, "width": 64, "output_type": "latent"} | length(family)
         told = size | CALL[made.name] | {"num_inference_steps": steps, "guidance_scale": 0}
-        theirs = pipeline(list(PROMPTS), latents=to_pipeline(family, z), **told)[0]  # Z-Image writes into its list
+        theirs = pipeline(prompt=list(PROMPTS), latents=to_pipeline(family, z), **told)[
+            0
+        ]  # Z-Image writes into its list
         ours = few(family, network, z, source.condition(PROMPTS), steps)
         assert (ours - z).abs().mean() > 0.1
         assert_alike(made.name, from_pipeline(family, theirs, shape), ours)

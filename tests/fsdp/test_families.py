@@ -58,6 +58,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "sana": ("sana", ("fsdp.cpu_offload=true",)),
     "flux": ("flux", ("model.target_time=false",)),
     "flux lora": ("flux", (LORA,)),
+    "flux2": ("flux2", ()),
+    "flux2_klein lora": ("flux2_klein", (LORA,)),
     "stable_diffusion": ("stable_diffusion", ()),
 }
 

@@ -90,7 +90,7 @@ class ModelConfig(Settings):
         False, description="family: matrix products of the blocks' linear layers in 8 bits; needs torchao and a GPU "
         "of compute capability 8.9 or newer",
     )  # fmt: skip
-    embedded_guidance: float = Field(3.5, ge=0, description="family: guidance that FLUX.1-dev is told")
+    embedded_guidance: float = Field(3.5, ge=0, description="family: guidance that FLUX.1-dev and FLUX.2-dev are told")
     prediction: Literal["epsilon", "v"] | None = Field(
         None, description="family: what a diffusion model predicts; null = the model is a flow"
     )

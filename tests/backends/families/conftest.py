@@ -22,6 +22,8 @@ CALL: dict[str, dict[str, Any]] = {  # how each pipeline is told: no guidance
     "z_image": {"guidance_scale": 0.0},
     "sana": {"guidance_scale": 1.0, "use_resolution_binning": False},
     "flux": {"guidance_scale": 3.5},
+    "flux2_klein": {"guidance_scale": 1.0},
+    "flux2": {"guidance_scale": 3.5},
     "stable_diffusion": {"guidance_scale": 1.0},
 }
 SWITCHES: dict[str, dict[str, Any]] = {"stable_diffusion": {"prediction": "epsilon", "diff2flow": True}}
@@ -68,7 +70,7 @@ class Case:
         height, width = self.size
         settings = {"height": height, "width": width} | length(self.family) | CALL[self.name]
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline(list(PROMPTS), latents=to_pipeline(self.family, z), **(settings | arguments))[0]
+        return pipeline(prompt=list(PROMPTS), latents=to_pipeline(self.family, z), **(settings | arguments))[0]
 
 
 def length(family: Family) -> dict[str, Any]:

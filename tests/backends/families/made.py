@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.backends.families import tiny
 from tests.backends.families.conftest import SWITCHES
-from tests.backends.families.held import from_pipeline, to_pipeline
+from tests.backends.families.held import from_state, to_state
 from tests.data.tiny import write_pairs
 from tests.rounding import assert_rounded
 from twinrl.backends.families import FAMILIES, family_class
@@ -20,7 +20,11 @@ from twinrl.commands import data
 from twinrl.flow.conditions import Condition
 from twinrl.sampling import few_step, keyed_noise, sample
 
-TOKENS = {"qwen_image": 192, "z_image": 64}  # templates are long where the tokenizer's tokens are letters
+TOKENS = {
+    "qwen_image": 192,
+    "z_image": 64,
+    "flux2_klein": 64,
+}  # templates are long where the tokenizer's tokens are letters
 SIZES = ((32, 32), (64, 32))
 
 
@@ -69,8 +73,8 @@ def short_prompts() -> Iterator[None]:
 
 def few(family: Family, network: nn.Module, z: Tensor, condition: Condition, steps: int) -> Tensor:
     """Our sampler's result, with the injected noise laid out as the pipeline holds its latents."""
-    packed, shape = to_pipeline(family, z).shape, (z.shape[1], z.shape[2], z.shape[3])
-    noise = lambda step: from_pipeline(family, keyed_noise(packed, 0, step), shape)  # noqa: E731
+    packed, shape = to_state(family, z).shape, (z.shape[1], z.shape[2], z.shape[3])
+    noise = lambda step: from_state(family, keyed_noise(packed, 0, step), shape)  # noqa: E731
     with torch.no_grad():
         return sample(network, z, condition, few_step(steps), noise=noise)
 

@@ -140,6 +140,7 @@ def test_names_are_the_stock_transformers_and_twinflows(case):
     network = case.network()
     stock, ours = set(getattr(case.pipeline, case.family.PART).state_dict()), set(network.transformer.state_dict())
     others = {"sana": "time_embed_2.", "z_image": "t_embedder_2.", "stable_diffusion": "time_embedding_2."}
+    others |= dict.fromkeys(("flux2", "flux2_klein"), "time_guidance_embed_2.")
     second = others.get(case.name, "time_text_embed_2.")
     assert stock < ours
     assert {name for name in ours - stock if not name.startswith(second)} == {"twin_sign"}
@@ -154,8 +155,9 @@ def test_blocks_to_shard(case):
     assert held > 0
 
 
-def test_the_guidance_that_flux_is_told_is_ours(cases):
-    flux = cases("flux")
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_the_guidance_that_flux_is_told_is_ours(cases, name):
+    flux = cases(name)
     told, other = flux.network(embedded_guidance=3.5), flux.network(embedded_guidance=1.0)
     assert not torch.allclose(at(told, flux), at(other, flux), atol=1e-4)
     assert other.transformer.config["embedded_guidance"] == 1.0

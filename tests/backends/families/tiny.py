@@ -4,6 +4,7 @@ from collections.abc import Callable
 from string import ascii_lowercase
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 from twinrl.machine.compat import ensure_torchvision
@@ -177,6 +178,65 @@ def z_image():
     )  # fmt: skip
 
 
+def flux2_vae():
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, layers_per_block=1,
+        sample_size=16,
+    )  # fmt: skip
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
+
+
+def flux2_transformer(**settings):
+    return diffusers.Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, axes_dims_rope=(4, 4, 4, 4), **settings,
+    )  # fmt: skip
+
+
+def flux2_klein():
+    config = transformers.Qwen3Config(
+        vocab_size=80, hidden_size=8, intermediate_size=8, num_hidden_layers=27, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip  # its pipeline takes the 9th, 18th and 27th layer
+    return diffusers.Flux2KleinPipeline(
+        transformer=flux2_transformer(guidance_embeds=False), scheduler=euler(use_dynamic_shifting=True),
+        vae=flux2_vae(), tokenizer=qwen_tokenizer(), text_encoder=transformers.Qwen3ForCausalLM(config),
+    )  # fmt: skip
+
+
+def pixtral_processor():
+    """Of a tokenizer of letters, padded on the left; pictures are never shown to it."""
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", *(BYTES.get(c, c) for c in LETTERS)]
+    named = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    letters = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=letters, padding_side="left", **named)
+    return transformers.PixtralProcessor(
+        image_processor=transformers.PixtralImageProcessor(), tokenizer=tokenizer,
+        chat_template="<s>{% for m in messages if m['role'] == 'user' %}{{ m['content'][0]['text'] }}{% endfor %}",
+    )  # fmt: skip  # without the system's part, which is a paragraph
+
+
+def flux2():
+    text = transformers.MistralConfig(
+        vocab_size=90, hidden_size=8, intermediate_size=8, num_hidden_layers=30, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip  # its pipeline takes the 10th, 20th and 30th layer
+    vision = transformers.PixtralVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    encoder = transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=4)
+    )
+    return diffusers.Flux2Pipeline(
+        transformer=flux2_transformer(guidance_embeds=True), scheduler=euler(use_dynamic_shifting=True),
+        vae=flux2_vae(), tokenizer=pixtral_processor(), text_encoder=encoder,
+    )  # fmt: skip
+
+
 def stable_diffusion(prediction="epsilon"):
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
@@ -202,6 +262,8 @@ BUILDERS: dict[str, Callable] = {
     "sd3": sd3,
     "qwen_image": qwen_image,
     "flux": flux,
+    "flux2_klein": flux2_klein,
+    "flux2": flux2,
     "sana": sana,
     "z_image": z_image,
     "stable_diffusion": stable_diffusion,

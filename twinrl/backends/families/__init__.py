@@ -19,6 +19,8 @@ FAMILIES: dict[str, str] = {
     "z_image": "twinrl.backends.families.z_image:ZImage",
     "sana": "twinrl.backends.families.sana:Sana",
     "flux": "twinrl.backends.families.flux:Flux",
+    "flux2_klein": "twinrl.backends.families.flux2:Flux2Klein",
+    "flux2": "twinrl.backends.families.flux2:Flux2",
     "stable_diffusion": "twinrl.backends.families.stable_diffusion:StableDiffusion",
 }
 """``model.family`` → module and class."""

@@ -44,7 +44,7 @@ class FamilyConfig(Settings):
     gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
     dtype: Literal["float32", "bf16"] = Field("float32", description="weights of the transformer")
     frozen_dtype: Literal["float32", "bf16"] = Field("float32", description="weights of text encoders and VAE")
-    embedded_guidance: float = Field(3.5, ge=0, description="guidance that FLUX.1-dev is told; others have none")
+    embedded_guidance: float = Field(3.5, ge=0, description="guidance that FLUX.1-dev and FLUX.2-dev are told")
     prediction: Literal["epsilon", "v"] | None = Field(
         None, description="what a diffusion model predicts; null = the model is a flow"
     )

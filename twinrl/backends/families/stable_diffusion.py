@@ -5,10 +5,9 @@ forward pass, so that everything outside sees a flow: x_t and 1000·t go in, the
 therefore samples in the stock pipeline like every other family's.
 """
 
-import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +20,7 @@ from twinrl.backends.embedding import at_least_single
 from twinrl.backends.families import pipelines
 from twinrl.backends.families.diffusion import Bridge, described
 from twinrl.backends.families.family import Family, FamilyConfig, FamilyNetwork
-from twinrl.backends.families.twin_times import TwinTimes
+from twinrl.backends.families.twin_times import TwinTimes, told_more
 from twinrl.config.errors import InputError
 from twinrl.flow.conditions import Condition
 
@@ -53,7 +52,7 @@ class _TimesItself(UNet2DConditionModel):
     time_embedding: Any
     time_proj: nn.Module
 
-    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # diffusers reads the signature
+    @told_more(UNet2DConditionModel)
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.time_embedding = TimeModule(self.time_embedding, self.time_proj, self.config["act_fn"])
@@ -75,7 +74,7 @@ class StableDiffusionTwinFlowUNet(TwinTimes, _TimesItself):
     TIME = "time_embedding"
     OUTPUTS = ("linear_2",)
 
-    @wraps(UNet2DConditionModel.__init__)  # type: ignore[misc]  # diffusers reads the signature
+    @told_more(UNet2DConditionModel, diffusion=None)
     def __init__(self, *args: Any, diffusion: Mapping[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.register_to_config(diffusion=diffusion)  # type: ignore[operator]
@@ -117,16 +116,6 @@ class StableDiffusionTwinFlowUNet(TwinTimes, _TimesItself):
             )[0]
         velocity = self.bridge.velocity(at_least_single(answer), x_t, level).to(sample.dtype)
         return UNet2DConditionOutput(sample=velocity) if return_dict else (velocity,)
-
-
-def _signature_with(name: str) -> inspect.Signature:
-    """The U-Net's arguments and one more: diffusers reads from it which entries of a configuration are arguments."""
-    stock = inspect.signature(UNet2DConditionModel.__init__)
-    more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-    return stock.replace(parameters=[*stock.parameters.values(), more])
-
-
-StableDiffusionTwinFlowUNet.__init__.__signature__ = _signature_with("diffusion")
 
 
 def _per_row(timestep: Any, sample: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ as stock pipelines make it, uses the time it was given and r = 0: few-step sampl
 """
 
 import copy
+import inspect
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -222,6 +224,20 @@ class TwinTimes(nn.Module):
                 yield
         finally:
             self.twin = True
+
+
+def told_more(stock: type, **more: Any) -> Callable[[Callable], Callable]:
+    """For the constructor of a class derived from ``stock``: its arguments are those of ``stock`` and ``more``, with
+    their defaults. diffusers reads from the signature which entries of a configuration are arguments."""
+    known = inspect.signature(stock.__init__)  # type: ignore[misc]
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=value) for n, value in more.items()]
+
+    def decorate(constructor: Callable) -> Callable:
+        decorated = wraps(stock.__init__)(constructor)  # type: ignore[misc]
+        decorated.__signature__ = known.replace(parameters=[*known.parameters.values(), *added])  # type: ignore[attr-defined]
+        return decorated
+
+    return decorate
 
 
 def _in(dtype: torch.dtype, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
