@@ -51,7 +51,7 @@ from twinrl.training.trainer import StepOutcome, Trainer
 
 REFERENCE = "tutorial"
 ROWS: dict[str, tuple[str, ...]] = {
-    name: (name,) for name in (REFERENCE, "rcgm", "twinflow", "lab", "simpletuner", "meanflow", "dmd2")
+    name: (name,) for name in (REFERENCE, "rcgm", "twinflow", "lab", "simpletuner", "meanflow", "dmd2", "fast")
 }
 """Name → preset and overrides."""
 NFE = (1, 2)
@@ -108,6 +108,7 @@ class Trial:
     row: str
     lr: float
     seed: int
+    status: str
     steps: list[int]
     seconds: list[float]
     distances: list[list[float]]
@@ -119,9 +120,8 @@ class Trial:
         spent = np.cumsum([each[CPU_SECONDS] for each in rows])
         judged = [i for i, each in enumerate(rows) if names.val("fd", NFE[0]) in each]
         steps, seconds = [rows[i]["step"] for i in judged], [round(float(spent[i]), 3) for i in judged]
-        return cls(
-            row, lr, seed, steps, seconds, [[round(rows[i][names.val("fd", e)], 4) for i in judged] for e in NFE]
-        )
+        distances = [[round(rows[i][names.val("fd", e)], 4) for i in judged] for e in NFE]
+        return cls(row, lr, seed, (run.result or {})["status"], steps, seconds, distances)
 
     @property
     def tuning(self) -> bool:
@@ -131,8 +131,12 @@ class Trial:
     @property
     def score(self) -> float:
         """Geometric mean of the last distances; infinite where one is not finite."""
-        ends = [each[-1] if each else math.inf for each in self.distances]
+        ends = [self.end(evaluations) for evaluations in NFE]
         return math.prod(ends) ** (1 / len(ends)) if all(map(math.isfinite, ends)) else math.inf
+
+    def end(self, evaluations: int) -> float:
+        """The last distance; infinite where the run diverged."""
+        return self.distances[NFE.index(evaluations)][-1] if self.status == "finished" else math.inf
 
     def reaches(self, target: float, evaluations: int) -> int | None:
         """The evaluation from which on the distance is at most ``target`` twice in a row; None if there is none."""
@@ -375,9 +379,9 @@ class Comparison:
         references = {trial.seed: trial for trial in self.final(REFERENCE)}
         found = []
         for trial in self.final(name):
-            if (other := references.get(trial.seed)) is None:
+            if (other := references.get(trial.seed)) is None or other.status != "finished":
                 continue
-            target = other.distances[NFE.index(evaluations)][-1]
+            target = other.end(evaluations)
             at, first = trial.reaches(target, evaluations), other.reaches(target, evaluations)
             spent = math.inf if at is None else trial.spent(at, unit, self.rows[name])
             assert first is not None
@@ -386,7 +390,7 @@ class Comparison:
 
     def ends(self, name: str, evaluations: int) -> list[float]:
         """The distance at the end, a seed each."""
-        return [trial.distances[NFE.index(evaluations)][-1] for trial in self.final(name)]
+        return [trial.end(evaluations) for trial in self.final(name)]
 
 
 def interval(values: Iterable[float], logarithmic: bool = False) -> str:
@@ -398,12 +402,12 @@ def interval(values: Iterable[float], logarithmic: bool = False) -> str:
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def ratio_cell(ratios: list[float]) -> str:
-    """The ratios' geometric mean with its interval, or how many seeds never reached the target."""
-    missed = sum(math.isinf(ratio) for ratio in ratios)
-    if not ratios:
+def cell(values: list[float], missed: str, logarithmic: bool = False) -> str:
+    """The interval of the values, or of how many seeds ``missed`` is true: of those without a number."""
+    without = sum(not math.isfinite(value) for value in values)
+    if not values:
         return "–"
-    return f"not reached in {missed} of {len(ratios)}" if missed else interval(ratios, logarithmic=True)
+    return f"{missed} in {without} of {len(values)}" if without else interval(values, logarithmic)
 
 
 def table(study: Study) -> str:
@@ -416,12 +420,15 @@ def table(study: Study) -> str:
     distances = [
         (
             name, f"{study.best(name):g}", f"{1000 * study.rows[name].seconds:.0f}",
-            f"{study.rows[name].operations / 1e9:.1f}", *(interval(compared.ends(name, e)) for e in NFE),
+            f"{study.rows[name].operations / 1e9:.1f}", *(cell(compared.ends(name, e), "diverged") for e in NFE),
         )
         for name in shown
     ]  # fmt: skip
     units: tuple[tuple[str, Unit], ...] = (("CPU", "seconds"), ("operations", "operations"))
-    ratios = [(name, *(ratio_cell(compared.ratios(name, e, unit)) for _, unit in units for e in NFE)) for name in shown]
+    ratios = [
+        (name, *(cell(compared.ratios(name, e, u), "not reached", True) for _, u in units for e in NFE))
+        for name in shown
+    ]
     tuning = [
         (name, *(f"{study.tuned(name)[lr]:.2f}" if lr in study.tuned(name) else "–" for lr in plan.lrs))
         for name in shown
@@ -448,7 +455,7 @@ def table(study: Study) -> str:
 
 def _shares(trials: list[Trial], evaluations: int) -> str:
     """When the reference first has its own last distance, as a share of its run."""
-    at = [trial.reaches(trial.distances[NFE.index(evaluations)][-1], evaluations) for trial in trials]
+    at = [trial.reaches(trial.end(evaluations), evaluations) for trial in trials]
     return f"{np.mean([(i or 0) + 1 for i in at]) / len(trials[0].steps):.0%}"
 
 
@@ -516,10 +523,10 @@ def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, default=3, help="runs of each row that are compared; more may be asked later"
     )
-    parser.add_argument("--steps", type=int, default=300, help="of a run of tutorial; the others get its CPU time")
-    parser.add_argument("--points", type=int, default=10, help="evaluations of a run")
+    parser.add_argument("--steps", type=int, default=240, help="of a run of tutorial; the others get its CPU time")
+    parser.add_argument("--points", type=int, default=12, help="evaluations of a run")
     parser.add_argument(
-        "--lrs", type=float, nargs="+", default=[5e-4, 2e-3], help="learning rates that every row tries"
+        "--lrs", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3], help="learning rates that every row tries"
     )
     parser.add_argument("--batch", type=int, default=128, help="rows of a step")
     parser.add_argument("--n", type=int, default=400, help="samples judged")
