@@ -15,7 +15,8 @@ Every row tries every learning rate of the list once, for half of that time, und
 split judges: the geometric mean of the Fréchet distances at 1 and 2 NFE. The best rate trains with every seed. The test
 split judges that, at equal intervals of compute. The target of a seed is the tutorial's distance at the end of the same
 seed. A run has reached it where two evaluations in a row have it, or the last one. What never does is counted, not
-guessed.
+guessed. A number is an upper bound (≤) where a run has it at its first evaluation. share=0.25 among the words of a row
+gives it a quarter of the time, and evaluations as many: a closer look.
 
 Trials are stored in RESULTS.json as they end; runs are under --out. Table and picture need the stored trials alone.
 """
@@ -51,14 +52,20 @@ from twinrl.training.trainer import StepOutcome, Trainer
 
 REFERENCE = "tutorial"
 ROWS: dict[str, tuple[str, ...]] = {
-    name: (name,) for name in (REFERENCE, "rcgm", "twinflow", "lab", "simpletuner", "meanflow", "dmd2", "fast")
-}
-"""Name → preset and overrides."""
+    **{name: (name,) for name in (REFERENCE, "rcgm", "twinflow", "lab", "simpletuner", "meanflow", "dmd2", "fast")},
+    "dmd-ttur": (
+        "dmd2", "terms.dmd.updates=2", "terms.dmd.own_lr=2e-3", "lr_policy.kind=constant",
+        "teacher={kind: frozen, guidance: ema, decay: 0.98}",
+    ),
+    **{f"{name}-quarter": (name, "share=0.25") for name in ("rcgm", "dmd2", "fast")},
+}  # fmt: skip
+"""Name → preset and overrides. ``share=…`` is of the tutorial's time: a closer look at rows that get there early."""
+SHARE = "share="
 NFE = (1, 2)
 TUNING_SEED = 1000
 CPU_SECONDS = "perf/step_cpu_seconds"
-WARMUP, TIMED = 3, 10
-"""Steps of a calibration."""
+PAIRS = 10
+"""Steps of either row in a calibration."""
 CPU = torch.device("cpu")
 
 Unit = Literal["seconds", "operations"]
@@ -180,19 +187,28 @@ def trained(settings: RunConfig, source: Source, protocol: LabelProtocol, after:
     return run
 
 
-def cost(settings: RunConfig, source: Source) -> tuple[float, int]:
-    """CPU seconds (median) and operations of a training step."""
+def cost(reference: RunConfig, settings: RunConfig, source: Source) -> tuple[float, float, int]:
+    """CPU seconds of a training step of the reference, that of ``settings`` over it (medians), and its operations.
+
+    Both steps are measured in turn, since the machine's pace changes.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        run = RunDirectory(Path(folder) / "run")
-        run.start(settings, fresh=True)
-        trainer = Trainer(settings, run, source, CPU, lambda network, step: {})
-        for _ in range(WARMUP):
-            trainer.train_step()
-        spent = [measuring.clocked(trainer.train_step).cpu for _ in range(TIMED)]
+        first, second = (
+            step_of(each, source, Path(folder) / name) for each, name in ((reference, "reference"), (settings, "row"))
+        )
+        pairs = measuring.interleaved(first, second, PAIRS, 2, CPU)
         counter = FlopCounterMode(display=False)
         with counter:
-            trainer.train_step()
-    return float(np.median(spent)), counter.get_total_flops()
+            second()
+    ratio = float(np.median([b.cpu / a.cpu for a, b in pairs]))
+    return float(np.median([a.cpu for a, _ in pairs])), ratio, counter.get_total_flops()
+
+
+def step_of(settings: RunConfig, source: Source, folder: Path) -> Callable[[], object]:
+    """One step of the real trainer."""
+    run = RunDirectory(folder)
+    run.start(settings, fresh=True)
+    return Trainer(settings, run, source, CPU, lambda network, step: {}).train_step
 
 
 # --- the study ------------------------------------------------------------------------------------------
@@ -230,6 +246,7 @@ class Study:
                     )  # fmt: skip
         for name in recipes:  # a wrong one is refused before time is spent
             self.settings(name, plan.lrs[0], 0, plan.points)
+            share(recipes[name])
 
     @property
     def source(self) -> Source:
@@ -240,7 +257,8 @@ class Study:
 
     def settings(self, name: str, lr: float, seed: int, steps: int) -> RunConfig:
         """The configuration of one run."""
-        preset, *overrides = self.recipes[name]
+        preset, *words = self.recipes[name]
+        overrides = [word for word in words if not word.startswith(SHARE)]
         plan, every = self.plan, max(1, steps // self.plan.points)
         return schema.load(
             preset,
@@ -271,8 +289,13 @@ class Study:
         for name in sorted(self.recipes, key=lambda one: one != REFERENCE):
             if name in self.rows:
                 continue
-            seconds, operations = cost(self.settings(name, self.plan.lrs[0], 0, self.plan.points), self.source)
-            steps = self.plan.steps if name == REFERENCE else self.plan.steps * self.rows[REFERENCE].seconds / seconds
+            settings = (self.settings(each, self.plan.lrs[0], 0, self.plan.points) for each in (REFERENCE, name))
+            seconds, ratio, operations = cost(*settings, self.source)
+            if name == REFERENCE:
+                ratio = 1.0
+            else:
+                seconds = ratio * self.rows[REFERENCE].seconds
+            steps = self.plan.steps * share(self.recipes[name]) / ratio
             steps = self.plan.points * max(1, round(steps / self.plan.points))
             self.rows[name] = Row(self.recipes[name], round(seconds, 4), operations, steps)
             self.save()
@@ -326,6 +349,21 @@ class Study:
             "trials": [asdict(trial) for trial in self.trials],
         }
         measuring.write(self.results, result, "")
+
+
+def share(recipe: Sequence[str]) -> float:
+    """The part of the tutorial's time that a run of a recipe takes. Raises InputError where it is no such part."""
+    for word in recipe[1:]:
+        if word.startswith(SHARE):
+            try:
+                if 0 < (found := float(word.removeprefix(SHARE))) <= 1:
+                    return found
+            except ValueError:
+                pass
+            raise InputError(
+                "share is no part of the tutorial's time", got=word, expected="above 0, at most 1", fix=f"{SHARE}0.25"
+            )
+    return 1.0
 
 
 def stored(results: Path) -> tuple[Plan, dict[str, Row], list[Trial], list[float]]:
@@ -388,6 +426,16 @@ class Comparison:
             found.append(spent / other.spent(first, unit, self.rows[REFERENCE]))
         return found
 
+    def at_once(self, name: str, evaluations: int) -> bool:
+        """Whether a run has its target at the first evaluation, so that its ratio is an upper bound."""
+        ends = {trial.seed: trial.end(evaluations) for trial in self.final(REFERENCE)}
+        return any(t.reaches(ends[t.seed], evaluations) == 0 for t in self.final(name) if t.seed in ends)
+
+    def ratio(self, name: str, evaluations: int, unit: Unit) -> str:
+        """:meth:`ratios` in a cell of the table."""
+        shown = cell(self.ratios(name, evaluations, unit), "not reached", logarithmic=True)
+        return f"≤ {shown}" if self.at_once(name, evaluations) and shown[0].isdigit() else shown
+
     def ends(self, name: str, evaluations: int) -> list[float]:
         """The distance at the end, a seed each."""
         return [trial.end(evaluations) for trial in self.final(name)]
@@ -403,7 +451,7 @@ def interval(values: Iterable[float], logarithmic: bool = False) -> str:
 
 
 def cell(values: list[float], missed: str, logarithmic: bool = False) -> str:
-    """The interval of the values, or of how many seeds ``missed`` is true: of those without a number."""
+    """The interval of the values, or of how many ``missed`` is true: of those without a number."""
     without = sum(not math.isfinite(value) for value in values)
     if not values:
         return "–"
@@ -412,44 +460,44 @@ def cell(values: list[float], missed: str, logarithmic: bool = False) -> str:
 
 def table(study: Study) -> str:
     """The study as Markdown."""
-    plan, compared = study.plan, Comparison(study.rows, study.trials)
-    shown = [name for name in study.rows if compared.final(name)]
-    seeds = len(compared.final(REFERENCE))
-    machine = json.loads(study.results.with_suffix(".json").read_text())["machine"]
-    columns = ("row", "learning rate", "a step: CPU ms", "GFLOP", *(f"distance, {e} NFE" for e in NFE))
-    distances = [
-        (
-            name, f"{study.best(name):g}", f"{1000 * study.rows[name].seconds:.0f}",
-            f"{study.rows[name].operations / 1e9:.1f}", *(cell(compared.ends(name, e), "diverged") for e in NFE),
-        )
-        for name in shown
-    ]  # fmt: skip
+    compared, lrs = Comparison(study.rows, study.trials), study.plan.lrs
+    shown = {name: row for name, row in study.rows.items() if compared.final(name)}
     units: tuple[tuple[str, Unit], ...] = (("CPU", "seconds"), ("operations", "operations"))
-    ratios = [
-        (name, *(cell(compared.ratios(name, e, u), "not reached", True) for _, u in units for e in NFE))
-        for name in shown
-    ]
-    tuning = [
-        (name, *(f"{study.tuned(name)[lr]:.2f}" if lr in study.tuned(name) else "–" for lr in plan.lrs))
-        for name in shown
-    ]
-    changed = [f"- `{n}`: `{' '.join(study.rows[n].recipe)}`" for n in shown if study.rows[n].recipe != (n,)]
-    own = compared.final(REFERENCE)
+    ratios = [(name, *(compared.ratio(name, e, unit) for _, unit in units for e in NFE)) for name in shown]
+    ends = [
+        (
+            name, f"{study.best(name):g}", f"{1000 * row.seconds:.0f}", f"{row.operations / 1e9:.1f}",
+            *(cell(compared.ends(name, e), "diverged") for e in NFE),
+        )
+        for name, row in shown.items()
+    ]  # fmt: skip
+    tried = {name: study.tuned(name) for name in shown}
+    tuning = [(name, *(f"{tried[name][lr]:.2f}" if lr in tried[name] else "–" for lr in lrs)) for name in shown]
+    words = [f"- `{name}`: `{' '.join(row.recipe)}`" for name, row in shown.items() if row.recipe != (name,)]
+    return "\n".join([
+        head(study, compared.final(REFERENCE)),
+        measuring.markdown(("row", *(f"{what}, {e} NFE" for what, _ in units for e in NFE)), ratios),
+        "## At the end\n\nFréchet distances in the judge's features.\n",
+        measuring.markdown(("row", "rate", "CPU ms a step", "GFLOP a step", *(f"{e} NFE" for e in NFE)), ends),
+        "## Tuning\n\nGeometric mean of the distances at 1 and 2 NFE after half the time, validation split, seed "
+        f"{TUNING_SEED}.\n",
+        measuring.markdown(("row", *(f"{lr:g}" for lr in lrs)), tuning),
+        *(["Rows that are no preset:\n", *words, ""] if words else []),
+    ])  # fmt: skip
+
+
+def head(study: Study, own: list[Trial]) -> str:
+    """What the numbers depend on, and what the first table is of."""
+    plan, machine = study.plan, json.loads(study.results.with_suffix(".json").read_text())["machine"]
     return (
-        f"# Time to quality\n\n{seeds} seeds with Student's 95 % intervals; `{' '.join(plan.common)}`, batch "
+        f"# Time to quality\n\n{len(own)} seeds with Student's 95 % intervals; `{' '.join(plan.common)}`, batch "
         f"{plan.batch}, {plan.n} samples of the test split (floor {study.floor[0]:.2f}), {plan.points} evaluations a "
         f"run; {machine['device']}, {machine['threads']} thread(s), torch {machine['torch']}. Every run takes the CPU "
         f"time of {study.rows[REFERENCE].steps} steps of `{REFERENCE}`, {np.mean([t.seconds[-1] for t in own]):.0f} "
-        "s.\n\n## Compute until the tutorial's distance, over the tutorial's\n\nA seed's target is the distance at "
-        f"the end of `{REFERENCE}`. That run has it itself after {' and '.join(_shares(own, e) for e in NFE)} of its "
-        "time, at 1 and 2 NFE. Geometric means over seeds.\n\n"
-        + measuring.markdown(("row", *(f"{what}, {e} NFE" for what, _ in units for e in NFE)), ratios)
-        + "\n## At the end of equal CPU time\n\nFréchet distances in the judge's features.\n\n"
-        + measuring.markdown(columns, distances)
-        + f"\n## Tuning\n\nGeometric mean of the distances at 1 and 2 NFE after half the time, validation split, seed "
-        f"{TUNING_SEED}.\n\n"
-        + measuring.markdown(("row", *(f"{lr:g}" for lr in plan.lrs)), tuning)
-        + ("\nRows that are no preset:\n\n" + "\n".join(changed) + "\n" if changed else "")
+        "s, or the share that its row says.\n\n## Compute until the tutorial's distance, over the tutorial's\n\n"
+        f"A seed's target is the distance at the end of `{REFERENCE}`, which has it itself after "
+        f"{' and '.join(_shares(own, e) for e in NFE)} of its time, at 1 and 2 NFE. Geometric means over seeds; ≤ "
+        "where a run has it at its first evaluation.\n"
     )
 
 
@@ -473,12 +521,13 @@ def draw(study: Study, path: Path) -> None:
             trials = compared.final(name)
             if not trials:
                 continue
+            style: dict[str, Any] = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
             for trial in trials:
-                axes.plot(trial.seconds, trial.distances[which], color=f"C{number}", alpha=0.25, linewidth=0.8)
-            if len({len(trial.steps) for trial in trials}) == 1:
-                mean = np.exp(np.mean([np.log(trial.distances[which]) for trial in trials], axis=0))
-                seconds = np.mean([trial.seconds for trial in trials], axis=0)
-                axes.plot(seconds, mean, color=f"C{number}", linewidth=1.8, label=name)
+                axes.plot(trial.seconds, trial.distances[which], **style, alpha=0.25, linewidth=0.8)
+            points = min(len(trial.steps) for trial in trials)  # one that diverged has fewer
+            mean = np.exp(np.mean([np.log(trial.distances[which][:points]) for trial in trials], axis=0))
+            seconds = np.mean([trial.seconds[:points] for trial in trials], axis=0)
+            axes.plot(seconds, mean, **style, linewidth=1.8, label=name)
         axes.axhline(np.mean(compared.ends(REFERENCE, evaluations)), color="black", linewidth=0.8, linestyle=":")
         axes.set(xlabel="CPU seconds of training", yscale="log", title=f"{evaluations} NFE")
     panels[0].set(ylabel="Fréchet distance")

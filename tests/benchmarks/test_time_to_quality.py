@@ -73,6 +73,19 @@ def test_ratios_are_of_the_same_seed_in_seconds_and_in_operations():
     assert found.ratios("tutorial", 1, "seconds") == [1.0, 1.0]
 
 
+def test_a_target_at_the_first_evaluation_is_an_upper_bound():
+    found = compared(
+        trial("tutorial", 0, [9.0, 4.0], [9.0, 4.0]), trial("lab", 0, [3.0, 3.0], [5.0, 3.0], seconds=[1.0, 2.0])
+    )
+    assert [found.ratio("lab", evaluations, "seconds") for evaluations in ttq.NFE] == ["≤ 0.05", "0.10"]
+
+
+def test_a_run_that_diverged_has_no_end():
+    one = ttq.Trial("lab", 1e-3, 0, "diverged", [10], [1.0], [[4.0], [4.0]])
+    assert one.score == math.inf
+    assert ttq.cell([one.end(1), 2.0], "diverged") == "diverged in 1 of 2"
+
+
 def test_a_miss_is_counted_and_never_averaged():
     assert ttq.cell([0.5, math.inf, math.inf], "not reached", True) == "not reached in 2 of 3"
     assert ttq.cell([0.5, 2.0], "not reached", True).startswith("1.00 [")
@@ -87,7 +100,7 @@ def test_the_best_rate_is_never_one_that_diverged(tmp_path):
 
 
 def test_all_rows_have_one_network_start_and_batch(tmp_path):
-    recipes = {name: recipe for name, recipe in ttq.ROWS.items() if name not in ("dmd2", "fast")}  # of the teacher only
+    recipes = {name: recipe for name, recipe in ttq.ROWS.items() if "dmd2" not in recipe}
     study = ttq.Study(PLAN, recipes, tmp_path / "r", tmp_path)
     made = [study.settings(name, 1e-3, 0, 4) for name in recipes]
     assert len({s.model.network.model_dump_json() for s in made}) == 1
@@ -102,6 +115,7 @@ def test_all_rows_have_one_network_start_and_batch(tmp_path):
         (["--rows", "twinflo"], "row twinflo is unknown"),
         (["--also", "mine"], "--also needs a name and a preset"),
         (["--also", "mine", "lab", "terms.nothing=1"], "terms.nothing"),
+        (["--also", "mine", "lab", "share=2"], "share is no part"),
         (["--table"], "is missing"),
     ],
 )
@@ -117,7 +131,9 @@ def test_wrong_words_are_refused_in_one_line_before_anything_is_trained(tmp_path
 
 @pytest.mark.slow
 def test_a_tiny_study_its_continuation_and_its_table(tmp_path, monkeypatch, without_digits, capsys):
-    monkeypatch.setattr(ttq, "cost", lambda settings, source: ({"tutorial": 0.2}.get(settings.name, 0.1), 10))
+    monkeypatch.setattr(
+        ttq, "cost", lambda reference, settings, source: (0.2, {"tutorial": 1}.get(settings.name, 0.5), 10)
+    )
     results = tmp_path / "results" / "lab"
     study = [*TINY, "--results", str(results), "--out", str(tmp_path / "runs")]
     ttq.main([*study, "--seeds", "1"], Digits())
@@ -157,9 +173,10 @@ def refused(words):
 @pytest.mark.slow
 def test_a_step_costs_seconds_and_operations(tmp_path, without_digits):
     study = ttq.Study(PLAN, {"tutorial": ("tutorial",)}, tmp_path / "r", tmp_path, Digits())
-    made = [ttq.cost(study.settings("tutorial", 1e-3, 0, 4), study.source) for study in (study, double(study))]
-    assert made[0][0] > 0
-    assert 1.9 < made[1][1] / made[0][1] < 2.1  # twice the rows
+    one, twice = (each.settings("tutorial", 1e-3, 0, 4) for each in (study, double(study)))
+    made = [ttq.cost(one, other, study.source) for other in (one, twice)]
+    assert min(made[0][:2]) > 0
+    assert 1.9 < made[1][2] / made[0][2] < 2.1  # twice the rows
 
 
 def double(study):
