@@ -180,7 +180,7 @@ def trained(settings: RunConfig, source: Source, protocol: LabelProtocol, after:
         run.start(settings, fresh=False)
     trainer = TimedTrainer(settings, run, source, CPU, lambda network, step: protocol.evaluate(network))
     trainer.resume()
-    trainer.after = after  # type: ignore[method-assign]
+    trainer.after = after
     print(f"{run.path.name}: from step {trainer.step} to {settings.train.steps}", flush=True)
     outcome = trainer.train()
     run.finish({"status": outcome.status, "step": outcome.step, "message": outcome.message})
@@ -224,7 +224,7 @@ class Study:
         source: data with their judge; None: what the plan names.
 
     Raises:
-        InputError: the file holds trials of another plan, or of a row with another recipe.
+        InputError: the file holds trials of another plan.
     """
 
     def __init__(
@@ -238,15 +238,17 @@ class Study:
         if results.with_suffix(".json").is_file():
             begun, self.rows, self.trials, self.floor = stored(results)
             refuse_others(begun, plan, results)
-            for name, recipe in recipes.items():
-                if name in self.rows and self.rows[name].recipe != recipe:
-                    raise InputError(
-                        f"{results}.json has trials of row {name} with another recipe", got=" ".join(recipe),
-                        expected=" ".join(self.rows[name].recipe), fix=f"--again {name}, or another name",
-                    )  # fmt: skip
-        for name in recipes:  # a wrong one is refused before time is spent
-            self.settings(name, plan.lrs[0], 0, plan.points)
-            share(recipes[name])
+
+    def check(self, again: Sequence[str] = ()) -> None:
+        """Raises InputError where a recipe is wrong, or another than that of the row's trials (unless ``again``)."""
+        for name, recipe in self.recipes.items():
+            self.settings(name, self.plan.lrs[0], 0, self.plan.points)
+            share(recipe)
+            if name in self.rows and name not in again and self.rows[name].recipe != recipe:
+                raise InputError(
+                    f"{self.results}.json has trials of row {name} with another recipe", got=" ".join(recipe),
+                    expected=" ".join(self.rows[name].recipe), fix=f"--again {name}, or another name",
+                )  # fmt: skip
 
     @property
     def source(self) -> Source:
@@ -289,8 +291,8 @@ class Study:
         for name in sorted(self.recipes, key=lambda one: one != REFERENCE):
             if name in self.rows:
                 continue
-            settings = (self.settings(each, self.plan.lrs[0], 0, self.plan.points) for each in (REFERENCE, name))
-            seconds, ratio, operations = cost(*settings, self.source)
+            reference, own = (self.settings(each, self.plan.lrs[0], 0, self.plan.points) for each in (REFERENCE, name))
+            seconds, ratio, operations = cost(reference, own, self.source)
             if name == REFERENCE:
                 ratio = 1.0
             else:
@@ -348,7 +350,7 @@ class Study:
             "rows": {name: asdict(row) for name, row in self.rows.items()},
             "trials": [asdict(trial) for trial in self.trials],
         }
-        measuring.write(self.results, result, "")
+        measuring.store(self.results, result)
 
 
 def share(recipe: Sequence[str]) -> float:
@@ -433,7 +435,7 @@ class Comparison:
 
     def ratio(self, name: str, evaluations: int, unit: Unit) -> str:
         """:meth:`ratios` in a cell of the table."""
-        shown = cell(self.ratios(name, evaluations, unit), "not reached", logarithmic=True)
+        shown = cell(self.ratios(name, evaluations, unit), "not reached")
         return f"≤ {shown}" if self.at_once(name, evaluations) and shown[0].isdigit() else shown
 
     def ends(self, name: str, evaluations: int) -> list[float]:
@@ -441,21 +443,20 @@ class Comparison:
         return [trial.end(evaluations) for trial in self.final(name)]
 
 
-def interval(values: Iterable[float], logarithmic: bool = False) -> str:
-    """Mean with Student's 95 % interval; of the logarithms for ratios."""
-    values = list(values)
-    found = mean_interval([math.log(v) for v in values] if logarithmic else values)
+def interval(values: Iterable[float]) -> str:
+    """Geometric mean with Student's 95 % interval, which is of the logarithms."""
+    found = mean_interval([math.log(value) for value in values])
     numbers = [found.value] if math.isnan(found.low) else [found.value, found.low, found.high]
-    shown = [f"{math.exp(x) if logarithmic else x:.2f}" for x in numbers]
+    shown = [f"{math.exp(x):.2f}" for x in numbers]
     return shown[0] if len(shown) == 1 else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
-def cell(values: list[float], missed: str, logarithmic: bool = False) -> str:
+def cell(values: list[float], missed: str) -> str:
     """The interval of the values, or of how many ``missed`` is true: of those without a number."""
     without = sum(not math.isfinite(value) for value in values)
     if not values:
         return "–"
-    return f"{missed} in {without} of {len(values)}" if without else interval(values, logarithmic)
+    return f"{missed} in {without} of {len(values)}" if without else interval(values)
 
 
 def table(study: Study) -> str:
@@ -477,7 +478,7 @@ def table(study: Study) -> str:
     return "\n".join([
         head(study, compared.final(REFERENCE)),
         measuring.markdown(("row", *(f"{what}, {e} NFE" for what, _ in units for e in NFE)), ratios),
-        "## At the end\n\nFréchet distances in the judge's features.\n",
+        "## At the end\n\nFréchet distances in the judge's features, geometric means.\n",
         measuring.markdown(("row", "rate", "CPU ms a step", "GFLOP a step", *(f"{e} NFE" for e in NFE)), ends),
         "## Tuning\n\nGeometric mean of the distances at 1 and 2 NFE after half the time, validation split, seed "
         f"{TUNING_SEED}.\n",
@@ -617,6 +618,7 @@ def main(arguments: list[str] | None = None, source: Source | None = None) -> No
             return
         plan = Plan(given.batch, given.steps, given.points, given.n, tuple(given.lrs), tuple(given.common))
         study = Study(plan, recipes_of(given), given.results, given.out, source)
+        study.check(given.again)
         for name in given.again:
             study.forget(name)
         study.run(given.seeds)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.benchmarks.scripts import script
+from twinrl.config.errors import InputError
 from twinrl.flow.source import Split
 
 ttq = script("time_to_quality")
@@ -87,9 +88,9 @@ def test_a_run_that_diverged_has_no_end():
 
 
 def test_a_miss_is_counted_and_never_averaged():
-    assert ttq.cell([0.5, math.inf, math.inf], "not reached", True) == "not reached in 2 of 3"
-    assert ttq.cell([0.5, 2.0], "not reached", True).startswith("1.00 [")
-    assert ttq.cell([0.25], "not reached", True) == "0.25"
+    assert ttq.cell([0.5, math.inf, math.inf], "not reached") == "not reached in 2 of 3"
+    assert ttq.cell([0.5, 2.0], "not reached").startswith("1.00 [")
+    assert ttq.cell([0.25], "not reached") == "0.25"
 
 
 def test_the_best_rate_is_never_one_that_diverged(tmp_path):
@@ -107,6 +108,14 @@ def test_all_rows_have_one_network_start_and_batch(tmp_path):
     assert {(s.train.init, s.train.batch, s.evaluation.every, s.evaluation.nfe) for s in made} == {
         ("random", 8, 2, (1, 2))
     }
+
+
+def test_a_row_with_another_recipe_is_refused_unless_it_is_made_again(tmp_path):
+    study = ttq.Study(PLAN, {"tutorial": ("tutorial",), "mine": ("rcgm",)}, tmp_path / "r", tmp_path)
+    study.rows["mine"] = ttq.Row(("rcgm", "teacher.decay=0.9"), 1.0, 1, 4)
+    with pytest.raises(InputError, match="another recipe"):
+        study.check()
+    study.check(["mine"])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,8 @@ def refused(words):
 
 
 @pytest.mark.slow
-def test_a_step_costs_seconds_and_operations(tmp_path, without_digits):
+def test_a_step_costs_seconds_and_operations(tmp_path, monkeypatch, without_digits):
+    monkeypatch.setattr(ttq, "PAIRS", 1)
     study = ttq.Study(PLAN, {"tutorial": ("tutorial",)}, tmp_path / "r", tmp_path, Digits())
     one, twice = (each.settings("tutorial", 1e-3, 0, 4) for each in (study, double(study)))
     made = [ttq.cost(one, other, study.source) for other in (one, twice)]
