@@ -23,6 +23,7 @@ from twinrl.flow.source import Split
 from twinrl.lab.digits import CLASSES
 from twinrl.lab.mnist import MNISTSource
 from twinrl.lab.mnist_files import read_splits
+from twinrl.machine import files
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -172,9 +173,14 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def write(path: Path, result: Mapping[str, Any], text: str) -> None:
     """``path`` with suffixes .json (the numbers) and .md (the table)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
+    store(path, result)
     path.with_suffix(".md").write_text(text)
+
+
+def store(path: Path, result: Mapping[str, Any]) -> None:
+    """``path`` with suffix .json, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path.with_suffix(".json"), json.dumps(_plain(result), indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

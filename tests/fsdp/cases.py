@@ -96,6 +96,7 @@ FULL: dict[str, Case] = {
     "corrected": Case("corrected", REWARDED),
     "meanflow": Case("meanflow", ("terms.mean_flow.derivative=difference",)),
     "dmd2": Case("dmd2"),
+    "fast": Case("fast"),
     "members of an ensemble": Case("recommended", ENSEMBLE),
     "statistics of scores": Case("published", (*REWARDED, PER_PROMPT, "train.micro_batch=4")),
     "frozen guidance, live recursion": Case("twinflow", LIVE),
