@@ -19,7 +19,8 @@ from twinrl.training.schema import RunConfig
 
 STEPS = 8
 KNOWN_AFTER = 5
-"""Steps in which every form of a block has been seen: with and without gradient, of one row, of several, of texts of two lengths, then of any, masked or not."""
+"""Steps in which every form of a block has been seen: with and without gradient, of one row, of several, of texts of
+two lengths, then of any, masked or not."""
 DIT = "model.network={kind: dit, width: 16, depth: 2, condition_width: 16, heads: 2}"
 PRECISE = (
     f"train={{steps: {STEPS}, precision: float64}}", "evaluation.every=0", "gradients.each.clip.max_norm=0.1",
