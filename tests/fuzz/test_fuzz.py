@@ -38,7 +38,7 @@ def test_sixty_mutations_end_well(tmp_path: Path) -> None:
     assert [loop.told(each) for each in tried if each.wrong] == []
     ended = Counter(each.rc for each in tried)
     assert ended[0] > 5
-    assert ended[2] > 20
+    assert ended[2] > 10
     again, printed = found(SMALL, QUICK, tmp_path / "work", 100)
     assert again == tried, printed  # nothing is left to try
 
