@@ -55,7 +55,8 @@ def plan(
 def _print_cost(made: Plan, cpus: int | None, measure: bool, console: Console) -> None:
     """What the missing trials take, and how sure that is."""
     resources = made.study.config.resources
-    slots = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
+    room = max(1, (cpus or usable_cores()) // (resources.cpus * resources.workers))
+    slots = min(room, len(made.trials))  # no more are timed side by side than will ever run so
     with console.status("timing a few steps") if measure else nullcontext():
         found = timings.measure(made, slots) if measure else timings.known(made, slots)
     if found is None:
